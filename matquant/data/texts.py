@@ -22,9 +22,9 @@ _AT_ONCE = 64
 def windows(text: TextConfig, split: str, tokenizer: Any) -> Tensor:
     """Fixed, non-overlapping windows of a text.
 
-    All documents are tokenized without special tokens, each is followed by the end-of-text token if the tokenizer has one,
-    and the row that they make together is cut. With a seed, windows are drawn from the whole row without replacement and
-    kept in the order of the text; without one, they are the first.
+    All documents are tokenized without special tokens, each is followed by the end-of-text token if the tokenizer has
+    one, and the row that they make together is cut. With a seed, windows are drawn from the whole row without
+    replacement and kept in the order of the text; without one, they are the first.
 
     Args:
         text: which text, how many windows, and how long.
@@ -78,7 +78,8 @@ def _too_little(text: TextConfig, split: str, tokens: int, available: int) -> st
     source = f"the {split} split of the standard library's source" if text.dataset == "stdlib" else text.path
     return (
         f"Too little text: {text.sequences} windows of {text.sequence_length} tokens were asked for "
-        f"({text.sequences * text.sequence_length} tokens), but {source} gives {tokens} tokens, which make {available}. "
+        f"({text.sequences * text.sequence_length} tokens), but {source} gives {tokens} tokens, "
+        f"which make {available}. "
         "Lower sequences or sequence_length, or give a longer text."
     )
 
@@ -130,7 +131,8 @@ def _read(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"The text file {file} is not UTF-8: byte {error.start} cannot be decoded. Convert it to UTF-8, or remove it."
+            f"The text file {file} is not UTF-8: byte {error.start} cannot be decoded. "
+            "Convert it to UTF-8, or remove it."
         ) from error
     except OSError as error:
         raise UserError(f"The text file {file} cannot be read: {error.strerror or error}.") from error

@@ -79,22 +79,22 @@ def solve(weight: Tensor, hessian: Tensor | None, options: SolverOptions, layer:
     columns = weight.shape[1]
     group_size = columns if options.group_size == -1 else options.group_size
     _check_shapes(columns, group_size, options.block_size)
-    order = _column_order(hessian, group_size) if options.act_order and hessian is not None else None
     target = weight.detach().float().cpu()
-    notes: list[str] = []
-    upper = None
-    if hessian is not None:
-        hessian = hessian.cpu() if order is None else hessian.cpu()[order][:, order]
-        factor = inverse_factor(hessian, options.damp, layer)
-        upper, notes = factor.upper, [factor.note] if factor.note else []
-        hessian = damped(hessian, factor.damp)
+    if hessian is None:
+        state = _State.start(target, group_size, options)
+        state.solve(None, options)
+        return Solution(weight=state.finish(None, options))
+    hessian = hessian.cpu()
+    order = _column_order(hessian, group_size) if options.act_order else None
     if order is not None:
-        target = target[:, order]
+        target, hessian = target[:, order], hessian[order][:, order]
+    factor = inverse_factor(hessian, options.damp, layer)
     state = _State.start(target, group_size, options)
-    state.solve(upper, options)
-    for _ in range(options.sweeps if hessian is not None else 0):
+    state.solve(factor.upper, options)
+    hessian = damped(hessian, factor.damp)
+    for _ in range(options.sweeps):
         state.sweep(target, hessian, options.block_size)
-    return Solution(weight=state.finish(order, options), notes=tuple(notes))
+    return Solution(weight=state.finish(order, options), notes=(factor.note,) if factor.note else ())
 
 
 def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:

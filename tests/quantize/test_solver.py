@@ -1,5 +1,7 @@
 """The solver against plain re-implementations of the published algorithms, and its properties."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -185,7 +187,7 @@ def test_a_sweep_never_raises_the_objective(seed, slicing):
         options = SolverOptions(weights=BALANCED, slicing=slicing, group_size=32, sweeps=sweeps)
         solution = solve(weight, hessian, options).weight
         costs.append(sum(lam * relative_error(weight, solution.decode(b), damped) for b, lam in BALANCED.items()))
-    assert all(after <= before * (1 + 1e-5) for before, after in zip(costs, costs[1:], strict=False))
+    assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(costs))
 
 
 def test_a_sweep_ends_where_no_single_code_helps():

@@ -1,0 +1,1 @@
+"""What a calibration text tells about a layer's inputs."""

@@ -1,0 +1,81 @@
+"""The command line: composes the config with Hydra, and turns errors into sentences and exit statuses.
+
+``python run.py`` and the console script ``matquant`` are the same.
+"""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from matquant.config import Config, from_hydra
+from matquant.errors import UserError
+from matquant.home import home
+
+
+def _register() -> None:
+    """Make ``${matquant.home:}`` and the presets in ``experiments/NAME/config.yaml`` known to Hydra."""
+    OmegaConf.register_new_resolver("matquant.home", lambda: str(home()), replace=True)
+    store = ConfigStore.instance()
+    for preset in sorted((home() / "experiments").glob("*/config.yaml")):
+        node = OmegaConf.load(preset)
+        store.store(group="experiment", name=preset.parent.name, node=node, package="_global_", provider="experiments")
+
+
+_register()
+
+
+@hydra.main(version_base="1.3", config_path=str(home() / "conf"), config_name="config")
+def run(cfg: DictConfig) -> float | None:
+    """One job of a composed config; returns the figure that a sweeper minimises."""
+    _register()  # a launcher's worker process imports this module, but its config may be resolved anew
+    config = from_hydra(cfg)
+    if config.store.action is not None:
+        from matquant.housekeeping import look_after
+
+        look_after(config.store)
+        return None
+    return _run_job(config, cfg)
+
+
+def _run_job(config: Config, cfg: DictConfig) -> float | None:
+    # Imported late, so that --help, --cfg and a wrong config answer at once.
+    from matquant.pipeline import Job, run_job
+
+    hydra_config = HydraConfig.get()
+    sweeping = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
+    folder = Path(hydra_config.runtime.output_dir)
+    overrides = [str(o) for o in hydra_config.overrides.task]
+    job = Job(
+        folder=folder,
+        command=shlex.join(["python", "run.py", *overrides]),
+        name=folder.name,
+        group=str(Path(hydra_config.sweep.dir).name) if sweeping else None,
+        resolved=OmegaConf.to_container(cfg, resolve=True),
+    )
+    return run_job(config, job)
+
+
+def main() -> None:
+    """Entry point: exit status 0, or 2 with one sentence when the user can mend what is wrong."""
+    # Hydra would print a shortened traceback of its own and exit; this way errors come here.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        run()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: finished blocks are kept, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Evaluation: perplexity, and divergence from the full-precision model, of every slice in one pass."""

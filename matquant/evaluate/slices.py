@@ -1,0 +1,137 @@
+"""Measures the full-precision model and any number of variants of its weights in one pass over the blocks.
+
+Only one block at a time is converted and on the device. The hidden states of every model wait side by side between two
+blocks, so each block is loaded once for all of them.
+
+Lifecycle:
+  1. ``prepare_windows`` makes what enters block 0, once for all;
+  2. block by block, each model's weights are lent to the block and its hidden states go through;
+  3. batch by batch, the head gives each model's logits, which become sums and are dropped.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from matquant.evaluate.metrics import Metrics, Totals, compare, likelihood
+from matquant.models.blocks import BlockModel, Prepared, compute_dtype
+
+FULL = "full"
+
+# Logits of one model at a time: with those of the full model beside them and in float32, 1 GB.
+_LOGITS_AT_ONCE = 2**27
+
+WeightsOf = Callable[[int, str], Mapping[str, Tensor]]
+Hidden = dict[str, Tensor]  # of each model: [sequences, length, hidden]
+
+
+def steps(blocks: BlockModel, windows: Tensor, variants: Sequence[str]) -> int:
+    """How far ``progress`` of ``evaluate_slices`` advances in total."""
+    return (len(blocks) + 1) * (len(variants) + 1) * len(windows)
+
+
+def evaluate_slices(
+    blocks: BlockModel,
+    windows: Tensor,
+    weights_of: WeightsOf,
+    variants: Sequence[str],
+    batch_size: int,
+    device: torch.device | str,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Metrics]:
+    """Perplexity, KL to the full-precision model and top-1 agreement of every variant.
+
+    Computes in float32 on a CPU, in the stored dtype elsewhere.
+
+    Args:
+        blocks: the full-precision model; its weights are what they were afterwards.
+        windows: int64 [sequences, length].
+        weights_of: gives for a block's number and a variant the weights that differ, [out, in] by full layer name. It
+            is asked once for each block and variant, block by block; what it returned is not kept.
+        variants: names, none of them ``"full"``.
+        batch_size: windows at a time. The figures do not depend on it but by rounding.
+        device: where blocks and head are computed.
+        progress: called with the number of windows that went through a block or the head; ``steps`` of them in all.
+
+    Returns:
+        For ``"full"`` and each variant. Every window predicts its tokens but the first.
+
+    Raises:
+        ValueError: a name occurs twice or is ``"full"``, ``weights_of`` returned what does not fit the block, or there
+            is nothing to predict.
+    """
+    if FULL in variants or len(set(variants)) != len(variants):
+        raise ValueError(f"variants need different names, and none may be {FULL!r}: {list(variants)}")
+    advance = progress or (lambda _: None)
+    device = torch.device(device)
+    dtype = compute_dtype(blocks.dtype, device)
+    # Not inference mode: what weights_of makes may be kept by its owner, and must stay an ordinary tensor.
+    with torch.no_grad():
+        storage = _storage(blocks, windows, 1 + len(variants), device, dtype)
+        start = blocks.prepare_windows(windows, batch_size, device, dtype, storage)
+        hidden: Hidden = {FULL: start.hidden, **{name: start.hidden.clone() for name in variants}}
+        for index in range(len(blocks)):
+            with blocks.on_device(index, device, dtype):
+                for name, states in hidden.items():
+                    weights = {} if name == FULL else weights_of(index, name)
+                    with blocks.with_weights(index, weights):
+                        _through_block(blocks, index, states, start, device, advance)
+        with blocks.outside_on_device(device, dtype):
+            totals = _score(blocks, windows, hidden, batch_size, device, advance)
+    return {name: total.metrics() for name, total in totals.items()}
+
+
+def _through_block(
+    blocks: BlockModel,
+    index: int,
+    states: Tensor,
+    start: Prepared,
+    device: torch.device,
+    advance: Callable[[int], None],
+) -> None:
+    """Replaces hidden states [sequences, length, hidden] by what the block makes of them."""
+    for rows, calls in zip(start.rows, start.calls, strict=True):
+        batch = states[rows]
+        states[rows] = blocks.run_block(index, batch.to(device), calls[index]).to(states.device)
+        advance(len(batch))
+
+
+def _score(
+    blocks: BlockModel,
+    windows: Tensor,
+    hidden: Hidden,
+    batch_size: int,
+    device: torch.device,
+    advance: Callable[[int], None],
+) -> dict[str, Totals]:
+    totals = dict.fromkeys(hidden, Totals())
+    for rows in _head_rows(windows, blocks.vocabulary, batch_size):
+        ids = windows[rows].to(device)
+        full = blocks.head(ids, hidden[FULL][rows].to(device))
+        for name, states in hidden.items():
+            if name == FULL:
+                totals[name] += likelihood(full, ids)
+            else:
+                totals[name] += compare(full, blocks.head(ids, states[rows].to(device)), ids)
+            advance(len(ids))
+    return totals
+
+
+def _head_rows(windows: Tensor, vocabulary: int, batch_size: int) -> Iterator[slice]:
+    """Batches for the head: smaller ones where the vocabulary makes their logits large."""
+    sequences, length = windows.shape
+    size = max(1, min(batch_size, _LOGITS_AT_ONCE // (length * vocabulary)))
+    for start in range(0, sequences, size):
+        yield slice(start, min(start + size, sequences))
+
+
+def _storage(
+    blocks: BlockModel, windows: Tensor, models: int, device: torch.device, dtype: torch.dtype
+) -> torch.device:
+    """Where hidden states wait between two blocks: on the device if they take less than half of what is free there."""
+    if device.type != "cuda":
+        return device
+    width = blocks.model.config.get_text_config().hidden_size
+    needed = models * windows.numel() * width * dtype.itemsize
+    return device if needed < torch.cuda.mem_get_info(device)[0] // 2 else torch.device("cpu")

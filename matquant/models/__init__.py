@@ -1,0 +1,1 @@
+"""Models: loading a checkpoint, and running it block by block."""

@@ -1,0 +1,478 @@
+"""A causal language model as a row of decoder blocks, found from the module tree and not from an architecture's names.
+
+The blocks are run one at a time, and everything around them is left to the model itself. Its own forward runs with
+every block's forward replaced: by one that notes what the block would be called with (``prepare``), or by one that
+hands in a hidden state that is already known (``head``). So embeddings, masks, positions, final norm, head and
+soft-capping are the model's own, whatever its architecture.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from matquant.errors import UserError
+
+# Long enough that every expert of a small mixture has a chance to be called, short enough to cost nothing.
+_PROBE_TOKENS = 32
+
+
+def compute_dtype(stored: torch.dtype, device: torch.device | str) -> torch.dtype:
+    """The dtype to compute in: float32 on a CPU, the stored dtype elsewhere."""
+    return torch.float32 if torch.device(device).type == "cpu" else stored
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a block is called with beside its hidden states: masks, position embeddings and so on.
+
+    ``place`` is where the hidden states go: the position of an argument, or its name.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    place: int | str
+
+    def fill(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and named arguments of the block for these hidden states."""
+        if isinstance(self.place, int):
+            return (*self.args[: self.place], hidden, *self.args[self.place + 1 :]), dict(self.kwargs)
+        return self.args, {**self.kwargs, self.place: hidden}
+
+
+Calls = list[Call]  # one for each block
+
+
+@dataclass(frozen=True, slots=True)
+class InputGroups:
+    """Linear layers of a block by their input.
+
+    Attributes:
+        groups: full names; layers of one group receive the very same tensor. In order of execution.
+        uncalled: full names of the layers that the probe never called, such as experts that no token chose.
+    """
+
+    groups: list[list[str]]
+    uncalled: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Every batch of some windows on its way into block 0.
+
+    Attributes:
+        hidden: [sequences, length, hidden], what enters block 0.
+        rows: of each batch.
+        calls: of each batch; tensors that are equal in several batches are held once.
+    """
+
+    hidden: Tensor
+    rows: list[slice]
+    calls: list[Calls]
+
+
+class BlockModel:
+    """The blocks of a causal language model of Transformers, to be run one at a time.
+
+    Transformers' ``Conv1D`` layers (GPT-2) inside blocks are replaced by ``nn.Linear`` over the same storage, so that
+    every weight is [out, in]; results stay the same to the bit.
+
+    Args:
+        model: in eval mode. Its weights stay where they are; ``on_device`` and ``outside_on_device`` lend converted
+            copies.
+
+    Raises:
+        UserError: no list of blocks was found.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.name, blocks = _find_blocks(model)
+        self.blocks: list[nn.Module] = list(blocks)
+        self.block_names: list[str] = [f"{self.name}.{i}" for i in range(len(self.blocks))]
+        for block in self.blocks:
+            _conv1d_to_linear(block)
+        first = next(m for m in self.blocks[0].modules() if isinstance(m, nn.Linear))
+        self.dtype: torch.dtype = first.weight.dtype
+        # Of the tuple that a block returns; 0 when it returns a tensor, None before it is known.
+        self._output_length: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits the head gives for each token."""
+        return self.model.config.get_text_config().vocab_size
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """The linear layers of a block by their full dotted names, in module order; weights are [out, in]."""
+        prefix = self.block_names[index]
+        return {f"{prefix}.{n}": m for n, m in self.blocks[index].named_modules() if isinstance(m, nn.Linear)}
+
+    # Running
+
+    @torch.no_grad()
+    def prepare(self, input_ids: Tensor, like: Calls | None = None) -> tuple[Tensor, Calls]:
+        """What enters block 0, and what each block is called with; no block and no head is computed.
+
+        Args:
+            input_ids: int64 [batch, length], on the device of the embeddings.
+            like: calls of an earlier batch. What is equal in both (masks and position embeddings, as a rule) is taken
+                from there, so that many batches hold it once. What differs stays as it is.
+
+        Returns:
+            Hidden states [batch, length, hidden], and a call for each block.
+
+        Raises:
+            UserError: the model does not run its blocks one after the other, each once.
+        """
+        entering, calls = self._record(input_ids, len(self.blocks))
+        if like is None:
+            return entering, calls
+        memo: dict[tuple[int, int], Any] = {}
+        return entering, [_share_call(new, old, memo) for new, old in zip(calls, like, strict=True)]
+
+    def prepare_windows(
+        self,
+        windows: Tensor,
+        batch_size: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        storage: torch.device | str | None = None,
+    ) -> Prepared:
+        """``prepare`` for all windows, batch by batch, with the embeddings on ``device`` in ``dtype`` meanwhile.
+
+        Args:
+            windows: int64 [sequences, length].
+            storage: where the hidden states stay; ``device`` when None. Calls are on ``device``.
+
+        Returns:
+            Hidden states [sequences, length, hidden] of all windows, and the calls of each batch.
+        """
+        rows = [slice(i, min(i + batch_size, len(windows))) for i in range(0, len(windows), batch_size)]
+        calls: list[Calls] = []
+        hidden = torch.empty(0)
+        with self.outside_on_device(device, dtype):
+            for batch in rows:
+                ids = windows[batch].to(device)
+                # Calls of the first batch serve all others but a smaller last one.
+                entering, recorded = self.prepare(ids, calls[0] if calls else None)
+                if not calls:
+                    hidden = entering.new_empty((*windows.shape, entering.shape[-1]), device=storage or device)
+                hidden[batch] = entering
+                calls.append(recorded)
+        return Prepared(hidden, rows, calls)
+
+    @torch.no_grad()
+    def run_block(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+        """What block ``index`` makes of hidden states [batch, length, hidden]; the same shape and dtype."""
+        args, kwargs = call.fill(hidden)
+        return _first(self.blocks[index](*args, **kwargs))
+
+    @torch.no_grad()
+    def head(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
+        """Logits [batch, length, vocabulary] from what leaves the last block [batch, length, hidden]."""
+        last = self.blocks[-1]
+
+        def passing(block: nn.Module) -> Callable[..., Any]:
+            return lambda *args, **kwargs: self._output(hidden if block is last else _split(args, kwargs)[0])
+
+        self._learn_output(input_ids)
+        with self._forwards([passing(block) for block in self.blocks]):
+            return self.model(input_ids=input_ids, use_cache=False, return_dict=True).logits
+
+    @torch.no_grad()
+    def input_groups(self, index: int) -> InputGroups:
+        """Which linear layers of a block receive the very same input, found by watching one small forward pass."""
+        seen: dict[str, list[tuple]] = {}
+        alive: list[Tensor] = []  # a freed tensor's address would be given to another
+
+        def watch(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+                value = args[0] if args else next(iter(kwargs.values()))
+                alive.append(value)
+                seen.setdefault(name, []).append(_identity(value))
+
+            return hook
+
+        names = self.linears(index)
+        # Only outside of inference mode do tensors count the writes to them.
+        with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+            hidden, calls = self.prepare(self._probe_ids())
+            stack.enter_context(self.on_device(index, hidden.device, hidden.dtype))
+            for name, layer in names.items():
+                handle = layer.register_forward_pre_hook(watch(name), with_kwargs=True)
+                stack.callback(handle.remove)
+            self.run_block(index, hidden, calls[index])
+        groups: dict[tuple, list[str]] = {}
+        for name, inputs in seen.items():  # in order of their first call
+            groups.setdefault(tuple(inputs), []).append(name)
+        return InputGroups(list(groups.values()), [name for name in names if name not in seen])
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Make sure that block by block gives what the model gives, on a few tokens, where and as its weights are.
+
+        Raises:
+            UserError: the results differ, so that an architecture passes more between its blocks than hidden states.
+        """
+        ids = self._probe_ids()
+        expected = self.model(input_ids=ids, use_cache=False, return_dict=True).logits
+        hidden, calls = self.prepare(ids)
+        for index, call in enumerate(calls):
+            hidden = self.run_block(index, hidden, call)
+        if not torch.allclose(self.head(ids, hidden), expected, rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise UserError(
+                f"{type(self.model).__name__} cannot be run block by block: its blocks exchange more than hidden "
+                "states. This architecture is not supported."
+            )
+
+    # Placing
+
+    @contextmanager
+    def on_device(self, index: int, device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
+        """Inside, block ``index`` is on ``device`` in ``dtype``; afterwards it has its own tensors again.
+
+        In float32 everything floating is converted, else only what has the blocks' dtype: what a half-precision model
+        keeps in float32 stays so.
+        """
+        with self._converted(self.blocks[index], lambda _: True, device, dtype):
+            yield
+
+    @contextmanager
+    def outside_on_device(self, device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
+        """Inside, all that is not in blocks (embeddings, norms, head) is on ``device`` in ``dtype``, as ``prepare`` and
+        ``head`` need it."""
+        with self._converted(self.model, lambda name: not name.startswith(f"{self.name}."), device, dtype):
+            yield
+
+    @contextmanager
+    def with_weights(self, index: int, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the named layers of block ``index`` have these weights; afterwards their own tensors again.
+
+        Args:
+            weights: [out, in] by full layer name, of any device and float dtype; they are converted to those that the
+                layer has at the time. Layers that are not named stay as they are.
+
+        Raises:
+            ValueError: a name that is not a linear layer of the block, or a wrong shape.
+        """
+        layers = self.linears(index)
+        prefix = len(self.block_names[index]) + 1
+        tensors = {}
+        for name, weight in weights.items():
+            if name not in layers:
+                raise ValueError(f"{name} is no linear layer of {self.block_names[index]}")
+            own = layers[name].weight
+            if weight.shape != own.shape:
+                raise ValueError(f"{name} needs a weight of shape {tuple(own.shape)}, got {tuple(weight.shape)}")
+            tensors[f"{name[prefix:]}.weight"] = weight.to(own.device, own.dtype)
+        with substituted(self.blocks[index], tensors):
+            yield
+
+    @contextmanager
+    def _converted(
+        self, module: nn.Module, wanted: Callable[[str], bool], device: torch.device | str, dtype: torch.dtype
+    ) -> Iterator[None]:
+        def convert(tensor: Tensor) -> Tensor:
+            narrow = dtype == torch.float32 or tensor.dtype == self.dtype
+            return tensor.to(device, dtype if tensor.is_floating_point() and narrow else tensor.dtype)
+
+        memo: dict[int, Tensor] = {}  # tied tensors stay one
+        tensors = {}
+        for name, tensor in _tensors(module):
+            if wanted(name):
+                if id(tensor) not in memo:
+                    memo[id(tensor)] = convert(tensor)
+                tensors[name] = memo[id(tensor)]
+        with substituted(module, tensors):
+            yield
+
+    # The model's own forward, with other blocks
+
+    @contextmanager
+    def _forwards(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        """Inside, the blocks' forwards are these."""
+        saved = [block.__dict__.get("forward") for block in self.blocks]  # an instance has one of its own seldom
+        try:
+            for block, forward in zip(self.blocks, forwards, strict=True):
+                block.__dict__["forward"] = forward
+            yield
+        finally:
+            for block, own in zip(self.blocks, saved, strict=True):
+                if own is None:
+                    block.__dict__.pop("forward", None)
+                else:
+                    block.__dict__["forward"] = own
+
+    def _record(self, input_ids: Tensor, count: int) -> tuple[Tensor, Calls]:
+        """What enters block 0, and the calls of the first ``count`` blocks; the forward pass ends there."""
+        entering: list[Tensor] = []
+        calls: Calls = []
+
+        def recorder(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if index != len(calls):
+                    raise UserError(self._out_of_order(f"block {index} was called as number {len(calls)}"))
+                hidden, call = _split(args, kwargs)
+                if index == 0:
+                    entering.append(hidden)
+                calls.append(call)
+                if len(calls) == count:
+                    raise _Stop
+                return self._output(hidden)
+
+            return forward
+
+        if count > 1:
+            self._learn_output(input_ids)
+        with self._forwards([recorder(i) for i in range(len(self.blocks))]):
+            try:
+                self.model(input_ids=input_ids, use_cache=False)
+            except _Stop:
+                return entering[0], calls
+        raise UserError(self._out_of_order(f"only {len(calls)} of {len(self.blocks)} were called"))
+
+    def _out_of_order(self, found: str) -> str:
+        return (
+            f"{type(self.model).__name__} does not run the blocks {self.name} one after the other, each once: {found}. "
+            "This architecture is not supported."
+        )
+
+    def _output(self, hidden: Tensor) -> Any:
+        """Hidden states in the form that the model expects of a block."""
+        return (hidden, *(None,) * (self._output_length - 1)) if self._output_length else hidden
+
+    def _learn_output(self, input_ids: Tensor) -> None:
+        """Find out, once, whether blocks return a tensor or a tuple."""
+        if self._output_length is not None:
+            return
+        hidden, calls = self._record(input_ids[:1, :2], 1)
+        args, kwargs = calls[0].fill(hidden)
+        with self.on_device(0, hidden.device, hidden.dtype):
+            output = self.blocks[0](*args, **kwargs)
+        self._output_length = len(output) if isinstance(output, tuple) else 0
+
+    def _probe_ids(self) -> Tensor:
+        device = self.model.get_input_embeddings().weight.device
+        return (torch.arange(_PROBE_TOKENS, device=device) % self.vocabulary)[None]
+
+
+class _Stop(Exception):
+    """Leaves the model's forward once everything is recorded."""
+
+
+# Finding
+
+
+def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The longest list of like modules with linear layers; lists inside such a list (experts) do not count."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and not inside and _is_stack(module):
+            found[name] = module
+    if not found:
+        raise UserError(
+            f"{type(model).__name__} has no list of decoder blocks (an nn.ModuleList of modules of one class with "
+            "linear layers in them). This architecture is not supported."
+        )
+    return max(found.items(), key=lambda item: len(item[1]))
+
+
+def _is_stack(modules: nn.ModuleList) -> bool:
+    return len({type(m) for m in modules}) == 1 and all(
+        any(isinstance(inner, nn.Linear | Conv1D) for inner in module.modules()) for module in modules
+    )
+
+
+def _conv1d_to_linear(block: nn.Module) -> None:
+    for module in list(block.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Conv1D):
+                linear = nn.Linear(child.nx, child.nf, device="meta")
+                linear.weight = nn.Parameter(child.weight.detach().t(), requires_grad=False)
+                linear.bias = child.bias
+                linear.train(child.training)
+                setattr(module, name, linear)
+
+
+# Calls
+
+
+def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
+    """A block's hidden states, and its call without them."""
+    if args:
+        return args[0], Call((None, *args[1:]), dict(kwargs), 0)
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+    return kwargs[name], Call((), {**kwargs, name: None}, name)
+
+
+def _share_call(new: Call, old: Call, memo: dict[tuple[int, int], Any]) -> Call:
+    return Call(_share(new.args, old.args, memo), _share(dict(new.kwargs), dict(old.kwargs), memo), new.place)
+
+
+def _share(new: Any, old: Any, memo: dict[tuple[int, int], Any]) -> Any:
+    """``new`` with every tensor that equals the one at the same place in ``old`` replaced by that one."""
+    if isinstance(new, Tensor) and isinstance(old, Tensor):
+        key = (id(new), id(old))
+        if key not in memo:  # all blocks have the same masks: compare them once
+            memo[key] = old if _equal(new, old) else new
+        return memo[key]
+    if type(new) is not type(old):
+        return new
+    if type(new) in (tuple, list) and len(new) == len(old):
+        return type(new)(_share(a, b, memo) for a, b in zip(new, old, strict=True))
+    if type(new) is dict:
+        return {name: _share(value, old.get(name), memo) for name, value in new.items()}
+    return new
+
+
+def _equal(new: Tensor, old: Tensor) -> bool:
+    alike = new.shape == old.shape and new.dtype == old.dtype and new.device == old.device
+    return alike and torch.equal(new, old)
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _identity(tensor: Tensor) -> tuple:
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, version
+
+
+# Tensors of modules
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers by their names, tied ones under each of theirs."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+@contextmanager
+def substituted(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the named parameters and buffers are these tensors; afterwards the very same ones as before.
+
+    Args:
+        tensors: by dotted name below ``module``. A tied parameter is known under several names; name them all.
+    """
+    saved: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for name, tensor in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(path)
+            held: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+            saved.append((held, leaf, held[leaf]))
+            is_parameter = held is owner._parameters
+            held[leaf] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+        yield
+    finally:
+        for held, leaf, own in reversed(saved):
+            held[leaf] = own

@@ -1,0 +1,307 @@
+"""The stages of one job, from a typed config to what stands in its folder.
+
+    model, calibration text ──► quantize ──► parent (in the store) ──► evaluate ──► results.json, report.html, wandb
+
+The objective decides the parent; ``bits`` only decides which slices are measured, so jobs that differ in ``bits`` alone
+share one parent. A dedicated method makes one model per width instead.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import logging
+import math
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from matquant import report
+from matquant.config import Config, MethodConfig
+from matquant.data import texts
+from matquant.errors import UserError
+from matquant.evaluate.slices import evaluate_slices, steps
+from matquant.evaluate.metrics import Metrics
+from matquant.models.blocks import BlockModel, compute_dtype
+from matquant.models.load import load
+from matquant.progress import Bars
+from matquant.quantize.driver import Driver, check_layers
+from matquant.quantize.parent import Parent
+from matquant.quantize.solver import SolverOptions
+from matquant.store import Artifact, Draft, Store
+
+log = logging.getLogger(__name__)
+
+# Part of a parent's key: raised when the same settings would give other codes than before.
+_SOLVER_VERSION = 1
+
+_VERSIONS = ("matquant", "torch", "transformers", "numpy", "numba", "datasets", "hydra-core")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Where a job writes, and what it is called."""
+
+    folder: Path
+    command: str
+    name: str
+    group: str | None
+    resolved: Any
+
+
+def run_job(config: Config, job: Job) -> float | None:
+    """Run all stages of one job.
+
+    Returns:
+        The mean over the measured slices of ``config.metric``, or None without evaluation.
+
+    Raises:
+        UserError: something in the config, model or text cannot be worked with.
+    """
+    if config.runtime.threads is not None:
+        torch.set_num_threads(config.runtime.threads)
+    results = _Run(config, job).results()
+    report.write(results, job.folder)
+    page = report.write_report(results, job.folder)
+    if config.tracking.wandb:
+        report.track(results, config.tracking, job.folder, job.group, job.name)
+    console = Console()
+    report.print_table(results, console)
+    console.print(f"report: {page}", soft_wrap=True, highlight=False)
+    return _figure(results, config.metric)
+
+
+class _Run:
+    """The state that the stages of one job share."""
+
+    def __init__(self, config: Config, job: Job) -> None:
+        self.config = config
+        self.job = job
+        self.bars = Bars(config.runtime.progress)
+        self.seconds: dict[str, float] = {}
+        self.warnings: list[str] = []
+        self.store = Store(Path(config.store.path))
+        with self._timed("load"):
+            self.device = _device(config.runtime.device)
+            self.loaded = load(config.model)
+            self.warnings += self.loaded.warnings
+            self.blocks = BlockModel(self.loaded.model)
+            self.dtype = compute_dtype(self.loaded.dtype, self.device)
+            check_layers(self.blocks, config.method.group_size, config.method.skips)
+            self.evaluation = self._evaluation_windows()
+
+    def results(self) -> dict[str, Any]:
+        with self._timed("quantize"):
+            parents = self._quantize()
+        measured: dict[str, dict[str, Any]] = {}
+        with self._timed("evaluate"):
+            if "evaluate" in self.config.stages:
+                measured = self._evaluate(parents)
+        return self._assemble(parents, measured)
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
+
+    def _evaluation_windows(self) -> dict[str, Tensor]:
+        """Cut before any long work, so that a text that is missing or too short is refused at once."""
+        if "evaluate" not in self.config.stages:
+            return {}
+        tokenizer = self.loaded.tokenizer
+        return {n: texts.windows(t, "evaluation", tokenizer) for n, t in self.config.eval.datasets.items()}
+
+    def _quantize(self) -> dict[int, Parent]:
+        """The parent of each width to measure: one and the same, or for a dedicated method one each."""
+        method, widths = self.config.method, self.config.widths
+        windows = None
+        if method.solver != "rtn":
+            windows = texts.windows(self.config.calibration, "calibration", self.loaded.tokenizer)
+        if method.dedicated:
+            return {b: self._open_parent(_options(method, {b: 1.0}, b, self.loaded.dtype), windows) for b in widths}
+        options = _options(method, self.config.objective.weights, method.master_bits, self.loaded.dtype)
+        return dict.fromkeys(widths, self._open_parent(options, windows))
+
+    def _open_parent(self, options: SolverOptions, windows: Tensor | None) -> Parent:
+        method = self.config.method
+        names = [n for i in range(len(self.blocks)) for n in self.blocks.linears(i)]
+        skipped = [n for n in names if method.skips(n)]
+        inputs = {
+            "model": self.loaded.fingerprint,
+            "calibration": None if windows is None else texts.fingerprint(windows),
+            "options": _plain(options),
+            "skipped": skipped,
+            "solver": _SOLVER_VERSION,
+        }
+        width = f" at {options.master_bits} bits" if method.dedicated else ""
+
+        def build(draft: Draft) -> dict[str, Any]:
+            if "quantize" not in self.config.stages:
+                raise UserError(f"The store has no such parent{width} yet; add quantize to stages, or check the settings.")
+            if draft.resumed:
+                log.info("resuming an unfinished parent%s from its last finished block", width)
+            with self.bars.bar(f"quantize{width}", len(names) - len(skipped)) as progress:
+                driver = Driver(
+                    self.blocks, options, skips=method.skips, device=self.device, dtype=self.dtype,
+                    progress=progress,
+                )  # fmt: skip
+                blocks = driver.run(draft, windows, self.config.calibration.batch_size)
+            return {"label": f"{self.loaded.label} {method.name}{width}", "blocks": blocks, "skipped": skipped}
+
+        artifact = self.store.open_or_build("parent", inputs, build)
+        parent = Parent(artifact)
+        self.warnings += [*artifact.notes, *parent.notes()]
+        return parent
+
+    def _evaluate(self, parents: Mapping[int, Parent]) -> dict[str, dict[str, Any]]:
+        """For each dataset the metrics of every variant: ``full`` and each width."""
+
+        def weights_of(index: int, variant: str) -> dict[str, Tensor]:
+            bits = int(variant)
+            return {name: w.decode(bits) for name, w in parents[bits].block(index).items()}
+
+        measured = {}
+        for name, windows in self.evaluation.items():
+            variants = [str(bits) for bits in parents]
+            batch_size = self.config.eval.datasets[name].batch_size
+            with self.bars.bar(f"evaluate on {name}", steps(self.blocks, windows, variants)) as progress:
+                measured[name] = evaluate_slices(
+                    self.blocks, windows, weights_of, variants, batch_size, self.device, progress
+                )
+        return measured
+
+    def _assemble(self, parents: Mapping[int, Parent], measured: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "schema": 1,
+            "model": self.loaded.label,
+            "method": self.config.method.name,
+            "command": self.job.command,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "config": self.job.resolved,
+            "parent": _describe(parents),
+            "baseline": {
+                "bytes": self._dense_bytes(),
+                "perplexity": {name: _finite(m["full"].perplexity) for name, m in measured.items()},
+            },
+            "slices": [_slice(bits, parent, measured) for bits, parent in parents.items()],
+            "seconds": self.seconds,
+            "layers": _layer_rows(parents),
+            "warnings": list(dict.fromkeys(self.warnings)),
+            "versions": _versions(),
+        }
+
+    def _dense_bytes(self) -> int:
+        """Bytes of the quantized layers in the model's own dtype."""
+        return sum(
+            layer.weight.numel() * self.loaded.dtype.itemsize
+            for index in range(len(self.blocks))
+            for name, layer in self.blocks.linears(index).items()
+            if not self.config.method.skips(name)
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"runtime.device={name} is no device; use auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"runtime.device={name}: this machine has {torch.cuda.device_count()} CUDA devices. Use cpu or auto.")
+    return device
+
+
+def _options(method: MethodConfig, weights: Mapping[int, float], master_bits: int, dtype: torch.dtype) -> SolverOptions:
+    """Solver options; only the ratios of the weights matter, so the largest is made 1."""
+    largest = max(weights.values())
+    return SolverOptions(
+        weights={bits: weight / largest for bits, weight in sorted(weights.items()) if weight > 0},
+        master_bits=master_bits,
+        slicing=method.slicing,
+        feedback=method.feedback,
+        group_size=method.group_size,
+        symmetric=method.symmetric,
+        scale=method.scale,
+        act_order=method.act_order,
+        sweeps=method.sweeps,
+        damp=method.damp,
+        block_size=method.block_size,
+        scale_dtype=torch.float16 if dtype == torch.float32 else dtype,
+    )
+
+
+def _plain(options: SolverOptions) -> dict[str, Any]:
+    """The options as JSON can hold them."""
+    plain = dataclasses.asdict(options)
+    return plain | {"weights": {str(b): w for b, w in options.weights.items()}, "scale_dtype": str(options.scale_dtype)}
+
+
+def _describe(parents: Mapping[int, Parent]) -> dict[str, Any]:
+    """The parent as results name it; for a dedicated method the sum of its models, and each of them."""
+    described = {bits: _describe_artifact(parent.artifact) for bits, parent in parents.items()}
+    models = list({d["sha256"]: d for d in described.values()}.values())
+    if len(models) == 1:
+        return models[0]
+    together = hashlib.sha256("".join(sorted(m["sha256"] for m in models)).encode()).hexdigest()
+    return {
+        "path": str(Path(models[0]["path"]).parent),
+        "sha256": together,
+        "bytes": sum(m["bytes"] for m in models),
+        "reused": all(m["reused"] for m in models),
+        "models": {str(bits): model for bits, model in described.items()},
+    }
+
+
+def _describe_artifact(artifact: Artifact) -> dict[str, Any]:
+    return {"path": str(artifact.path), "sha256": artifact.sha256, "bytes": artifact.bytes, "reused": artifact.reused}
+
+
+def _slice(bits: int, parent: Parent, measured: Mapping[str, Mapping[str, Metrics]]) -> dict[str, Any]:
+    of_width = {name: metrics[str(bits)] for name, metrics in measured.items()}
+    return {
+        "bits": bits,
+        "average_bits": float(bits),
+        "bytes": parent.bytes_read(bits),
+        "perplexity": {name: _finite(m.perplexity) for name, m in of_width.items()},
+        "kl": {name: _finite(m.kl) for name, m in of_width.items()},
+        "top1_agreement": {name: m.top1_agreement for name, m in of_width.items()},
+        "tasks": {},
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: what overflowed counts as not measurable."""
+    return value if math.isfinite(value) else None
+
+
+def _layer_rows(parents: Mapping[int, Parent]) -> list[dict[str, Any]]:
+    """A row per layer, with the errors of all models that were made for different widths."""
+    rows: dict[str, dict[str, Any]] = {}
+    for parent in dict.fromkeys(parents.values()):
+        for row in parent.layer_errors():
+            known = rows.setdefault(row["name"], row | {"error": {}})
+            known["error"] |= row["error"]
+    return list(rows.values())
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _figure(results: Mapping[str, Any], metric: str) -> float | None:
+    """The mean of one metric over slices and datasets, for a sweeper to minimise."""
+    values = [value for entry in results["slices"] for value in entry[metric].values()]
+    return sum(math.inf if v is None else v for v in values) / len(values) if values else None

@@ -1,0 +1,108 @@
+"""What a sweep leaves beside its jobs: ``summary.csv``, ``summary.html`` and a comparison on the terminal."""
+
+import atexit
+import csv
+import io
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.experimental.callback import Callback
+
+from matquant.report.files import write_atomic
+from matquant.report.sweep import ERROR_FILE, Job, Row, read_jobs, rows
+
+if TYPE_CHECKING:
+    from hydra.core.utils import JobReturn
+    from omegaconf import DictConfig
+
+CSV_NAME, HTML_NAME = "summary.csv", "summary.html"
+
+
+def summarize(folder: Path, since: float | None = None) -> list[Row]:
+    """Write ``summary.csv`` and ``summary.html`` over the jobs below ``folder``, and return the rows.
+
+    A row per job and slice: job, overrides, model, method, status (``done`` or ``failed``), bits, average_bits, bytes,
+    perplexity_NAME and kl_NAME per dataset, seconds_quantize, reused, parent_sha256, error. With ``since`` (seconds
+    since the epoch), results from before that time do not count for jobs that were started again after it.
+    """
+    jobs = read_jobs(Path(folder), since)
+    return _write(jobs, Path(folder))
+
+
+def _write(jobs: Sequence[Job], folder: Path) -> list[Row]:
+    from matquant.report.summary_page import render_summary
+
+    table = rows(jobs)
+    write_atomic(folder / CSV_NAME, _csv(table))
+    write_atomic(folder / HTML_NAME, render_summary(jobs, _title(folder.resolve())))
+    return table
+
+
+def _title(folder: Path) -> str:
+    """The folder's name; Hydra's default is a time of day, which says little without the date above it."""
+    dated = all(re.fullmatch(r"[\d-]+", name) for name in (folder.parent.name, folder.name))
+    return f"{folder.parent.name} {folder.name}" if dated else folder.name
+
+
+def _csv(table: Sequence[Row]) -> str:
+    buffer = io.StringIO()
+    header = list(table[0]) if table else ["job"]
+    writer = csv.DictWriter(buffer, header, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return buffer.getvalue()
+
+
+class SummaryCallback(Callback):
+    """Summarizes a multirun when it ends, also when a job failed and Hydra therefore ends with its error.
+
+    Sample config::
+
+        hydra:
+          callbacks:
+            summary:
+              _target_: matquant.report.summary.SummaryCallback
+
+    Lifecycle: ``on_multirun_start`` and ``on_multirun_end`` run in the launching process; ``on_job_start`` and
+    ``on_job_end`` in the process of the job, which a launcher may have started with a pickled copy of this object.
+    """
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None  # of the sweep; None in a single run
+        self.started = 0.0
+
+    def on_multirun_start(self, config: "DictConfig", **kwargs: Any) -> None:
+        self.folder = Path(str(config.hydra.sweep.dir)).absolute()
+        self.started = time.time()
+        # Hydra raises a failed job's error instead of calling on_multirun_end.
+        atexit.register(self._finish)
+
+    def on_job_start(self, config: "DictConfig", **kwargs: Any) -> None:
+        if self.folder is not None:
+            (Path(config.hydra.runtime.output_dir) / ERROR_FILE).unlink(missing_ok=True)
+
+    def on_job_end(self, config: "DictConfig", job_return: "JobReturn", **kwargs: Any) -> None:
+        if self.folder is not None and job_return.status.name == "FAILED":
+            error = job_return._return_value  # return_value would raise it
+            write_atomic(Path(config.hydra.runtime.output_dir) / ERROR_FILE, f"{type(error).__name__}: {error}\n")
+
+    def on_multirun_end(self, config: "DictConfig", **kwargs: Any) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
+        atexit.unregister(self._finish)
+        if self.folder is None or not self.folder.is_dir():
+            return
+        from rich.console import Console
+
+        from matquant.report.summary_table import print_summary
+
+        jobs = read_jobs(self.folder, self.started)
+        if jobs:
+            _write(jobs, self.folder)
+            sys.stdout.flush()
+            print_summary(jobs, self.folder / HTML_NAME, Console())

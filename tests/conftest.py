@@ -1,0 +1,78 @@
+"""Shared fixtures: small models made on the spot, and the command line as a user calls it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Before anything reads them: no test may look for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "experiments" / "tiny" / "model"
+
+# The smallest job: few windows, short ones.
+SMALL = (
+    "calibration.sequences=4",
+    "calibration.sequence_length=64",
+    "eval.datasets.stdlib.sequences=4",
+    "eval.datasets.stdlib.sequence_length=64",
+    "tracking=none",
+)
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> Path:
+    """A random Llama of 4 blocks with the shipped tokenizer: hidden 64, so that group sizes 32 and 64 fit and 128 does not."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).half().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def matquant(tmp_path, monkeypatch, capfd):
+    """Call the command line in this process: returns exit status, standard output and standard error."""
+    from matquant import cli
+
+    monkeypatch.setenv("MATQUANT_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+
+    def call(*overrides: str):
+        where = (f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep")
+        monkeypatch.setattr(sys, "argv", ["run.py", *overrides, *where])
+        capfd.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    return call
+
+
+@pytest.fixture
+def run_py(tmp_path):
+    """Start ``python run.py`` as a process of its own, with a store in the test's folder; returns the Popen object."""
+
+    def start(*overrides: str, **environment: str) -> subprocess.Popen:
+        where = (f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep", f"store.path={tmp_path}/store")
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "run.py"), *overrides, *where], cwd=tmp_path, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment},
+        )  # fmt: skip
+
+    return start

@@ -1,0 +1,157 @@
+import json
+import logging
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import wandb
+from wandb.proto import wandb_internal_pb2 as pb
+
+from matquant.config import TrackingConfig
+from matquant.report import track
+
+CONFIG = TrackingConfig(wandb=True, project="matquant", group=None, tags=("one", "two"))
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+
+
+def records(path):
+    """The records of an offline run: LevelDB's log format, 32 KiB blocks, around protocol buffers."""
+    content = path.read_bytes()
+    assert content[:4] == b":W&B"
+    position, pending = 7, b""
+    while position + 7 <= len(content):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[position : position + 7])
+        if kind == 0 and length == 0:
+            return
+        pending += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or its last part
+            record = pb.Record()
+            record.ParseFromString(pending)
+            pending = b""
+            yield record
+
+
+def items(update):
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in update}
+
+
+def read_run(folder: Path):
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    run = {"history": [], "summary": {}, "config": {}, "metrics": {}}
+    for record in records(path):
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            run["history"].append(items(record.history.item))
+        elif kind == "summary":
+            run["summary"] |= items(record.summary.update)
+        elif kind == "metric":
+            run["metrics"][record.metric.name or record.metric.glob_name] = record.metric.step_metric
+        elif kind == "run":
+            run["config"] |= items(record.run.config.update)
+            run |= {"group": record.run.run_group, "name": record.run.display_name, "tags": list(record.run.tags)}
+            run |= {"project": record.run.project, "id": record.run.run_id}
+    return run
+
+
+def test_a_run_reads_back(make_results, tmp_path, capfd):
+    assert track(make_results(allocation=True), CONFIG, tmp_path, "sweep-7", "job-3") is None
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err == ""
+
+    run = read_run(tmp_path)
+    assert (run["project"], run["group"], run["name"], run["tags"]) == ("matquant", "sweep-7", "job-3", ["one", "two"])
+    assert run["config"]["method"] == {"name": "matgptq", "group_size": 128}
+    assert run["config"]["command"] == "python run.py method=matgptq"
+    assert run["metrics"] == {"slice/bits": "", "slice/*": "slice/bits"}
+
+    widths = [row for row in run["history"] if "slice/bits" in row]
+    figures = [
+        (row["_step"], row["slice/bits"], row["slice/kl/stdlib"], row["slice/perplexity/stdlib"]) for row in widths
+    ]
+    assert figures == [(2, 2, 1.0, 8.0), (3, 3, 0.25, 7.25), (4, 4, 0.0625, 7.0625)]
+    assert [row["allocation/kl/stdlib"] for row in run["history"] if "allocation/bits" in row] == [0.5]
+
+    summary = run["summary"]
+    assert (summary["kl/2"], summary["kl/allocation"], summary["bytes/4"]) == (1.0, 0.5, 500_000)
+    assert summary["seconds/quantize"] == 12.5
+    assert summary["parent/sha256"] == "ab" * 32
+    assert summary["slices/nrows"] == 5
+    assert summary["layers/nrows"] == 6
+    assert summary["report/_type"] == "html-file"
+    assert summary["plots/kl_bits/_type"] == "image-file"
+    assert summary["plots/layer_error_2/_type"] == "image-file"
+    for key in ("slices/path", "layers/path", "report/path", "plots/kl_bits/path"):
+        (files,) = tmp_path.glob("wandb/offline-run-*/files")
+        assert (files / summary[key]).is_file()
+
+
+def test_two_runs_in_one_process_share_a_group_and_leave_nothing_behind(make_results, tmp_path):
+    before = dict(os.environ)
+    for index, method in enumerate(("rtn", "matgptq")):
+        assert track(make_results(method, layers=[]), CONFIG, tmp_path / str(index), "sweep", f"job-{index}") is None
+    first, second = read_run(tmp_path / "0"), read_run(tmp_path / "1")
+    assert first["group"] == second["group"] == "sweep"
+    assert first["id"] != second["id"]
+    assert (first["name"], second["name"]) == ("job-0", "job-1")
+    assert (first["summary"]["method"], second["summary"]["method"]) == ("rtn", "matgptq")
+    assert wandb.run is None
+    assert dict(os.environ) == before
+
+
+def test_the_configured_group_goes_first_and_folders_are_made(make_results, tmp_path):
+    config = TrackingConfig(wandb=True, project="p", group="mine", tags=())
+    assert track(make_results(bits=(2,), layers=[]), config, tmp_path / "a" / "b", "sweep", "x") is None
+    assert read_run(tmp_path / "a" / "b")["group"] == "mine"
+
+
+def test_several_datasets_have_a_mean(make_results, tmp_path):
+    results = make_results(bits=(2,), datasets=("a", "b"), layers=[])
+    results["slices"][0]["kl"] = {"a": 1.0, "b": 2.0}
+    assert track(results, CONFIG, tmp_path, None, "x") is None
+    assert read_run(tmp_path)["summary"]["kl/2"] == 1.5
+
+
+def test_a_failure_is_one_warning(make_results, tmp_path, monkeypatch, caplog):
+    def refuse(**_):
+        raise RuntimeError("the server\nsaid no")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with caplog.at_level(logging.WARNING):
+        sentence = track(make_results(), CONFIG, tmp_path, None, "x")
+    assert sentence.startswith("Weights & Biases did not record this run")
+    assert "the server said no" in sentence
+    assert [record.getMessage() for record in caplog.records] == [sentence]
+
+
+def test_a_failure_halfway_finishes_the_run(make_results, tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("matquant.report.tracking._media", fail)
+    assert "MemoryError" in track(make_results(), CONFIG, tmp_path, None, "x")
+    assert wandb.run is None
+    assert "WANDB_SERVICE" not in os.environ
+
+
+def test_a_folder_that_cannot_be_is_a_warning(make_results, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "did not record" in track(make_results(), CONFIG, tmp_path / "file", None, "x")
+
+
+@pytest.mark.parametrize("switch", ["config", "environment"])
+def test_can_be_switched_off(make_results, tmp_path, monkeypatch, switch):
+    monkeypatch.setenv("WANDB_MODE", "disabled" if switch == "environment" else "offline")
+    config = TrackingConfig(wandb=switch == "environment", project="p", group=None, tags=())
+    assert track(make_results(), config, tmp_path, None, "x") is None
+    assert list(tmp_path.iterdir()) == []

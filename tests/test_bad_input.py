@@ -1,0 +1,98 @@
+"""Everything a user can get wrong ends with a sentence and status 2, before any work."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import SMALL, TINY
+
+
+def model_copy(folder, source=TINY):
+    return shutil.copytree(source, folder / "model")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["bits=9"], "bits: a width must lie in 2..8 bits; found 9"),
+        (["bits=[2,1]"], "bits: a width must lie in 2..8 bits; found 1"),
+        (["bits=[4,4]"], "names a width twice"),
+        (["bits=four"], "bits must be a whole number; found 'four'"),
+        (["objective.weights.4=-1"], "objective.weights.4 must be a number that is not negative; found -1"),
+        (["+objective.weights.11=1"], "objective.weights: a width must lie in 2..8 bits; found 11"),
+        (["+objective.weights.two=1"], "objective.weights must be a whole number; found 'two'"),
+        (["++objective.weights={2:0,3:0,4:0,6:0,8:0}"], "all zero"),
+        (["method.group_size=96"], "method.group_size must be one of 32, 64, 128, -1"),
+        (["method.block_size=96"], "must be a multiple or a divisor of method.group_size"),
+        (["method.master_bits=4"], "is more than the parent's method.master_bits=4"),
+        (["method.slicing=top"], "method.slicing must be one of msb, round; found 'top'"),
+        (["method.damp=0"], "method.damp is a fraction"),
+        (["method=gpttq"], "matgptq_v1"),
+        (["objective=best"], "balanced"),
+        (["method.grup_size=64"], "grup_size"),
+        (["+method.grup_size=64"], "Unknown setting: method.grup_size"),
+        (["stages=[quantise]"], "there is no stage 'quantise'"),
+        (["metric=speed"], "metric must be one of kl, perplexity"),
+        (["model.path=/nowhere/at/all"], "/nowhere/at/all"),
+        (["model.name=a/b"], "Give either model.name"),
+        (["runtime.device=cuda:99"], "CUDA devices"),
+        (["runtime.device=abacus"], "is no device"),
+        (["calibration=text"], "needs calibration.path"),
+        (["calibration=text", "calibration.path=/nowhere"], "/nowhere"),
+        (["calibration.sequences=100000"], "100000"),
+        (["eval.datasets.stdlib.sequence_length=1"], "eval.datasets.stdlib.sequence_length is too small"),
+        (["stages=[evaluate]"], "add quantize to stages"),
+        (["store.path=/dev/null"], "is not a folder"),
+    ],
+)
+def test_sentence_and_status(matquant, overrides, sentence):
+    status, _, err = matquant(*SMALL, *overrides)
+    assert status == 2
+    assert sentence in err
+    assert "Traceback" not in err
+
+
+def test_a_group_size_that_does_not_divide_a_layer(matquant, small_model):
+    status, _, err = matquant(*SMALL, f"model.path={small_model}", "method.group_size=128")
+    assert status == 2
+    assert "does not divide the 64 input features of model.layers.0.self_attn.q_proj" in err
+
+
+def test_a_folder_of_pickles(matquant, tmp_path):
+    folder = model_copy(tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    status, _, err = matquant(*SMALL, f"model.path={folder}")
+    assert status == 2
+    assert "pickles only" in err
+    assert "save_pretrained" in err
+
+
+def test_a_damaged_shard(matquant, tmp_path):
+    folder = model_copy(tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    status, _, err = matquant(*SMALL, f"model.path={folder}")
+    assert status == 2
+    assert "model.safetensors" in err
+
+
+def test_weights_that_are_not_finite_are_named(matquant, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = model_copy(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    status, _, err = matquant(*SMALL, f"model.path={folder}", "method=rtn", "bits=4")
+    assert status == 2
+    assert "model.layers.1.mlp.up_proj hold NaN or Inf" in err
+
+
+def test_a_hub_that_cannot_be_reached(run_py, tmp_path):
+    process = run_py(*SMALL, "model=llama3_8b", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "meta-llama/Llama-3.1-8B" in err
+    assert "model.path" in err
+    assert "Traceback" not in err

@@ -1,0 +1,44 @@
+"""Every preset composes into the typed config, and the help reads well."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from matquant import cli
+from matquant.config import from_hydra
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+CHOICES = [f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.yaml"))]
+EXPERIMENTS = [f"experiment={path.parent.name}" for path in sorted(CONF.parent.glob("experiments/*/config.yaml"))]
+
+
+@pytest.mark.parametrize("choice", [*CHOICES, *EXPERIMENTS])
+def test_every_preset_composes(choice, monkeypatch, tmp_path):
+    cli._register()
+    overrides = [choice]
+    if choice == "calibration=text":
+        overrides.append(f"calibration.path={tmp_path}")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = from_hydra(compose("config", overrides))
+    assert config.widths == config.objective.widths
+
+
+def test_bits_may_be_one_width_or_a_list():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert from_hydra(compose("config", ["bits=3"])).bits == (3,)
+        assert from_hydra(compose("config", ["bits=[2,7]"])).bits == (2, 7)
+
+
+def test_help_names_the_groups_and_the_word_for_word_uses(matquant):
+    status, out, _ = matquant("--help")
+    assert status == 0
+    for text in ("python run.py -m bits=2,3,4,8", "matgptq_v1", "llama3_8b", "objective", "store=ls"):
+        assert text in out
+
+
+def test_the_composed_config_is_printed_and_nothing_runs(matquant, tmp_path):
+    status, out, _ = matquant("--cfg", "job")
+    assert status == 0
+    assert "group_size: 128" in out
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,190 @@
+"""Whole jobs through the command line: results, sweeps, resuming, and looking after the store."""
+
+import csv
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SMALL
+
+# Enough text of the shipped model for a width's KL to stand out of the noise.
+QUICK = (
+    "calibration.sequences=8",
+    "calibration.sequence_length=256",
+    "eval.datasets.stdlib.sequences=4",
+    "eval.datasets.stdlib.sequence_length=256",
+    "tracking=none",
+)
+
+
+def load(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def divergences(results: dict) -> list[float]:
+    return [entry["kl"]["stdlib"] for entry in results["slices"]]
+
+
+@pytest.fixture
+def job(matquant, tmp_path):
+    """Run one job that must succeed; returns its results."""
+
+    def run(*overrides: str) -> dict:
+        status, _, err = matquant(*overrides)
+        assert status == 0, err
+        return load(tmp_path / "run")
+
+    return run
+
+
+def test_the_default_job_on_less_text(matquant, tmp_path):
+    status, out, err = matquant(*QUICK)
+    assert status == 0, err
+    results = load(tmp_path / "run")
+    assert [entry["bits"] for entry in results["slices"]] == [2, 3, 4, 6, 8]
+    kl = divergences(results)
+    assert all(more > less > 0 for more, less in zip(kl, kl[1:], strict=False))
+    full = results["baseline"]["perplexity"]["stdlib"]
+    assert results["slices"][-1]["perplexity"]["stdlib"] == pytest.approx(full, rel=0.005)
+    assert results["parent"]["reused"] is False
+    assert len(results["layers"]) == 42
+    assert all(row["error"]["8"] < row["error"]["2"] for row in results["layers"])
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+    assert "report.html" in out
+
+
+def test_ours_beats_the_published_algorithm_at_every_width(job):
+    ours, published = divergences(job(*QUICK)), divergences(job(*QUICK, "method=matgptq_v1"))
+    assert all(a < b for a, b in zip(ours, published, strict=True))
+
+
+def test_dedicated_methods_make_one_model_per_width(job):
+    enough = (*QUICK, "calibration.sequences=32", "bits=[3,4]")
+    results = job(*enough, "method=gptq")
+    assert results["parent"]["models"].keys() == {"3", "4"}
+    rounded = job(*enough, "method=rtn")
+    assert all(a < b for a, b in zip(divergences(results), divergences(rounded), strict=True))
+    # A model of 3 bits and scales in fp16 for every 128 weights.
+    weights = sum(row["parameters"] for row in results["layers"])
+    assert results["slices"][0]["bytes"] == weights * 3 / 8 + weights / 128 * 2
+
+
+def test_widths_that_the_objective_does_not_name_lie_between_their_neighbours(job):
+    kl = divergences(job(*QUICK, "bits=[4,5,6,7,8]"))
+    assert all(more > less for more, less in zip(kl, kl[1:], strict=False))
+
+
+def test_round_slices_say_that_they_read_one_bit_more(job, small_model):
+    small = (*SMALL, f"model.path={small_model}", "method.group_size=64", "bits=[2,8]")
+    msb, rounded = job(*small), job(*small, "method=matgptq_v1")
+    weights = sum(row["parameters"] for row in msb["layers"])
+    assert rounded["slices"][0]["bytes"] - msb["slices"][0]["bytes"] == weights / 8
+    assert rounded["slices"][1]["bytes"] == msb["slices"][1]["bytes"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method.group_size=32", "method.act_order=true"],
+        ["method.group_size=-1", "method.symmetric=false"],
+        ["method=rtn", "method.dedicated=false"],
+        ["method=gptq", "method.dedicated=false", "method.slicing=msb"],
+        ["method.master_bits=6", "++objective.weights={2:1,4:1,6:1}"],
+        ["method.skip=['*.down_proj']"],
+    ],
+)
+def test_options_compose(job, small_model, overrides):
+    results = job(*SMALL, f"model.path={small_model}", "method.group_size=64", *overrides)
+    kl = divergences(results)
+    assert kl[0] > kl[-1] >= 0
+    names = [row["name"] for row in results["layers"]]
+    assert any("down_proj" in name for name in names) != ("method.skip=['*.down_proj']" in overrides)
+
+
+def test_calibrating_on_a_text_of_ones_own(job, small_model, tmp_path):
+    text = tmp_path / "words.txt"
+    text.write_text(" ".join(f"word{i % 97} and number {i}" for i in range(2000)))
+    results = job(*SMALL, f"model.path={small_model}", "method.group_size=64", "calibration=text",
+                  f"calibration.path={text}", "calibration.sequences=4", "calibration.sequence_length=64")  # fmt: skip
+    assert divergences(results)[0] > 0
+
+
+@pytest.mark.parametrize("launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]])
+def test_a_sweep_over_bits_quantizes_once(run_py, tmp_path, small_model, launcher):
+    process = run_py("-m", "bits=2,3,4,8", f"model.path={small_model}", "method.group_size=64", *SMALL, *launcher)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    jobs = [load(tmp_path / "sweep" / str(number)) for number in range(4)]
+    assert sorted(job["parent"]["reused"] for job in jobs) == [False, True, True, True]
+    assert len({job["parent"]["sha256"] for job in jobs}) == 1
+    assert [job["slices"][0]["bits"] for job in jobs] == [2, 3, 4, 8]
+    with (tmp_path / "sweep" / "summary.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 4
+    assert "summary.html" in out
+
+
+def test_a_failed_job_does_not_lose_the_others(run_py, tmp_path, small_model):
+    process = run_py("-m", "bits=2,3", "method.group_size=64,128", f"model.path={small_model}", *SMALL)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "does not divide" in err
+    with (tmp_path / "sweep" / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4
+    assert sum(row["status"] == "failed" for row in rows) == 2
+
+
+def wait_for(path: Path, process) -> None:
+    deadline = time.monotonic() + 120
+    while not any(path.parent.glob(path.name)):
+        assert time.monotonic() < deadline, "the block was never written"
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+
+
+def test_killed_three_times_it_ends_with_the_same_bytes(run_py, tmp_path):
+    overrides = (*QUICK, "bits=2", "calibration.sequences=16")
+    for block in (0, 2, 4):
+        process = run_py(*overrides)
+        wait_for(tmp_path / "store" / "partial" / f"parent-*/block-000{block}.safetensors", process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    out, err = run_py(*overrides).communicate(timeout=300)
+    assert "resuming" in out + err
+    resumed = load(tmp_path / "run")["parent"]["sha256"]
+    _, err = run_py(*overrides, f"store.path={tmp_path}/undisturbed").communicate(timeout=300)
+    undisturbed = load(tmp_path / "run")["parent"]
+    assert undisturbed["reused"] is False
+    assert resumed == undisturbed["sha256"]
+
+
+def test_a_flipped_byte_is_named_and_mended(job, tmp_path, small_model):
+    small = (*SMALL, f"model.path={small_model}", "method.group_size=64", "bits=2")
+    first = job(*small)["parent"]
+    block = Path(first["path"]) / "block-0002.safetensors"
+    data = bytearray(block.read_bytes())
+    data[-7] ^= 1
+    block.write_bytes(data)
+    again = job(*small)
+    assert again["parent"]["reused"] is False
+    assert again["parent"]["sha256"] == first["sha256"]
+    assert any("block-0002.safetensors" in warning for warning in again["warnings"])
+
+
+def test_looking_after_the_store(matquant, job, small_model):
+    parent = job(*SMALL, f"model.path={small_model}", "method.group_size=64", "bits=2")["parent"]
+    status, out, _ = matquant("store=ls")
+    assert status == 0
+    assert Path(parent["path"]).name in out
+    assert matquant("store=verify")[0] == 0
+    block = Path(parent["path"]) / "block-0000.safetensors"
+    block.write_bytes(block.read_bytes()[:-1])
+    status, out, err = matquant("store=verify")
+    assert status == 2
+    assert "block-0000.safetensors" in out
+    assert "1 damaged" in err
+    assert matquant("store=clean")[0] == 0
+    assert not block.exists()

@@ -21,7 +21,10 @@ def look_after(config: StoreConfig) -> None:
 
 
 def _list(store: Store, console: Console) -> None:
-    table = Table("kind", "key", "what", "MB", "modified", "state", box=None)
+    table = Table("kind", box=None)
+    table.add_column("key", no_wrap=True, min_width=24)
+    for name in ("what", "MB", "modified", "state"):
+        table.add_column(name)
     for entry in store.ls():
         modified = datetime.datetime.fromtimestamp(entry.modified).strftime("%Y-%m-%d %H:%M")
         table.add_row(entry.kind, entry.key, entry.label or "", f"{entry.bytes / 1e6:.1f}", modified, entry.state)

@@ -94,7 +94,9 @@ class _Run:
             self.warnings += self.loaded.warnings
             self.blocks = BlockModel(self.loaded.model)
             self.dtype = compute_dtype(self.loaded.dtype, self.device)
+            self.blocks.check()
             check_layers(self.blocks, config.method.group_size, config.method.skips)
+            self._check_lengths()
             self.evaluation = self._evaluation_windows()
 
     def results(self) -> dict[str, Any]:
@@ -111,6 +113,17 @@ class _Run:
         start = time.perf_counter()
         yield
         self.seconds[stage] = round(time.perf_counter() - start, 3)
+
+    def _check_lengths(self) -> None:
+        named = {"calibration": self.config.calibration}
+        named |= {f"eval.datasets.{name}": text for name, text in self.config.eval.datasets.items()}
+        longest = self.loaded.context_length
+        for name, text in named.items():
+            if longest is not None and text.sequence_length > longest:
+                raise UserError(
+                    f"{name}.sequence_length={text.sequence_length} is longer than the {longest} tokens that "
+                    f"{self.loaded.label} was made for."
+                )
 
     def _evaluation_windows(self) -> dict[str, Tensor]:
         """Cut before any long work, so that a text that is missing or too short is refused at once."""

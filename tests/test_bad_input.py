@@ -41,6 +41,7 @@ def model_copy(folder, source=TINY):
         (["calibration=text", "calibration.path=/nowhere"], "/nowhere"),
         (["calibration.sequences=100000"], "100000"),
         (["eval.datasets.stdlib.sequence_length=1"], "eval.datasets.stdlib.sequence_length is too small"),
+        (["calibration.sequence_length=513"], "calibration.sequence_length=513 is longer than the 512 tokens"),
         (["stages=[evaluate]"], "add quantize to stages"),
         (["store.path=/dev/null"], "is not a folder"),
     ],

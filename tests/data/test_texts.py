@@ -1,0 +1,142 @@
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from matquant.config import TextConfig
+from matquant.data import stdlib, texts
+from matquant.errors import UserError
+from matquant.home import home
+
+END = 999
+
+
+class Characters:
+    """A tokenizer whose tokens are characters."""
+
+    def __init__(self, end: int | None = END) -> None:
+        self.eos_token_id = end
+
+    def __call__(self, batch: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[ord(c) for c in text] for text in batch]}
+
+
+def config(**settings: Any) -> TextConfig:
+    defaults = {"dataset": "text", "path": None, "sequences": 2, "sequence_length": 4, "seed": None, "batch_size": 1}
+    return TextConfig(**(defaults | settings))
+
+
+def characters(row: torch.Tensor) -> str:
+    return "".join("$" if i == END else chr(i) for i in row.flatten().tolist())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "b.txt").write_text("bbbb")
+    (tmp_path / "a.md").write_text("aaaé", encoding="utf-8")
+    (tmp_path / "__init__.py").write_text("")
+    (tmp_path / "notes.rst").write_text("not read")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "c.py").write_text("cccc")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "d.txt").write_text("hidden")
+    return tmp_path
+
+
+def test_documents_are_sorted_and_each_followed_by_the_end_token(folder: Path) -> None:
+    found = texts.windows(config(path=str(folder), sequences=3, sequence_length=5), "evaluation", Characters())
+    assert found.dtype == torch.int64
+    assert characters(found) == "aaaé$bbbb$cccc$"
+
+
+def test_a_tokenizer_without_end_token_and_a_single_file(folder: Path) -> None:
+    found = texts.windows(config(path=str(folder / "b.txt"), sequences=2, sequence_length=2), "train", Characters(None))
+    assert characters(found) == "bbbb"
+
+
+@given(st.integers(0, 2**31), st.integers(1, 8), st.integers(2, 9))
+@settings(max_examples=30, deadline=None)
+def test_drawn_windows_are_different_ones_in_order(seed: int, sequences: int, length: int) -> None:
+    row = torch.arange(100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "_row", lambda *_: row)
+        drawn = config(sequences=sequences, sequence_length=length, seed=seed)
+        found = texts.windows(drawn, "train", Characters())
+        again = texts.windows(drawn, "train", Characters())
+    assert torch.equal(found, again)
+    starts = found[:, 0]
+    assert (starts % length == 0).all()
+    assert (starts.diff() > 0).all()
+    assert torch.equal(found, starts[:, None] + torch.arange(length))
+
+
+def test_other_seeds_draw_other_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "_row", lambda *_: torch.arange(4000))
+    drawn = [texts.windows(config(sequences=8, seed=seed), "train", Characters()) for seed in (0, 1)]
+    assert not torch.equal(*drawn)
+
+
+def test_only_as_many_documents_as_needed_are_read_without_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    def endless(_: str):
+        while True:
+            read.append(1)
+            yield "text"
+
+    monkeypatch.setattr(stdlib, "documents", endless)
+    assert texts.windows(config(dataset="stdlib"), "train", Characters()).shape == (2, 4)
+    assert len(read) <= texts._AT_ONCE
+
+
+def test_the_standard_library_with_a_real_tokenizer_warns_of_nothing(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(home() / "experiments" / "tiny" / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = texts.windows(config(dataset="stdlib", sequences=4, sequence_length=256), "evaluation", tokenizer)
+    text = next(stdlib.documents("evaluation"))
+    ids = [*tokenizer(text[:800], add_special_tokens=False)["input_ids"]]
+    assert found.flatten()[:200].tolist() == ids[:200]
+    assert not caplog.records
+    assert "longer than" not in capsys.readouterr().err
+
+
+def test_too_little_text_says_how_much_there_is(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"5 windows of 4 tokens .*20 tokens.*15 tokens, which make 3\. Lower"):
+        texts.windows(config(path=str(folder), sequences=5), "train", Characters())
+
+
+def test_a_missing_path(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no text at .*nowhere"):
+        texts.windows(config(path=str(tmp_path / "nowhere")), "train", Characters())
+
+
+def test_an_empty_file_and_an_empty_folder(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    with pytest.raises(UserError, match=r"empty\.txt is empty"):
+        texts.windows(config(path=str(empty)), "train", Characters())
+    with pytest.raises(UserError, match="holds no text"):
+        texts.windows(config(path=str(tmp_path)), "train", Characters())
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_file_that_is_not_utf8_is_named(tmp_path: Path, inside: bool) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    path = tmp_path if inside else tmp_path / "latin.txt"
+    with pytest.raises(UserError, match=r"latin\.txt is not UTF-8: byte 3"):
+        texts.windows(config(path=str(path)), "train", Characters())
+
+
+def test_the_fingerprint_knows_ids_and_shape() -> None:
+    ids = torch.arange(12)
+    prints = {texts.fingerprint(w) for w in (ids.view(3, 4), ids.view(4, 3), ids.view(3, 4) + 1)}
+    assert len(prints) == 3
+    assert texts.fingerprint(ids.view(3, 4)) == texts.fingerprint(ids.view(4, 3).clone().view(3, 4))

@@ -1,0 +1,386 @@
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from matquant.errors import UserError
+from matquant.models.blocks import BlockModel, Call, compute_dtype, substituted
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_hidden_layers": 3,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "llama_eager": lambda: LlamaConfig(**SIZES | {"attn_implementation": "eager"}),
+    "qwen3": lambda: Qwen3Config(**SIZES, tie_word_embeddings=True),
+    # A window below the length that is tested, so that sliding and full masks differ, and caps that bite.
+    "gemma2": lambda: Gemma2Config(
+        **SIZES, query_pre_attn_scalar=8, sliding_window=5, attn_logit_softcapping=2.0, final_logit_softcapping=0.5
+    ),
+    "opt": lambda: OPTConfig(
+        hidden_size=32, ffn_dim=48, num_attention_heads=4, num_hidden_layers=3, vocab_size=64,
+        max_position_embeddings=64, word_embed_proj_dim=24, do_layer_norm_before=False, pad_token_id=1,
+    ),
+    "gpt2": lambda: GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=64, n_positions=64),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors are slower on many threads, and pytest has workers beside this one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(kind: str, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    config = CONFIGS[kind]()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
+    with torch.no_grad():
+        for parameter in model.parameters():  # far from initialisation, where norms are 1 and biases 0
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval().requires_grad_(False)
+
+
+def ids_of(batch: int, length: int = 12, seed: int = 1) -> Tensor:
+    return torch.randint(2, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def block_by_block(blocks: BlockModel, ids: Tensor) -> Tensor:
+    hidden, calls = blocks.prepare(ids)
+    for index, call in enumerate(calls):
+        hidden = blocks.run_block(index, hidden, call)
+    return blocks.head(ids, hidden)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_block_by_block_is_the_model_to_the_bit(kind: str, batch: int) -> None:
+    model, ids = make(kind), ids_of(batch)
+    expected = model(input_ids=ids).logits
+    blocks = BlockModel(model)
+    assert len(blocks) == 3
+    assert torch.equal(block_by_block(blocks, ids), expected)
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    blocks.check()
+
+
+def test_gemma_blocks_get_masks_of_their_own() -> None:
+    _, calls = BlockModel(make("gemma2")).prepare(ids_of(1))
+    sliding, full = calls[0].kwargs["attention_mask"], calls[1].kwargs["attention_mask"]
+    assert not torch.equal(sliding, full)
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups"),
+    [
+        (
+            "qwen3",
+            [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
+             ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]],
+        ),
+        (
+            "opt",
+            [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.out_proj"], ["fc1"], ["fc2"]],
+        ),
+        ("gpt2", [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("inference", "dtype"), [(False, torch.float32), (True, torch.float16), (True, torch.bfloat16)]
+)
+def test_input_groups(kind: str, groups: list[list[str]], inference: bool, dtype: torch.dtype) -> None:
+    blocks = BlockModel(make(kind).to(dtype))
+    with torch.inference_mode(inference):
+        found = blocks.input_groups(1)
+    short = [[name.removeprefix(f"{blocks.block_names[1]}.") for name in group] for group in found.groups]
+    # q, k and v in the order in which the model calls them
+    assert [sorted(group) for group in short] == [sorted(group) for group in groups]
+    assert not found.uncalled
+    assert not any(layer._forward_pre_hooks for layer in blocks.linears(1).values())
+
+
+def test_layers_that_are_never_called_are_reported() -> None:
+    model = make("llama")
+    model.model.layers[1].spare = nn.Linear(8, 8)
+    found = BlockModel(model).input_groups(1)
+    assert found.uncalled == ["model.layers.1.spare"]
+
+
+def test_equal_inputs_in_different_tensors_are_not_a_group() -> None:
+    model = make("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x + 0))
+    groups = BlockModel(model).input_groups(0).groups
+    assert [names[0].rsplit(".", 1)[-1] for names in groups] == [
+        "q_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+
+
+def test_an_input_that_was_written_to_in_between_is_another() -> None:
+    model = make("llama")
+    mlp = model.model.layers[0].mlp
+
+    def forward(x: Tensor) -> Tensor:
+        x = x.clone()
+        gate = mlp.gate_proj(x)
+        return mlp.down_proj(mlp.act_fn(gate) * mlp.up_proj(x.mul_(2)))
+
+    mlp.forward = forward
+    assert len(BlockModel(model).input_groups(0).groups) == 5
+
+
+def test_linears_are_named_in_full_and_in_module_order() -> None:
+    model = make("llama")
+    blocks = BlockModel(model)
+    names = list(blocks.linears(2))
+    assert names[0] == "model.layers.2.self_attn.q_proj"
+    assert names[-1] == "model.layers.2.mlp.down_proj"
+    assert all(model.get_submodule(name) is layer for name, layer in blocks.linears(2).items())
+    assert (blocks.vocabulary, blocks.dtype) == (64, torch.float32)
+
+
+def test_gpt2_weights_become_out_by_in_over_the_same_storage() -> None:
+    model = make("gpt2")
+    stored = model.transformer.h[0].mlp.c_fc.weight
+    layer = BlockModel(model).linears(0)["transformer.h.0.mlp.c_fc"]
+    assert layer.weight.shape == (layer.out_features, layer.in_features) == (128, 32)
+    assert layer.weight.data_ptr() == stored.data_ptr()
+    assert not any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def test_forwards_are_restored_after_an_error() -> None:
+    model, ids = make("llama"), ids_of(1)
+    expected = model(input_ids=ids).logits
+    blocks = BlockModel(model)
+    own = model.model.layers[1].forward
+    model.model.layers[1].forward = own  # an instance attribute, as accelerate's hooks leave it
+    with pytest.raises(IndexError):
+        blocks.prepare(torch.full((1, 4), 10**6))
+    assert "forward" not in model.model.layers[0].__dict__
+    assert model.model.layers[1].__dict__["forward"] is own
+    assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_calls_of_equal_batches_share_their_tensors() -> None:
+    blocks = BlockModel(make("gemma2"))
+    _, first = blocks.prepare(ids_of(2, seed=1))
+    _, second = blocks.prepare(ids_of(2, seed=2), like=first)
+    _, smaller = blocks.prepare(ids_of(1, seed=2), like=first)
+    for a, b, c in zip(first, second, smaller, strict=True):
+        assert b.kwargs["attention_mask"] is a.kwargs["attention_mask"]
+        assert b.kwargs["position_embeddings"][0] is a.kwargs["position_embeddings"][0]
+        assert c.kwargs["attention_mask"].shape[0] in (1, a.kwargs["attention_mask"].shape[0])
+
+
+def test_calls_that_depend_on_the_text_are_not_shared() -> None:
+    model = make("llama")
+    inner = model.model.layers[1]
+    ids_now = [ids_of(1, seed=1)]
+    # As in architectures that hand token-dependent inputs to every block.
+    model.model.layers[1].register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | {"position_ids": ids_now[0]}), with_kwargs=True
+    )
+    blocks = BlockModel(model)
+    _, first = blocks.prepare(ids_now[0])
+    ids_now[0] = ids_of(1, seed=2)
+    _, second = blocks.prepare(ids_now[0], like=first)
+    assert torch.equal(second[1].kwargs["position_ids"], ids_now[0])
+    assert second[0].kwargs["position_ids"] is first[0].kwargs["position_ids"]
+    assert inner is blocks.blocks[1]
+
+
+def test_prepared_windows_hold_every_batch() -> None:
+    model, windows = make("llama"), ids_of(5)
+    blocks = BlockModel(model)
+    found = blocks.prepare_windows(windows, 2, "cpu", torch.float32)
+    assert torch.equal(found.hidden, model.model.embed_tokens(windows))
+    assert [len(windows[rows]) for rows in found.rows] == [2, 2, 1]
+    assert len(found.calls) == 3
+
+
+@pytest.mark.parametrize("place", [0, "hidden_states"])
+def test_a_call_takes_its_hidden_states_where_they_were(place: int | str) -> None:
+    call = Call((None, 5), {"mask": 1}, 0) if place == 0 else Call((), {"hidden_states": None, "mask": 1}, place)
+    args, kwargs = call.fill(torch.ones(1))
+    assert (args[0] if place == 0 else kwargs["hidden_states"]) == 1
+    assert kwargs["mask"] == 1
+
+
+class TupleBlock(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        return self.block(hidden_states, **kwargs), None
+
+
+def test_blocks_that_return_tuples(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = make("llama"), ids_of(2)
+    expected = model(input_ids=ids).logits
+    inner = model.model
+    inner.layers = nn.ModuleList(TupleBlock(layer) for layer in inner.layers)
+
+    def forward(input_ids: Tensor, **_: Any) -> Any:
+        hidden = inner.embed_tokens(input_ids)
+        positions = torch.arange(input_ids.shape[1])[None]
+        embeddings = inner.rotary_emb(hidden, position_ids=positions)
+        for layer in inner.layers:
+            hidden, nothing = layer(hidden_states=hidden, position_embeddings=embeddings, attention_mask=None)
+            assert nothing is None
+        return type("Output", (), {"last_hidden_state": inner.norm(hidden), "past_key_values": None,
+                                   "hidden_states": None, "attentions": None})()  # fmt: skip
+
+    monkeypatch.setattr(inner, "forward", forward)
+    assert torch.equal(block_by_block(BlockModel(model), ids), expected)
+
+
+def test_a_model_without_blocks() -> None:
+    with pytest.raises(UserError, match="Sequential has no list of decoder blocks"):
+        BlockModel(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_a_longer_list_of_experts_inside_blocks_is_not_taken_for_them() -> None:
+    model = make("llama")
+    for layer in model.model.layers:
+        layer.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(9))
+    assert BlockModel(model).name == "model.layers"
+
+
+def test_fused_experts_run_block_by_block() -> None:
+    torch.manual_seed(0)
+    sizes = SIZES | {"head_dim": None}
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**sizes, num_local_experts=4)).eval()
+    assert torch.equal(block_by_block(BlockModel(model), ids_of(2)), model(input_ids=ids_of(2)).logits)
+
+
+def test_blocks_that_are_left_out_are_refused() -> None:
+    model = make("llama")
+    model.config.num_hidden_layers = 2  # transformers runs so many
+    with pytest.raises(UserError, match=r"only 2 of 3 were called"):
+        BlockModel(model).prepare(ids_of(1))
+
+
+def test_blocks_that_exchange_more_than_hidden_states_are_refused() -> None:
+    model = make("llama")
+    first, second = model.model.layers[:2]
+    left: list[Tensor] = []
+    first.register_forward_hook(lambda _, args, output: left.append(output))
+    second.register_forward_hook(lambda _, args, output: output + left[0] * len(left))
+    with pytest.raises(UserError, match="exchange more than hidden states"):
+        BlockModel(model).check()
+
+
+# Placing
+
+
+def snapshot(model: nn.Module) -> dict[str, tuple[int, int, Tensor]]:
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: (id(t), t._version, t.clone()) for name, t in tensors}
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, tuple[int, int, Tensor]]) -> None:
+    after = snapshot(model)
+    assert after.keys() == before.keys()
+    for name, (identity, version, value) in before.items():
+        assert after[name][:2] == (identity, version)
+        assert torch.equal(after[name][2], value)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_half_precision_model_in_float32(inference: bool) -> None:
+    ids = ids_of(2)
+    model = make("qwen3").half()  # tied embeddings
+    before = snapshot(model)
+    blocks = BlockModel(model)
+    with torch.inference_mode(inference), blocks.outside_on_device("cpu", torch.float32):
+        hidden, calls = blocks.prepare(ids)
+        for index, call in enumerate(calls):
+            with blocks.on_device(index, "cpu", torch.float32):
+                hidden = blocks.run_block(index, hidden, call)
+        logits = blocks.head(ids, hidden)
+    assert_unchanged(model, before)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, model.float()(input_ids=ids).logits)
+
+
+def test_weights_are_lent_and_given_back() -> None:
+    model = make("llama").half()
+    blocks = BlockModel(model)
+    before = snapshot(model)
+    name = "model.layers.1.mlp.down_proj"
+    layer = blocks.linears(1)[name]
+    with blocks.on_device(1, "cpu", torch.float32), blocks.with_weights(1, {name: torch.ones(32, 48).double()}):
+        assert layer.weight.dtype == torch.float32
+        assert (layer.weight == 1).all()
+    assert_unchanged(model, before)
+    with pytest.raises(RuntimeError, match="oh"), blocks.with_weights(1, {name: torch.ones(32, 48)}):
+        raise RuntimeError("oh")
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("model.layers.0.mlp.down_proj", (32, 48), "no linear layer of model.layers.1"),
+        ("model.layers.1.mlp.down_proj", (48, 32), r"needs a weight of shape \(32, 48\), got \(48, 32\)"),
+    ],
+)
+def test_weights_that_do_not_fit(name: str, shape: tuple[int, int], message: str) -> None:
+    blocks = BlockModel(make("llama"))
+    with pytest.raises(ValueError, match=message), blocks.with_weights(1, {name: torch.ones(shape)}):
+        pass
+
+
+def test_what_a_half_model_keeps_in_float32_stays_so() -> None:
+    model = make("llama").half()
+    norm = model.model.layers[0].input_layernorm
+    norm.float()
+    blocks = BlockModel(model)
+    with blocks.on_device(0, "cpu", torch.bfloat16):
+        assert norm.weight.dtype == torch.float32
+        assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+def test_substituted_restores_after_a_wrong_name() -> None:
+    layer = nn.Linear(2, 2)
+    own = layer.weight
+    with pytest.raises(KeyError), substituted(layer, {"weight": torch.zeros(2, 2), "nothing": torch.zeros(1)}):
+        pass
+    assert layer.weight is own
+
+
+def test_the_dtype_to_compute_in() -> None:
+    assert compute_dtype(torch.float16, "cpu") == torch.float32
+    assert compute_dtype(torch.bfloat16, torch.device("cuda", 1)) == torch.bfloat16

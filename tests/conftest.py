@@ -71,7 +71,7 @@ def run_py(tmp_path):
     def start(*overrides: str, **environment: str) -> subprocess.Popen:
         where = (f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep", f"store.path={tmp_path}/store")
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *overrides, *where], cwd=tmp_path, text=True,
+            [sys.executable, str(ROOT / "run.py"), *where, *overrides], cwd=tmp_path, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment},
         )  # fmt: skip
 

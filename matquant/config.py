@@ -73,6 +73,9 @@ class MethodConfig:
     scale: Literal["minmax", "search"]
     act_order: bool
     sweeps: int  # passes of coordinate descent after the solve
+    streams: tuple[int, ...]  # widths whose slices are followed through the model while calibrating; none: the parent's
+    asymmetric: bool  # aim at the full-precision model's outputs, not those on the quantized model's inputs
+    staged: bool  # later layers of a block see the earlier ones quantized
     damp: float
     block_size: int
     skip: tuple[str, ...]  # patterns of layer names that stay as they are
@@ -265,6 +268,8 @@ def _check_method(method: MethodConfig) -> None:
             f"method.block_size={method.block_size} must be a multiple or a divisor of method.group_size={size}, "
             "so that blocks of columns do not cut groups."
         )
+    for bits in method.streams:
+        _check_width(bits, "method.streams", method.master_bits)
     if method.sweeps < 0:
         raise UserError(f"method.sweeps cannot be negative; found {method.sweeps}.")
 

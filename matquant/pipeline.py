@@ -32,7 +32,7 @@ from matquant.evaluate.metrics import Metrics
 from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.load import load
 from matquant.progress import Bars
-from matquant.quantize.driver import Driver, check_layers
+from matquant.quantize.driver import CalibrationOptions, Driver, check_layers
 from matquant.quantize.parent import Parent
 from matquant.quantize.solver import SolverOptions
 from matquant.store import Artifact, Draft, Store
@@ -147,10 +147,17 @@ class _Run:
         method = self.config.method
         names = [n for i in range(len(self.blocks)) for n in self.blocks.linears(i)]
         skipped = [n for n in names if method.skips(n)]
+        calibration = CalibrationOptions(
+            streams=() if method.dedicated else method.streams, asymmetric=method.asymmetric, staged=method.staged,
+            batch_size=self.config.calibration.batch_size,
+        )  # fmt: skip
+        if not calibration.streams:
+            calibration = dataclasses.replace(calibration, streams=(options.master_bits,))
         inputs = {
             "model": self.loaded.fingerprint,
             "calibration": None if windows is None else texts.fingerprint(windows),
             "options": _plain(options),
+            "streams": None if windows is None else [list(calibration.streams), method.asymmetric, method.staged],
             "skipped": skipped,
             "solver": _SOLVER_VERSION,
         }
@@ -163,10 +170,10 @@ class _Run:
                 log.info("resuming an unfinished parent%s from its last finished block", width)
             with self.bars.bar(f"quantize{width}", len(names) - len(skipped)) as progress:
                 driver = Driver(
-                    self.blocks, options, skips=method.skips, device=self.device, dtype=self.dtype,
+                    self.blocks, options, calibration, skips=method.skips, device=self.device, dtype=self.dtype,
                     progress=progress,
                 )  # fmt: skip
-                blocks = driver.run(draft, windows, self.config.calibration.batch_size)
+                blocks = driver.run(draft, windows)
             return {"label": f"{self.loaded.label} {method.name}{width}", "blocks": blocks, "skipped": skipped}
 
         artifact = self.store.open_or_build("parent", inputs, build)

@@ -1,45 +1,40 @@
-"""Hessians of linear layers: second moments of their inputs, one for each distinct input."""
-
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+"""Second moments of a linear layer's inputs."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
-class Hessian:
-    """H = 2 X^T X / n over all inputs X [n, columns] that were added, in float32."""
+class Moments:
+    """Running H = 2 X_b^T X_b / n, and for asymmetric calibration C = 2 (X - X_b)^T X_b / n, in float32.
 
-    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(columns, columns, device=device)
+    X_b [n, columns] are the inputs that a quantized model gives, X those of the full-precision model for the same tokens.
+    """
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu", *, asymmetric: bool = False) -> None:
+        self._square = torch.zeros(columns, columns, device=device)
+        self._cross = torch.zeros_like(self._square) if asymmetric else None
         self.tokens = 0
 
-    def add(self, inputs: Tensor) -> None:
-        """Add inputs [..., columns] of any float dtype."""
-        flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        self.total.addmm_(flat.T, flat)
-        self.tokens += len(flat)
+    def add(self, inputs: Tensor, full: Tensor | None = None) -> None:
+        """Add inputs [n, columns] of any float dtype, and those of the full-precision model when asymmetric.
 
-    def value(self) -> Tensor | None:
-        """float32 [columns, columns], or None when no input was seen."""
-        return self.total * (2 / self.tokens) if self.tokens else None
+        Where the two do not hold the same tokens (experts, whose router decided otherwise) the cross moments are given up.
+        """
+        inputs = inputs.float()
+        self._square.addmm_(inputs.T, inputs)
+        self.tokens += len(inputs)
+        if self._cross is not None:
+            if full is None or full.shape != inputs.shape:
+                self._cross = None
+            else:
+                self._cross.addmm_((full.float() - inputs).T, inputs)
 
+    @property
+    def hessian(self) -> Tensor:
+        """float32 [columns, columns]."""
+        return self._square * (2 / self.tokens)
 
-@contextmanager
-def watch(groups: Sequence[Sequence[nn.Linear]], device: torch.device | str) -> Iterator[list[Hessian]]:
-    """Collect one Hessian per group of layers that share their input, from every forward pass inside the context.
-
-    Args:
-        groups: layers that receive the very same tensor.
-        device: where those inputs are.
-    """
-    hessians, handles = [], []
-    for first, *_ in groups:
-        hessian = Hessian(first.in_features, device)
-        handles.append(first.register_forward_pre_hook(lambda _, inputs, h=hessian: h.add(inputs[0])))
-        hessians.append(hessian)
-    try:
-        yield hessians
-    finally:
-        for handle in handles:
-            handle.remove()
+    @property
+    def cross(self) -> Tensor | None:
+        """float32 [columns, columns], or None when not asymmetric or given up."""
+        return None if self._cross is None else self._cross * (2 / self.tokens)

@@ -1,25 +1,51 @@
-"""Quantizes a model block by block: calibrate, solve, store, and carry on with what the quantized block puts out.
+"""Quantizes a model block by block, on what the blocks before it put out.
 
-Lifecycle of one block:
-  1. inputs reach it as the already quantized blocks before it leave them;
-  2. one forward pass collects a Hessian for every distinct input of its linear layers;
-  3. each layer is solved, and the block is committed to the draft (after a crash, work goes on at the next block);
-  4. the block runs again with its quantized weights, to make the next block's inputs.
+Several slices of the model may be followed at once, each a stream of hidden states of its own, beside that of the
+full-precision model. Lifecycle of one block:
+  1. for each stage (layers that share an input: q,k,v / o / gate,up / down), every stream runs up to it, with the layers of
+     earlier stages already quantized at the stream's width;
+  2. the moments of the stage's inputs give its layers' problems, which are solved;
+  3. when all stages are done the block is committed to the draft: after a crash, work goes on at the next block;
+  4. every stream runs through the block with its own slice of it, to make the next block's inputs.
+Without ``staged`` all layers of a block are one stage, as in GPTQ.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from matquant.calibration.hessian import watch
-from matquant.calibration.stream import Stream
+from matquant.calibration.hessian import Moments
+from matquant.calibration.stream import FULL, Streams
 from matquant.errors import UserError
 from matquant.models.blocks import BlockModel
 from matquant.nested import NestedWeight
 from matquant.quantize.parent import block_file, read_block, write_block
-from matquant.quantize.solver import Solution, SolverOptions, relative_error, solve
+from matquant.quantize.solver import Calibration, Inputs, SolverOptions, calibrate, relative_error, solve
 from matquant.store import Draft
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationOptions:
+    """How a block's inputs are made.
+
+    Attributes:
+        streams: widths whose slices are followed through the model. Each width of the objective is calibrated on the
+            nearest of them, the higher one of two as near.
+        asymmetric: aim at the outputs that the full-precision inputs give, instead of those of the quantized model's.
+        staged: let later layers of a block see the earlier ones quantized.
+        batch_size: windows in one forward pass.
+    """
+
+    streams: tuple[int, ...]
+    asymmetric: bool
+    staged: bool
+    batch_size: int
+
+    def stream_of(self, bits: int) -> int:
+        return min(self.streams, key=lambda stream: (abs(stream - bits), -stream))
 
 
 def check_layers(blocks: BlockModel, group_size: int, skips: Callable[[str], bool]) -> None:
@@ -45,11 +71,12 @@ def check_layers(blocks: BlockModel, group_size: int, skips: Callable[[str], boo
 
 
 class Driver:
-    """Quantizes all blocks of one model with one set of solver options.
+    """Quantizes all blocks of one model with one set of options.
 
     Args:
         blocks: the model.
         options: of the solver.
+        calibration: of the inputs; unused when there is no calibration text.
         skips: whether a layer, by its full name, is left alone.
         device: where blocks run; the solver itself works on the CPU.
         dtype: in which blocks run.
@@ -60,6 +87,7 @@ class Driver:
         self,
         blocks: BlockModel,
         options: SolverOptions,
+        calibration: CalibrationOptions,
         *,
         skips: Callable[[str], bool],
         device: torch.device,
@@ -68,13 +96,14 @@ class Driver:
     ) -> None:
         self.blocks = blocks
         self.options = options
+        self.calibration = calibration
         self.skips = skips
         self.device = device
         self.dtype = dtype
         self.progress = progress
 
     @torch.inference_mode()
-    def run(self, draft: Draft, windows: Tensor | None, batch_size: int) -> list[dict]:
+    def run(self, draft: Draft, windows: Tensor | None) -> list[dict]:
         """Quantize every block into ``draft``.
 
         Args:
@@ -84,61 +113,120 @@ class Driver:
         Returns:
             For each block what ``write_block`` recorded of it: file, layers with shapes and errors, notes.
         """
-        stream = None if windows is None else Stream(self.blocks, windows, batch_size, self.device, self.dtype)
-        return [self._block(index, draft, stream) for index in range(len(self.blocks))]
+        streams = None if windows is None else self._start(windows)
+        return [self._block(index, draft, streams) for index in range(len(self.blocks))]
 
-    def _block(self, index: int, draft: Draft, stream: Stream | None) -> dict:
-        layers = {n: m for n, m in self.blocks.linears(index).items() if not self.skips(n)}
+    def _start(self, windows: Tensor) -> Streams:
+        names = [FULL] * self.calibration.asymmetric + [str(bits) for bits in self.calibration.streams]
+        return Streams(self.blocks, windows, names, self.calibration.batch_size, self.device, self.dtype)
+
+    def _block(self, index: int, draft: Draft, streams: Streams | None) -> dict:
         name = block_file(index)
-        if draft.has(name):
-            weights, record = read_block(draft, name)
-            self.progress(len(weights))
-        else:
-            hessians = self._hessians(index, layers, stream)
-            weights, record = self._solve(layers, hessians, stream is not None)
-            write_block(draft, name, weights, record)
-        if stream is not None and index + 1 < len(self.blocks):
-            decoded = {n: w.decode(self.options.master_bits) for n, w in weights.items()}
-            stream.run(index, decoded, advance=True)
+        with streams.at(index) if streams else contextlib.nullcontext():
+            if draft.has(name):
+                weights, record = read_block(draft, name)
+                self.progress(len(weights))
+            else:
+                weights, record = _BlockSolver(self, index, streams).solve()
+                write_block(draft, name, weights, record)
+            if streams is not None and index + 1 < len(self.blocks):
+                streams.advance(index, self.decoded(weights))
         return record | {"file": name}
 
-    def _hessians(
-        self, index: int, layers: Mapping[str, nn.Linear], stream: Stream | None
-    ) -> dict[str, Tensor | None]:
-        """The Hessian of every layer that saw data; layers with a common input share one tensor."""
-        if stream is None:
-            return dict.fromkeys(layers)
-        groups = [[n for n in group if n in layers] for group in self.blocks.input_groups(index).groups]
+    def decoded(self, weights: Mapping[str, NestedWeight]) -> dict[str, dict[str, Tensor]]:
+        """The dense weights of every stream, on the device."""
+        return {
+            str(bits): {n: w.decode(bits).to(self.device, self.dtype) for n, w in weights.items()}
+            for bits in self.calibration.streams
+        }
+
+
+class _BlockSolver:
+    """Solves the layers of one block, stage by stage."""
+
+    def __init__(self, driver: Driver, index: int, streams: Streams | None) -> None:
+        self.driver = driver
+        self.index = index
+        self.streams = streams
+        self.layers = {n: m for n, m in driver.blocks.linears(index).items() if not driver.skips(n)}
+        # Before the block is on the device in another dtype: what is solved are the stored weights.
+        self.weights: dict[str, NestedWeight] = {}
+        self.record: dict = {"layers": {}, "notes": []}
+
+    def solve(self) -> tuple[dict[str, NestedWeight], dict]:
+        if self.streams is None:
+            for name in self.layers:
+                self._solve_layer(name, None, [])
+            return self.weights, self.record
+        for stage in self._stages():
+            moments = self._moments(stage, self.streams)
+            for group, by_stream in zip(stage, moments, strict=True):
+                self._solve_group(group, by_stream)
+        for name in self.layers:
+            if name not in self.weights:  # an expert that no token of the probe chose
+                self._solve_group([name], {})
+        return self.weights, self.record
+
+    def _stages(self) -> list[list[list[str]]]:
+        """Stages of groups of layers that share an input, in order of execution."""
+        groups = [[n for n in group if n in self.layers] for group in self.driver.blocks.input_groups(self.index).groups]
         groups = [group for group in groups if group]
-        found: dict[str, Tensor | None] = dict.fromkeys(layers)
-        with watch([[layers[n] for n in group] for group in groups], stream.device) as hessians:
-            stream.run(index)
-        for group, hessian in zip(groups, hessians, strict=True):
-            found.update(dict.fromkeys(group, hessian.value()))
-        return found
+        return [[group] for group in groups] if self.driver.calibration.staged else [groups]
 
-    def _solve(
-        self, layers: Mapping[str, nn.Linear], hessians: Mapping[str, Tensor | None], calibrated: bool
-    ) -> tuple[dict[str, NestedWeight], dict]:
-        weights: dict[str, NestedWeight] = {}
-        record: dict = {"layers": {}, "notes": []}
-        for name, layer in layers.items():
-            solution, errors = self._solve_layer(name, layer, hessians[name])
-            weights[name] = solution.weight
-            record["layers"][name] = {"shape": list(layer.weight.shape), "errors": errors}
-            if calibrated and hessians[name] is None:
-                record["notes"].append(f"{name} saw no calibration data; it was rounded to nearest.")
-            record["notes"] += solution.notes
-            self.progress(1)
-        return weights, record
+    def _moments(self, stage: Sequence[Sequence[str]], streams: Streams) -> list[dict[int, Moments]]:
+        """For each group of the stage the moments of its input in every stream."""
+        firsts = [self.layers[group[0]] for group in stage]
+        calibration = self.driver.calibration
+        moments = [
+            {
+                bits: Moments(layer.in_features, streams.device, asymmetric=calibration.asymmetric)
+                for bits in calibration.streams
+            }
+            for layer in firsts
+        ]
+        for batch in streams.inputs(self.index, firsts, self.driver.decoded(self.weights)):
+            full = batch.get(FULL, [None] * len(firsts))
+            for bits in calibration.streams:
+                for i, inputs in enumerate(batch[str(bits)]):
+                    if inputs is not None:
+                        moments[i][bits].add(inputs, full[i])
+        return moments
 
-    def _solve_layer(self, name: str, layer: nn.Linear, hessian: Tensor | None) -> tuple[Solution, dict[str, float]]:
-        weight = layer.weight.detach().float().cpu()
+    def _solve_group(self, names: Sequence[str], moments: Mapping[int, Moments]) -> None:
+        """Solve layers that share their input."""
+        if not moments or any(m.tokens == 0 for m in moments.values()):
+            for name in names:
+                self.record["notes"].append(f"{name} saw no calibration data; it was rounded to nearest.")
+                self._solve_layer(name, None, [])
+            return
+        inputs = self._inputs(names[0], moments)
+        calibration = calibrate(inputs, self.driver.options, names[0])
+        self.record["notes"] += calibration.notes
+        for name in names:
+            self._solve_layer(name, calibration, [i.hessian.cpu() for i in inputs])
+
+    def _inputs(self, name: str, moments: Mapping[int, Moments]) -> list[Inputs]:
+        """The moments as the solver takes them: one for all widths, or one per width."""
+        asymmetric = self.driver.calibration.asymmetric
+        if asymmetric and any(m.cross is None for m in moments.values()):
+            self.record["notes"].append(f"{name} sees other tokens in each slice; it was calibrated symmetrically.")
+            asymmetric = False
+        given = {bits: Inputs(hessian=m.hessian, cross=m.cross if asymmetric else None) for bits, m in moments.items()}
+        if len(given) == 1:
+            return list(given.values())
+        return [given[self.driver.calibration.stream_of(bits)] for bits in self.driver.options.widths]
+
+    def _solve_layer(self, name: str, calibration: Calibration | None, hessians: Sequence[Tensor]) -> None:
+        options = self.driver.options
+        weight = self.layers[name].weight.detach().float().cpu()
         if not torch.isfinite(weight).all():
             raise UserError(f"The weights of {name} hold NaN or Inf; mend the checkpoint or leave it alone with method.skip.")
-        solution = solve(weight, hessian, self.options, name)
-        if hessian is None:
-            return solution, {}
-        hessian = hessian.cpu()
-        widths = self.options.widths
-        return solution, {str(b): relative_error(weight, solution.weight.decode(b), hessian) for b in widths}
+        solved = solve(weight, calibration, options)
+        errors = {
+            str(bits): relative_error(weight, solved.decode(bits), hessians[k % len(hessians)])
+            for k, bits in enumerate(options.widths)
+            if hessians
+        }
+        self.weights[name] = solved
+        self.record["layers"][name] = {"shape": list(weight.shape), "errors": errors}
+        self.driver.progress(1)

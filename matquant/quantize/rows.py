@@ -18,8 +18,8 @@ _F32 = np.float32
 
 
 @numba.njit(cache=True)
-def best_code(t, lam, base, scale, zero):
-    """The code of least sum_k lam_k (t_k - scale (base_k(q) - zero))^2 over all 2^M codes.
+def best_code(t, weight, base, scale, zero):
+    """The code of least sum_k weight_k (t_k - scale (base_k(q) - zero))^2 over all 2^M codes.
 
     Ties go to the code whose M-bit value is nearest to the highest width's target, then to the lowest code: bits that no
     width of the objective sees still follow the weight. Every width's value grows with the code, so the scan outwards from
@@ -27,7 +27,7 @@ def best_code(t, lam, base, scale, zero):
     result is that of trying all codes.
 
     Args:
-        t: float32 [K], the target of each width.
+        t, weight: float32 [K], target and weight of each width.
     """
     widths, codes = t.shape[0], base.shape[1]
     if scale == 0:
@@ -41,7 +41,7 @@ def best_code(t, lam, base, scale, zero):
             cost, beyond = _F32(0), False
             for k in range(widths):
                 error = t[k] - scale * (base[k, q] - zero)
-                part = lam[k] * error * error
+                part = weight[k] * error * error
                 cost += part
                 if part > best and error * direction <= 0:
                     beyond = True
@@ -90,6 +90,7 @@ def choose_scale(targets, row, first, last, importance, lam, base, clips, symmet
     (float32 [columns]); with a single clip it is plain min-max.
     """
     shared, widths = targets.shape[0] == 1, lam.shape[0]
+    weight = np.empty(widths, dtype=np.float32)
     top = targets[targets.shape[0] - 1, row]
     low, high = _F32(0), _F32(0)
     for j in range(first, last):
@@ -105,11 +106,12 @@ def choose_scale(targets, row, first, last, importance, lam, base, clips, symmet
         for j in range(first, last):
             for k in range(widths):
                 t[k] = targets[0 if shared else k, row, j]
-            q = best_code(t, lam, base, s, z)
+                weight[k] = lam[k, j]
+            q = best_code(t, weight, base, s, z)
             cost = _F32(0)
             for k in range(widths):
                 error = t[k] - s * (base[k, q] - z)
-                cost += lam[k] * error * error
+                cost += weight[k] * error * error
             total += cost * importance[j]
             if total > best:
                 break
@@ -131,12 +133,13 @@ def solve_columns(
         codes: uint8 [rows, columns], out.
         scales, zeros: float32 [rows, groups]; the groups that begin in these columns are chosen here, from weights that
             have seen all feedback so far.
-        factor: float32 [last - first, last - first], the block of the upper Cholesky factor of the inverse Hessian.
+        factor: float32 [F, last - first, last - first], the block of each inverse Hessian's upper Cholesky factor.
         importance: float32 [columns].
     """
-    count, widths = targets.shape[0], lam.shape[0]
+    count, widths, factors = targets.shape[0], lam.shape[0], factor.shape[0]
     for row in numba.prange(targets.shape[1]):
         t = np.empty(widths, dtype=np.float32)
+        weight = np.empty(widths, dtype=np.float32)
         for i in range(last - first):
             column = first + i
             group = column // group_size
@@ -148,21 +151,22 @@ def solve_columns(
             scale, zero = scales[row, group], zeros[row, group]
             for k in range(widths):
                 t[k] = targets[0 if count == 1 else k, row, column]
-            q = best_code(t, lam, base, scale, zero)
+                weight[k] = lam[k, column]
+            q = best_code(t, weight, base, scale, zero)
             codes[row, column] = q
             # One shared target is fed the plain mean of the widths' errors, as MatGPTQ v1 does.
             mean = _F32(0)
             for k in range(widths):
-                error = (t[k] - scale * (base[k, q] - zero)) / factor[i, i]
+                error = (t[k] - scale * (base[k, q] - zero)) / factor[0 if factors == 1 else k, i, i]
                 mean += error / widths
                 if count > 1 or widths == 1:
                     errors[k, row, i] = error
             if count == 1 and widths > 1:
                 errors[0, row, i] = mean
             for k in range(count):
-                error = errors[k, row, i]
+                error, f = errors[k, row, i], 0 if factors == 1 else k
                 for j in range(i + 1, last - first):
-                    targets[k, row, first + j] -= error * factor[i, j]
+                    targets[k, row, first + j] -= error * factor[f, i, j]
 
 
 @numba.njit(parallel=True, cache=True)
@@ -177,23 +181,26 @@ def sweep_columns(codes, moves, gradient, hessian, scales, zeros, lam, base, fir
         codes: uint8 [rows, columns], in and out.
         moves: float32 [K, rows, last - first], out: change of each width's value.
         gradient: float32 [K, rows, last - first], half the gradient in these columns; updated in place.
-        hessian: float32 [last - first, last - first], the block on the diagonal.
+        hessian: float32 [F, last - first, last - first], the block on each Hessian's diagonal.
     """
-    widths = lam.shape[0]
+    widths, hessians = lam.shape[0], hessian.shape[0]
     for row in numba.prange(codes.shape[0]):
         t = np.empty(widths, dtype=np.float32)
+        weight = np.empty(widths, dtype=np.float32)
         for i in range(last - first):
             column = first + i
             scale, zero = scales[row, column // group_size], zeros[row, column // group_size]
             old = codes[row, column]
-            curvature = hessian[i, i]
             for k in range(widths):
+                curvature = hessian[0 if hessians == 1 else k, i, i]
                 t[k] = scale * (base[k, old] - zero) - gradient[k, row, i] / curvature
-            q = best_code(t, lam, base, scale, zero)
+                weight[k] = lam[k, column]
+            q = best_code(t, weight, base, scale, zero)
             codes[row, column] = q
             for k in range(widths):
                 move = scale * (base[k, q] - base[k, old])
                 moves[k, row, i] = move
                 if move != 0:
+                    f = 0 if hessians == 1 else k
                     for j in range(last - first):
-                        gradient[k, row, j] += move * hessian[i, j]
+                        gradient[k, row, j] += move * hessian[f, i, j]

@@ -10,7 +10,7 @@ keeps a single target and feeds back the unweighted mean of the widths' errors (
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -56,45 +56,101 @@ class SolverOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Solution:
-    """The chosen codes, and the sentences that the user should read (empty when all went as asked)."""
+class Inputs:
+    """What calibration knows of a layer's inputs at one width (or, when there is only one, at all).
 
-    weight: NestedWeight
-    notes: tuple[str, ...] = ()
+    Attributes:
+        hessian: float32 [in_features, in_features], 2 X_b^T X_b / n of the inputs X_b that the quantized model gives.
+        cross: float32 [in_features, in_features], 2 (X - X_b)^T X_b / n with the full-precision model's inputs X, for
+            asymmetric calibration; None takes the weights themselves as target.
+    """
+
+    hessian: Tensor
+    cross: Tensor | None = None
 
 
-def solve(weight: Tensor, hessian: Tensor | None, options: SolverOptions, layer: str = "this layer") -> Solution:
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """Inputs made ready for solving; layers that share their input share it. F is 1 or the number of widths.
+
+    Attributes:
+        hessians: float32 [F, columns, columns], damped.
+        factors: float32 [F, columns, columns], upper Cholesky factors of the inverse Hessians.
+        shifts: float32 [F, columns, columns], C H^-1: the target of a weight W is W + W C H^-1, whose output on X_b comes
+            nearest to that of W on X (GPTAQ, arXiv 2504.02692, for one width). None for symmetric calibration.
+        order: the order in which columns are solved, in which all of these are; None for their own.
+        notes: sentences that the user should read.
+    """
+
+    hessians: Tensor
+    factors: Tensor
+    shifts: Tensor | None
+    order: Tensor | None
+    notes: tuple[str, ...]
+
+
+def calibrate(inputs: Sequence[Inputs], options: SolverOptions, layer: str = "this layer") -> Calibration:
+    """Factor the Hessians of a layer's inputs.
+
+    Args:
+        inputs: one for all widths, or one per width of ``options.widths``; the same object where widths share it.
+        layer: its name, for sentences.
+
+    Raises:
+        UserError: a Hessian is not finite, or no damping makes it positive definite.
+    """
+    if len(inputs) not in (1, len(options.widths)):
+        raise ValueError(f"{len(inputs)} inputs for {len(options.widths)} widths")
+    order = None
+    if options.act_order:
+        columns = len(inputs[0].hessian)
+        group_size = columns if options.group_size == -1 else options.group_size
+        order = _column_order(torch.stack([i.hessian.diagonal().cpu() for i in inputs]).mean(0), group_size)
+    done: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    notes = []
+    for given in inputs:
+        if id(given) in done:
+            continue
+        hessian = _ordered(given.hessian, order)
+        factor = inverse_factor(hessian, options.damp, layer)
+        shift = torch.empty(0) if given.cross is None else _ordered(given.cross, order) @ factor.upper.T @ factor.upper
+        done[id(given)] = damped(hessian, factor.damp), factor.upper, shift
+        notes += [factor.note] if factor.note else []
+    hessians, factors, shifts = (torch.stack(t) for t in zip(*(done[id(given)] for given in inputs), strict=True))
+    return Calibration(
+        hessians=hessians, factors=factors, shifts=shifts if shifts.numel() else None, order=order,
+        notes=tuple(dict.fromkeys(notes)),
+    )  # fmt: skip
+
+
+def solve(weight: Tensor, calibration: Calibration | None, options: SolverOptions) -> NestedWeight:
     """Quantize one weight matrix.
 
     Args:
         weight: [out_features, in_features], any float dtype.
-        hessian: float32 [in_features, in_features], 2 X^T X / n without damping; None rounds to nearest.
+        calibration: of its inputs; None rounds to nearest.
         options: how.
-        layer: its name, for sentences.
 
     Raises:
-        UserError: the Hessian is not finite, or no damping makes it positive definite.
         ValueError: the group size does not divide in_features, or does not align with the block size.
     """
     columns = weight.shape[1]
     group_size = columns if options.group_size == -1 else options.group_size
     _check_shapes(columns, group_size, options.block_size)
-    target = weight.detach().float().cpu()
-    if hessian is None:
-        state = _State.start(target, group_size, options)
+    targets = weight.detach().float().cpu()[None]
+    if calibration is None:
+        state = _State.start(targets, group_size, options)
         state.solve(None, options)
-        return Solution(weight=state.finish(None, options))
-    hessian = hessian.cpu()
-    order = _column_order(hessian, group_size) if options.act_order else None
-    if order is not None:
-        target, hessian = target[:, order], hessian[order][:, order]
-    factor = inverse_factor(hessian, options.damp, layer)
-    state = _State.start(target, group_size, options)
-    state.solve(factor.upper, options)
-    hessian = damped(hessian, factor.damp)
+        return state.finish(None, options)
+    if calibration.order is not None:
+        targets = targets[:, :, calibration.order]
+    if calibration.shifts is not None:
+        targets = targets + targets @ calibration.shifts
+    state = _State.start(targets, group_size, options)
+    state.solve(calibration.factors, options)
     for _ in range(options.sweeps):
-        state.sweep(target, hessian, options.block_size)
-    return Solution(weight=state.finish(order, options), notes=(factor.note,) if factor.note else ())
+        state.sweep(targets, calibration.hessians, options)
+    return state.finish(calibration.order, options)
 
 
 def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
@@ -118,16 +174,20 @@ def _check_shapes(columns: int, group_size: int, block_size: int) -> None:
         raise ValueError(f"block size {block_size} and group size {group_size} do not align")
 
 
-def _column_order(hessian: Tensor, group_size: int) -> Tensor:
+def _column_order(diagonal: Tensor, group_size: int) -> Tensor:
     """Columns by falling diagonal of the Hessian within their group, groups by their largest.
 
     Groups stay whole, so that the stored matrix keeps its order and no runtime has to permute its input.
     """
-    diagonal = hessian.diagonal().cpu().view(-1, group_size)
+    diagonal = diagonal.view(-1, group_size)
     within = diagonal.argsort(dim=1, descending=True, stable=True)
     groups = diagonal.amax(1).argsort(descending=True, stable=True)
     first = torch.arange(len(groups))[:, None] * group_size
     return (first + within)[groups].flatten()
+
+
+def _ordered(matrix: Tensor, order: Tensor | None) -> Tensor:
+    return matrix.cpu() if order is None else matrix.cpu()[order][:, order]
 
 
 @dataclasses.dataclass(slots=True)
@@ -138,60 +198,74 @@ class _State:
     codes: Tensor
     scales: Tensor
     zeros: Tensor
-    lam: np.ndarray
+    lam: Tensor
     base: np.ndarray
     group_size: int
 
     @classmethod
-    def start(cls, weight: Tensor, group_size: int, options: SolverOptions) -> "_State":
-        out_features, columns = weight.shape
+    def start(cls, targets: Tensor, group_size: int, options: SolverOptions) -> "_State":
+        _, out_features, columns = targets.shape
         widths = options.widths
         count = 1 if options.feedback == "mean" else len(widths)
         tables = [levels(b, options.master_bits, options.slicing) for b in (*widths, options.master_bits)]
         groups = columns // group_size
         return cls(
-            targets=weight.repeat(count, 1, 1),
+            targets=targets.expand(count, -1, -1).clone(),
             codes=torch.zeros(out_features, columns, dtype=torch.uint8),
             scales=torch.zeros(out_features, groups),
             zeros=torch.zeros(out_features, groups),
-            lam=np.array([options.weights[b] for b in widths], dtype=np.float32),
+            lam=torch.tensor([options.weights[b] for b in widths]),
             base=torch.stack(tables).float().numpy(),
             group_size=group_size,
         )
 
-    def solve(self, upper: Tensor | None, options: SolverOptions) -> None:
-        """Choose all codes, column by column in blocks; without a factor nothing is fed back."""
+    def solve(self, factors: Tensor | None, options: SolverOptions) -> None:
+        """Choose all codes, column by column in blocks; without factors nothing is fed back."""
         count, out_features, columns = self.targets.shape
         clips = _CLIPS if options.scale == "search" else _CLIPS[:1]
         mantissa_bits, min_exponent = _SCALE_FORMATS[options.scale_dtype]
-        importance = torch.ones(columns) if upper is None else upper.diagonal() ** -2
-        importance = importance / importance.mean()
+        # An error e in a column adds (e / U_jj)^2 to a width's objective.
+        curvature = torch.ones(1, columns) if factors is None else factors.diagonal(dim1=1, dim2=2) ** -2
+        lam, importance = self._weights(curvature), curvature[-1] / curvature[-1].mean()
         for first in range(0, columns, options.block_size):
             last = min(first + options.block_size, columns)
-            block = torch.eye(last - first) if upper is None else upper[first:last, first:last].contiguous()
+            block = torch.eye(last - first)[None] if factors is None else factors[:, first:last, first:last].contiguous()
             errors = torch.empty(count, out_features, last - first)
             rows.solve_columns(
                 self.targets.numpy(), errors.numpy(), self.codes.numpy(), self.scales.numpy(), self.zeros.numpy(),
-                block.numpy(), importance.numpy(), self.lam, self.base, first, last, self.group_size, clips,
+                block.numpy(), importance.numpy(), lam, self.base, first, last, self.group_size, clips,
                 options.symmetric, mantissa_bits, min_exponent,
             )  # fmt: skip
-            if upper is not None and last < columns:
-                later = self.targets.view(-1, columns)[:, last:]
-                later.addmm_(errors.view(-1, last - first), upper[first:last, last:], alpha=-1)
+            if factors is not None and last < columns:
+                for k in range(count):
+                    factor = factors[k if len(factors) > 1 else 0]
+                    self.targets[k, :, last:].addmm_(errors[k], factor[first:last, last:], alpha=-1)
 
-    def sweep(self, weight: Tensor, hessian: Tensor, block_size: int) -> None:
-        """One pass of coordinate descent over all columns against the damped Hessian."""
-        out_features, columns = weight.shape
-        gradient = torch.stack([(self._values(k) - weight) @ hessian for k in range(len(self.lam))])
-        for first in range(0, columns, block_size):
-            last = min(first + block_size, columns)
-            moves = torch.empty(len(self.lam), out_features, last - first)
+    def sweep(self, targets: Tensor, hessians: Tensor, options: SolverOptions) -> None:
+        """One pass of coordinate descent over all columns against the damped Hessians."""
+        out_features, columns = self.codes.shape
+        count = len(self.lam)
+        lam = self._weights(hessians.diagonal(dim1=1, dim2=2))
+        gradient = torch.empty(count, out_features, columns)
+        for k in range(count):
+            torch.mm(self._values(k) - targets[k % len(targets)], hessians[k % len(hessians)], out=gradient[k])
+        for first in range(0, columns, options.block_size):
+            last = min(first + options.block_size, columns)
+            moves = torch.empty(count, out_features, last - first)
             rows.sweep_columns(
                 self.codes.numpy(), moves.numpy(), gradient[:, :, first:last].contiguous().numpy(),
-                hessian[first:last, first:last].contiguous().numpy(), self.scales.numpy(), self.zeros.numpy(),
-                self.lam, self.base, first, last, self.group_size,
+                hessians[:, first:last, first:last].contiguous().numpy(), self.scales.numpy(), self.zeros.numpy(),
+                lam, self.base, first, last, self.group_size,
             )  # fmt: skip
-            gradient.view(-1, columns).addmm_(moves.view(-1, last - first), hessian[first:last])
+            for k in range(count):
+                gradient[k].addmm_(moves[k], hessians[k % len(hessians), first:last])
+
+    def _weights(self, curvature: Tensor) -> np.ndarray:
+        """lambda of each width and column, [K, columns], when an error's cost also has a curvature [F, columns].
+
+        Only ratios matter within a column, so with one Hessian these are the lambdas themselves.
+        """
+        return (self.lam[:, None] * (curvature / curvature[-1])).expand(len(self.lam), -1).contiguous().numpy()
 
     def _values(self, k: int) -> Tensor:
         """The decoded weight [rows, columns] at the k-th width."""

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from matquant.errors import UserError
 from matquant.nested import levels
-from matquant.quantize.solver import SolverOptions, relative_error, solve
+from matquant.quantize.solver import Inputs, SolverOptions, calibrate, relative_error
+from matquant.quantize.solver import solve as nested_solve
 
 BALANCED = {2: 1.0, 3: 2.0, 4: 4.0, 6: 16.0, 8: 64.0}
 
@@ -21,6 +22,11 @@ def layer(out_features=8, in_features=128, seed=0, tokens=512):
     mix = torch.randn(in_features, in_features, generator=generator) / in_features**0.5 + torch.eye(in_features)
     inputs = torch.randn(tokens, in_features, generator=generator) @ mix
     return weight, 2 * inputs.T @ inputs / tokens
+
+
+def solve(weight, hessian, options):
+    calibration = None if hessian is None else calibrate([Inputs(hessian=hessian)], options)
+    return nested_solve(weight, calibration, options)
 
 
 def minmax(group, bits, master_bits=None):
@@ -57,14 +63,14 @@ def textbook(weight, hessian, weights, master_bits, slicing, group_size, shared,
 
 def assert_same_choices(solution, expected, costs):
     """Equal codes, but for ties that float32 and float64 see differently."""
-    differs = solution.weight.codes != expected
+    differs = solution.codes != expected
     assert differs.float().mean() < 0.002
     rows, columns = differs.nonzero(as_tuple=True)
     first = {}
     for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
         first.setdefault(row, column)
     for row, column in first.items():  # later columns of a row see another feedback
-        ours, theirs = int(solution.weight.codes[row, column]), int(expected[row, column])
+        ours, theirs = int(solution.codes[row, column]), int(expected[row, column])
         assert costs[row, column, ours].item() == pytest.approx(costs[row, column, theirs].item(), rel=1e-3)
 
 
@@ -80,7 +86,7 @@ def test_codes_are_the_textbooks(group_size, block_size, slicing, shared):
         block_size=block_size, scale="minmax",
     )  # fmt: skip
     solution = solve(weight, hessian, options)
-    torch.testing.assert_close(solution.weight.scales.float(), scales, rtol=2e-3, atol=0)
+    torch.testing.assert_close(solution.scales.float(), scales, rtol=2e-3, atol=0)
     assert_same_choices(solution, expected, costs)
 
 
@@ -106,7 +112,7 @@ def test_codes_are_the_textbooks_for_any_objective(seed, weights, damp, slicing)
     options = SolverOptions(weights=weights, slicing=slicing, group_size=32, scale="minmax", damp=damp)
     solution = solve(weight, hessian, options)
     # Codes that differ in bits no width sees, or by a tie, cost the same where they first differ.
-    codes = solution.weight.codes.int()
+    codes = solution.codes.int()
     differs = codes != expected
     for row in differs.any(1).nonzero().flatten().tolist():
         column = int(differs[row].nonzero()[0])
@@ -120,8 +126,8 @@ def test_one_width_alone_is_dedicated_gptq_on_the_same_grid(bits, scale):
     """A parent whose objective names one width has the slice that a model of that width alone has."""
     weight, hessian = layer(16, 128, seed=3)
     options = {"weights": {bits: 1.0}, "scale": scale, "sweeps": 1}
-    nested = solve(weight, hessian, SolverOptions(**options, master_bits=8)).weight
-    alone = solve(weight, hessian, SolverOptions(**options, master_bits=bits)).weight
+    nested = solve(weight, hessian, SolverOptions(**options, master_bits=8))
+    alone = solve(weight, hessian, SolverOptions(**options, master_bits=bits))
     assert torch.equal(nested.codes >> (8 - bits), alone.codes)
     assert torch.equal(nested.decode(bits), alone.decode(bits))
 
@@ -131,14 +137,14 @@ def test_permuting_rows_permutes_codes():
     options = SolverOptions(weights=BALANCED, group_size=32, sweeps=1)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
     whole, permuted = solve(weight, hessian, options), solve(weight[order], hessian, options)
-    assert torch.equal(whole.weight.codes[order], permuted.weight.codes)
-    assert torch.equal(whole.weight.scales[order], permuted.weight.scales)
+    assert torch.equal(whole.codes[order], permuted.codes)
+    assert torch.equal(whole.scales[order], permuted.scales)
 
 
 def test_scaling_the_weight_scales_the_scales_only():
     weight, hessian = layer(8, 64)
     options = SolverOptions(weights=BALANCED, group_size=64, sweeps=1, scale_dtype=torch.float32)
-    one, eight = solve(weight, hessian, options).weight, solve(weight * 8, hessian, options).weight
+    one, eight = solve(weight, hessian, options), solve(weight * 8, hessian, options)
     assert torch.equal(one.codes, eight.codes)
     assert torch.equal(one.scales * 8, eight.scales)
 
@@ -150,7 +156,7 @@ def test_act_order_keeps_groups_whole_and_helps(group_size):
     hessian = hessian * decay[:, None] * decay
     plain = SolverOptions(weights={3: 1.0}, master_bits=8, group_size=group_size, scale="minmax")
     ordered = SolverOptions(weights={3: 1.0}, master_bits=8, group_size=group_size, scale="minmax", act_order=True)
-    errors = [relative_error(weight, solve(weight, hessian, o).weight.decode(3), hessian) for o in (plain, ordered)]
+    errors = [relative_error(weight, solve(weight, hessian, o).decode(3), hessian) for o in (plain, ordered)]
     assert errors[1] < errors[0]
 
 
@@ -160,7 +166,7 @@ def test_act_order_with_an_already_ordered_hessian_changes_nothing():
     hessian = torch.diag(decay) + 0.01 * hessian
     hessian.diagonal().copy_(decay)
     results = [
-        solve(weight, hessian, SolverOptions(weights=BALANCED, group_size=32, act_order=order)).weight
+        solve(weight, hessian, SolverOptions(weights=BALANCED, group_size=32, act_order=order))
         for order in (False, True)
     ]
     assert torch.equal(results[0].codes, results[1].codes)
@@ -171,7 +177,7 @@ def test_zero_points_help_a_shifted_weight():
     weight, hessian = layer(8, 64)
     weight = weight + 0.1
     errors = [
-        relative_error(weight, solve(weight, hessian, o).weight.decode(4), hessian)
+        relative_error(weight, solve(weight, hessian, o).decode(4), hessian)
         for o in (SolverOptions(weights=BALANCED, group_size=32, symmetric=s) for s in (True, False))
     ]
     assert errors[1] < 0.5 * errors[0]
@@ -185,7 +191,7 @@ def test_a_sweep_never_raises_the_objective(seed, slicing):
     costs = []
     for sweeps in (0, 1, 2, 4):
         options = SolverOptions(weights=BALANCED, slicing=slicing, group_size=32, sweeps=sweeps)
-        solution = solve(weight, hessian, options).weight
+        solution = solve(weight, hessian, options)
         costs.append(sum(lam * relative_error(weight, solution.decode(b), damped) for b, lam in BALANCED.items()))
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(costs))
 
@@ -194,7 +200,7 @@ def test_a_sweep_ends_where_no_single_code_helps():
     weight, hessian = layer(2, 32, seed=5)
     damped = (hessian + 0.01 * hessian.diagonal().mean() * torch.eye(32)).double()
     options = SolverOptions(weights=BALANCED, group_size=32, sweeps=30)
-    solution = solve(weight, hessian, options).weight
+    solution = solve(weight, hessian, options)
 
     def cost(codes):
         changed = type(solution)(codes=codes, scales=solution.scales, zeros=None, master_bits=8, slicing="msb")
@@ -212,7 +218,7 @@ def test_a_sweep_ends_where_no_single_code_helps():
 def test_rounding_to_nearest_is_the_nearest_code():
     weight, _ = layer(8, 64)
     options = SolverOptions(weights={4: 1.0}, master_bits=4, slicing="round", group_size=32, scale="minmax")
-    ours = solve(weight, None, options).weight
+    ours = solve(weight, None, options)
     scales = minmax(weight.view(-1, 32), 4).view(8, 2)
     expected = (weight.view(8, 2, 32) / scales[:, :, None] + 8).round().clamp(0, 15).view(8, 64)
     assert torch.equal(ours.codes, expected.to(torch.uint8))
@@ -222,23 +228,25 @@ def test_a_singular_hessian_grows_its_damping_and_says_so():
     weight, _ = layer(4, 32)
     direction = torch.ones(32, 1)
     hessian = direction @ direction.T - 1e-2 * torch.eye(32)
-    solution = solve(weight, hessian, SolverOptions(weights=BALANCED, group_size=32, damp=0.001), "layer x")
-    assert "layer x" in solution.notes[0]
-    assert "damping grew from 0.001" in solution.notes[0]
+    options = SolverOptions(weights=BALANCED, group_size=32, damp=0.001)
+    calibration = calibrate([Inputs(hessian=hessian)], options, "layer x")
+    assert "layer x" in calibration.notes[0]
+    assert "damping grew from 0.001" in calibration.notes[0]
+    assert torch.isfinite(nested_solve(weight, calibration, options).decode(2)).all()
 
 
 def test_a_hessian_that_is_not_finite_is_refused():
     weight, hessian = layer(4, 32)
     hessian[0, 0] = float("nan")
     with pytest.raises(UserError, match="layer x hold NaN"):
-        solve(weight, hessian, SolverOptions(weights=BALANCED, group_size=32), "layer x")
+        calibrate([Inputs(hessian=hessian)], SolverOptions(weights=BALANCED, group_size=32), "layer x")
 
 
 def test_dead_inputs_and_groups_of_zeros_are_harmless():
     weight, hessian = layer(4, 64)
     hessian[:, 5] = hessian[5] = 0
     weight[1, 32:] = 0
-    solution = solve(weight, hessian, SolverOptions(weights=BALANCED, group_size=32)).weight
+    solution = solve(weight, hessian, SolverOptions(weights=BALANCED, group_size=32))
     assert torch.isfinite(solution.decode(2)).all()
     relative = relative_error(weight, solution.decode(8), hessian)
     assert relative < 1e-3
@@ -248,7 +256,7 @@ def test_dead_inputs_and_groups_of_zeros_are_harmless():
 def test_scales_keep_the_models_dtype_and_choices_use_the_stored_values(dtype):
     weight, hessian = layer(8, 64)
     options = SolverOptions(weights={8: 1.0}, group_size=32, scale="minmax", scale_dtype=dtype)
-    solution = solve(weight, hessian * 0 + torch.eye(64), options).weight
+    solution = solve(weight, hessian * 0 + torch.eye(64), options)
     assert solution.scales.dtype == dtype
     # Without feedback every code is the nearest on the stored grid.
     inside = solution.codes.gt(0) & solution.codes.lt(255)

@@ -70,9 +70,11 @@ class MethodConfig:
     master_bits: int
     group_size: int
     symmetric: bool
+    offset: float  # of the zero point of symmetric weights, in steps of an 8-bit code; a group may mirror it
     scale: Literal["minmax", "search"]
     act_order: bool
     sweeps: int  # passes of coordinate descent after the solve
+    refits: int  # times that scales are then fitted to the codes, each with another sweep
     streams: tuple[int, ...]  # widths whose slices are followed through the model while calibrating; none: the parent's
     asymmetric: bool  # aim at the full-precision model's outputs, not those on the quantized model's inputs
     staged: bool  # later layers of a block see the earlier ones quantized
@@ -270,8 +272,13 @@ def _check_method(method: MethodConfig) -> None:
         )
     for bits in method.streams:
         _check_width(bits, "method.streams", method.master_bits)
-    if method.sweeps < 0:
-        raise UserError(f"method.sweeps cannot be negative; found {method.sweeps}.")
+    for name in ("sweeps", "refits"):
+        if getattr(method, name) < 0:
+            raise UserError(f"method.{name} cannot be negative; found {getattr(method, name)}.")
+    if method.offset and (method.slicing != "msb" or not method.symmetric):
+        raise UserError("method.offset is for symmetric msb slices; set it to 0 with round slices or zero points.")
+    if not 0 <= method.offset <= 32:
+        raise UserError(f"method.offset must lie in 0..32 steps of an 8-bit code; found {method.offset}.")
 
 
 def _check_text(text: TextConfig, where: str) -> None:

@@ -1,13 +1,16 @@
 """The nested format: codes of M bits whose first b bits are a model of b bits.
 
-A code q of M bits (4..8) is cut to its first b bits; with d = M - b the two ways of cutting, and what they decode to, are
+A code q of M bits is cut to its first b bits; with d = M - b the two ways of cutting, and what they decode to, are
 
     msb    c_b(q) = q >> d                                     value = s (2^d (c_b + 1/2) - z)
     round  c_b(q) = min((q >> d) + bit(q, d - 1), 2^b - 1)     value = s (2^d  c_b        - z)
 
 ``msb`` is native: it reads exactly b bits, and each slice decodes to the centre of the cell that its codes share. ``round``
-is what MatGPTQ v1 (arXiv 2602.03537) does; below M bits it reads one bit more. The zero point z is 2^(M-1) for symmetric
-weights. A scale s of 0 decodes to exactly 0.
+is what MatGPTQ v1 (arXiv 2602.03537) does; below M bits it reads one bit more. A scale s of 0 decodes to exactly 0.
+
+The zero point z of symmetric weights is one number for the whole matrix, 2^(M-1) + offset; without symmetry every group has
+its own. With an offset the grid reaches further to one side than to the other, and a negative scale turns it round: each
+group takes the side that suits it, for no bytes at all. (An offset of 2^(M-5) also puts zero on the grid of 4 bits.)
 """
 
 import dataclasses
@@ -51,10 +54,11 @@ class NestedWeight:
 
     Attributes:
         codes: uint8 [out_features, in_features].
-        scales: float16, bfloat16 or float32 [out_features, groups].
+        scales: float16, bfloat16 or float32 [out_features, groups]; negative ones stand for the mirrored grid.
         zeros: uint8 [out_features, groups], or None for symmetric weights.
-        master_bits: bits of a code, 4..8.
+        master_bits: bits of a code, 2..8.
         slicing: how a width is cut from a code.
+        offset: of the zero point of symmetric weights from 2^(master_bits - 1).
     """
 
     codes: Tensor
@@ -62,6 +66,7 @@ class NestedWeight:
     zeros: Tensor | None
     master_bits: int
     slicing: Slicing
+    offset: float = 0.0
 
     def __post_init__(self) -> None:
         groups = self.scales.shape[1]
@@ -81,7 +86,7 @@ class NestedWeight:
         table = levels(bits, self.master_bits, self.slicing).to(self.codes.device)
         rows, groups = self.scales.shape
         value = table[self.codes.int()].view(rows, groups, -1)
-        zero = 2.0 ** (self.master_bits - 1) if self.zeros is None else self.zeros.float()[:, :, None]
+        zero = 2.0 ** (self.master_bits - 1) + self.offset if self.zeros is None else self.zeros.float()[:, :, None]
         return ((value - zero) * self.scales.float()[:, :, None]).view(self.codes.shape).to(dtype)
 
     def bytes_read(self, bits: int) -> int:

@@ -19,7 +19,7 @@ def write_block(draft: Draft, name: str, weights: dict[str, NestedWeight], recor
     """Commit one block; ``record`` is kept beside the tensors and comes back from ``read_block``."""
     tensors = {f"{layer}.{part}": t for layer, weight in weights.items() for part, t in weight.tensors().items()}
     layers = {
-        layer: record["layers"][layer] | {"master_bits": weight.master_bits, "slicing": weight.slicing}
+        layer: record["layers"][layer] | {"master_bits": weight.master_bits, "slicing": weight.slicing, "offset": weight.offset}
         for layer, weight in weights.items()
     }
     header = json.dumps(record | {"layers": layers}, sort_keys=True, allow_nan=False)
@@ -42,6 +42,7 @@ def read_block(source: Draft | Artifact, name: str) -> tuple[dict[str, NestedWei
                 zeros=tensors.get(f"{layer}.zeros"),
                 master_bits=about["master_bits"],
                 slicing=about["slicing"],
+                offset=about["offset"],
             )
             for layer, about in record["layers"].items()
         }

@@ -16,6 +16,8 @@ import numpy as np
 
 _F32 = np.float32
 
+FROM_RANGE = np.float32(np.nan)  # stands for a zero point that follows from a group's smallest and largest weight
+
 
 @numba.njit(cache=True)
 def best_code(t, weight, base, scale, zero):
@@ -67,62 +69,64 @@ def round_scale(value, mantissa_bits, min_exponent):
 
 
 @numba.njit(cache=True)
-def _grid_of_range(low, high, clip, base, symmetric, mantissa_bits, min_exponent):
-    """Scale and zero point at which the levels of the objective's highest width span the clipped range low..high."""
+def _grid(low, high, clip, base, zero, mantissa_bits, min_exponent):
+    """Scale and zero point at which the levels of the objective's highest width cover the clipped range low..high.
+
+    About a given zero point; with ``FROM_RANGE`` about the whole number that fits the range best.
+    """
     codes, top = base.shape[1], base.shape[0] - 2
     span = base[top, codes - 1] - base[top, 0]
-    if symmetric:
-        reach = max(-low, high) * clip
-        return round_scale(reach * 2 / span, mantissa_bits, min_exponent), _F32(codes // 2)
+    if not math.isnan(zero):
+        below, above = span / 2 + (zero - codes // 2), span / 2 - (zero - codes // 2)
+        return round_scale(max(-low / below, high / above) * clip, mantissa_bits, min_exponent), zero
     scale = round_scale((high - low) * clip / span, mantissa_bits, min_exponent)
     if scale == 0:
-        return scale, _F32(0)
+        return scale, _F32(codes // 2)
     # The lowest level, base - zero, lands on the lower end.
-    zero = min(max(np.rint(base[top, 0] - low * clip / scale), 0.0), codes - 1.0)
-    return scale, _F32(zero)
+    return scale, _F32(min(max(np.rint(base[top, 0] - low * clip / scale), 0.0), codes - 1.0))
 
 
 @numba.njit(cache=True)
-def choose_scale(targets, row, first, last, importance, lam, base, clips, symmetric, mantissa_bits, min_exponent):
+def choose_scale(targets, row, first, last, importance, lam, base, clips, zero_points, mantissa_bits, min_exponent):
     """Scale and zero point of the group of columns first..last of one row.
 
-    Tries each clip of the group's range and keeps the one of least nested rounding error, weighted by ``importance``
-    (float32 [columns]); with a single clip it is plain min-max.
+    Tries each clip of the group's range about each zero point (or ``FROM_RANGE``) and keeps the pair of least nested
+    rounding error, weighted by ``importance`` (float32 [columns]); with a single clip and zero point it is plain min-max.
     """
     shared, widths = targets.shape[0] == 1, lam.shape[0]
     weight = np.empty(widths, dtype=np.float32)
+    t = np.empty(widths, dtype=np.float32)
     top = targets[targets.shape[0] - 1, row]
     low, high = _F32(0), _F32(0)
     for j in range(first, last):
         low, high = min(low, top[j]), max(high, top[j])
-    best = _F32(np.inf)
-    t = np.empty(widths, dtype=np.float32)
-    scale, zero = _grid_of_range(low, high, clips[0], base, symmetric, mantissa_bits, min_exponent)
-    if clips.shape[0] == 1:
-        return scale, zero
-    for clip in clips:
-        s, z = _grid_of_range(low, high, clip, base, symmetric, mantissa_bits, min_exponent)
-        total = _F32(0)
-        for j in range(first, last):
-            for k in range(widths):
-                t[k] = targets[0 if shared else k, row, j]
-                weight[k] = lam[k, j]
-            q = best_code(t, weight, base, s, z)
-            cost = _F32(0)
-            for k in range(widths):
-                error = t[k] - s * (base[k, q] - z)
-                cost += weight[k] * error * error
-            total += cost * importance[j]
-            if total > best:
-                break
-        if total < best:
-            best, scale, zero = total, s, z
+    if clips.shape[0] == 1 and zero_points.shape[0] == 1:
+        return _grid(low, high, clips[0], base, zero_points[0], mantissa_bits, min_exponent)
+    best, scale, zero = _F32(np.inf), _F32(0), _F32(base.shape[1] // 2)
+    for zero_point in zero_points:
+        for clip in clips:
+            s, z = _grid(low, high, clip, base, zero_point, mantissa_bits, min_exponent)
+            total = _F32(0)
+            for j in range(first, last):
+                for k in range(widths):
+                    t[k] = targets[0 if shared else k, row, j]
+                    weight[k] = lam[k, j]
+                q = best_code(t, weight, base, s, z)
+                cost = _F32(0)
+                for k in range(widths):
+                    error = t[k] - s * (base[k, q] - z)
+                    cost += weight[k] * error * error
+                total += cost * importance[j]
+                if total > best:
+                    break
+            if total < best:
+                best, scale, zero = total, s, z
     return scale, zero
 
 
 @numba.njit(parallel=True, cache=True)
 def solve_columns(
-    targets, errors, codes, scales, zeros, factor, importance, lam, base, first, last, group_size, clips, symmetric,
+    targets, errors, codes, scales, zeros, factor, importance, lam, base, first, last, group_size, clips, zero_points,
     mantissa_bits, min_exponent,
 ):  # fmt: skip
     """Choose the codes of the columns first..last of every row, feeding each column's error into the later ones.
@@ -145,7 +149,7 @@ def solve_columns(
             group = column // group_size
             if column % group_size == 0:
                 scales[row, group], zeros[row, group] = choose_scale(
-                    targets, row, column, column + group_size, importance, lam, base, clips, symmetric, mantissa_bits,
+                    targets, row, column, column + group_size, importance, lam, base, clips, zero_points, mantissa_bits,
                     min_exponent,
                 )  # fmt: skip
             scale, zero = scales[row, group], zeros[row, group]

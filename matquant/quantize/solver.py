@@ -24,6 +24,9 @@ from matquant.quantize.linalg import damped, inverse_factor
 # Clips of a group's range that the scale search tries. Two bits want a grid well inside the range, eight bits nearly all.
 _CLIPS = np.linspace(1.0, 0.4, 25, dtype=np.float32)
 
+# Zero points about the middle of 8-bit codes that the search tries besides the one that fits the range.
+_ZERO_STEPS = (0, 8, -8, 16, -16, 24, -24)
+
 # Mantissa bits and smallest normal exponent of the dtypes in which scales are stored.
 _SCALE_FORMATS = {torch.float16: (10, -14), torch.bfloat16: (7, -126), torch.float32: (23, -126)}
 
@@ -34,6 +37,10 @@ class SolverOptions:
 
     Attributes:
         weights: width in bits to lambda; widths of weight zero are left out.
+        offset: of the zero point of symmetric weights from the middle of the codes, in units of a code. With another than
+            0 each group takes the better of the grid and its mirror image, which a negative scale stands for.
+        sweeps: passes of coordinate descent after the solve.
+        refits: times that the scales are then fitted to the codes, each followed by another sweep.
         scale_dtype: dtype in which scales are stored; codes are chosen with the stored values.
     """
 
@@ -43,9 +50,11 @@ class SolverOptions:
     feedback: Literal["per_width", "mean"] = "per_width"
     group_size: int = 128
     symmetric: bool = True
+    offset: float = 0.0
     scale: Literal["minmax", "search"] = "search"
     act_order: bool = False
     sweeps: int = 0
+    refits: int = 0
     damp: float = 0.01
     block_size: int = 128
     scale_dtype: torch.dtype = torch.float16
@@ -150,6 +159,9 @@ def solve(weight: Tensor, calibration: Calibration | None, options: SolverOption
     state.solve(calibration.factors, options)
     for _ in range(options.sweeps):
         state.sweep(targets, calibration.hessians, options)
+    for _ in range(options.refits):
+        state.refit(targets, calibration.hessians, options)
+        state.sweep(targets, calibration.hessians, options)
     return state.finish(calibration.order, options)
 
 
@@ -165,6 +177,18 @@ def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     lost = torch.einsum("ij,ij->", error @ hessian, error)
     whole = torch.einsum("ij,ij->", weight @ hessian, weight)
     return float(lost / whole) if whole > 0 else 0.0
+
+
+def _grids(options: SolverOptions) -> tuple[np.ndarray, np.ndarray]:
+    """The clips and the zero points that are tried for each group."""
+    middle = 2 ** (options.master_bits - 1)
+    searching = options.scale == "search"
+    if options.symmetric:
+        zero_points = [middle + options.offset, middle - options.offset] if options.offset else [middle]
+    else:
+        near = [middle + step * 2.0 ** (options.master_bits - 8) for step in _ZERO_STEPS if searching]
+        zero_points = [rows.FROM_RANGE, *(z for z in near if z.is_integer())]
+    return _CLIPS if searching else _CLIPS[:1], np.array(zero_points, dtype=np.float32)
 
 
 def _check_shapes(columns: int, group_size: int, block_size: int) -> None:
@@ -222,7 +246,7 @@ class _State:
     def solve(self, factors: Tensor | None, options: SolverOptions) -> None:
         """Choose all codes, column by column in blocks; without factors nothing is fed back."""
         count, out_features, columns = self.targets.shape
-        clips = _CLIPS if options.scale == "search" else _CLIPS[:1]
+        clips, zero_points = _grids(options)
         mantissa_bits, min_exponent = _SCALE_FORMATS[options.scale_dtype]
         # An error e in a column adds (e / U_jj)^2 to a width's objective.
         curvature = torch.ones(1, columns) if factors is None else factors.diagonal(dim1=1, dim2=2) ** -2
@@ -234,7 +258,7 @@ class _State:
             rows.solve_columns(
                 self.targets.numpy(), errors.numpy(), self.codes.numpy(), self.scales.numpy(), self.zeros.numpy(),
                 block.numpy(), importance.numpy(), lam, self.base, first, last, self.group_size, clips,
-                options.symmetric, mantissa_bits, min_exponent,
+                zero_points, mantissa_bits, min_exponent,
             )  # fmt: skip
             if factors is not None and last < columns:
                 for k in range(count):
@@ -260,6 +284,37 @@ class _State:
             for k in range(count):
                 gradient[k].addmm_(moves[k], hessians[k % len(hessians), first:last])
 
+    def refit(self, targets: Tensor, hessians: Tensor, options: SolverOptions) -> None:
+        """Fit the scales to the codes as they are: one least-squares problem of groups unknowns per row.
+
+        The objective is quadratic in a row's scales s: with the widths' decoded units V_b (value = s V_b) its normal
+        equations are sum_b lambda_b V_b H_b V_b^T s = sum_b lambda_b V_b H_b t_b.
+        """
+        out_features, groups = self.scales.shape
+        normal, right = torch.zeros(out_features, groups, groups), torch.zeros(out_features, groups)
+        for k, lam in enumerate(self.lam):
+            units, target, hessian = self._units(k), targets[k % len(targets)], hessians[k % len(hessians)]
+            right += lam * self._grouped((target @ hessian) * units)
+            for g in range(groups):
+                columns = slice(g * self.group_size, (g + 1) * self.group_size)
+                normal[:, g] += lam * self._grouped((units[:, columns] @ hessian[columns]) * units)
+        fitted = torch.linalg.solve_ex(normal, right)[0].to(options.scale_dtype).float()
+        # A group of zeros has no scale; a fit that would turn a group over is not one.
+        self.scales = torch.where(torch.isfinite(fitted) & (fitted > 0) & (self.scales > 0), fitted, self.scales)
+
+    def _grouped(self, values: Tensor) -> Tensor:
+        """Sums [rows, groups] over the columns of each group."""
+        return values.view(*self.scales.shape, self.group_size).sum(2)
+
+    def _units(self, k: int) -> Tensor:
+        """The decoded weight [rows, columns] at the k-th width in units of its scales."""
+        grouped = torch.from_numpy(self.base[k])[self.codes.int()].view(*self.scales.shape, -1)
+        return (grouped - self.zeros[:, :, None]).view(self.codes.shape)
+
+    def _values(self, k: int) -> Tensor:
+        """The decoded weight [rows, columns] at the k-th width."""
+        return self._units(k) * self.scales.repeat_interleave(self.group_size, 1)
+
     def _weights(self, curvature: Tensor) -> np.ndarray:
         """lambda of each width and column, [K, columns], when an error's cost also has a curvature [F, columns].
 
@@ -267,15 +322,11 @@ class _State:
         """
         return (self.lam[:, None] * (curvature / curvature[-1])).expand(len(self.lam), -1).contiguous().numpy()
 
-    def _values(self, k: int) -> Tensor:
-        """The decoded weight [rows, columns] at the k-th width."""
-        table = torch.from_numpy(self.base[k])
-        grouped = table[self.codes.int()].view(*self.scales.shape, -1)
-        return ((grouped - self.zeros[:, :, None]) * self.scales[:, :, None]).view(self.codes.shape)
-
     def finish(self, order: Tensor | None, options: SolverOptions) -> NestedWeight:
         """The result in the columns' stored order."""
         codes, scales, zeros = self.codes, self.scales, self.zeros
+        if options.symmetric and options.offset:
+            codes, scales = self._unmirrored(options.master_bits)
         if order is not None:
             codes = codes[:, order.argsort()].contiguous()
             stored = (order.view(-1, self.group_size)[:, 0] // self.group_size).argsort()
@@ -286,4 +337,12 @@ class _State:
             zeros=None if options.symmetric else zeros.to(torch.uint8),
             master_bits=options.master_bits,
             slicing=options.slicing,
+            offset=options.offset if options.symmetric else 0.0,
         )
+
+    def _unmirrored(self, master_bits: int) -> tuple[Tensor, Tensor]:
+        """Codes and scales about the one zero point: the mirror image of a code about the middle is its complement."""
+        mirrored = self.zeros < 2 ** (master_bits - 1)
+        flipped = mirrored.repeat_interleave(self.group_size, 1)
+        codes = torch.where(flipped, 2**master_bits - 1 - self.codes.int(), self.codes.int()).to(torch.uint8)
+        return codes, torch.where(mirrored, -self.scales, self.scales)

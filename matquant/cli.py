@@ -20,7 +20,7 @@ from matquant.errors import UserError
 from matquant.home import home
 
 
-def _register() -> None:
+def register() -> None:
     """Make ``${matquant.home:}`` and the presets in ``experiments/NAME/config.yaml`` known to Hydra."""
     OmegaConf.register_new_resolver("matquant.home", lambda: str(home()), replace=True)
     store = ConfigStore.instance()
@@ -29,13 +29,13 @@ def _register() -> None:
         store.store(group="experiment", name=preset.parent.name, node=node, package="_global_", provider="experiments")
 
 
-_register()
+register()
 
 
 @hydra.main(version_base="1.3", config_path=str(home() / "conf"), config_name="config")
 def run(cfg: DictConfig) -> float | None:
     """One job of a composed config; returns the figure that a sweeper minimises."""
-    _register()  # a launcher's worker process imports this module, but its config may be resolved anew
+    register()  # a launcher's worker process imports this module, but its config may be resolved anew
     config = from_hydra(cfg)
     if config.store.action is not None:
         from matquant.housekeeping import look_after

@@ -9,7 +9,6 @@ import fnmatch
 import math
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -81,6 +80,7 @@ class MethodConfig:
     damp: float
     block_size: int
     skip: tuple[str, ...]  # patterns of layer names that stay as they are
+    head: bool  # the output head too; one that is tied to the embeddings becomes a layer of its own
 
     def skips(self, layer: str) -> bool:
         return any(fnmatch.fnmatch(layer, pattern) for pattern in self.skip)
@@ -231,7 +231,9 @@ def _check(config: Config) -> None:
 
 def _check_model(model: ModelConfig) -> None:
     if (model.name is None) == (model.path is None):
-        raise UserError("Give either model.name (a name on the hub) or model.path (a local folder), not both or neither.")
+        raise UserError(
+            "Give either model.name (a name on the hub) or model.path (a local folder), not both or neither."
+        )
 
 
 def _check_width(bits: int, where: str, master_bits: int) -> None:
@@ -243,7 +245,9 @@ def _check_width(bits: int, where: str, master_bits: int) -> None:
 
 def _check_objective(objective: ObjectiveConfig, master_bits: int) -> None:
     if not objective.weights:
-        raise UserError("objective.weights names no width; give at least one, for example ++objective.weights={2:1,4:4}.")
+        raise UserError(
+            "objective.weights names no width; give at least one, for example ++objective.weights={2:1,4:4}."
+        )
     for bits, weight in objective.weights.items():
         _check_width(bits, "objective.weights", master_bits)
         if not math.isfinite(weight) or weight < 0:
@@ -261,7 +265,9 @@ def _check_method(method: MethodConfig) -> None:
             f"found {method.group_size}."
         )
     if not 0 < method.damp < 1:
-        raise UserError(f"method.damp is a fraction of the Hessian's mean diagonal, above 0 and below 1; found {method.damp}.")
+        raise UserError(
+            f"method.damp is a fraction of the Hessian's mean diagonal, above 0 and below 1; found {method.damp}."
+        )
     if method.block_size < 1:
         raise UserError(f"method.block_size must be at least 1 column; found {method.block_size}.")
     size = method.group_size
@@ -275,8 +281,8 @@ def _check_method(method: MethodConfig) -> None:
     for name in ("sweeps", "refits"):
         if getattr(method, name) < 0:
             raise UserError(f"method.{name} cannot be negative; found {getattr(method, name)}.")
-    if method.offset and (method.slicing != "msb" or not method.symmetric):
-        raise UserError("method.offset is for symmetric msb slices; set it to 0 with round slices or zero points.")
+    if method.offset and method.symmetric and method.slicing != "msb":
+        raise UserError("method.offset is for msb slices: the grid of round slices has no mirror image. Set it to 0.")
     if not 0 <= method.offset <= 32:
         raise UserError(f"method.offset must lie in 0..32 steps of an 8-bit code; found {method.offset}.")
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numba
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -27,12 +28,12 @@ from matquant import report
 from matquant.config import Config, MethodConfig
 from matquant.data import texts
 from matquant.errors import UserError
-from matquant.evaluate.slices import evaluate_slices, steps
 from matquant.evaluate.metrics import Metrics
+from matquant.evaluate.slices import evaluate_slices, steps
 from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.load import load
 from matquant.progress import Bars
-from matquant.quantize.driver import CalibrationOptions, Driver, check_layers
+from matquant.quantize.driver import CalibrationOptions, Driver, check_layers, layers_to_quantize
 from matquant.quantize.parent import Parent
 from matquant.quantize.solver import SolverOptions
 from matquant.store import Artifact, Draft, Store
@@ -65,9 +66,7 @@ def run_job(config: Config, job: Job) -> float | None:
     Raises:
         UserError: something in the config, model or text cannot be worked with.
     """
-    if config.runtime.threads is not None:
-        torch.set_num_threads(config.runtime.threads)
-    results = _Run(config, job).results()
+    results = compute(config, job)
     report.write(results, job.folder)
     page = report.write_report(results, job.folder)
     if config.tracking.wandb:
@@ -76,6 +75,19 @@ def run_job(config: Config, job: Job) -> float | None:
     report.print_table(results, console)
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
     return _figure(results, config.metric)
+
+
+def compute(config: Config, job: Job) -> dict[str, Any]:
+    """The results of all stages, as they stand in results.json; writes nothing but to the store.
+
+    Raises:
+        UserError: something in the config, model or text cannot be worked with.
+    """
+    if config.runtime.threads is not None:
+        torch.set_num_threads(config.runtime.threads)
+        most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+        numba.set_num_threads(min(config.runtime.threads, most))
+    return _Run(config, job).results()
 
 
 class _Run:
@@ -95,7 +107,8 @@ class _Run:
             self.blocks = BlockModel(self.loaded.model)
             self.dtype = compute_dtype(self.loaded.dtype, self.device)
             self.blocks.check()
-            check_layers(self.blocks, config.method.group_size, config.method.skips)
+            self.layers = layers_to_quantize(self.blocks, config.method.skips, head=config.method.head)
+            check_layers(self.layers, config.method.group_size)
             self._check_lengths()
             self.evaluation = self._evaluation_windows()
 
@@ -145,8 +158,7 @@ class _Run:
 
     def _open_parent(self, options: SolverOptions, windows: Tensor | None) -> Parent:
         method = self.config.method
-        names = [n for i in range(len(self.blocks)) for n in self.blocks.linears(i)]
-        skipped = [n for n in names if method.skips(n)]
+        names = [name for block in self.layers for name in block]
         calibration = CalibrationOptions(
             streams=() if method.dedicated else method.streams, asymmetric=method.asymmetric, staged=method.staged,
             batch_size=self.config.calibration.batch_size,
@@ -158,23 +170,25 @@ class _Run:
             "calibration": None if windows is None else texts.fingerprint(windows),
             "options": _plain(options),
             "streams": None if windows is None else [list(calibration.streams), method.asymmetric, method.staged],
-            "skipped": skipped,
+            "layers": names,
             "solver": _SOLVER_VERSION,
         }
         width = f" at {options.master_bits} bits" if method.dedicated else ""
 
         def build(draft: Draft) -> dict[str, Any]:
             if "quantize" not in self.config.stages:
-                raise UserError(f"The store has no such parent{width} yet; add quantize to stages, or check the settings.")
+                raise UserError(
+                    f"The store has no such parent{width} yet; add quantize to stages, or check the settings."
+                )
             if draft.resumed:
                 log.info("resuming an unfinished parent%s from its last finished block", width)
-            with self.bars.bar(f"quantize{width}", len(names) - len(skipped)) as progress:
+            with self.bars.bar(f"quantize{width}", len(names)) as progress:
                 driver = Driver(
-                    self.blocks, options, calibration, skips=method.skips, device=self.device, dtype=self.dtype,
+                    self.blocks, self.layers, options, calibration, device=self.device, dtype=self.dtype,
                     progress=progress,
                 )  # fmt: skip
                 blocks = driver.run(draft, windows)
-            return {"label": f"{self.loaded.label} {method.name}{width}", "blocks": blocks, "skipped": skipped}
+            return {"label": f"{self.loaded.label} {method.name}{width}", "blocks": blocks}
 
         artifact = self.store.open_or_build("parent", inputs, build)
         parent = Parent(artifact)
@@ -185,8 +199,9 @@ class _Run:
         """For each dataset the metrics of every variant: ``full`` and each width."""
 
         def weights_of(index: int, variant: str) -> dict[str, Tensor]:
-            bits = int(variant)
-            return {name: w.decode(bits) for name, w in parents[bits].block(index).items()}
+            parent = parents[int(variant)]
+            weights = parent.block(index) if index < len(parent.blocks) else {}
+            return {name: w.decode(int(variant)) for name, w in weights.items()}
 
         measured = {}
         for name, windows in self.evaluation.items():
@@ -220,12 +235,7 @@ class _Run:
 
     def _dense_bytes(self) -> int:
         """Bytes of the quantized layers in the model's own dtype."""
-        return sum(
-            layer.weight.numel() * self.loaded.dtype.itemsize
-            for index in range(len(self.blocks))
-            for name, layer in self.blocks.linears(index).items()
-            if not self.config.method.skips(name)
-        )
+        return sum(m.weight.numel() for block in self.layers for m in block.values()) * self.loaded.dtype.itemsize
 
 
 def _device(name: str) -> torch.device:
@@ -236,7 +246,9 @@ def _device(name: str) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"runtime.device={name} is no device; use auto, cpu, cuda or cuda:N.") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"runtime.device={name}: this machine has {torch.cuda.device_count()} CUDA devices. Use cpu or auto.")
+        raise UserError(
+            f"runtime.device={name}: this machine has {torch.cuda.device_count()} CUDA devices. Use cpu or auto."
+        )
     return device
 
 
@@ -250,7 +262,7 @@ def _options(method: MethodConfig, weights: Mapping[int, float], master_bits: in
         feedback=method.feedback,
         group_size=method.group_size,
         symmetric=method.symmetric,
-        offset=method.offset * 2.0 ** (master_bits - 8),
+        offset=method.offset * 2.0 ** (master_bits - 8) if method.symmetric else 0.0,
         scale=method.scale,
         act_order=method.act_order,
         sweeps=method.sweeps,

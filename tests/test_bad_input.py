@@ -26,6 +26,8 @@ def model_copy(folder, source=TINY):
         (["method.block_size=96"], "must be a multiple or a divisor of method.group_size"),
         (["method.master_bits=4"], "is more than the parent's method.master_bits=4"),
         (["method.slicing=top"], "method.slicing must be one of msb, round; found 'top'"),
+        (["method.slicing=round"], "method.offset is for msb slices"),
+        (["method.streams=[9]"], "method.streams: a width must lie in 2..8 bits; found 9"),
         (["method.damp=0"], "method.damp is a fraction"),
         (["method=gpttq"], "matgptq_v1"),
         (["objective=best"], "balanced"),

@@ -15,7 +15,7 @@ EXPERIMENTS = [f"experiment={path.parent.name}" for path in sorted(CONF.parent.g
 
 @pytest.mark.parametrize("choice", [*CHOICES, *EXPERIMENTS])
 def test_every_preset_composes(choice, monkeypatch, tmp_path):
-    cli._register()
+    cli.register()
     overrides = [choice]
     if choice == "calibration=text":
         overrides.append(f"calibration.path={tmp_path}")

@@ -1,6 +1,7 @@
 """Whole jobs through the command line: results, sweeps, resuming, and looking after the store."""
 
 import csv
+import itertools
 import json
 import os
 import signal
@@ -46,7 +47,7 @@ def test_the_default_job_on_less_text(matquant, tmp_path):
     results = load(tmp_path / "run")
     assert [entry["bits"] for entry in results["slices"]] == [2, 3, 4, 6, 8]
     kl = divergences(results)
-    assert all(more > less > 0 for more, less in zip(kl, kl[1:], strict=False))
+    assert all(more > less > 0 for more, less in itertools.pairwise(kl))
     full = results["baseline"]["perplexity"]["stdlib"]
     assert results["slices"][-1]["perplexity"]["stdlib"] == pytest.approx(full, rel=0.005)
     assert results["parent"]["reused"] is False
@@ -74,7 +75,7 @@ def test_dedicated_methods_make_one_model_per_width(job):
 
 def test_widths_that_the_objective_does_not_name_lie_between_their_neighbours(job):
     kl = divergences(job(*QUICK, "bits=[4,5,6,7,8]"))
-    assert all(more > less for more, less in zip(kl, kl[1:], strict=False))
+    assert all(more > less for more, less in itertools.pairwise(kl))
 
 
 def test_round_slices_say_that_they_read_one_bit_more(job, small_model):
@@ -92,8 +93,11 @@ def test_round_slices_say_that_they_read_one_bit_more(job, small_model):
         ["method.group_size=-1", "method.symmetric=false"],
         ["method=rtn", "method.dedicated=false"],
         ["method=gptq", "method.dedicated=false", "method.slicing=msb"],
+        ["method.slicing=round", "method.offset=0", "method.streams=[4]"],
+        ["method.staged=false", "method.asymmetric=false"],
         ["method.master_bits=6", "++objective.weights={2:1,4:1,6:1}"],
         ["method.skip=['*.down_proj']"],
+        ["method.head=true"],
     ],
 )
 def test_options_compose(job, small_model, overrides):
@@ -102,6 +106,7 @@ def test_options_compose(job, small_model, overrides):
     assert kl[0] > kl[-1] >= 0
     names = [row["name"] for row in results["layers"]]
     assert any("down_proj" in name for name in names) != ("method.skip=['*.down_proj']" in overrides)
+    assert ("lm_head" in names) == ("method.head=true" in overrides)
 
 
 def test_calibrating_on_a_text_of_ones_own(job, small_model, tmp_path):

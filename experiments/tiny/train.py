@@ -134,6 +134,7 @@ def record(model: torch.nn.Module, splits: dict[str, torch.Tensor], text_bytes: 
         "date": datetime.date.today().isoformat(),
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
         "torch": torch.__version__,
+        "python": platform.python_version(),  # whose library the text is, unless --stdlib names another
         "corpus_tokens": {name: len(ids) for name, ids in splits.items()},
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(seconds),

@@ -1,7 +1,7 @@
 """The calibration text on its way through the blocks: as the full-precision model sees it, and as its slices do."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,12 @@ class Streams:
         self.blocks = blocks
         self.device = device
         self.dtype = dtype
+        self._ids = windows
         self._windows = blocks.prepare_windows(windows, batch_size, device, dtype)
         # All variants have the same embeddings, so the streams part at the first block.
-        self.hidden = {name: self._windows.hidden.clone() if i else self._windows.hidden for i, name in enumerate(names)}
+        self.hidden = {
+            name: self._windows.hidden.clone() if i else self._windows.hidden for i, name in enumerate(names)
+        }
 
     @contextmanager
     def at(self, index: int) -> Iterator[None]:
@@ -45,7 +48,9 @@ class Streams:
     def inputs(
         self, index: int, layers: Sequence[nn.Linear], weights: Mapping[str, Weights]
     ) -> Iterator[dict[str, list[Tensor | None]]]:
-        """What reaches some layers of block ``index``, batch by batch; the block runs no further than it has to.
+        """What reaches some layers of block ``index`` (or the head, the block after the last), batch by batch.
+
+        The block runs no further than it has to.
 
         Args:
             layers: linear layers of the block.
@@ -54,20 +59,25 @@ class Streams:
         Yields:
             For each stream the input of each layer, [tokens, in_features], or None where it was not called.
         """
-        for rows, calls in zip(self._windows.rows, self._windows.calls, strict=True):
+        for batch, rows in enumerate(self._windows.rows):
             found = {}
             for name, hidden in self.hidden.items():
                 with self.blocks.with_weights(index, weights.get(name, {})), _caught(layers) as caught:
-                    self.blocks.run_block(index, hidden[rows].to(self.device), calls[index])
+                    self._run(index, batch, hidden[rows].to(self.device))
                 found[name] = [caught.get(layer) for layer in layers]
             yield found
+
+    def _run(self, index: int, batch: int, hidden: Tensor) -> Tensor:
+        if index == len(self.blocks):
+            return self.blocks.head(self._ids[self._windows.rows[batch]].to(self.device), hidden)
+        return self.blocks.run_block(index, hidden, self._windows.calls[batch][index])
 
     def advance(self, index: int, weights: Mapping[str, Weights]) -> None:
         """Let what block ``index`` puts out, with each stream's weights, be what enters the next one."""
         for name, hidden in self.hidden.items():
             with self.blocks.with_weights(index, weights.get(name, {})):
-                for rows, calls in zip(self._windows.rows, self._windows.calls, strict=True):
-                    hidden[rows] = self.blocks.run_block(index, hidden[rows].to(self.device), calls[index]).to(hidden.device)
+                for batch, rows in enumerate(self._windows.rows):
+                    hidden[rows] = self._run(index, batch, hidden[rows].to(self.device)).to(hidden.device)
 
 
 class _Enough(Exception):
@@ -75,9 +85,9 @@ class _Enough(Exception):
 
 
 @contextmanager
-def _caught(layers: Sequence[nn.Linear]) -> Iterator[dict[nn.Linear, Tensor]]:
+def _caught(layers: Sequence[nn.Linear]) -> Iterator[dict[nn.Module, Tensor]]:
     """Inside, the first input of each layer is caught, and the forward pass ends when there is one of each."""
-    caught: dict[nn.Linear, Tensor] = {}
+    caught: dict[nn.Module, Tensor] = {}
 
     def catch(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         caught[layer] = inputs[0].reshape(-1, inputs[0].shape[-1])
@@ -87,7 +97,5 @@ def _caught(layers: Sequence[nn.Linear]) -> Iterator[dict[nn.Linear, Tensor]]:
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(catch).remove)
-        try:
+        with suppress(_Enough):
             yield caught
-        except _Enough:
-            pass

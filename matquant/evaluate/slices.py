@@ -48,7 +48,7 @@ def evaluate_slices(
         blocks: the full-precision model; its weights are what they were afterwards.
         windows: int64 [sequences, length].
         weights_of: gives for a block's number and a variant the weights that differ, [out, in] by full layer name. It
-            is asked once for each block and variant, block by block; what it returned is not kept.
+            is asked once for each block and variant, block by block, and for the head as the block after the last.
         variants: names, none of them ``"full"``.
         batch_size: windows at a time. The figures do not depend on it but by rounding.
         device: where blocks and head are computed.
@@ -77,8 +77,9 @@ def evaluate_slices(
                     weights = {} if name == FULL else weights_of(index, name)
                     with blocks.with_weights(index, weights):
                         _through_block(blocks, index, states, start, device, advance)
+        heads = {name: weights_of(len(blocks), name) for name in variants}
         with blocks.outside_on_device(device, dtype):
-            totals = _score(blocks, windows, hidden, batch_size, device, advance)
+            totals = _score(blocks, windows, hidden, heads, batch_size, device, advance)
     return {name: total.metrics() for name, total in totals.items()}
 
 
@@ -101,6 +102,7 @@ def _score(
     blocks: BlockModel,
     windows: Tensor,
     hidden: Hidden,
+    heads: Mapping[str, Mapping[str, Tensor]],
     batch_size: int,
     device: torch.device,
     advance: Callable[[int], None],
@@ -113,7 +115,8 @@ def _score(
             if name == FULL:
                 totals[name] += likelihood(full, ids)
             else:
-                totals[name] += compare(full, blocks.head(ids, states[rows].to(device)), ids)
+                with blocks.with_weights(len(blocks), heads[name]):
+                    totals[name] += compare(full, blocks.head(ids, states[rows].to(device)), ids)
             advance(len(ids))
     return totals
 

@@ -110,7 +110,13 @@ class BlockModel:
         return self.model.config.get_text_config().vocab_size
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
-        """The linear layers of a block by their full dotted names, in module order; weights are [out, in]."""
+        """The linear layers of a block by their full dotted names, in module order; weights are [out, in].
+
+        What follows the last block counts as one more, ``len(self)``: its only layer is the head, if that is linear.
+        """
+        if index == len(self.blocks):
+            head = self.model.get_output_embeddings()
+            return {n: m for n, m in self.model.named_modules() if m is head and isinstance(m, nn.Linear)}
         prefix = self.block_names[index]
         return {f"{prefix}.{n}": m for n, m in self.blocks[index].named_modules() if isinstance(m, nn.Linear)}
 
@@ -236,13 +242,19 @@ class BlockModel:
 
     @contextmanager
     def on_device(self, index: int, device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
-        """Inside, block ``index`` is on ``device`` in ``dtype``; afterwards it has its own tensors again.
+        """Inside, block ``index`` (or all that is in no block, ``len(self)``) is on ``device`` in ``dtype``.
+
+        Afterwards it has its own tensors again.
 
         In float32 everything floating is converted, else only what has the blocks' dtype: what a half-precision model
         keeps in float32 stays so.
         """
-        with self._converted(self.blocks[index], lambda _: True, device, dtype):
-            yield
+        if index == len(self.blocks):
+            with self.outside_on_device(device, dtype):
+                yield
+        else:
+            with self._converted(self.blocks[index], lambda _: True, device, dtype):
+                yield
 
     @contextmanager
     def outside_on_device(self, device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
@@ -255,6 +267,8 @@ class BlockModel:
     def with_weights(self, index: int, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """Inside, the named layers of block ``index`` have these weights; afterwards their own tensors again.
 
+        A head (block ``len(self)``) that is tied to the embeddings leaves those as they are.
+
         Args:
             weights: [out, in] by full layer name, of any device and float dtype; they are converted to those that the
                 layer has at the time. Layers that are not named stay as they are.
@@ -263,16 +277,17 @@ class BlockModel:
             ValueError: a name that is not a linear layer of the block, or a wrong shape.
         """
         layers = self.linears(index)
-        prefix = len(self.block_names[index]) + 1
+        inside = index < len(self.blocks)
+        owner, prefix = (self.blocks[index], len(self.block_names[index]) + 1) if inside else (self.model, 0)
         tensors = {}
         for name, weight in weights.items():
             if name not in layers:
-                raise ValueError(f"{name} is no linear layer of {self.block_names[index]}")
+                raise ValueError(f"{name} is no linear layer of {self.block_names[index] if inside else 'the head'}")
             own = layers[name].weight
             if weight.shape != own.shape:
                 raise ValueError(f"{name} needs a weight of shape {tuple(own.shape)}, got {tuple(weight.shape)}")
             tensors[f"{name[prefix:]}.weight"] = weight.to(own.device, own.dtype)
-        with substituted(self.blocks[index], tensors):
+        with substituted(owner, tensors):
             yield
 
     @contextmanager

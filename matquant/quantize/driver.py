@@ -48,25 +48,29 @@ class CalibrationOptions:
         return min(self.streams, key=lambda stream: (abs(stream - bits), -stream))
 
 
-def check_layers(blocks: BlockModel, group_size: int, skips: Callable[[str], bool]) -> None:
+def layers_to_quantize(blocks: BlockModel, skips: Callable[[str], bool], *, head: bool) -> list[dict[str, nn.Linear]]:
+    """For each block its linear layers by full name but the skipped ones; last the head's, when that is asked for."""
+    return [
+        {name: layer for name, layer in blocks.linears(index).items() if not skips(name)}
+        for index in range(len(blocks) + head)
+    ]
+
+
+def check_layers(layers: Sequence[Mapping[str, nn.Linear]], group_size: int) -> None:
     """Refuse a group size that does not divide a layer, before any work.
 
     Raises:
         UserError: names the first such layer, and what would do.
     """
-    found = False
-    for index in range(len(blocks)):
-        for name, layer in blocks.linears(index).items():
-            if skips(name):
-                continue
-            found = True
+    for block in layers:
+        for name, layer in block.items():
             if group_size != -1 and layer.in_features % group_size:
                 raise UserError(
                     f"method.group_size={group_size} does not divide the {layer.in_features} input features of "
                     f"{name}. Choose another (32, 64, 128, or -1 for one scale per row), or leave such layers alone with "
                     f"method.skip=['*{name.rsplit('.', 1)[-1]}']."
                 )
-    if not found:
+    if not any(layers):
         raise UserError("method.skip leaves no layer to quantize.")
 
 
@@ -75,9 +79,9 @@ class Driver:
 
     Args:
         blocks: the model.
+        layers: what is quantized of each block, from ``layers_to_quantize``.
         options: of the solver.
         calibration: of the inputs; unused when there is no calibration text.
-        skips: whether a layer, by its full name, is left alone.
         device: where blocks run; the solver itself works on the CPU.
         dtype: in which blocks run.
         progress: called with 1 after each solved layer.
@@ -86,18 +90,18 @@ class Driver:
     def __init__(
         self,
         blocks: BlockModel,
+        layers: Sequence[Mapping[str, nn.Linear]],
         options: SolverOptions,
         calibration: CalibrationOptions,
         *,
-        skips: Callable[[str], bool],
         device: torch.device,
         dtype: torch.dtype,
         progress: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.blocks = blocks
+        self.layers = layers
         self.options = options
         self.calibration = calibration
-        self.skips = skips
         self.device = device
         self.dtype = dtype
         self.progress = progress
@@ -114,7 +118,7 @@ class Driver:
             For each block what ``write_block`` recorded of it: file, layers with shapes and errors, notes.
         """
         streams = None if windows is None else self._start(windows)
-        return [self._block(index, draft, streams) for index in range(len(self.blocks))]
+        return [self._block(index, draft, streams) for index in range(len(self.layers))]
 
     def _start(self, windows: Tensor) -> Streams:
         names = [FULL] * self.calibration.asymmetric + [str(bits) for bits in self.calibration.streams]
@@ -129,7 +133,7 @@ class Driver:
             else:
                 weights, record = _BlockSolver(self, index, streams).solve()
                 write_block(draft, name, weights, record)
-            if streams is not None and index + 1 < len(self.blocks):
+            if streams is not None and index + 1 < len(self.layers):
                 streams.advance(index, self.decoded(weights))
         return record | {"file": name}
 
@@ -148,8 +152,7 @@ class _BlockSolver:
         self.driver = driver
         self.index = index
         self.streams = streams
-        self.layers = {n: m for n, m in driver.blocks.linears(index).items() if not driver.skips(n)}
-        # Before the block is on the device in another dtype: what is solved are the stored weights.
+        self.layers = driver.layers[index]
         self.weights: dict[str, NestedWeight] = {}
         self.record: dict = {"layers": {}, "notes": []}
 
@@ -169,8 +172,10 @@ class _BlockSolver:
 
     def _stages(self) -> list[list[list[str]]]:
         """Stages of groups of layers that share an input, in order of execution."""
-        groups = [[n for n in group if n in self.layers] for group in self.driver.blocks.input_groups(self.index).groups]
-        groups = [group for group in groups if group]
+        if self.index == len(self.driver.blocks):
+            return [[[name] for name in self.layers]]
+        found = self.driver.blocks.input_groups(self.index).groups
+        groups = [kept for group in found if (kept := [name for name in group if name in self.layers])]
         return [[group] for group in groups] if self.driver.calibration.staged else [groups]
 
     def _moments(self, stage: Sequence[Sequence[str]], streams: Streams) -> list[dict[int, Moments]]:
@@ -220,7 +225,9 @@ class _BlockSolver:
         options = self.driver.options
         weight = self.layers[name].weight.detach().float().cpu()
         if not torch.isfinite(weight).all():
-            raise UserError(f"The weights of {name} hold NaN or Inf; mend the checkpoint or leave it alone with method.skip.")
+            raise UserError(
+                f"The weights of {name} hold NaN or Inf; mend the checkpoint or leave it alone with method.skip."
+            )
         solved = solve(weight, calibration, options)
         errors = {
             str(bits): relative_error(weight, solved.decode(bits), hessians[k % len(hessians)])

@@ -47,7 +47,9 @@ def inverse_factor(hessian: Tensor, damp: float, layer: str = "this layer") -> F
         UserError: no damping up to the mean diagonal itself makes it positive definite, or it is not finite.
     """
     if not torch.isfinite(hessian).all():
-        raise UserError(f"The calibration inputs of {layer} hold NaN or Inf: no codes can be chosen. Check the model and text.")
+        raise UserError(
+            f"The calibration inputs of {layer} hold NaN or Inf: no codes can be chosen. Check the model and text."
+        )
     asked = damp
     while damp <= _MOST_DAMPING:
         for dtype in (torch.float32, torch.float64):

@@ -11,6 +11,7 @@ from matquant.errors import UserError
 from matquant.nested import NestedWeight
 from matquant.store import Artifact, Draft
 
+
 def block_file(index: int) -> str:
     return f"block-{index:04d}.safetensors"
 
@@ -19,7 +20,8 @@ def write_block(draft: Draft, name: str, weights: dict[str, NestedWeight], recor
     """Commit one block; ``record`` is kept beside the tensors and comes back from ``read_block``."""
     tensors = {f"{layer}.{part}": t for layer, weight in weights.items() for part, t in weight.tensors().items()}
     layers = {
-        layer: record["layers"][layer] | {"master_bits": weight.master_bits, "slicing": weight.slicing, "offset": weight.offset}
+        layer: record["layers"][layer]
+        | {"master_bits": weight.master_bits, "slicing": weight.slicing, "offset": weight.offset}
         for layer, weight in weights.items()
     }
     header = json.dumps(record | {"layers": layers}, sort_keys=True, allow_nan=False)
@@ -47,7 +49,9 @@ def read_block(source: Draft | Artifact, name: str) -> tuple[dict[str, NestedWei
             for layer, about in record["layers"].items()
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{name} is not a block of a parent: {error}. Remove its artifact's folder; the next run remakes it.") from error
+        raise UserError(
+            f"{name} is not a block of a parent: {error}. Remove its artifact's folder; the next run remakes it."
+        ) from error
     return weights, record
 
 

@@ -253,7 +253,9 @@ class _State:
         lam, importance = self._weights(curvature), curvature[-1] / curvature[-1].mean()
         for first in range(0, columns, options.block_size):
             last = min(first + options.block_size, columns)
-            block = torch.eye(last - first)[None] if factors is None else factors[:, first:last, first:last].contiguous()
+            block = (
+                torch.eye(last - first)[None] if factors is None else factors[:, first:last, first:last].contiguous()
+            )
             errors = torch.empty(count, out_features, last - first)
             rows.solve_columns(
                 self.targets.numpy(), errors.numpy(), self.codes.numpy(), self.scales.numpy(), self.zeros.numpy(),

@@ -60,6 +60,7 @@ class Noise:
     def __init__(self, blocks: BlockModel, skip: str = "") -> None:
         self.skip = skip
         self.weights = [{n: m.weight.clone() for n, m in blocks.linears(i).items()} for i in range(len(blocks))]
+        self.weights.append({})  # the head stays as it is
         self.asked: list[tuple[int, str]] = []
 
     def __call__(self, index: int, variant: str) -> Mapping[str, Tensor]:
@@ -159,7 +160,25 @@ def test_weights_are_asked_for_once_and_block_by_block(windows: Tensor) -> None:
     blocks = make()
     noise = Noise(blocks)
     evaluate_slices(blocks, windows, noise, ["0", "1"], 2, "cpu")
-    assert noise.asked == [(index, variant) for index in range(3) for variant in ("0", "1")]
+    assert noise.asked == [(index, variant) for index in range(3 + 1) for variant in ("0", "1")]
+
+
+def test_a_tied_head_can_have_weights_of_its_own(windows: Tensor) -> None:
+    blocks = make()
+    embeddings = blocks.model.get_input_embeddings().weight.clone()
+    (name,) = blocks.linears(len(blocks))
+
+    def weights_of(index: int, variant: str) -> Mapping[str, Tensor]:
+        return {name: embeddings * float(variant)} if index == len(blocks) else {}
+
+    measured = evaluate_slices(blocks, windows, weights_of, ["1", "2"], 2, "cpu")
+    assert measured["1"].kl == 0
+    logits = blocks.model(input_ids=windows).logits
+    expected = torch.nn.functional.kl_div(
+        (2 * logits).log_softmax(-1)[:, :-1], logits.log_softmax(-1)[:, :-1], reduction="sum", log_target=True
+    )
+    assert measured["2"].kl == pytest.approx(expected.item() / windows[:, 1:].numel(), rel=1e-4)
+    assert torch.equal(blocks.model.get_input_embeddings().weight, embeddings)
 
 
 def test_progress_reaches_the_number_of_steps(windows: Tensor) -> None:

@@ -1,0 +1,36 @@
+"""The wheel holds everything that a run needs, and runs without the checkout."""
+
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT, SMALL
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True, text=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_configs_kernels_and_the_shipped_model_travel_along(unpacked):
+    for name in ("conf/config.yaml", "conf/method/matgptq.yaml", "kernels/README.md", "report/page.css",
+                 "experiments/tiny/model/model.safetensors", "experiments/methods/config.yaml"):  # fmt: skip
+        assert (unpacked / "matquant" / name).is_file(), name
+
+
+def test_the_installed_command_runs_the_shipped_model(unpacked, tmp_path):
+    where = (f"hydra.run.dir={tmp_path}/run", f"store.path={tmp_path}/store", "method=rtn", "bits=4")
+    run = subprocess.run(
+        [sys.executable, "-m", "matquant.cli", *SMALL, *where], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(unpacked)}, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "run" / "report.html").is_file()

@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint sweep format clean
+.PHONY: run test lint sweep format bench-solver clean
 
 run: $(VENV)/.ready
 	$(BIN)/python run.py
@@ -21,6 +21,9 @@ sweep: $(VENV)/.ready
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-solver: $(VENV)/.ready
+	$(BIN)/python experiments/bench_solver.py
 
 # The environment, made again when what it is made from changes. `make PYTHON=python3.12 run` chooses the interpreter.
 $(VENV)/.ready: pyproject.toml constraints.txt

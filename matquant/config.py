@@ -281,6 +281,11 @@ def _check_method(method: MethodConfig) -> None:
     for name in ("sweeps", "refits"):
         if getattr(method, name) < 0:
             raise UserError(f"method.{name} cannot be negative; found {getattr(method, name)}.")
+    if method.feedback == "mean" and (method.asymmetric or len(method.streams) > 1):
+        raise UserError(
+            "method.feedback=mean keeps one target for all widths: it needs method.asymmetric=false and at most one of "
+            "method.streams."
+        )
     if method.offset and method.symmetric and method.slicing != "msb":
         raise UserError("method.offset is for msb slices: the grid of round slices has no mirror image. Set it to 0.")
     if not 0 <= method.offset <= 32:

@@ -28,6 +28,7 @@ def model_copy(folder, source=TINY):
         (["method.slicing=top"], "method.slicing must be one of msb, round; found 'top'"),
         (["method.slicing=round"], "method.offset is for msb slices"),
         (["method.streams=[9]"], "method.streams: a width must lie in 2..8 bits; found 9"),
+        (["method.feedback=mean"], "method.feedback=mean keeps one target for all widths"),
         (["method.damp=0"], "method.damp is a fraction"),
         (["method=gpttq"], "matgptq_v1"),
         (["objective=best"], "balanced"),

@@ -216,7 +216,7 @@ def choose_scale(
 @numba.njit(parallel=True, cache=True)
 def solve_columns(
     targets, errors, codes, scales, zeros, factor, importance, lam, base, first, last, group_size, clips, zero_points,
-    mantissa_bits, min_exponent,
+    mantissa_bits, min_exponent, guesses,
 ):  # fmt: skip
     """Choose the codes of the columns first..last of every row, feeding each column's error into the later ones.
 
@@ -228,20 +228,20 @@ def solve_columns(
             have seen all feedback so far.
         factor: float32 [F, last - first, last - first], the block of each inverse Hessian's upper Cholesky factor.
         importance: float32 [columns].
+        guesses: int64 [rows], in and out: which trial gave a row's last scale, and is made first for the next.
     """
     count, widths, factors = targets.shape[0], lam.shape[0], factor.shape[0]
     for row in numba.prange(targets.shape[1]):
         t = np.empty(widths, dtype=np.float32)
         weight = np.empty(widths, dtype=np.float32)
         values, costs = np.empty((widths, base.shape[1]), dtype=np.float32), np.empty(_SCRATCH, dtype=np.float32)
-        guess = 0
         for i in range(last - first):
             column = first + i
             group = column // group_size
             if column % group_size == 0:
-                scales[row, group], zeros[row, group], guess = choose_scale(
+                scales[row, group], zeros[row, group], guesses[row] = choose_scale(
                     targets, row, column, column + group_size, importance, lam, base, clips, zero_points, mantissa_bits,
-                    min_exponent, guess, values, costs,
+                    min_exponent, guesses[row], values, costs,
                 )  # fmt: skip
             scale, zero = scales[row, group], zeros[row, group]
             if i == 0 or column % group_size == 0:

@@ -141,11 +141,12 @@ def solve(weight: Tensor, calibration: Calibration | None, options: SolverOption
         options: how.
 
     Raises:
-        ValueError: the group size does not divide in_features, or does not align with the block size.
+        ValueError: the group size does not divide in_features or does not align with the block size, or round slices, which
+            have no mirror image, are asked for with an offset.
     """
     columns = weight.shape[1]
     group_size = columns if options.group_size == -1 else options.group_size
-    _check_shapes(columns, group_size, options.block_size)
+    _check_shapes(columns, group_size, options)
     targets = weight.detach().float().cpu()[None]
     if calibration is None:
         state = _State.start(targets, group_size, options)
@@ -191,11 +192,13 @@ def _grids(options: SolverOptions) -> tuple[np.ndarray, np.ndarray]:
     return _CLIPS if searching else _CLIPS[:1], np.array(zero_points, dtype=np.float32)
 
 
-def _check_shapes(columns: int, group_size: int, block_size: int) -> None:
+def _check_shapes(columns: int, group_size: int, options: SolverOptions) -> None:
     if columns % group_size:
         raise ValueError(f"group size {group_size} does not divide {columns} input features")
-    if group_size % block_size and block_size % group_size:
-        raise ValueError(f"block size {block_size} and group size {group_size} do not align")
+    if group_size % options.block_size and options.block_size % group_size:
+        raise ValueError(f"block size {options.block_size} and group size {group_size} do not align")
+    if options.offset and options.symmetric and options.slicing != "msb":
+        raise ValueError("the grid of round slices has no mirror image: they need an offset of 0")
 
 
 def _column_order(diagonal: Tensor, group_size: int) -> Tensor:
@@ -251,6 +254,7 @@ class _State:
         # An error e in a column adds (e / U_jj)^2 to a width's objective.
         curvature = torch.ones(1, columns) if factors is None else factors.diagonal(dim1=1, dim2=2) ** -2
         lam, importance = self._weights(curvature), curvature[-1] / curvature[-1].mean()
+        guesses = np.zeros(out_features, dtype=np.int64)
         for first in range(0, columns, options.block_size):
             last = min(first + options.block_size, columns)
             block = (
@@ -260,7 +264,7 @@ class _State:
             rows.solve_columns(
                 self.targets.numpy(), errors.numpy(), self.codes.numpy(), self.scales.numpy(), self.zeros.numpy(),
                 block.numpy(), importance.numpy(), lam, self.base, first, last, self.group_size, clips,
-                zero_points, mantissa_bits, min_exponent,
+                zero_points, mantissa_bits, min_exponent, guesses,
             )  # fmt: skip
             if factors is not None and last < columns:
                 for k in range(count):
@@ -284,7 +288,7 @@ class _State:
                 lam, self.base, first, last, self.group_size,
             )  # fmt: skip
             for k in range(count):
-                gradient[k].addmm_(moves[k], hessians[k % len(hessians), first:last])
+                gradient[k, :, last:].addmm_(moves[k], hessians[k % len(hessians), first:last, last:])
 
     def refit(self, targets: Tensor, hessians: Tensor, options: SolverOptions) -> None:
         """Fit the scales to the codes as they are: one least-squares problem of groups unknowns per row.

@@ -1,7 +1,9 @@
 """The solver against plain re-implementations of the published algorithms, and its properties."""
 
+import dataclasses
 import itertools
 
+import numba
 import pytest
 import torch
 from hypothesis import given, settings
@@ -236,7 +238,7 @@ def test_a_singular_hessian_grows_its_damping_and_says_so():
 
 
 def test_a_hessian_that_is_not_finite_is_refused():
-    weight, hessian = layer(4, 32)
+    _, hessian = layer(4, 32)
     hessian[0, 0] = float("nan")
     with pytest.raises(UserError, match="layer x hold NaN"):
         calibrate([Inputs(hessian=hessian)], SolverOptions(weights=BALANCED, group_size=32), "layer x")
@@ -262,3 +264,215 @@ def test_scales_keep_the_models_dtype_and_choices_use_the_stored_values(dtype):
     inside = solution.codes.gt(0) & solution.codes.lt(255)
     half_step = solution.scales.float().repeat_interleave(32, 1) / 2
     assert ((weight - solution.decode(8)).abs() <= half_step * 1.001)[inside].all()
+
+
+# Asymmetric calibration
+
+
+def two_streams(seed=0, columns=64, tokens=512):
+    """A weight, and inputs [tokens, columns] of the full-precision and of the quantized model."""
+    generator = torch.Generator().manual_seed(seed)
+    full = torch.randn(tokens, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    full /= columns**0.5
+    quantized = full + 0.3 * torch.randn(tokens, columns, generator=generator)
+    return torch.randn(8, columns, generator=generator) * 0.05, full, quantized
+
+
+def moments(full, quantized):
+    n = len(full)
+    return Inputs(hessian=2 * quantized.T @ quantized / n, cross=2 * (full - quantized).T @ quantized / n)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_cross_moments_bring_the_outputs_nearer_to_those_of_the_full_model(seed, act_order):
+    weight, full, quantized = two_streams(seed)
+    given_inputs = moments(full, quantized)
+    options = SolverOptions(weights=BALANCED, group_size=32, sweeps=1, act_order=act_order)
+    lost = []
+    for inputs in (Inputs(hessian=given_inputs.hessian), given_inputs):
+        solved = nested_solve(weight, calibrate([inputs], options), options)
+        lost.append({b: ((full @ weight.T - quantized @ solved.decode(b).T) ** 2).sum().item() for b in BALANCED})
+    assert sum(lam * lost[1][b] for b, lam in BALANCED.items()) < sum(lam * lost[0][b] for b, lam in BALANCED.items())
+    assert all(lost[1][b] < lost[0][b] for b in (4, 6, 8))
+
+
+def test_the_shift_is_that_of_least_squares():
+    weight, full, quantized = two_streams(2)
+    options = SolverOptions(weights={4: 1.0}, group_size=32, damp=1e-7)
+    calibration = calibrate([moments(full, quantized)], options)
+    expected = torch.linalg.lstsq(quantized.double(), full.double() @ weight.T.double()).solution.T
+    shifted = weight + weight @ calibration.shifts[0]
+    torch.testing.assert_close(shifted, expected.float(), rtol=1e-3, atol=1e-4)
+
+
+# A Hessian per width
+
+
+def own_hessians(columns, widths=BALANCED):
+    """A Hessian for each width, of inputs that are not alike."""
+    return [layer(1, columns, seed=100 + b)[1] for b in widths]
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_equal_hessians_per_width_are_one_shared(act_order):
+    weight, hessian = layer(8, 64)
+    options = SolverOptions(weights=BALANCED, group_size=32, act_order=act_order, offset=8.0, sweeps=1, refits=1)
+    one = calibrate([Inputs(hessian=hessian)], options)
+    many = calibrate([Inputs(hessian=hessian.clone()) for _ in BALANCED], options)
+    shared = Inputs(hessian=hessian)
+    same = calibrate([shared] * len(BALANCED), options)
+    assert (len(one.factors), len(many.factors), len(same.factors)) == (1, 5, 5)
+    expected = nested_solve(weight, one, options)
+    for calibration in (many, same):
+        solved = nested_solve(weight, calibration, options)
+        assert torch.equal(solved.codes, expected.codes)
+        assert torch.equal(solved.scales, expected.scales)
+
+
+@pytest.mark.parametrize("slicing", ["msb", "round"])
+def test_the_first_column_minimises_what_its_errors_cost_each_width(slicing):
+    weight, _ = layer(64, 32)
+    hessians = own_hessians(32)
+    options = SolverOptions(weights=BALANCED, slicing=slicing, group_size=32, scale="minmax", scale_dtype=torch.float32)
+    calibration = calibrate([Inputs(hessian=h) for h in hessians], options)
+    solved = nested_solve(weight, calibration, options)
+    diagonal = calibration.factors[:, 0, 0].double()
+    assert diagonal.std() / diagonal.mean() > 0.01  # the widths do differ
+    values = (torch.stack([levels(b, 8, slicing) for b in BALANCED]).double() - 128) * solved.scales.double()[
+        :, :1, None
+    ]
+    error = weight[:, 0].double()[:, None, None] - values  # [rows, K, 256]
+    cost = (torch.tensor(list(BALANCED.values()))[:, None] * error**2 / diagonal[:, None] ** 2).sum(1)
+    chosen = cost.gather(1, solved.codes[:, :1].long()).squeeze(1)
+    torch.testing.assert_close(chosen, cost.amin(1), rtol=1e-4, atol=0)
+
+
+def objective(weight, solved, hessians, weights=BALANCED):
+    """sum_k lambda_k tr(E_k H_k E_k^T) in float64."""
+    total = 0.0
+    for (bits, lam), hessian in zip(weights.items(), hessians, strict=True):
+        error = (weight - solved.decode(bits)).double()
+        total += lam * torch.einsum("ij,jk,ik->", error, hessian.double(), error).item()
+    return total
+
+
+def damped_by(hessian, damp=0.01):
+    return hessian + damp * hessian.diagonal().mean() * torch.eye(len(hessian))
+
+
+# Refits
+
+
+@pytest.mark.parametrize("offset", [0.0, 8.0])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_refit_never_raises_the_objective(seed, own, offset):
+    weight, hessian = layer(8, 64, seed=seed)
+    hessians = own_hessians(64) if own else [hessian] * len(BALANCED)
+    inputs = [Inputs(hessian=h) for h in hessians] if own else [Inputs(hessian=hessian)]
+    costs = []
+    for refits in range(4):
+        options = SolverOptions(
+            weights=BALANCED, group_size=16, block_size=32, scale="minmax", offset=offset, sweeps=1, refits=refits,
+            scale_dtype=torch.float32,
+        )  # fmt: skip
+        solved = nested_solve(weight, calibrate(inputs, options), options)
+        costs.append(objective(weight, solved, [damped_by(h) for h in hessians]))
+    assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(costs))
+    assert costs[-1] < 0.99 * costs[0]
+
+
+def test_refitted_scales_are_those_of_least_squares():
+    """With scales that a last refit has fitted to codes that its sweep leaves as they are, lstsq finds the same."""
+    weight, hessian = layer(1, 64, seed=4)
+    options = SolverOptions(weights=BALANCED, group_size=16, refits=20, sweeps=1, scale_dtype=torch.float32)
+    solved = solve(weight, hessian, options)
+    again = solve(weight, hessian, dataclasses.replace(options, refits=19))
+    assert torch.equal(solved.codes, again.codes)  # settled
+    root = torch.linalg.cholesky(damped_by(hessian).double(), upper=True)  # H = R^T R
+    rows, targets = [], []
+    for bits, lam in BALANCED.items():
+        units = (levels(bits, 8, "msb")[solved.codes.int()] - 128).double().view(4, 16)
+        by_group = torch.block_diag(*units.unsqueeze(1)).T  # [columns, groups]
+        rows.append(lam**0.5 * root @ by_group)
+        targets.append(lam**0.5 * root @ weight[0].double())
+    expected = torch.linalg.lstsq(torch.cat(rows), torch.cat(targets)[:, None]).solution.T
+    torch.testing.assert_close(solved.scales, expected.float(), rtol=1e-4, atol=0)
+
+
+# An offset
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_offset_costs_normal_weights_little_and_helps_skewed_ones(seed):
+    weight, hessian = layer(16, 64, seed=seed)
+    damped = [damped_by(hessian)] * len(BALANCED)
+    generator = torch.Generator().manual_seed(seed)
+    # Long tails, to one side in each group.
+    side = torch.randint(2, (16, 2), generator=generator).repeat_interleave(32, 1) * 2 - 1
+    skewed = side * 0.05 * (torch.empty(16, 64).exponential_(generator=generator) - 0.5)
+    ratios = []
+    for given_weight in (weight, skewed):
+        plain, moved = (
+            solve(given_weight, hessian, SolverOptions(weights=BALANCED, group_size=32, sweeps=1, offset=o))
+            for o in (0.0, 16.0)
+        )
+        assert (moved.offset, plain.offset) == (16.0, 0.0)
+        assert (plain.scales >= 0).all()
+        assert (moved.scales < 0).any()
+        assert (moved.scales > 0).any()
+        ratios.append(objective(given_weight, moved, damped) / objective(given_weight, plain, damped))
+    assert ratios[0] < 1.02
+    assert ratios[1] < 0.9
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_mirrored_codes_decode_to_what_the_solver_chose(act_order):
+    """Without feedback each stored code has the least cost of all codes, on the grid that the stored scale stands for."""
+    weight, hessian = layer(16, 64)
+    options = SolverOptions(weights=BALANCED, group_size=32, offset=8.0, act_order=act_order)
+    solved = solve(weight, torch.diag(hessian.diagonal()), options)
+    assert (solved.scales < 0).any()
+    scale = solved.scales.float().repeat_interleave(32, 1)[:, :, None]
+    cost = sum(
+        lam * (weight[:, :, None] - scale * (levels(b, 8, "msb") - 136)).double() ** 2 for b, lam in BALANCED.items()
+    )
+    chosen = cost.gather(2, solved.codes.long()[:, :, None]).squeeze(2)
+    torch.testing.assert_close(chosen, cost.amin(2), rtol=1e-4, atol=1e-12)
+    for bits in BALANCED:
+        assert relative_error(weight, solved.decode(bits), hessian) < {2: 0.3, 3: 0.08, 4: 0.02, 6: 2e-3, 8: 1e-3}[bits]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("offset", [0.0, 8.0])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_one_width_alone_is_dedicated_gptq_however_refined(bits, offset, act_order):
+    weight, hessian = layer(16, 128, seed=bits)
+    refined = {"weights": {bits: 1.0}, "sweeps": 2, "refits": 2, "act_order": act_order, "group_size": 64}
+    nested = solve(weight, hessian, SolverOptions(**refined, master_bits=8, offset=offset))
+    alone = solve(weight, hessian, SolverOptions(**refined, master_bits=bits, offset=offset * 2.0 ** (bits - 8)))
+    assert torch.equal(nested.codes >> (8 - bits), alone.codes)
+    # A step is 2^(8 - bits) codes; only refitted scales differ, by float32's rounding before the stored dtype's.
+    torch.testing.assert_close(nested.decode(bits), alone.decode(bits), rtol=2e-3, atol=0)
+
+
+# Threads
+
+
+@pytest.mark.parametrize("feedback", ["per_width", "mean"])
+def test_the_number_of_threads_changes_nothing(feedback):
+    weight, hessian = layer(33, 128)
+    options = SolverOptions(weights=BALANCED, feedback=feedback, group_size=32, offset=8.0, sweeps=2, refits=1)
+    before = numba.get_num_threads()
+    if before < 2:
+        pytest.skip("numba has one thread")
+    solutions = []
+    try:
+        for threads in (1, 2):
+            numba.set_num_threads(threads)
+            solutions.append(solve(weight, hessian, options))
+    finally:
+        numba.set_num_threads(before)
+    assert torch.equal(solutions[0].codes, solutions[1].codes)
+    assert torch.equal(solutions[0].scales, solutions[1].scales)

@@ -1,0 +1,210 @@
+"""The nested format against its formulas, element by element in plain Python."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from matquant.nested import NestedWeight, levels, planes_read, slice_codes
+from matquant.quantize.parent import read_block, write_block
+from matquant.store import Store
+
+SLICINGS = ("msb", "round")
+GRIDS = [(master, bits) for master in range(2, 9) for bits in range(1, master + 1)]
+
+
+def plain_slice(code: int, bits: int, master_bits: int, slicing: str) -> int:
+    """c_b(q) of the module's docstring."""
+    drop = master_bits - bits
+    if drop == 0:
+        return code
+    kept = code // 2**drop
+    return kept if slicing == "msb" else min(kept + code // 2 ** (drop - 1) % 2, 2**bits - 1)
+
+
+def plain_units(code: int, bits: int, master_bits: int, slicing: str) -> Fraction:
+    """What a code decodes to in units of the scale, before the zero point."""
+    centre = Fraction(1, 2) if slicing == "msb" else 0
+    return 2 ** (master_bits - bits) * (plain_slice(code, bits, master_bits, slicing) + centre)
+
+
+@st.composite
+def weights(draw, slicings=SLICINGS, symmetric=None) -> NestedWeight:
+    """Any weight in the format; values stay exact in float32."""
+    master_bits = draw(st.integers(2, 8))
+    rows, groups, group_size = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    codes = torch.randint(2**master_bits, (rows, groups * group_size), generator=generator).to(torch.uint8)
+    # Few mantissa bits, both signs, and some zeros.
+    scales = torch.randint(-9, 10, (rows, groups), generator=generator) * 2.0 ** draw(st.integers(-10, 2))
+    symmetric = draw(st.booleans()) if symmetric is None else symmetric
+    zeros = None if symmetric else torch.randint(2**master_bits, scales.shape, generator=generator).to(torch.uint8)
+    return NestedWeight(
+        codes=codes,
+        scales=scales.to(draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))),
+        zeros=zeros,
+        master_bits=master_bits,
+        slicing=draw(st.sampled_from(slicings)),
+        offset=draw(st.sampled_from([0.0, 8.0, 0.25, -3.5])) if symmetric else 0.0,
+    )
+
+
+@pytest.mark.parametrize("slicing", SLICINGS)
+@pytest.mark.parametrize(("master_bits", "bits"), GRIDS)
+def test_a_slice_is_that_of_plain_integers(master_bits, bits, slicing):
+    codes = torch.arange(2**master_bits).to(torch.uint8)
+    sliced = slice_codes(codes, bits, master_bits, slicing)
+    assert sliced.dtype == torch.uint8
+    assert sliced.tolist() == [plain_slice(q, bits, master_bits, slicing) for q in range(2**master_bits)]
+    units = levels(bits, master_bits, slicing)
+    assert units.dtype == torch.float32
+    assert units.tolist() == [float(plain_units(q, bits, master_bits, slicing)) for q in range(2**master_bits)]
+
+
+@pytest.mark.parametrize(("master_bits", "bits"), GRIDS)
+def test_msb_slices_nest(master_bits, bits):
+    codes = torch.arange(2**master_bits).to(torch.uint8)
+    for between in range(bits, master_bits + 1):
+        twice = slice_codes(slice_codes(codes, between, master_bits, "msb"), bits, between, "msb")
+        assert torch.equal(twice, slice_codes(codes, bits, master_bits, "msb"))
+
+
+def test_a_slice_wider_than_the_codes_is_refused():
+    with pytest.raises(ValueError, match="5 bits cannot be cut from codes of 4 bits"):
+        slice_codes(torch.zeros(1, dtype=torch.uint8), 5, 4, "msb")
+
+
+@settings(max_examples=150, deadline=None)
+@given(weight=weights(), data=st.data())
+def test_decoding_is_the_formula_for_each_element(weight, data):
+    bits = data.draw(st.integers(1, weight.master_bits))
+    decoded = weight.decode(bits)
+    assert (decoded.dtype, decoded.shape) == (torch.float32, weight.codes.shape)
+    for i, row in enumerate(weight.codes.tolist()):
+        for j, code in enumerate(row):
+            group = j // weight.group_size
+            if weight.zeros is None:
+                zero = 2 ** (weight.master_bits - 1) + Fraction(weight.offset)
+            else:
+                zero = Fraction(weight.zeros[i, group].item())
+            units = plain_units(code, bits, weight.master_bits, weight.slicing)
+            assert decoded[i, j].item() == float(Fraction(weight.scales[i, group].item()) * (units - zero))
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(weight.decode(bits, dtype), decoded.to(dtype))
+
+
+@settings(max_examples=50, deadline=None)
+@given(weight=weights(), data=st.data())
+def test_a_scale_of_zero_decodes_to_zero(weight, data):
+    group = data.draw(st.integers(0, weight.scales.shape[1] - 1))
+    weight.scales[:, group] = 0
+    columns = slice(group * weight.group_size, (group + 1) * weight.group_size)
+    assert (weight.decode(data.draw(st.integers(1, weight.master_bits)))[:, columns] == 0).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(weight=weights(slicings=("msb",), symmetric=True), data=st.data())
+def test_a_negative_scale_is_the_mirrored_grid(weight, data):
+    """The complements of the codes under the negated scale are the codes about the zero point 2^(M-1) - offset."""
+    bits = data.draw(st.integers(1, weight.master_bits))
+    shared = {"zeros": None, "master_bits": weight.master_bits, "slicing": "msb"}
+    complements = (2**weight.master_bits - 1 - weight.codes.int()).to(torch.uint8)
+    turned = NestedWeight(codes=complements, scales=-weight.scales, offset=weight.offset, **shared)
+    mirrored = NestedWeight(codes=weight.codes, scales=weight.scales, offset=-weight.offset, **shared)
+    assert torch.equal(turned.decode(bits), mirrored.decode(bits))
+
+
+@settings(max_examples=50, deadline=None)
+@given(weight=weights(), data=st.data())
+def test_bytes_read_counts_planes_scales_and_zeros(weight, data):
+    bits = data.draw(st.integers(1, weight.master_bits))
+    planes = bits + (weight.slicing == "round" and bits < weight.master_bits)
+    assert planes_read(bits, weight.master_bits, weight.slicing) == planes
+    groups = weight.scales.numel()
+    side = groups * weight.scales.element_size() + (0 if weight.zeros is None else groups)
+    assert weight.bytes_read(bits) == -(-weight.codes.numel() * planes // 8) + side
+
+
+@settings(max_examples=50, deadline=None)
+@given(weight=weights(), data=st.data())
+def test_a_slice_depends_on_the_planes_that_it_reads_alone(weight, data):
+    bits = data.draw(st.integers(1, weight.master_bits))
+    unread = weight.master_bits - planes_read(bits, weight.master_bits, weight.slicing)
+    changed = NestedWeight(
+        codes=weight.codes ^ (2**unread - 1), scales=weight.scales, zeros=weight.zeros, master_bits=weight.master_bits,
+        slicing=weight.slicing, offset=weight.offset,
+    )  # fmt: skip
+    assert torch.equal(weight.decode(bits), changed.decode(bits))
+
+
+@pytest.mark.parametrize(("master_bits", "bits"), GRIDS)
+def test_slices_are_ordinary_symmetric_codes(master_bits, bits):
+    """A ``round`` slice is b-bit codes c - 2^(b-1), an ``msb`` slice the odd (b+1)-bit codes 2 c + 1 at half the scale."""
+    codes = torch.arange(2**master_bits).to(torch.uint8)[None]
+    scale = 0.375
+    step = scale * 2 ** (master_bits - bits)
+    for slicing in SLICINGS:
+        weight = NestedWeight(
+            codes=codes, scales=torch.tensor([[scale]]), zeros=None, master_bits=master_bits, slicing=slicing
+        )
+        sliced = slice_codes(codes, bits, master_bits, slicing).float()
+        expected = step * (sliced - 2 ** (bits - 1)) if slicing == "round" else step / 2 * (2 * sliced + 1 - 2**bits)
+        assert torch.equal(weight.decode(bits), expected)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"codes": torch.zeros(2, 6)},
+        {"codes": torch.zeros(2, 6, dtype=torch.int32)},
+        {"codes": torch.zeros(12, dtype=torch.uint8)},
+        {"codes": torch.zeros(2, 7, dtype=torch.uint8)},
+        {"scales": torch.zeros(3, 2)},
+        {"zeros": torch.zeros(2, 1, dtype=torch.uint8)},
+        {"zeros": torch.zeros(3, 2, dtype=torch.uint8)},
+    ],
+    ids=["float codes", "int32 codes", "flat codes", "uneven groups", "rows of scales", "few zeros", "rows of zeros"],
+)
+def test_what_does_not_fit_together_is_refused(wrong):
+    right = {
+        "codes": torch.zeros(2, 6, dtype=torch.uint8), "scales": torch.zeros(2, 2),
+        "zeros": torch.zeros(2, 2, dtype=torch.uint8),
+    }  # fmt: skip
+    NestedWeight(**right, master_bits=8, slicing="msb")
+    with pytest.raises(ValueError, match="codes must be uint8|scales and zeros must be"):
+        NestedWeight(**(right | wrong), master_bits=8, slicing="msb")
+
+
+@settings(max_examples=10, deadline=None)
+@given(given_weights=st.lists(weights(), min_size=1, max_size=3))
+def test_a_stored_block_comes_back_the_same(tmp_path_factory, given_weights):
+    named = {f"blocks.0.layer{i}": weight for i, weight in enumerate(given_weights)}
+    record = {
+        "layers": {n: {"shape": list(w.codes.shape), "errors": {"4": 0.5}} for n, w in named.items()},
+        "notes": ["x"],
+    }
+
+    def build(draft):
+        write_block(draft, "block-0000.safetensors", named, record)
+        assert_same(read_block(draft, "block-0000.safetensors")[0], named)
+        return {"label": "parent"}
+
+    artifact = Store(tmp_path_factory.mktemp("store")).open_or_build("parent", {"seed": 1}, build)
+    found, kept = read_block(artifact, "block-0000.safetensors")
+    assert_same(found, named)
+    assert kept["notes"] == ["x"]
+    assert all(kept["layers"][n]["errors"] == {"4": 0.5} for n in named)
+
+
+def assert_same(found: dict[str, NestedWeight], expected: dict[str, NestedWeight]) -> None:
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        other = found[name]
+        about = (weight.master_bits, weight.slicing, weight.offset)
+        assert (other.master_bits, other.slicing, other.offset) == about
+        assert other.tensors().keys() == weight.tensors().keys()
+        for part, tensor in weight.tensors().items():
+            assert other.tensors()[part].dtype == tensor.dtype
+            assert torch.equal(other.tensors()[part], tensor)

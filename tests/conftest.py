@@ -7,22 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared import ROOT, TINY
 
 # Before anything reads them: no test may look for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
-
-ROOT = Path(__file__).resolve().parents[1]
-TINY = ROOT / "experiments" / "tiny" / "model"
-
-# The smallest job: few windows, short ones.
-SMALL = (
-    "calibration.sequences=4",
-    "calibration.sequence_length=64",
-    "eval.datasets.stdlib.sequences=4",
-    "eval.datasets.stdlib.sequence_length=64",
-    "tracking=none",
-)
 
 
 @pytest.fixture(scope="session")

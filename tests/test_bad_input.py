@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import SMALL, TINY
+from shared import SMALL, TINY
 
 
 def model_copy(folder, source=TINY):

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
+from shared import SMALL
 
 # Enough text of the shipped model for a width's KL to stand out of the noise.
 QUICK = (

@@ -6,7 +6,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT, SMALL
+from shared import ROOT, SMALL
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,15 @@
+"""What several test modules use."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "experiments" / "tiny" / "model"
+
+# The smallest job: few windows, short ones.
+SMALL = (
+    "calibration.sequences=4",
+    "calibration.sequence_length=64",
+    "eval.datasets.stdlib.sequences=4",
+    "eval.datasets.stdlib.sequence_length=64",
+    "tracking=none",
+)

@@ -58,9 +58,11 @@ def run_py(tmp_path):
     """Start ``python run.py`` as a process of its own, with a store in the test's folder; returns the Popen object."""
 
     def start(*overrides: str, **environment: str) -> subprocess.Popen:
-        where = (f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep", f"store.path={tmp_path}/store")
+        where = [f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep", f"store.path={tmp_path}/store"]
+        flags = [o for o in overrides if o.startswith("-")]
+        values = [o for o in overrides if not o.startswith("-")]  # the last of two for one key counts
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *where, *overrides], cwd=tmp_path, text=True,
+            [sys.executable, str(ROOT / "run.py"), *flags, *where, *values], cwd=tmp_path, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment},
         )  # fmt: skip
 

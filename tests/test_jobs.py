@@ -95,7 +95,7 @@ def test_round_slices_say_that_they_read_one_bit_more(job, small_model):
         ["method=gptq", "method.dedicated=false", "method.slicing=msb"],
         ["method.slicing=round", "method.offset=0", "method.streams=[4]"],
         ["method.staged=false", "method.asymmetric=false"],
-        ["method.master_bits=6", "++objective.weights={2:1,4:1,6:1}"],
+        ["method.master_bits=6", "++objective.weights={2:1,4:1,6:1}", "method.streams=[2,6]"],
         ["method.skip=['*.down_proj']"],
         ["method.head=true"],
     ],

@@ -16,7 +16,7 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy matquant
 
 sweep: $(VENV)/.ready
-	$(BIN)/python run.py -m method=rtn,gptq,matgptq_v1,matgptq
+	$(BIN)/python run.py experiment=methods
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

@@ -3,8 +3,8 @@
 Compiled with numba, rows in parallel. Throughout, K is the number of widths in the objective (ascending, each with a weight
 above zero), T the number of compensated targets (K, or 1 when all widths share one), and
 
-    base   float32 [K + 1, 2^M]   decoded value of each code in units of its scale; the last row is that of M bits
-    lam    float32 [K]            weight of each width's squared error
+    base   float32 [K + 1, 2^M]    decoded value of each code in units of its scale; the last row is that of M bits
+    lam    float32 [K, columns]    weight of each width's squared error in each column
 
 All arithmetic is float32 without reassociation, so a choice never depends on the number of threads.
 """

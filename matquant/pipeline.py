@@ -70,7 +70,11 @@ def run_job(config: Config, job: Job) -> float | None:
     report.write(results, job.folder)
     page = report.write_report(results, job.folder)
     if config.tracking.wandb:
-        report.track(results, config.tracking, job.folder, job.group, job.name)
+        failure = report.track(results, config.tracking, job.folder, job.group, job.name)
+        if failure is not None:  # the results stand already; now they also say what is missing
+            results["warnings"].append(failure)
+            report.write(results, job.folder)
+            report.write_report(results, job.folder)
     console = Console()
     report.print_table(results, console)
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
@@ -128,8 +132,10 @@ class _Run:
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
     def _check_lengths(self) -> None:
-        named = {"calibration": self.config.calibration}
-        named |= {f"eval.datasets.{name}": text for name, text in self.config.eval.datasets.items()}
+        """Refuse windows that are longer than the model's context; texts that are not read may be as they like."""
+        named = {} if self.config.method.solver == "rtn" else {"calibration": self.config.calibration}
+        if "evaluate" in self.config.stages:
+            named |= {f"eval.datasets.{name}": text for name, text in self.config.eval.datasets.items()}
         longest = self.loaded.context_length
         for name, text in named.items():
             if longest is not None and text.sequence_length > longest:
@@ -167,6 +173,7 @@ class _Run:
             calibration = dataclasses.replace(calibration, streams=(options.master_bits,))
         inputs = {
             "model": self.loaded.fingerprint,
+            "dtype": str(self.loaded.dtype),
             "calibration": None if windows is None else texts.fingerprint(windows),
             "options": _plain(options),
             "streams": None if windows is None else [list(calibration.streams), method.asymmetric, method.staged],

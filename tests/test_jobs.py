@@ -166,6 +166,19 @@ def test_killed_three_times_it_ends_with_the_same_bytes(run_py, tmp_path):
     assert resumed == undisturbed["sha256"]
 
 
+def test_weights_loaded_in_another_dtype_are_another_parent(job, small_model):
+    small = (*SMALL, f"model.path={small_model}", "method.group_size=64", "bits=2")
+    stored, wide = job(*small)["parent"], job(*small, "model.dtype=float32")["parent"]
+    assert wide["reused"] is False
+    assert wide["path"] != stored["path"]
+
+
+def test_a_tracking_failure_stands_in_the_results(job, small_model, monkeypatch):
+    monkeypatch.setattr("matquant.report.track", lambda *_: "wandb could not be reached.")
+    small = (*SMALL, f"model.path={small_model}", "method=rtn", "method.group_size=64", "bits=4", "tracking=wandb")
+    assert "wandb could not be reached." in job(*small)["warnings"]
+
+
 def test_a_flipped_byte_is_named_and_mended(job, tmp_path, small_model):
     small = (*SMALL, f"model.path={small_model}", "method.group_size=64", "bits=2")
     first = job(*small)["parent"]

@@ -51,9 +51,7 @@ def documents(split: str, root: Path | None = None) -> Iterator[str]:
         folders = set(relative.parts[:-1])
         if folders & (_FOREIGN | _TABLES) or relative.name.startswith("_sysconfigdata"):
             continue
-        if (split if folders & _TESTS else split_of(relative.as_posix())) != split:
-            continue
-        if folders & _TESTS and split != "train":
+        if ("train" if folders & _TESTS else split_of(relative.as_posix())) != split:
             continue
         try:
             text = path.read_text(encoding="utf-8")

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from matquant.errors import UserError
+from matquant.models.calls import Call, Calls, share_call, split_call
+from matquant.models.lending import named_tensors, substituted
 
 # Long enough that every expert of a small mixture has a chance to be called, short enough to cost nothing.
 _PROBE_TOKENS = 32
@@ -24,27 +26,6 @@ _PROBE_TOKENS = 32
 def compute_dtype(stored: torch.dtype, device: torch.device | str) -> torch.dtype:
     """The dtype to compute in: float32 on a CPU, the stored dtype elsewhere."""
     return torch.float32 if torch.device(device).type == "cpu" else stored
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What a block is called with beside its hidden states: masks, position embeddings and so on.
-
-    ``place`` is where the hidden states go: the position of an argument, or its name.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    place: int | str
-
-    def fill(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and named arguments of the block for these hidden states."""
-        if isinstance(self.place, int):
-            return (*self.args[: self.place], hidden, *self.args[self.place + 1 :]), dict(self.kwargs)
-        return self.args, {**self.kwargs, self.place: hidden}
-
-
-Calls = list[Call]  # one for each block
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +122,7 @@ class BlockModel:
         if like is None:
             return entering, calls
         memo: dict[tuple[int, int], Any] = {}
-        return entering, [_share_call(new, old, memo) for new, old in zip(calls, like, strict=True)]
+        return entering, [share_call(new, old, memo) for new, old in zip(calls, like, strict=True)]
 
     def prepare_windows(
         self,
@@ -186,7 +167,7 @@ class BlockModel:
         last = self.blocks[-1]
 
         def passing(block: nn.Module) -> Callable[..., Any]:
-            return lambda *args, **kwargs: self._output(hidden if block is last else _split(args, kwargs)[0])
+            return lambda *args, **kwargs: self._output(hidden if block is last else split_call(args, kwargs)[0])
 
         self._learn_output(input_ids)
         with self._forwards([passing(block) for block in self.blocks]):
@@ -300,7 +281,7 @@ class BlockModel:
 
         memo: dict[int, Tensor] = {}  # tied tensors stay one
         tensors = {}
-        for name, tensor in _tensors(module):
+        for name, tensor in named_tensors(module):
             if wanted(name):
                 if id(tensor) not in memo:
                     memo[id(tensor)] = convert(tensor)
@@ -334,7 +315,7 @@ class BlockModel:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if index != len(calls):
                     raise UserError(self._out_of_order(f"block {index} was called as number {len(calls)}"))
-                hidden, call = _split(args, kwargs)
+                hidden, call = split_call(args, kwargs)
                 if index == 0:
                     entering.append(hidden)
                 calls.append(call)
@@ -417,42 +398,6 @@ def _conv1d_to_linear(block: nn.Module) -> None:
                 setattr(module, name, linear)
 
 
-# Calls
-
-
-def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
-    """A block's hidden states, and its call without them."""
-    if args:
-        return args[0], Call((None, *args[1:]), dict(kwargs), 0)
-    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-    return kwargs[name], Call((), {**kwargs, name: None}, name)
-
-
-def _share_call(new: Call, old: Call, memo: dict[tuple[int, int], Any]) -> Call:
-    return Call(_share(new.args, old.args, memo), _share(dict(new.kwargs), dict(old.kwargs), memo), new.place)
-
-
-def _share(new: Any, old: Any, memo: dict[tuple[int, int], Any]) -> Any:
-    """``new`` with every tensor that equals the one at the same place in ``old`` replaced by that one."""
-    if isinstance(new, Tensor) and isinstance(old, Tensor):
-        key = (id(new), id(old))
-        if key not in memo:  # all blocks have the same masks: compare them once
-            memo[key] = old if _equal(new, old) else new
-        return memo[key]
-    if type(new) is not type(old):
-        return new
-    if type(new) in (tuple, list) and len(new) == len(old):
-        return type(new)(_share(a, b, memo) for a, b in zip(new, old, strict=True))
-    if type(new) is dict:
-        return {name: _share(value, old.get(name), memo) for name, value in new.items()}
-    return new
-
-
-def _equal(new: Tensor, old: Tensor) -> bool:
-    alike = new.shape == old.shape and new.dtype == old.dtype and new.device == old.device
-    return alike and torch.equal(new, old)
-
-
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
@@ -460,34 +405,3 @@ def _first(output: Any) -> Tensor:
 def _identity(tensor: Tensor) -> tuple:
     version = 0 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, version
-
-
-# Tensors of modules
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers by their names, tied ones under each of theirs."""
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
-
-
-@contextmanager
-def substituted(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the named parameters and buffers are these tensors; afterwards the very same ones as before.
-
-    Args:
-        tensors: by dotted name below ``module``. A tied parameter is known under several names; name them all.
-    """
-    saved: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for name, tensor in tensors.items():
-            path, _, leaf = name.rpartition(".")
-            owner = module.get_submodule(path)
-            held: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
-            saved.append((held, leaf, held[leaf]))
-            is_parameter = held is owner._parameters
-            held[leaf] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
-        yield
-    finally:
-        for held, leaf, own in reversed(saved):
-            held[leaf] = own

@@ -17,7 +17,9 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from matquant.errors import UserError
-from matquant.models.blocks import BlockModel, Call, compute_dtype, substituted
+from matquant.models.blocks import BlockModel, compute_dtype
+from matquant.models.calls import Call
+from matquant.models.lending import substituted
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,

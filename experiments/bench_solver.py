@@ -31,9 +31,7 @@ NOTE = "Large layers: --sizes 4096x4096,4096x14336 (rows x columns; the last nee
 OURS = {
     "(b) ours, min-max scales": SolverOptions(weights=WIDTHS, group_size=GROUP_SIZE, scale="minmax"),
     "(c) ours, scale search": SolverOptions(weights=WIDTHS, group_size=GROUP_SIZE),
-    "(d) ours, search, offset 8, 2 sweeps, 1 refit": SolverOptions(
-        weights=WIDTHS, group_size=GROUP_SIZE, offset=8.0, sweeps=2, refits=1
-    ),
+    "(d) ours, search, offset 8, 2 sweeps": SolverOptions(weights=WIDTHS, group_size=GROUP_SIZE, offset=8.0, sweeps=2),
 }
 BASELINE = "(a) published, torch"
 

@@ -73,7 +73,6 @@ class MethodConfig:
     scale: Literal["minmax", "search"]
     act_order: bool
     sweeps: int  # passes of coordinate descent after the solve
-    refits: int  # times that scales are then fitted to the codes, each with another sweep
     streams: tuple[int, ...]  # widths whose slices are followed through the model while calibrating; none: the parent's
     asymmetric: bool  # aim at the full-precision model's outputs, not those on the quantized model's inputs
     staged: bool  # later layers of a block see the earlier ones quantized
@@ -278,9 +277,8 @@ def _check_method(method: MethodConfig) -> None:
         )
     for bits in method.streams:
         _check_width(bits, "method.streams", method.master_bits)
-    for name in ("sweeps", "refits"):
-        if getattr(method, name) < 0:
-            raise UserError(f"method.{name} cannot be negative; found {getattr(method, name)}.")
+    if method.sweeps < 0:
+        raise UserError(f"method.sweeps cannot be negative; found {method.sweeps}.")
     if method.feedback == "mean" and (method.asymmetric or len(method.streams) > 1):
         raise UserError(
             "method.feedback=mean keeps one target for all widths: it needs method.asymmetric=false and at most one of "

@@ -273,7 +273,6 @@ def _options(method: MethodConfig, weights: Mapping[int, float], master_bits: in
         scale=method.scale,
         act_order=method.act_order,
         sweeps=method.sweeps,
-        refits=method.refits,
         damp=method.damp,
         block_size=method.block_size,
         scale_dtype=torch.float16 if dtype == torch.float32 else dtype,

@@ -27,9 +27,6 @@ _CLIPS = np.linspace(1.0, 0.4, 25, dtype=np.float32)
 # Zero points about the middle of 8-bit codes that the search tries besides the one that fits the range.
 _ZERO_STEPS = (0, 8, -8, 16, -16, 24, -24)
 
-# Mantissa bits and smallest normal exponent of the dtypes in which scales are stored.
-_SCALE_FORMATS = {torch.float16: (10, -14), torch.bfloat16: (7, -126), torch.float32: (23, -126)}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SolverOptions:
@@ -40,7 +37,6 @@ class SolverOptions:
         offset: of the zero point of symmetric weights from the middle of the codes, in units of a code. With another than
             0 each group takes the better of the grid and its mirror image, which a negative scale stands for.
         sweeps: passes of coordinate descent after the solve.
-        refits: times that the scales are then fitted to the codes, each followed by another sweep.
         scale_dtype: dtype in which scales are stored; codes are chosen with the stored values.
     """
 
@@ -54,7 +50,6 @@ class SolverOptions:
     scale: Literal["minmax", "search"] = "search"
     act_order: bool = False
     sweeps: int = 0
-    refits: int = 0
     damp: float = 0.01
     block_size: int = 128
     scale_dtype: torch.dtype = torch.float16
@@ -159,10 +154,7 @@ def solve(weight: Tensor, calibration: Calibration | None, options: SolverOption
     state = _State.start(targets, group_size, options)
     state.solve(calibration.factors, options)
     for _ in range(options.sweeps):
-        state.sweep(targets, calibration.hessians, options)
-    for _ in range(options.refits):
-        state.refit(targets, calibration.hessians, options)
-        state.sweep(targets, calibration.hessians, options)
+        state.sweep(targets, calibration.hessians)
     return state.finish(calibration.order, options)
 
 
@@ -180,7 +172,7 @@ def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     return float(lost / whole) if whole > 0 else 0.0
 
 
-def _grids(options: SolverOptions) -> tuple[np.ndarray, np.ndarray]:
+def _trials(options: SolverOptions) -> rows.Trials:
     """The clips and the zero points that are tried for each group."""
     middle = 2 ** (options.master_bits - 1)
     searching = options.scale == "search"
@@ -189,7 +181,8 @@ def _grids(options: SolverOptions) -> tuple[np.ndarray, np.ndarray]:
     else:
         near = [middle + step * 2.0 ** (options.master_bits - 8) for step in _ZERO_STEPS if searching]
         zero_points = [rows.FROM_RANGE, *(z for z in near if z.is_integer())]
-    return _CLIPS if searching else _CLIPS[:1], np.array(zero_points, dtype=np.float32)
+    clips = _CLIPS if searching else _CLIPS[:1]
+    return rows.Trials(clips, np.array(zero_points, dtype=np.float32), options.scale_dtype)
 
 
 def _check_shapes(columns: int, group_size: int, options: SolverOptions) -> None:
@@ -226,15 +219,16 @@ class _State:
     scales: Tensor
     zeros: Tensor
     lam: Tensor
-    base: np.ndarray
+    units: Tensor
+    grid: rows.Grid
     group_size: int
+    block_size: int
 
     @classmethod
     def start(cls, targets: Tensor, group_size: int, options: SolverOptions) -> "_State":
         _, out_features, columns = targets.shape
         widths = options.widths
         count = 1 if options.feedback == "mean" else len(widths)
-        tables = [levels(b, options.master_bits, options.slicing) for b in (*widths, options.master_bits)]
         groups = columns // group_size
         return cls(
             targets=targets.expand(count, -1, -1).clone(),
@@ -242,36 +236,38 @@ class _State:
             scales=torch.zeros(out_features, groups),
             zeros=torch.zeros(out_features, groups),
             lam=torch.tensor([options.weights[b] for b in widths]),
-            base=torch.stack(tables).float().numpy(),
+            units=torch.stack([levels(b, options.master_bits, options.slicing) for b in widths]).float(),
+            grid=rows.Grid.of(widths, options.master_bits, options.slicing),
             group_size=group_size,
+            block_size=min(options.block_size, group_size),
         )
 
     def solve(self, factors: Tensor | None, options: SolverOptions) -> None:
         """Choose all codes, column by column in blocks; without factors nothing is fed back."""
-        count, out_features, columns = self.targets.shape
-        clips, zero_points = _grids(options)
-        mantissa_bits, min_exponent = _SCALE_FORMATS[options.scale_dtype]
+        count, _, columns = self.targets.shape
         # An error e in a column adds (e / U_jj)^2 to a width's objective.
         curvature = torch.ones(1, columns) if factors is None else factors.diagonal(dim1=1, dim2=2) ** -2
         lam, importance = self._weights(curvature), curvature[-1] / curvature[-1].mean()
-        guesses = np.zeros(out_features, dtype=np.int64)
-        for first in range(0, columns, options.block_size):
-            last = min(first + options.block_size, columns)
+        trials = _trials(options)
+        for first in range(0, columns, self.block_size):
+            last = min(first + self.block_size, columns)
+            group = first // self.group_size
+            if first % self.group_size == 0:
+                self.scales[:, group], self.zeros[:, group] = rows.choose_scales(
+                    self.targets, first, first + self.group_size, importance, lam, self.grid, trials
+                )
             block = (
                 torch.eye(last - first)[None] if factors is None else factors[:, first:last, first:last].contiguous()
             )
-            errors = torch.empty(count, out_features, last - first)
-            rows.solve_columns(
-                self.targets.numpy(), errors.numpy(), self.codes.numpy(), self.scales.numpy(), self.zeros.numpy(),
-                block.numpy(), importance.numpy(), lam, self.base, first, last, self.group_size, clips,
-                zero_points, mantissa_bits, min_exponent, guesses,
-            )  # fmt: skip
+            errors = rows.solve_columns(
+                self.targets, first, last, block, lam, self.grid, *self._scales_of(group), self.codes
+            )
             if factors is not None and last < columns:
                 for k in range(count):
                     factor = factors[k if len(factors) > 1 else 0]
                     self.targets[k, :, last:].addmm_(errors[k], factor[first:last, last:], alpha=-1)
 
-    def sweep(self, targets: Tensor, hessians: Tensor, options: SolverOptions) -> None:
+    def sweep(self, targets: Tensor, hessians: Tensor) -> None:
         """One pass of coordinate descent over all columns against the damped Hessians."""
         out_features, columns = self.codes.shape
         count = len(self.lam)
@@ -279,54 +275,28 @@ class _State:
         gradient = torch.empty(count, out_features, columns)
         for k in range(count):
             torch.mm(self._values(k) - targets[k % len(targets)], hessians[k % len(hessians)], out=gradient[k])
-        for first in range(0, columns, options.block_size):
-            last = min(first + options.block_size, columns)
-            moves = torch.empty(count, out_features, last - first)
-            rows.sweep_columns(
-                self.codes.numpy(), moves.numpy(), gradient[:, :, first:last].contiguous().numpy(),
-                hessians[:, first:last, first:last].contiguous().numpy(), self.scales.numpy(), self.zeros.numpy(),
-                lam, self.base, first, last, self.group_size,
-            )  # fmt: skip
+        for first in range(0, columns, self.block_size):
+            last = min(first + self.block_size, columns)
+            block = hessians[:, first:last, first:last].contiguous()
+            scales = self._scales_of(first // self.group_size)
+            moves = rows.sweep_columns(gradient, first, last, block, lam, self.grid, *scales, self.codes)
             for k in range(count):
                 gradient[k, :, last:].addmm_(moves[k], hessians[k % len(hessians), first:last, last:])
 
-    def refit(self, targets: Tensor, hessians: Tensor, options: SolverOptions) -> None:
-        """Fit the scales to the codes as they are: one least-squares problem of groups unknowns per row.
-
-        The objective is quadratic in a row's scales s: with the widths' decoded units V_b (value = s V_b) its normal
-        equations are sum_b lambda_b V_b H_b V_b^T s = sum_b lambda_b V_b H_b t_b.
-        """
-        out_features, groups = self.scales.shape
-        normal, right = torch.zeros(out_features, groups, groups), torch.zeros(out_features, groups)
-        for k, lam in enumerate(self.lam):
-            units, target, hessian = self._units(k), targets[k % len(targets)], hessians[k % len(hessians)]
-            right += lam * self._grouped((target @ hessian) * units)
-            for g in range(groups):
-                columns = slice(g * self.group_size, (g + 1) * self.group_size)
-                normal[:, g] += lam * self._grouped((units[:, columns] @ hessian[columns]) * units)
-        fitted = torch.linalg.solve_ex(normal, right)[0].to(options.scale_dtype).float()
-        # A group of zeros has no scale; a fit that would turn a group over is not one.
-        self.scales = torch.where(torch.isfinite(fitted) & (fitted > 0) & (self.scales > 0), fitted, self.scales)
-
-    def _grouped(self, values: Tensor) -> Tensor:
-        """Sums [rows, groups] over the columns of each group."""
-        return values.view(*self.scales.shape, self.group_size).sum(2)
-
-    def _units(self, k: int) -> Tensor:
-        """The decoded weight [rows, columns] at the k-th width in units of its scales."""
-        grouped = torch.from_numpy(self.base[k])[self.codes.int()].view(*self.scales.shape, -1)
-        return (grouped - self.zeros[:, :, None]).view(self.codes.shape)
+    def _scales_of(self, group: int) -> tuple[Tensor, Tensor]:
+        return self.scales[:, group].contiguous(), self.zeros[:, group].contiguous()
 
     def _values(self, k: int) -> Tensor:
         """The decoded weight [rows, columns] at the k-th width."""
-        return self._units(k) * self.scales.repeat_interleave(self.group_size, 1)
+        grouped = self.units[k][self.codes.int()].view(*self.scales.shape, -1)
+        return ((grouped - self.zeros[:, :, None]) * self.scales[:, :, None]).view(self.codes.shape)
 
-    def _weights(self, curvature: Tensor) -> np.ndarray:
+    def _weights(self, curvature: Tensor) -> Tensor:
         """lambda of each width and column, [K, columns], when an error's cost also has a curvature [F, columns].
 
         Only ratios matter within a column, so with one Hessian these are the lambdas themselves.
         """
-        return (self.lam[:, None] * (curvature / curvature[-1])).expand(len(self.lam), -1).contiguous().numpy()
+        return (self.lam[:, None] * (curvature / curvature[-1])).expand(len(self.lam), -1).contiguous()
 
     def finish(self, order: Tensor | None, options: SolverOptions) -> NestedWeight:
         """The result in the columns' stored order."""

@@ -166,7 +166,7 @@ def sources(tmp_path):
     folder = tmp_path / "sources"
     folder.mkdir()
     (folder / "a.cu").write_text('#include "b.cuh"\n#ifdef HOST\n#include "missing.h"\n#endif\nint a = B;\n')
-    (folder / "b.cuh").write_text('#pragma once\n  #  include "c.cuh" <system>\n')
+    (folder / "b.cuh").write_text('#pragma once\n  #  include "c.cuh"\n')
     (folder / "c.cuh").write_text('#include "b.cuh"\n#define B 1\n')
     (folder / "other.cuh").write_text("unused")
     return folder

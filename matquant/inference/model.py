@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +56,9 @@ def set_bits(
     return {name: layer.decode_bits for name, layer in layers.items()}
 
 
-def replace_linears(model: nn.Module, parent: "Parent", max_bits: int | None = None) -> dict[str, NestedLinear]:
+def replace_linears(
+    model: nn.Module, parent: "Parent | Path | str", max_bits: int | None = None
+) -> dict[str, NestedLinear]:
     """Swap the linear layers that a parent has for nested ones with the parent's weights, in place.
 
     Layer by layer: each one's dense weight is let go before the next is packed. Planes go to the device of the dense
@@ -63,6 +66,7 @@ def replace_linears(model: nn.Module, parent: "Parent", max_bits: int | None = N
 
     Args:
         model: with the layers at the names that the parent has: the one it was made from, or the same without weights.
+        parent: an open parent, or its folder: ``parent.path`` in a run's ``results.json``.
         max_bits: keep only the planes that widths up to this one need; None keeps all.
 
     Returns:
@@ -70,8 +74,10 @@ def replace_linears(model: nn.Module, parent: "Parent", max_bits: int | None = N
 
     Raises:
         UserError: a layer of the parent is missing in the model, no linear layer or of another shape; nothing has changed
-            then. Or the parent is damaged.
+            then. Or the folder is no parent, or a damaged one.
     """
+    if isinstance(parent, str | Path):
+        parent = _open_parent(Path(parent))
     for block in parent.blocks:
         for name, about in block["layers"].items():
             _check_linear(model, name, tuple(about["shape"]))
@@ -86,6 +92,16 @@ def replace_linears(model: nn.Module, parent: "Parent", max_bits: int | None = N
             setattr(model.get_submodule(owner), attribute, layers[name])
             del dense
     return layers
+
+
+def _open_parent(folder: Path) -> "Parent":
+    from matquant.quantize.parent import Parent
+    from matquant.store.artifact import read_artifact
+
+    try:
+        return Parent(read_artifact(folder))
+    except (UserError, KeyError) as error:
+        raise UserError(f"{folder} is no parent that could be read: {error}.") from error
 
 
 def _check_linear(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:

@@ -1,0 +1,90 @@
+"""A kernel's arguments in the form that ``cuLaunchKernel`` takes: an array of addresses, one of each argument's value."""
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+_SLOT = 8  # bytes for one argument; no argument is larger
+_SCALARS = "?bBhHiIlLqQefd"  # the characters of ``struct`` for what may be passed beside addresses
+
+
+class Signature:
+    """How the arguments of one kernel are passed, learnt from the first ones: of a kind each, in the same order ever after.
+
+    A tensor or None is an address, int an int32, float a float32; ctypes and numpy scalars are what their types say.
+
+    Raises:
+        TypeError: an argument of another type.
+    """
+
+    def __init__(self, args: Sequence[Any]) -> None:
+        forms = [_form(type(arg)) for arg in args]
+        self.layout = struct.Struct("@" + "".join(f"{form}{_SLOT - struct.calcsize(form)}x" for form in forms))
+        self.pointers = [i for i, form in enumerate(forms) if form == "P"]
+        self.boxed = [i for i, arg in enumerate(args) if isinstance(arg, ctypes._SimpleCData)]
+        self.length = len(forms)
+
+
+class Frame:
+    """Memory for the arguments of one launch at a time: a slot for each value, and the array of the slots' addresses.
+
+    Attributes:
+        address: of that array.
+    """
+
+    def __init__(self, signature: Signature) -> None:
+        self._signature = signature
+        self._slots = ctypes.create_string_buffer(max(signature.layout.size, 1))
+        start = ctypes.addressof(self._slots)
+        self._addresses = (ctypes.c_void_p * max(signature.length, 1))(
+            *(start + _SLOT * i for i in range(signature.length))
+        )
+        self.address = ctypes.addressof(self._addresses)
+
+    def write(self, args: Sequence[Any], device: int) -> None:
+        """Put the values of the next launch into the slots.
+
+        Args:
+            device: index of the CUDA device that tensors must lie on.
+
+        Raises:
+            ValueError: a tensor lies elsewhere.
+            TypeError: the arguments are not of the signature's kinds.
+        """
+        values = list(args)
+        try:
+            for i in self._signature.pointers:
+                tensor = values[i]
+                if tensor is None:
+                    values[i] = 0
+                elif tensor.get_device() == device:
+                    values[i] = tensor.data_ptr()
+                else:
+                    raise ValueError(f"A tensor on {tensor.device} was given to a kernel on cuda:{device}.")
+            for i in self._signature.boxed:
+                values[i] = values[i].value
+            self._signature.layout.pack_into(self._slots, 0, *values)
+        except (struct.error, OverflowError, AttributeError, IndexError) as error:
+            found = ", ".join("None" if arg is None else type(arg).__name__ for arg in args)
+            raise TypeError(
+                f"The kernel's arguments do not fit those of its first launch: {error}. They are {found}."
+            ) from error
+
+
+def _form(type_: type) -> str:
+    """How a value of a type lies in its slot, in the notation of ``struct``; "P" is an address."""
+    if issubclass(type_, Tensor | type(None)):
+        return "P"
+    if type_ in (int, float):
+        return "i" if type_ is int else "f"
+    if issubclass(type_, np.generic) and np.dtype(type_).char in _SCALARS:
+        return np.dtype(type_).char
+    if issubclass(type_, ctypes._SimpleCData) and type_._type_ in _SCALARS:  # type: ignore[attr-defined]
+        return type_._type_  # type: ignore[attr-defined]
+    raise TypeError(
+        f"A kernel takes tensors, None, int, float, and ctypes or numpy scalars as arguments, not {type_.__name__}."
+    )

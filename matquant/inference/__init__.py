@@ -1,0 +1,17 @@
+"""Running a model at any width from one resident copy of its parent.
+
+    layers = replace_linears(model, parent)      # a Transformers model and a parent artifact
+    set_bits(model, 3)                           # all layers
+    set_bits(model, {"model.layers.0.mlp.down_proj": 4})
+    set_bits(model, 2, prefill=8)                # many tokens at 8 bits, then one by one at 2
+
+``NestedPlanes`` is the weight of one layer as bit planes, ``NestedLinear`` the layer, ``linear`` and ``decode`` the operators
+of ``inference.ops`` for ``NestedPlanes``. A matmul at b bits reads the first b planes, the scales and nothing else.
+"""
+
+from matquant.inference.linear import NestedLinear
+from matquant.inference.model import nested_layers, replace_linears, set_bits
+from matquant.inference.ops import decode, linear
+from matquant.inference.planes import NestedPlanes
+
+__all__ = ["NestedLinear", "NestedPlanes", "decode", "linear", "nested_layers", "replace_linears", "set_bits"]

@@ -1,0 +1,180 @@
+"""Bit planes against the layout's definition, bit by bit, and against the format that they are made from."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from matquant.errors import UserError
+from matquant.inference import NestedPlanes
+from matquant.inference import planes as planes_module
+from matquant.nested import NestedWeight, planes_read
+
+GROUP_SIZES = (16, 32, 48, 64, 128, 5)
+
+
+def make_weight(
+    rows, columns, group_size, master_bits=8, slicing="msb", zeros=False, offset=8.0, dtype=torch.float16, seed=0
+) -> NestedWeight:
+    """Random codes, scales of both signs and some zero points."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = columns // group_size
+    top = 2**master_bits
+    return NestedWeight(
+        codes=torch.randint(top, (rows, columns), generator=generator).to(torch.uint8),
+        scales=(torch.randn(rows, groups, generator=generator) * 0.01).to(dtype),
+        zeros=torch.randint(top, (rows, groups), generator=generator).to(torch.uint8) if zeros else None,
+        master_bits=master_bits,
+        slicing=slicing,
+        offset=0.0 if zeros else offset,
+    )
+
+
+@st.composite
+def any_weight(draw) -> NestedWeight:
+    group_size = draw(st.sampled_from(GROUP_SIZES))
+    return make_weight(
+        draw(st.integers(1, 150)),
+        group_size * draw(st.integers(1, 4)),
+        group_size,
+        master_bits=draw(st.integers(2, 8)),
+        slicing=draw(st.sampled_from(["msb", "round"])),
+        zeros=draw(st.booleans()),
+        offset=draw(st.sampled_from([0.0, 8.0, 0.1, -3.5])),
+        dtype=draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32])),
+        seed=draw(st.integers(0, 2**20)),
+    )
+
+
+def test_each_bit_lies_where_the_layout_says():
+    weight = make_weight(128, 192, 64, master_bits=8)
+    packed = NestedPlanes.pack(weight)
+    words = packed.planes.long() & 0xFFFFFFFF
+    seen = torch.zeros_like(words)
+    generator = torch.Generator().manual_seed(1)
+    for plane in range(8):
+        for row, column in zip(
+            torch.randint(128, (64,), generator=generator).tolist(),
+            torch.randint(192, (64,), generator=generator).tolist(),
+            strict=True,
+        ):
+            c, p, g = row % 64 // 16, row % 16 // 8, row % 8
+            r, u, t, h = column % 64 // 16, column % 16 // 8, column % 8 // 2, column % 2
+            place = (3 - p + 2 * c + 8 * u + 16 * h - plane) % 32
+            word = words[plane, row // 64, column // 64, 4 * g + t, r].item()
+            assert (word >> place) & 1 == (weight.codes[row, column].item() >> (7 - plane)) & 1
+            seen[plane, row // 64, column // 64, 4 * g + t, r] |= 1 << place
+    assert seen.any()
+
+
+def test_scales_and_zeros_lie_where_the_layout_says_and_what_fills_up_is_zero():
+    weight = make_weight(70, 96, 32, zeros=True)
+    packed = NestedPlanes.pack(weight)
+    assert packed.scales.shape == packed.zeros.shape == (4, 2, 8, 4, 2)  # 128 columns of tiles are four groups
+    for row in range(128):
+        c, p, g = row % 64 // 16, row % 16 // 8, row % 8
+        for group in range(4):
+            inside = row < 70 and group < 3
+            at = (group, row // 64, g, c, p)
+            assert packed.scales[at] == (weight.scales[row, group] if inside else 0)
+            assert packed.zeros[at] == (weight.zeros[row, group] if inside else 0)
+
+
+def test_one_group_stays_one_group():
+    assert NestedPlanes.pack(make_weight(64, 100, 100)).scales.shape[0] == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(weight=any_weight())
+def test_unpacking_gives_back_what_was_packed(weight):
+    found = NestedPlanes.pack(weight).unpack()
+    for field in dataclasses.fields(NestedWeight):
+        mine, theirs = getattr(found, field.name), getattr(weight, field.name)
+        if isinstance(theirs, torch.Tensor):
+            assert mine.dtype == theirs.dtype
+            assert torch.equal(mine, theirs)
+        else:
+            assert mine == theirs
+
+
+@settings(max_examples=60, deadline=None)
+@given(weight=any_weight(), data=st.data())
+def test_decoding_is_that_of_the_codes_to_the_bit(weight, data):
+    bits = data.draw(st.integers(2, weight.master_bits))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    assert torch.equal(NestedPlanes.pack(weight).decode(bits, dtype), weight.decode(bits, dtype))
+
+
+@settings(max_examples=60, deadline=None)
+@given(weight=any_weight(), data=st.data())
+def test_top_planes_alone_decode_every_width_that_they_allow(weight, data):
+    top = data.draw(st.integers(2, weight.master_bits))
+    packed = NestedPlanes.pack(weight, max_bits=top)
+    whole = NestedPlanes.pack(weight)
+    assert packed.planes.shape[0] == planes_read(top, weight.master_bits, weight.slicing)
+    if packed.planes.shape[0] == weight.master_bits:
+        top = weight.master_bits  # a round slice reads one plane more, so that the last two widths read all
+    assert packed.max_bits == top
+    assert torch.equal(packed.planes, whole.planes[: packed.planes.shape[0]])
+    for bits in range(2, top + 1):
+        assert torch.equal(packed.decode(bits), weight.decode(bits))
+        assert packed.bytes_read(bits) == whole.bytes_read(bits)
+    for bits in range(top + 1, weight.master_bits + 1):
+        with pytest.raises(UserError, match=f"{bits} bits cannot be read: .* enough for {top} bits"):
+            packed.decode(bits)
+
+
+def test_many_strips_are_one_weight(monkeypatch):
+    monkeypatch.setattr(planes_module, "_STRIP", 64 * 96)
+    weight = make_weight(300, 96, 32, zeros=True)
+    packed = NestedPlanes.pack(weight)
+    assert torch.equal(packed.unpack().codes, weight.codes)
+    strips = list(packed.decode_strips(3))
+    assert [len(values) for _, values in strips] == [64, 64, 64, 64, 44]
+    assert torch.equal(torch.cat([values for _, values in strips]), weight.decode(3))
+
+
+def test_bytes_read_are_those_of_the_planes_and_their_scales():
+    packed = NestedPlanes.pack(make_weight(128, 256, 64, slicing="round", zeros=True))
+    side = 128 * 4 * (2 + 1)
+    assert [packed.bytes_read(b) for b in (2, 7, 8)] == [128 * 256 // 8 * planes + side for planes in (3, 8, 8)]
+
+
+@pytest.mark.parametrize("bits", [0, 1, 9, 2.5, "4", None])
+def test_what_is_no_width_is_refused(bits):
+    packed = NestedPlanes.pack(make_weight(8, 16, 16))
+    with pytest.raises(UserError, match=r"A width must be a whole number in 2..8 bits; found"):
+        packed.decode(bits)
+
+
+def test_widths_beyond_the_codes_are_refused():
+    weight = make_weight(8, 16, 16, master_bits=4)
+    with pytest.raises(UserError, match=r"in 2..4 bits; found 5"):
+        NestedPlanes.pack(weight).decode(5)
+    with pytest.raises(UserError, match="max_bits=5 is no width of codes of 4 bits"):
+        NestedPlanes.pack(weight, max_bits=5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"planes": torch.zeros(8, 2, 3, 32, 4)}, "found float32"),
+        ({"planes": torch.zeros(8, 2, 2, 32, 4, dtype=torch.int32)}, r"found int32 \[8, 2, 2, 32, 4\]"),
+        ({"planes": torch.zeros(9, 2, 3, 32, 4, dtype=torch.int32)}, "9 planes are more than the 8 bits"),
+        ({"planes": torch.zeros(8, 2, 32, 3, 4, dtype=torch.int32).transpose(2, 3)}, "found not contiguous int32"),
+        ({"scales": torch.zeros(3, 2, 8, 4, 2, dtype=torch.float64)}, "Scales of groups of 64"),
+        ({"scales": torch.zeros(4, 2, 8, 4, 2)}, r"found float32 \[4, 2, 8, 4, 2\]"),
+        ({"zeros": torch.zeros(3, 2, 8, 4, 2)}, "Zero points are contiguous uint8"),
+        ({"scales": torch.zeros(3, 2, 8, 4, 2, device="meta")}, "must lie on one device"),
+        ({"group_size": 80}, "Groups of 80 do not divide 192"),
+        ({"group_size": 0}, "Groups of 0 do not divide 192"),
+        ({"master_bits": 9}, "Codes of 9 bits"),
+        ({"slicing": "top"}, "cut by 'top'"),
+    ],
+)
+def test_tensors_that_do_not_go_together_are_refused(wrong, sentence):
+    packed = NestedPlanes.pack(make_weight(70, 192, 64, zeros=True))
+    with pytest.raises(UserError, match=sentence):
+        dataclasses.replace(packed, **wrong)

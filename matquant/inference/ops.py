@@ -15,12 +15,11 @@ Raises:
 import torch
 from torch import Tensor
 
-from matquant.errors import UserError
-from matquant.inference import blocked
+from matquant.inference import blocked, gpu
+from matquant.inference.checks import check_x
 from matquant.inference.planes import NestedPlanes, check_bits, check_layout
 from matquant.nested import Slicing
 
-ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
 _MEANING = "int group_size, int master_bits, str slicing, float offset"
 
 _library = torch.library.Library("matquant", "DEF")
@@ -50,24 +49,11 @@ def decode(weight: NestedPlanes, bits: int, dtype: torch.dtype) -> Tensor:
     )  # fmt: skip
 
 
-def _check_x(x: Tensor, planes: Tensor, bias: Tensor | None, out_features: int) -> None:
-    """Raises UserError unless ``x`` and ``bias`` go with the planes; how many features, ``check_layout`` finds."""
-    if x.dtype not in ACTIVATIONS:
-        raise UserError(f"x must be float16, bfloat16 or float32; found {x.dtype}. Convert it first.")
-    if not x.ndim:
-        raise UserError("x must be [..., in_features]; found a single number.")
-    if x.device != planes.device:
-        raise UserError(f"x is on {x.device}, the planes are on {planes.device}. Move one of them.")
-    if bias is not None and (bias.shape != (out_features,) or bias.device != x.device or bias.dtype not in ACTIVATIONS):
-        found = f"{bias.dtype} {list(bias.shape)} on {bias.device}"
-        raise UserError(f"The bias must be float16, bfloat16 or float32 [{out_features}] on {x.device}; found {found}.")
-
-
 def _linear(
     x: Tensor, planes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, out_features: int,
     group_size: int, master_bits: int, slicing: Slicing, offset: float,
 ) -> Tensor:  # fmt: skip
-    _check_x(x, planes, bias, out_features)
+    check_x(x, planes, bias, out_features)
     weight = NestedPlanes(
         planes=planes, scales=scales, zeros=zeros, out_features=out_features, in_features=x.shape[-1],
         group_size=group_size, master_bits=master_bits, slicing=slicing, offset=offset,
@@ -90,7 +76,7 @@ def _fake_linear(
     x: Tensor, planes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, out_features: int,
     group_size: int, master_bits: int, slicing: Slicing, offset: float,
 ) -> Tensor:  # fmt: skip
-    _check_x(x, planes, bias, out_features)
+    check_x(x, planes, bias, out_features)
     check_layout(planes, scales, zeros, out_features, x.shape[-1], group_size)
     check_bits(bits, planes.shape[0], master_bits, slicing)
     return x.new_empty(*x.shape[:-1], out_features)
@@ -106,6 +92,8 @@ def _fake_decode(
 
 
 _library.impl("nested_linear", _linear, "CPU")
+_library.impl("nested_linear", gpu.linear, "CUDA")
 _library.impl("nested_decode", _decode, "CPU")
+_library.impl("nested_decode", _decode, "CUDA")
 torch.library.register_fake("matquant::nested_linear", _fake_linear, lib=_library)
 torch.library.register_fake("matquant::nested_decode", _fake_decode, lib=_library)

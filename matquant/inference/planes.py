@@ -111,16 +111,22 @@ class NestedPlanes:
             UserError: the planes of that width are not there.
         """
         dense = self.scales.new_empty(self.out_features, self.in_features, dtype=dtype)
-        for strip, values in self.decode_strips(bits):
+        for strip, values in self.decode_strips(bits, dtype):
             dense[strip] = values
         return dense
 
-    def decode_strips(self, bits: int) -> Iterator[tuple[slice, Tensor]]:
-        """The dense weight a few rows at a time: the rows, and float32 [rows, in_features]. Raises as ``decode`` does."""
+    def decode_strips(
+        self, bits: int, dtype: torch.dtype = torch.float32, size: int | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The dense weight a few rows at a time: the rows, and their values [rows, in_features]. Raises as ``decode`` does.
+
+        Args:
+            size: weights in a strip, about; None is what suits a CPU.
+        """
         self.check_bits(bits)
         groups = self.in_features // self.group_size
         read = planes_read(bits, self.master_bits, self.slicing)
-        for strip in _strips(self.out_features, self.in_features):
+        for strip in _strips(self.out_features, self.in_features, size):
             block = slice(strip.start // TILE, tiles(strip.stop))
             rows = strip.stop - strip.start
             codes = self._codes(strip, read)
@@ -131,7 +137,7 @@ class NestedPlanes:
             else:
                 values -= unpack_groups(self.zeros[:, block])[:rows, :groups, None]
             values *= scales
-            yield strip, values.view(rows, -1)
+            yield strip, values.view(rows, -1).to(dtype)
 
     def to(self, device: torch.device | str) -> "NestedPlanes":
         """The same on another device."""
@@ -215,8 +221,8 @@ def _units(codes: Tensor, bits: int, master_bits: int, slicing: Slicing) -> Tens
     return slice_codes(codes, bits, master_bits, slicing).float() * 2.0 ** (master_bits - bits)
 
 
-def _strips(rows: int, columns: int) -> Iterator[slice]:
-    """Rows in portions of whole tiles and of about ``_STRIP`` weights."""
-    step = max(1, _STRIP // (TILE * max(columns, 1))) * TILE
+def _strips(rows: int, columns: int, size: int | None = None) -> Iterator[slice]:
+    """Rows in portions of whole tiles and of about ``size`` weights, or ``_STRIP``."""
+    step = max(1, (size or _STRIP) // (TILE * max(columns, 1))) * TILE
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

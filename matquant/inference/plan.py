@@ -1,0 +1,197 @@
+"""How ``kernels/gemm.cu`` and ``kernels/decode.cu`` are compiled and launched for a problem; plain arithmetic, no GPU."""
+
+import ctypes
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matquant.inference.layout import TILE, tiles
+from matquant.nested import Slicing, planes_read
+
+TOKENS = 64  # that one launch of the matmul takes at most; beyond, strips are decoded for cuBLAS
+_STRIP_OF_CACHE = 0.5  # how much of the second-level cache a decoded strip may fill
+_WARP = 32
+_LOAD = 16  # bytes
+_TICKET_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """What a launch depends on but the tensors' addresses.
+
+    Attributes:
+        tokens, rows, depth: M, N and K of y[M, N] = x[M, K] W[N, K]^T.
+        group_size: K for one scale per row.
+        dtype: of x, bias and y: float16 or bfloat16.
+        scale_dtype: likewise.
+    """
+
+    tokens: int
+    rows: int
+    depth: int
+    bits: int
+    group_size: int
+    zeros: bool
+    dtype: torch.dtype
+    scale_dtype: torch.dtype
+    master_bits: int = 8
+    slicing: Slicing = "msb"
+    offset: float = 0.0
+
+    @property
+    def group(self) -> int:
+        """The macro GROUP: 0 for one scale per row."""
+        return 0 if self.group_size == self.depth else self.group_size
+
+    @property
+    def planes(self) -> int:
+        return planes_read(self.bits, self.master_bits, self.slicing)
+
+    def defines(self) -> dict[str, int]:
+        """The macros that both kernels share."""
+        return {
+            "BITS": self.bits,
+            "ROUND": int(self.planes > self.bits),
+            "GROUP": self.group,
+            "ZEROS": int(self.zeros),
+            "BFLOAT": int(self.dtype == torch.bfloat16),
+            "SCALE_BFLOAT": int(self.scale_dtype == torch.bfloat16),
+        }
+
+    def affine(self) -> tuple[float, float, float]:
+        """(offset, zero_step, gain): a weight is gain * s * (code + offset - zero_step * zero), ``code`` its first bits."""
+        step = 2.0 ** (self.master_bits - self.bits)
+        centre = 0.5 if self.slicing == "msb" else 0.0
+        zero = 0.0 if self.zeros else 2.0 ** (self.master_bits - 1) + self.offset
+        return centre - zero / step, 1 / step, step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """How the matmul's work is shared out; the macros of ``kernels/gemm.cu``.
+
+    Attributes:
+        token_tiles: of 8 tokens.
+        units: of 64 columns, of a chunk.
+        stages: of the ring of chunks in shared memory.
+        blocks: on a multiprocessor.
+    """
+
+    token_tiles: int
+    row_warps: int
+    tile_warps: int
+    k_warps: int
+    units: int
+    stages: int
+    blocks: int
+
+    @property
+    def threads(self) -> int:
+        return _WARP * self.row_warps * self.tile_warps * self.k_warps
+
+    def defines(self) -> dict[str, int]:
+        return {
+            "TOKEN_TILES": self.token_tiles,
+            "ROW_WARPS": self.row_warps,
+            "TILE_WARPS": self.tile_warps,
+            "K_WARPS": self.k_warps,
+            "UNITS": self.units,
+            "STAGES": self.stages,
+            "BLOCKS_PER_SM": self.blocks,
+        }
+
+    def shared_bytes(self, problem: Problem) -> int:
+        """The size of ``Shared`` in ``kernels/gemm.cu``."""
+        columns = TILE * self.units
+        groups = columns // (problem.group if 0 < problem.group < columns else columns)
+        warps = self.k_warps * self.row_warps
+        tokens = 8 * self.token_tiles
+        stage = warps * (self.units * problem.planes * _WARP * _LOAD + groups * TILE * (3 if problem.zeros else 2))
+        stage += tokens * (columns * self.k_warps + 8) * 2
+        sums = 2 * self.k_warps * groups * tokens * 4
+        exchange = warps * 4 * self.token_tiles * _WARP * _LOAD if self.k_warps > 1 else 0
+        return stage * self.stages + sums + exchange
+
+
+def choose(problem: Problem) -> Variant:
+    """The variant for a problem of at most ``TOKENS`` tokens."""
+    token_tiles = next(count for count in (1, 2, 4, 8) if problem.tokens <= 8 * count)
+    units = 1 if token_tiles > 2 or (problem.group % (2 * TILE) and problem.group > TILE) else 2
+    return Variant(
+        token_tiles=token_tiles,
+        row_warps=1,
+        tile_warps=1 if token_tiles <= 2 else 2,
+        k_warps=4,
+        units=units,
+        stages=4,
+        blocks=2,
+    )
+
+
+def supported(problem: Problem) -> bool:
+    """Whether the kernels take the problem; torch computes it otherwise, in strips."""
+    halves = (torch.float16, torch.bfloat16)
+    group = problem.group == 0 or problem.group == TILE // 2 or problem.group % TILE == 0
+    return group and problem.dtype in halves and problem.scale_dtype in halves
+
+
+def strip_weights(cache_bytes: int) -> int:
+    """How many weights of 2 bytes a strip has that is decoded for cuBLAS."""
+    return int(cache_bytes * _STRIP_OF_CACHE) // 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A launch of the matmul.
+
+    Attributes:
+        workspace: float32 numbers that it needs; not initialised.
+        tickets: uint32 numbers that it needs; 0 before and after.
+    """
+
+    problem: Problem
+    defines: dict[str, int]
+    grid: int
+    block: int
+    shared_bytes: int
+    workspace: int
+    tickets: int
+    numbers: tuple[Any, ...]
+    plane_stride: ctypes.c_uint64
+
+    def arguments(
+        self,
+        planes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        x: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        workspace: Tensor,
+        tickets: Tensor,
+    ) -> tuple[Any, ...]:
+        """The kernel's arguments, in its order."""
+        return (planes, self.plane_stride, scales, zeros, x, bias, y, workspace, tickets, x.shape[0], *self.numbers)
+
+
+def plan(problem: Problem, multiprocessors: int, variant: Variant | None = None) -> Plan:
+    """The launch of a problem on a device of so many multiprocessors, by the variant of ``choose`` if None is given."""
+    variant = choose(problem) if variant is None else variant
+    shared = variant.shared_bytes(problem)
+    row_tiles = -(-tiles(problem.rows) // variant.row_warps)
+    chunks = -(-tiles(problem.depth) // (variant.units * variant.k_warps))
+    grid = min(multiprocessors * variant.blocks, row_tiles * chunks)
+    tile = TILE * variant.row_warps * 8 * variant.token_tiles
+    return Plan(
+        problem=problem,
+        defines=problem.defines() | variant.defines() | {"SHARED_BYTES": shared},
+        grid=grid,
+        block=variant.threads,
+        shared_bytes=shared,
+        workspace=(grid + row_tiles) * tile,
+        tickets=row_tiles * (variant.threads // _WARP),
+        numbers=(problem.rows, -(-problem.depth // 8) * 8, *problem.affine()),
+        plane_stride=ctypes.c_uint64(tiles(problem.rows) * tiles(problem.depth) * _WARP),
+    )

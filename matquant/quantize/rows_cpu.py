@@ -35,8 +35,6 @@ _F32 = np.float32
 _LANES = 64
 _PART = 16  # columns after which errors are fed back to the rest of the block
 
-FROM_RANGE = np.float32(np.nan)  # stands for a zero point that follows from a group's smallest and largest weight
-
 
 # Choosing codes
 
@@ -196,7 +194,7 @@ def round_scale(value, mantissa_bits, min_exponent):
 def _range_grid(low, high, clip, zero, step, master_codes, centre, mantissa_bits, min_exponent):
     """Scale and zero point at which the values of the objective's highest width cover the clipped range low..high.
 
-    About a given zero point; with ``FROM_RANGE`` about the whole number that fits the range best.
+    About a given zero point; with NaN about the whole number that fits the range best.
     """
     span, middle = master_codes - step, master_codes // 2
     if not math.isnan(zero):
@@ -249,8 +247,8 @@ def choose_scales(
 ):  # fmt: skip
     """Scale and zero point of every row for the group of columns first..last.
 
-    Tries clips of the group's range about each zero point (or ``FROM_RANGE``) and keeps the pair of least nested rounding
-    error, weighted by ``importance`` (float32 [columns]): every fourth clip first, then those beside the best, two and one
+    Tries clips of the group's range about each zero point (NaN: that which follows from the range) and keeps the pair of
+    least nested rounding error, weighted by ``importance`` (float32 [columns]): every fourth clip first, then those beside the best, two and one
     steps away. With a single clip and zero point it is plain min-max.
 
     Args:
@@ -313,7 +311,9 @@ def solve_columns(
         block = np.zeros((count, columns, _LANES), dtype=np.float32)
         error = np.zeros((count, columns, _LANES), dtype=np.float32)
         work = np.zeros((3 * widths + 7, _LANES), dtype=np.float32)
-        scale, zero, inverse = _lanes_of_scales(scales, zeros, begin, end)
+        scale, inverse = _lanes_of(scales, begin, end)
+        zero = np.zeros(_LANES, dtype=np.float32)
+        zero[: end - begin] = zeros[begin:end]
         _turn(targets[:, begin:end, first:last], block)
         u, weight, q = work[:widths], work[widths : 2 * widths], work[3 * widths + 5]
         for i in range(columns):
@@ -374,7 +374,7 @@ def _subtract_four(later, error, coupling, i, j):
 
 @numba.njit(parallel=True, cache=True)
 def sweep_columns(
-    gradient, hessian, lam, grid, master_codes, centre, nested, first, last, scales, zeros, codes, moves
+    gradient, hessian, lam, grid, master_codes, centre, nested, first, last, scales, codes, moves
 ):  # fmt: skip
     """One pass of coordinate descent over the columns first..last of every row, on the exact quadratic objective.
 
@@ -385,7 +385,7 @@ def sweep_columns(
     Args:
         gradient: float32 [K, rows, columns], half the gradient.
         hessian: float32 [F, last - first, last - first], the block on each Hessian's diagonal.
-        scales, zeros: float32 [rows], of the group in which these columns lie.
+        scales: float32 [rows], of the group in which these columns lie.
         codes: uint8 [rows, columns], in and out.
         moves: float32 [K, rows, last - first], out: change of each width's value.
     """
@@ -397,7 +397,7 @@ def sweep_columns(
         moved = np.zeros((widths, columns, _LANES), dtype=np.float32)
         work = np.zeros((3 * widths + 7, _LANES), dtype=np.float32)
         old = np.zeros(_LANES, dtype=np.float32)
-        scale, _, inverse = _lanes_of_scales(scales, zeros, begin, end)
+        scale, inverse = _lanes_of(scales, begin, end)
         _turn(gradient[:, begin:end, first:last], block)
         u, weight, q = work[:widths], work[widths : 2 * widths], work[3 * widths + 5]
         for i in range(columns):
@@ -435,13 +435,13 @@ def _tiles(rows):
 
 
 @numba.njit(cache=True)
-def _lanes_of_scales(scales, zeros, begin, end):
-    """Scale, zero point and inverse scale of each lane; 0 in lanes without a row, and the inverse of a scale of 0."""
-    out = np.zeros((3, _LANES), dtype=np.float32)
+def _lanes_of(scales, begin, end):
+    """The scale of each lane and its inverse; 0 in lanes without a row, and for the inverse of 0."""
+    out = np.zeros((2, _LANES), dtype=np.float32)
     for r in range(end - begin):
-        out[0, r], out[1, r] = scales[begin + r], zeros[begin + r]
-        out[2, r] = _F32(1) / scales[begin + r] if scales[begin + r] != 0 else _F32(0)
-    return out[0], out[1], out[2]
+        out[0, r] = scales[begin + r]
+        out[1, r] = _F32(1) / scales[begin + r] if scales[begin + r] != 0 else _F32(0)
+    return out[0], out[1]
 
 
 @numba.njit(cache=True)

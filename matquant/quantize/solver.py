@@ -13,16 +13,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from matquant.nested import NestedWeight, Slicing, levels
 from matquant.quantize import rows
+from matquant.quantize.grid import FROM_RANGE, Grid, Trials
 from matquant.quantize.linalg import damped, inverse_factor
 
 # Clips of a group's range that the scale search tries. Two bits want a grid well inside the range, eight bits nearly all.
-_CLIPS = np.linspace(1.0, 0.4, 25, dtype=np.float32)
+_CLIPS = torch.linspace(1.0, 0.4, 25)
 
 # Zero points about the middle of 8-bit codes that the search tries besides the one that fits the range.
 _ZERO_STEPS = (0, 8, -8, 16, -16, 24, -24)
@@ -109,7 +109,7 @@ def calibrate(inputs: Sequence[Inputs], options: SolverOptions, layer: str = "th
     if options.act_order:
         columns = len(inputs[0].hessian)
         group_size = columns if options.group_size == -1 else options.group_size
-        order = _column_order(torch.stack([i.hessian.diagonal().cpu() for i in inputs]).mean(0), group_size)
+        order = _column_order(torch.stack([i.hessian.diagonal() for i in inputs]).mean(0), group_size)
     done: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     notes = []
     for given in inputs:
@@ -117,7 +117,11 @@ def calibrate(inputs: Sequence[Inputs], options: SolverOptions, layer: str = "th
             continue
         hessian = _ordered(given.hessian, order)
         factor = inverse_factor(hessian, options.damp, layer)
-        shift = torch.empty(0) if given.cross is None else _ordered(given.cross, order) @ factor.upper.T @ factor.upper
+        shift = (
+            hessian.new_empty(0)
+            if given.cross is None
+            else _ordered(given.cross, order) @ factor.upper.T @ factor.upper
+        )
         done[id(given)] = damped(hessian, factor.damp), factor.upper, shift
         notes += [factor.note] if factor.note else []
     hessians, factors, shifts = (torch.stack(t) for t in zip(*(done[id(given)] for given in inputs), strict=True))
@@ -142,7 +146,7 @@ def solve(weight: Tensor, calibration: Calibration | None, options: SolverOption
     columns = weight.shape[1]
     group_size = columns if options.group_size == -1 else options.group_size
     _check_shapes(columns, group_size, options)
-    targets = weight.detach().float().cpu()[None]
+    targets = weight.detach().float()[None]
     if calibration is None:
         state = _State.start(targets, group_size, options)
         state.solve(None, options)
@@ -172,7 +176,7 @@ def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     return float(lost / whole) if whole > 0 else 0.0
 
 
-def _trials(options: SolverOptions) -> rows.Trials:
+def _trials(options: SolverOptions, device: torch.device) -> Trials:
     """The clips and the zero points that are tried for each group."""
     middle = 2 ** (options.master_bits - 1)
     searching = options.scale == "search"
@@ -180,9 +184,9 @@ def _trials(options: SolverOptions) -> rows.Trials:
         zero_points = [middle + options.offset, middle - options.offset] if options.offset else [middle]
     else:
         near = [middle + step * 2.0 ** (options.master_bits - 8) for step in _ZERO_STEPS if searching]
-        zero_points = [rows.FROM_RANGE, *(z for z in near if z.is_integer())]
+        zero_points = [FROM_RANGE, *(z for z in near if z.is_integer())]
     clips = _CLIPS if searching else _CLIPS[:1]
-    return rows.Trials(clips, np.array(zero_points, dtype=np.float32), options.scale_dtype)
+    return Trials(clips.to(device), torch.tensor(zero_points, device=device).float(), options.scale_dtype)
 
 
 def _check_shapes(columns: int, group_size: int, options: SolverOptions) -> None:
@@ -194,6 +198,11 @@ def _check_shapes(columns: int, group_size: int, options: SolverOptions) -> None
         raise ValueError("the grid of round slices has no mirror image: they need an offset of 0")
 
 
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of ``number`` that is not above ``most``: a part of a group holds whole parts of it."""
+    return next(number // n for n in range(1, number + 1) if number % n == 0 and number // n <= most)
+
+
 def _column_order(diagonal: Tensor, group_size: int) -> Tensor:
     """Columns by falling diagonal of the Hessian within their group, groups by their largest.
 
@@ -202,12 +211,12 @@ def _column_order(diagonal: Tensor, group_size: int) -> Tensor:
     diagonal = diagonal.view(-1, group_size)
     within = diagonal.argsort(dim=1, descending=True, stable=True)
     groups = diagonal.amax(1).argsort(descending=True, stable=True)
-    first = torch.arange(len(groups))[:, None] * group_size
+    first = torch.arange(len(groups), device=diagonal.device)[:, None] * group_size
     return (first + within)[groups].flatten()
 
 
 def _ordered(matrix: Tensor, order: Tensor | None) -> Tensor:
-    return matrix.cpu() if order is None else matrix.cpu()[order][:, order]
+    return matrix if order is None else matrix[order][:, order]
 
 
 @dataclasses.dataclass(slots=True)
@@ -220,7 +229,7 @@ class _State:
     zeros: Tensor
     lam: Tensor
     units: Tensor
-    grid: rows.Grid
+    grid: Grid
     group_size: int
     block_size: int
 
@@ -229,26 +238,27 @@ class _State:
         _, out_features, columns = targets.shape
         widths = options.widths
         count = 1 if options.feedback == "mean" else len(widths)
-        groups = columns // group_size
+        groups, device = columns // group_size, targets.device
         return cls(
             targets=targets.expand(count, -1, -1).clone(),
-            codes=torch.zeros(out_features, columns, dtype=torch.uint8),
-            scales=torch.zeros(out_features, groups),
-            zeros=torch.zeros(out_features, groups),
-            lam=torch.tensor([options.weights[b] for b in widths]),
-            units=torch.stack([levels(b, options.master_bits, options.slicing) for b in widths]).float(),
-            grid=rows.Grid.of(widths, options.master_bits, options.slicing),
+            codes=torch.zeros(out_features, columns, dtype=torch.uint8, device=device),
+            scales=torch.zeros(out_features, groups, device=device),
+            zeros=torch.zeros(out_features, groups, device=device),
+            lam=torch.tensor([options.weights[b] for b in widths], device=device),
+            units=torch.stack([levels(b, options.master_bits, options.slicing) for b in widths]).float().to(device),
+            grid=Grid.of(widths, options.master_bits, options.slicing, device),
             group_size=group_size,
-            block_size=min(options.block_size, group_size),
+            block_size=_divisor(min(options.block_size, group_size), rows.largest_block(device, len(widths))),
         )
 
     def solve(self, factors: Tensor | None, options: SolverOptions) -> None:
         """Choose all codes, column by column in blocks; without factors nothing is fed back."""
         count, _, columns = self.targets.shape
         # An error e in a column adds (e / U_jj)^2 to a width's objective.
-        curvature = torch.ones(1, columns) if factors is None else factors.diagonal(dim1=1, dim2=2) ** -2
+        curvature = self.scales.new_ones(1, columns) if factors is None else factors.diagonal(dim1=1, dim2=2) ** -2
         lam, importance = self._weights(curvature), curvature[-1] / curvature[-1].mean()
-        trials = _trials(options)
+        eye = torch.eye(self.block_size, device=self.targets.device)
+        trials = _trials(options, self.targets.device)
         for first in range(0, columns, self.block_size):
             last = min(first + self.block_size, columns)
             group = first // self.group_size
@@ -256,11 +266,10 @@ class _State:
                 self.scales[:, group], self.zeros[:, group] = rows.choose_scales(
                     self.targets, first, first + self.group_size, importance, lam, self.grid, trials
                 )
-            block = (
-                torch.eye(last - first)[None] if factors is None else factors[:, first:last, first:last].contiguous()
-            )
+            block = eye[None, : last - first, : last - first] if factors is None else factors[:, first:last, first:last]
+            scales, zeros = self.scales[:, group].contiguous(), self.zeros[:, group].contiguous()
             errors = rows.solve_columns(
-                self.targets, first, last, block, lam, self.grid, *self._scales_of(group), self.codes
+                self.targets, first, last, block.contiguous(), lam, self.grid, scales, zeros, self.codes
             )
             if factors is not None and last < columns:
                 for k in range(count):
@@ -272,19 +281,16 @@ class _State:
         out_features, columns = self.codes.shape
         count = len(self.lam)
         lam = self._weights(hessians.diagonal(dim1=1, dim2=2))
-        gradient = torch.empty(count, out_features, columns)
+        gradient = targets.new_empty(count, out_features, columns)
         for k in range(count):
             torch.mm(self._values(k) - targets[k % len(targets)], hessians[k % len(hessians)], out=gradient[k])
         for first in range(0, columns, self.block_size):
             last = min(first + self.block_size, columns)
             block = hessians[:, first:last, first:last].contiguous()
-            scales = self._scales_of(first // self.group_size)
-            moves = rows.sweep_columns(gradient, first, last, block, lam, self.grid, *scales, self.codes)
+            scales = self.scales[:, first // self.group_size].contiguous()
+            moves = rows.sweep_columns(gradient, first, last, block, lam, self.grid, scales, self.codes)
             for k in range(count):
                 gradient[k, :, last:].addmm_(moves[k], hessians[k % len(hessians), first:last, last:])
-
-    def _scales_of(self, group: int) -> tuple[Tensor, Tensor]:
-        return self.scales[:, group].contiguous(), self.zeros[:, group].contiguous()
 
     def _values(self, k: int) -> Tensor:
         """The decoded weight [rows, columns] at the k-th width."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from matquant.nested import levels
 from matquant.quantize import rows_cpu
-from matquant.quantize.rows import Grid
+from matquant.quantize.grid import Grid
 
 F32 = np.float32
 LANES = rows_cpu._LANES
@@ -20,7 +20,9 @@ def best_codes(u, lam, widths, master_bits, slicing):
     lanes, weight = np.zeros((2, count, LANES), dtype=F32)
     lanes[:, :n], weight[:, :n] = u, lam
     codes, cost, scratch = np.full(LANES, np.nan, F32), np.full(LANES, np.nan, F32), np.zeros((count + 5, LANES), F32)
-    rows_cpu.best_codes(lanes, weight, grid.cells, grid.codes, grid.centre, grid.nested, scratch, codes, cost)
+    rows_cpu.best_codes(
+        lanes, weight, grid.cells.numpy(), grid.codes, F32(grid.centre), grid.nested, scratch, codes, cost
+    )
     return codes[:n], cost[:n]
 
 

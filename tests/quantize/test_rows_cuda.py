@@ -1,0 +1,108 @@
+"""The CUDA row solver, run on the stand-in: what it chooses is what the CPU's chooses."""
+
+import pytest
+import torch
+
+from matquant.quantize import rows, rows_cuda
+from matquant.quantize.grid import FROM_RANGE, Grid, Trials
+from tests.standin import compile_kernel, have_compiler, read_source
+
+pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
+
+BALANCED = {2: 1.0, 3: 1.5, 4: 3.0, 6: 12.0, 8: 48.0}
+CASES = {  # widths, master bits, slicing, one target for all, Hessians
+    "five widths": (BALANCED, 8, "msb", False, 1),
+    "a Hessian per width": (BALANCED, 8, "msb", False, 5),
+    "round, shared target": ({3: 1.0, 4: 1.0, 8: 1.0}, 8, "round", True, 1),
+    "dedicated": ({4: 1.0}, 4, "round", False, 1),
+    "six of eight bits": ({2: 1.0, 6: 4.0}, 8, "msb", False, 1),
+}
+
+
+def load(function, defines, device):
+    return compile_kernel(read_source(rows_cuda.SOURCE), function, defines)
+
+
+class Problem:
+    """Random targets whose widths differ about as much as compensated ones do, and a factor that couples columns."""
+
+    def __init__(self, case, out_features=37, columns=32, seed=0):
+        weights, self.master_bits, slicing, shared, self.hessians = CASES[case]
+        self.widths, generator = list(weights), torch.Generator().manual_seed(seed)
+        self.lam = torch.tensor(list(weights.values()))[:, None] * (
+            0.5 + torch.rand(len(weights), columns, generator=generator)
+        )
+        self.grid = Grid.of(self.widths, self.master_bits, slicing)
+        spread = torch.tensor([0.3 / 2**b for b in self.widths])[:, None, None]
+        noise = torch.randn(len(weights), out_features, columns, generator=generator)
+        targets = torch.randn(out_features, columns, generator=generator) * 0.1 + spread * noise
+        self.targets = targets[-1:].clone() if shared else targets
+        self.targets[:, 5] = 0  # a row of zeros has a scale of 0
+        mix = torch.randn(self.hessians, columns, columns, generator=generator) / columns**0.5
+        self.hessian = mix @ mix.mT + torch.eye(columns)
+        self.factor = torch.linalg.cholesky(self.hessian.inverse(), upper=True)
+        self.importance = 0.5 + torch.rand(columns, generator=generator)
+
+    def scales(self):
+        trials = Trials(torch.tensor([0.9]), torch.tensor([2.0 ** (self.master_bits - 1)]), torch.float16)
+        return rows.choose_scales(
+            self.targets, 0, self.targets.shape[2], self.importance, self.lam, self.grid, trials
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("zero_points", [[128.0], [136.0, 120.0], [FROM_RANGE, 128.0]])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_are_those_of_the_cpu(case, zero_points, dtype):
+    problem = Problem(case)
+    points = torch.tensor(zero_points) * 2.0 ** (problem.master_bits - 8)
+    trials = Trials(torch.linspace(1.0, 0.4, 13), points, dtype)
+    given = (problem.targets, 0, 32, problem.importance, problem.lam, problem.grid, trials)
+    expected, found = rows.choose_scales(*given), rows_cuda.choose_scales(*given, load=load)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert (expected[0] > 0).sum() == 36
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("width", [16, 27])
+def test_solved_codes_are_those_of_the_cpu(case, width):
+    problem = Problem(case)
+    scales, zeros = problem.scales()
+    factor = problem.factor[:, 4 : 4 + width, 4 : 4 + width].contiguous()
+    answers = []
+    for solve in (rows.solve_columns, lambda *given: rows_cuda.solve_columns(*given, load=load)):
+        codes = torch.full((37, 32), 77, dtype=torch.uint8)
+        errors = solve(
+            problem.targets.clone(), 4, 4 + width, factor, problem.lam, problem.grid, scales, zeros, codes
+        )  # fmt: skip
+        answers.append((codes, errors))
+    (codes, errors), (found_codes, found_errors) = answers
+    assert torch.equal(found_codes, codes)
+    assert (codes[:, :4] == 77).all()
+    torch.testing.assert_close(found_errors, errors, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if "shared" not in name])
+def test_a_sweep_makes_the_moves_of_the_cpu(case):
+    problem = Problem(case)
+    scales, _ = problem.scales()
+    gradient = 0.05 * torch.randn(problem.targets.shape, generator=torch.Generator().manual_seed(1))
+    start = torch.randint(2**problem.master_bits, (37, 32), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
+    answers = []
+    for sweep in (rows.sweep_columns, lambda *given: rows_cuda.sweep_columns(*given, load=load)):
+        codes = start.clone()
+        hessian = problem.hessian[:, 4:28, 4:28].contiguous()
+        moves = sweep(gradient, 4, 28, hessian, problem.lam, problem.grid, scales, codes)
+        answers.append((codes, moves))
+    (codes, moves), (found_codes, found_moves) = answers
+    assert (codes != start).any()
+    assert torch.equal(found_codes, codes)
+    torch.testing.assert_close(found_moves, moves, rtol=1e-5, atol=1e-6)
+
+
+def test_the_columns_of_a_block_fit_the_smallest_shared_memory():
+    for widths in range(1, 8):
+        columns = rows_cuda.largest_block(widths)
+        assert columns >= 64
+        assert rows_cuda._tile_bytes(widths, columns) <= 99 * 1024

@@ -30,8 +30,9 @@ from matquant.data import texts
 from matquant.errors import UserError
 from matquant.evaluate.metrics import Metrics
 from matquant.evaluate.slices import evaluate_slices, steps
+from matquant.models.activations import Place, choose_place
 from matquant.models.blocks import BlockModel, compute_dtype
-from matquant.models.load import load
+from matquant.models.load import open_model
 from matquant.progress import Bars
 from matquant.quantize.driver import CalibrationOptions, Driver, check_layers, layers_to_quantize
 from matquant.quantize.parent import Parent
@@ -106,15 +107,15 @@ class _Run:
         self.store = Store(Path(config.store.path))
         with self._timed("load"):
             self.device = _device(config.runtime.device)
-            self.loaded = load(config.model)
+            self.loaded = open_model(config.model)
             self.warnings += self.loaded.warnings
-            self.blocks = BlockModel(self.loaded.model)
+            self.blocks = BlockModel(self.loaded.model, self.loaded.checkpoint)
             self.dtype = compute_dtype(self.loaded.dtype, self.device)
-            self.blocks.check()
             self.layers = layers_to_quantize(self.blocks, config.method.skips, head=config.method.head)
             check_layers(self.layers, config.method.group_size)
             self._check_lengths()
             self.evaluation = self._evaluation_windows()
+            self.blocks.check(self.device, self.dtype)
 
     def results(self) -> dict[str, Any]:
         with self._timed("quantize"):
@@ -192,7 +193,7 @@ class _Run:
             with self.bars.bar(f"quantize{width}", len(names)) as progress:
                 driver = Driver(
                     self.blocks, self.layers, options, calibration, device=self.device, dtype=self.dtype,
-                    progress=progress,
+                    place=self._place(windows, 1 + len(calibration.streams)), progress=progress,
                 )  # fmt: skip
                 blocks = driver.run(draft, windows)
             return {"label": f"{self.loaded.label} {method.name}{width}", "blocks": blocks}
@@ -216,9 +217,16 @@ class _Run:
             batch_size = self.config.eval.datasets[name].batch_size
             with self.bars.bar(f"evaluate on {name}", steps(self.blocks, windows, variants)) as progress:
                 measured[name] = evaluate_slices(
-                    self.blocks, windows, weights_of, variants, batch_size, self.device, progress
-                )
+                    self.blocks, windows, weights_of, variants, batch_size, self.device, progress,
+                    self._place(windows, 1 + len(variants)),
+                )  # fmt: skip
         return measured
+
+    def _place(self, windows: Tensor | None, models: int) -> Place:
+        """Where the hidden states of so many models wait between two blocks."""
+        width = self.loaded.model.config.get_text_config().hidden_size
+        needed = 0 if windows is None else models * windows.numel() * width * self.dtype.itemsize
+        return choose_place(needed, self.device, self.store.path / "scratch")
 
     def _assemble(self, parents: Mapping[int, Parent], measured: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         return {

@@ -21,7 +21,7 @@ from matquant.models.blocks import BlockModel, Prepared, compute_dtype
 FULL = "full"
 
 # Logits of one model at a time: with those of the full model beside them and in float32, 1 GB.
-_LOGITS_AT_ONCE = 2**27
+LOGITS_AT_ONCE = 2**27
 
 WeightsOf = Callable[[int, str], Mapping[str, Tensor]]
 Hidden = dict[str, Activations]  # of each model
@@ -126,6 +126,6 @@ def _score(
 def _head_rows(windows: Tensor, vocabulary: int, batch_size: int) -> Iterator[slice]:
     """Batches for the head: smaller ones where the vocabulary makes their logits large."""
     sequences, length = windows.shape
-    size = max(1, min(batch_size, _LOGITS_AT_ONCE // (length * vocabulary)))
+    size = max(1, min(batch_size, LOGITS_AT_ONCE // (length * vocabulary)))
     for start in range(0, sequences, size):
         yield slice(start, min(start + size, sequences))

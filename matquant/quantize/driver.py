@@ -261,7 +261,7 @@ class _BlockSolver:
                         found = [{"name": n, "tokens": tokens, "inputs": columns} for n in stage[i]]
                         self.record.setdefault("experts", []).extend(found)
 
-    def _solve_group(self, names: Sequence[str], moments: Mapping[int, Moments]) -> None:
+    def _solve_group(self, names: Sequence[str], moments: dict[int, Moments]) -> None:
         """Solve layers that share their input."""
         if not moments or any(m.tokens == 0 for m in moments.values()):
             for name in names:
@@ -274,13 +274,16 @@ class _BlockSolver:
         for name in names:
             self._solve_layer(name, calibration, [i.hessian.cpu() for i in inputs])
 
-    def _inputs(self, name: str, moments: Mapping[int, Moments]) -> list[Inputs]:
-        """The moments as the solver takes them: one for all widths, or one per width."""
+    def _inputs(self, name: str, moments: dict[int, Moments]) -> list[Inputs]:
+        """The moments as the solver takes them, one for all widths, or one per width; ``moments`` is empty afterwards."""
         asymmetric = self.driver.calibration.asymmetric and name not in self.pools
         if asymmetric and any(m.cross is None for m in moments.values()):
             self.record["notes"].append(f"{name} sees other tokens in each slice; it was calibrated symmetrically.")
             asymmetric = False
-        given = {bits: Inputs(hessian=m.hessian, cross=m.cross if asymmetric else None) for bits, m in moments.items()}
+        given = {}
+        for bits in list(moments):  # one after the other, so that no second copy of all is held
+            of_stream = moments.pop(bits)
+            given[bits] = Inputs(hessian=of_stream.hessian, cross=of_stream.cross if asymmetric else None)
         if len(given) == 1:
             return list(given.values())
         return [given[self.driver.calibration.stream_of(bits)] for bits in self.driver.options.widths]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from matquant.config import ModelConfig
 from matquant.evaluate.slices import FULL, evaluate_slices
 from matquant.models.blocks import BlockModel
+from matquant.models.inventory import fused_groups, left_alone
 from matquant.models.load import LoadedModel, load, open_model
 from matquant.quantize.driver import CalibrationOptions, Driver, layers_to_quantize
 from matquant.quantize.parent import Parent
@@ -85,3 +86,67 @@ def test_quantize_evaluate_save_load(kind: str, tmp_path: Path) -> None:
         full, cut = (x[:, :-1].double().log_softmax(-1) for x in (expected, logits))
         kl = (full.exp() * (full - cut)).sum(-1).mean().item()
         assert found[str(bits)].kl == pytest.approx(kl, rel=1e-3, abs=1e-7)
+
+
+FUSED = {
+    "llama": [["self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]],
+    "phi3": [],
+    "falcon": [],
+    "opt": [["self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"]],
+    "mixtral": [
+        ["self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"],
+        [f"mlp.experts.{i}.gate_up_proj" for i in range(4)],
+        [f"mlp.experts.{i}.down_proj" for i in range(4)],
+    ],
+    "deepseek_v3": [
+        ["self_attn.kv_a_proj_with_mqa", "self_attn.q_a_proj"],
+        ["mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"],
+        [f"mlp.experts.{i}.gate_up_proj" for i in range(4)],
+        [f"mlp.experts.{i}.down_proj" for i in range(4)],
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_which_layers_a_runtime_runs_as_one(kind: str, tmp_path: Path) -> None:
+    opened = open_model(config(save(make_model(kind), tmp_path)))
+    blocks = BlockModel(opened.model, opened.checkpoint)
+    groups = fused_groups(blocks)
+    assert sorted(name for group in groups for name in group) == sorted(n for i in (0, 1) for n in blocks.linears(i))
+    last = [[n.removeprefix(f"{blocks.block_names[1]}.") for n in g] for g in groups if blocks.block_names[1] in g[0]]
+    found = sorted(sorted(group) for group in last if len(group) > 1)
+    assert found == sorted(sorted(group) for group in FUSED[kind])
+
+
+def test_what_stays_as_it_is_is_listed_with_a_reason() -> None:
+    model = make_model("mixtral")
+    total = sum(p.numel() for p in model.parameters())
+    blocks = BlockModel(model)
+    layers = [name for index in (0, 1) for name in blocks.linears(index)]
+    skipped = [name for name in layers if name.endswith("o_proj")]
+    quantized = [name for name in layers if name not in skipped]
+    rows = left_alone(blocks, quantized, skipped)
+    assert {row["name"]: row["reason"] for row in rows} == {
+        "model.embed_tokens.weight": "embeddings",
+        "lm_head.weight": "the head; method.head=true quantizes it",
+        "model.layers.*.self_attn.o_proj.weight": "left out by method.skip",
+        "model.layers.*.mlp.gate.weight": "no linear layer",
+        "norms and biases": "norm or bias",
+    }
+    assert sum(row["parameters"] for row in rows) == total - sum(
+        model.get_submodule(name).weight.numel() for name in quantized
+    )
+
+
+def test_experts_with_too_few_tokens_are_filled_and_named(tmp_path: Path) -> None:
+    blocks = BlockModel(make_model("qwen3_moe"))
+    parent = quantize(blocks, tmp_path)  # 192 tokens, 2 of 8 experts each: 48 for an expert, which has 64 inputs
+    rows = [row for block in parent.blocks for row in block.get("experts", [])]
+    assert rows
+    assert all(row["tokens"] < row["inputs"] == 64 for row in rows)
+    poor = {row["name"] for row in rows}
+    assert all(".mlp.experts." in name for name in poor)
+    for block in parent.blocks:
+        for name in poor & block["layers"].keys():
+            assert block["layers"][name]["errors"]["8"] < 0.01
+    assert not any("rounded to nearest" in note for note in parent.notes())

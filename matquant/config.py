@@ -105,6 +105,7 @@ class RuntimeConfig:
     device: str  # auto, cpu, cuda or cuda:N
     threads: int | None  # of the CPU; null leaves it to torch
     progress: bool | None  # null: when the terminal is one
+    check_memory: bool  # refuse a job that cannot fit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ import logging
 import math
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,18 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from matquant import report
+from matquant import machine, plan, report
 from matquant.config import Config, MethodConfig
 from matquant.data import texts
 from matquant.errors import UserError
 from matquant.evaluate.metrics import Metrics
 from matquant.evaluate.slices import evaluate_slices, steps
+from matquant.models.activations import Place, choose_place
 from matquant.models.blocks import BlockModel, compute_dtype
-from matquant.models.load import load
+from matquant.models.inventory import left_alone
+from matquant.models.load import open_model
+from matquant.models.shapes import measure
+from matquant.plan import Calibrating, Plan
 from matquant.progress import Bars
 from matquant.quantize.driver import CalibrationOptions, Driver, check_layers, layers_to_quantize
 from matquant.quantize.parent import Parent
@@ -102,19 +107,22 @@ class _Run:
         self.job = job
         self.bars = Bars(config.runtime.progress)
         self.seconds: dict[str, float] = {}
+        self.phases: Counter[str] = Counter()  # seconds of quantizing by what was done
         self.warnings: list[str] = []
         self.store = Store(Path(config.store.path))
         with self._timed("load"):
             self.device = _device(config.runtime.device)
-            self.loaded = load(config.model)
+            self.loaded = open_model(config.model)
             self.warnings += self.loaded.warnings
-            self.blocks = BlockModel(self.loaded.model)
+            self.blocks = BlockModel(self.loaded.model, self.loaded.checkpoint)
             self.dtype = compute_dtype(self.loaded.dtype, self.device)
-            self.blocks.check()
             self.layers = layers_to_quantize(self.blocks, config.method.skips, head=config.method.head)
             check_layers(self.layers, config.method.group_size)
             self._check_lengths()
             self.evaluation = self._evaluation_windows()
+            self.blocks.check(self.device, self.dtype)
+            self.shapes = measure(self.blocks, self.layers, self.loaded.dtype, self.dtype)
+        self.plan: Plan | None = None
 
     def results(self) -> dict[str, Any]:
         with self._timed("quantize"):
@@ -187,14 +195,17 @@ class _Run:
                 raise UserError(
                     f"The store has no such parent{width} yet; add quantize to stages, or check the settings."
                 )
+            place = self._place(windows, 1 + len(calibration.streams))
+            self._make_plan(calibration, options, windows)
             if draft.resumed:
                 log.info("resuming an unfinished parent%s from its last finished block", width)
             with self.bars.bar(f"quantize{width}", len(names)) as progress:
                 driver = Driver(
                     self.blocks, self.layers, options, calibration, device=self.device, dtype=self.dtype,
-                    progress=progress,
+                    place=place, progress=progress,
                 )  # fmt: skip
                 blocks = driver.run(draft, windows)
+                self.phases.update(driver.seconds)
             return {"label": f"{self.loaded.label} {method.name}{width}", "blocks": blocks}
 
         artifact = self.store.open_or_build("parent", inputs, build)
@@ -210,15 +221,57 @@ class _Run:
             weights = parent.block(index) if index < len(parent.blocks) else {}
             return {name: w.decode(int(variant)) for name, w in weights.items()}
 
+        if self.plan is None:
+            self._make_plan(None, None, None)
         measured = {}
         for name, windows in self.evaluation.items():
             variants = [str(bits) for bits in parents]
             batch_size = self.config.eval.datasets[name].batch_size
             with self.bars.bar(f"evaluate on {name}", steps(self.blocks, windows, variants)) as progress:
                 measured[name] = evaluate_slices(
-                    self.blocks, windows, weights_of, variants, batch_size, self.device, progress
-                )
+                    self.blocks, windows, weights_of, variants, batch_size, self.device, progress,
+                    self._place(windows, 1 + len(variants)),
+                )  # fmt: skip
         return measured
+
+    def _make_plan(
+        self, calibration: CalibrationOptions | None, options: SolverOptions | None, windows: Tensor | None
+    ) -> None:
+        """Say what quantizing (if there are options) and measuring need, and refuse what cannot fit; once in a job."""
+        if self.plan is not None:
+            return
+        on_gpu, needs, total = self.device.type == "cuda", [], 0.0
+        place: Place = self.device
+        if calibration is not None and options is not None:
+            job = Calibrating(
+                tokens=0 if windows is None else windows.numel(),
+                batch=calibration.batch_size * (1 if windows is None else windows.shape[1]),
+                streams=0 if windows is None else len(calibration.streams), widths=len(options.widths),
+                asymmetric=calibration.asymmetric, staged=calibration.staged, group_size=options.group_size,
+            )  # fmt: skip
+            place = self._place(windows, 1 + len(calibration.streams))
+            needs.append(plan.quantizing(self.shapes, job, on_gpu=on_gpu, place=place))
+            total += plan.operations(self.shapes, job, 0, 0)
+        variants = len(self.config.widths)
+        for name, text in self.evaluation.items():
+            batch, waiting = self.config.eval.datasets[name].batch_size, self._place(text, 1 + variants)
+            needs.append(
+                plan.measuring(self.shapes, text.numel(), text.shape[1], batch, variants, on_gpu=on_gpu, place=waiting)
+            )
+            total += plan.operations(self.shapes, None, text.numel(), variants)
+        self.plan = plan.make_plan(
+            self.shapes, needs, total, device=self.device, place=place, store=self.store.path,
+            group_size=self.config.method.group_size,
+        )  # fmt: skip
+        log.info(self.plan.sentence())
+        if self.config.runtime.check_memory:
+            self.plan.refuse()
+
+    def _place(self, windows: Tensor | None, models: int) -> Place:
+        """Where the hidden states of so many models wait between two blocks."""
+        width = self.loaded.model.config.get_text_config().hidden_size
+        needed = 0 if windows is None else models * windows.numel() * width * self.dtype.itemsize
+        return choose_place(needed, self.device, self.store.path / "scratch")
 
     def _assemble(self, parents: Mapping[int, Parent], measured: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -235,10 +288,23 @@ class _Run:
             },
             "slices": [_slice(bits, parent, measured) for bits, parent in parents.items()],
             "seconds": self.seconds,
+            "resources": {
+                "plan": None if self.plan is None else dataclasses.asdict(self.plan),
+                "quantize_seconds": {phase: round(seconds, 3) for phase, seconds in sorted(self.phases.items())},
+                "host_peak": machine.host_peak(),
+                "device_peak": machine.device_peak(self.device),
+            },
+            "left_alone": self._left_alone(),
+            "experts": [row for parent in dict.fromkeys(parents.values()) for row in parent.poor_experts()],
             "layers": _layer_rows(parents),
             "warnings": list(dict.fromkeys(self.warnings)),
             "versions": _versions(),
         }
+
+    def _left_alone(self) -> list[dict[str, Any]]:
+        quantized = {name for block in self.layers for name in block}
+        every = {name for index in range(len(self.blocks)) for name in self.blocks.linears(index)}
+        return left_alone(self.blocks, quantized, every - quantized)
 
     def _dense_bytes(self) -> int:
         """Bytes of the quantized layers in the model's own dtype."""

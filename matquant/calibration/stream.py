@@ -1,11 +1,12 @@
 """The calibration text on its way through the blocks: as the full-precision model sees it, and as its slices do."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
 
+from matquant.models.activations import Place
 from matquant.models.blocks import BlockModel
 
 Weights = Mapping[str, Tensor]  # of some linear layers of a block, by full name, instead of their own
@@ -16,6 +17,8 @@ FULL = "full"
 class Streams:
     """Hidden states of the calibration windows in front of one block after the other, one stream per variant of the model.
 
+    A block has to be on the device (``BlockModel.on_device``) while inputs are caught in it or streams advance through it.
+
     Args:
         blocks: the model.
         windows: int64 [sequences, length].
@@ -23,27 +26,22 @@ class Streams:
         batch_size: windows in one forward pass; changes nothing but speed and memory.
         device: where blocks run.
         dtype: in which they run.
+        place: where the hidden states wait; ``device`` when None.
     """
 
     def __init__(
         self, blocks: BlockModel, windows: Tensor, names: Sequence[str], batch_size: int, device: torch.device,
-        dtype: torch.dtype,
+        dtype: torch.dtype, place: Place | None = None,
     ) -> None:  # fmt: skip
         self.blocks = blocks
         self.device = device
         self.dtype = dtype
         self._ids = windows
-        self._windows = blocks.prepare_windows(windows, batch_size, device, dtype)
+        self._windows = blocks.prepare_windows(windows, batch_size, device, dtype, place)
         # All variants have the same embeddings, so the streams part at the first block.
         self.hidden = {
             name: self._windows.hidden.clone() if i else self._windows.hidden for i, name in enumerate(names)
         }
-
-    @contextmanager
-    def at(self, index: int) -> Iterator[None]:
-        """Inside, block ``index`` is on the device, ready to run."""
-        with self.blocks.on_device(index, self.device, self.dtype):
-            yield
 
     def inputs(
         self, index: int, layers: Sequence[nn.Linear], weights: Mapping[str, Weights]
@@ -72,12 +70,16 @@ class Streams:
             return self.blocks.head(self._ids[self._windows.rows[batch]].to(self.device), hidden)
         return self.blocks.run_block(index, hidden, self._windows.calls[batch][index])
 
-    def advance(self, index: int, weights: Mapping[str, Weights]) -> None:
-        """Let what block ``index`` puts out, with each stream's weights, be what enters the next one."""
+    def advance(self, index: int, weights_of: Callable[[str], Weights]) -> None:
+        """Let what block ``index`` puts out, with each stream's weights, be what enters the next one.
+
+        Args:
+            weights_of: asked for one stream after the other, so that the weights of one at a time need memory.
+        """
         for name, hidden in self.hidden.items():
-            with self.blocks.with_weights(index, weights.get(name, {})):
+            with self.blocks.with_weights(index, weights_of(name)):
                 for batch, rows in enumerate(self._windows.rows):
-                    hidden[rows] = self._run(index, batch, hidden[rows].to(self.device)).to(hidden.device)
+                    hidden[rows] = self._run(index, batch, hidden[rows].to(self.device))
 
 
 class _Enough(Exception):

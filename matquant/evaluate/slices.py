@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from matquant.evaluate.metrics import Metrics, Totals, compare, likelihood
+from matquant.models.activations import Activations, Place
 from matquant.models.blocks import BlockModel, Prepared, compute_dtype
 
 FULL = "full"
 
 # Logits of one model at a time: with those of the full model beside them and in float32, 1 GB.
-_LOGITS_AT_ONCE = 2**27
+LOGITS_AT_ONCE = 2**27
 
 WeightsOf = Callable[[int, str], Mapping[str, Tensor]]
-Hidden = dict[str, Tensor]  # of each model: [sequences, length, hidden]
+Hidden = dict[str, Activations]  # of each model
 
 
 def steps(blocks: BlockModel, windows: Tensor, variants: Sequence[str]) -> int:
@@ -39,6 +40,7 @@ def evaluate_slices(
     batch_size: int,
     device: torch.device | str,
     progress: Callable[[int], None] | None = None,
+    place: Place | None = None,
 ) -> dict[str, Metrics]:
     """Perplexity, KL to the full-precision model and top-1 agreement of every variant.
 
@@ -53,6 +55,7 @@ def evaluate_slices(
         batch_size: windows at a time. The figures do not depend on it but by rounding.
         device: where blocks and head are computed.
         progress: called with the number of windows that went through a block or the head; ``steps`` of them in all.
+        place: where hidden states wait between two blocks; ``device`` when None.
 
     Returns:
         For ``"full"`` and each variant. Every window predicts its tokens but the first.
@@ -68,8 +71,7 @@ def evaluate_slices(
     dtype = compute_dtype(blocks.dtype, device)
     # Not inference mode: what weights_of makes may be kept by its owner, and must stay an ordinary tensor.
     with torch.no_grad():
-        storage = _storage(blocks, windows, 1 + len(variants), device, dtype)
-        start = blocks.prepare_windows(windows, batch_size, device, dtype, storage)
+        start = blocks.prepare_windows(windows, batch_size, device, dtype, place)
         hidden: Hidden = {FULL: start.hidden, **{name: start.hidden.clone() for name in variants}}
         for index in range(len(blocks)):
             with blocks.on_device(index, device, dtype):
@@ -86,7 +88,7 @@ def evaluate_slices(
 def _through_block(
     blocks: BlockModel,
     index: int,
-    states: Tensor,
+    states: Activations,
     start: Prepared,
     device: torch.device,
     advance: Callable[[int], None],
@@ -94,7 +96,7 @@ def _through_block(
     """Replaces hidden states [sequences, length, hidden] by what the block makes of them."""
     for rows, calls in zip(start.rows, start.calls, strict=True):
         batch = states[rows]
-        states[rows] = blocks.run_block(index, batch.to(device), calls[index]).to(states.device)
+        states[rows] = blocks.run_block(index, batch.to(device), calls[index])
         advance(len(batch))
 
 
@@ -124,17 +126,6 @@ def _score(
 def _head_rows(windows: Tensor, vocabulary: int, batch_size: int) -> Iterator[slice]:
     """Batches for the head: smaller ones where the vocabulary makes their logits large."""
     sequences, length = windows.shape
-    size = max(1, min(batch_size, _LOGITS_AT_ONCE // (length * vocabulary)))
+    size = max(1, min(batch_size, LOGITS_AT_ONCE // (length * vocabulary)))
     for start in range(0, sequences, size):
         yield slice(start, min(start + size, sequences))
-
-
-def _storage(
-    blocks: BlockModel, windows: Tensor, models: int, device: torch.device, dtype: torch.dtype
-) -> torch.device:
-    """Where hidden states wait between two blocks: on the device if they take less than half of what is free there."""
-    if device.type != "cuda":
-        return device
-    width = blocks.model.config.get_text_config().hidden_size
-    needed = models * windows.numel() * width * dtype.itemsize
-    return device if needed < torch.cuda.mem_get_info(device)[0] // 2 else torch.device("cpu")

@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from matquant.errors import UserError
+from matquant.models.activations import Activations, Place
 from matquant.models.calls import Call, Calls, share_call, split_call
+from matquant.models.checkpoint import Checkpoint
+from matquant.models.experts import Origin
+from matquant.models.finding import find_blocks, make_linear
 from matquant.models.lending import named_tensors, substituted
 
 # Long enough that every expert of a small mixture has a chance to be called, short enough to cost nothing.
@@ -46,12 +49,12 @@ class Prepared:
     """Every batch of some windows on its way into block 0.
 
     Attributes:
-        hidden: [sequences, length, hidden], what enters block 0.
+        hidden: what enters block 0.
         rows: of each batch.
         calls: of each batch; tensors that are equal in several batches are held once.
     """
 
-    hidden: Tensor
+    hidden: Activations
     rows: list[slice]
     calls: list[Calls]
 
@@ -59,28 +62,32 @@ class Prepared:
 class BlockModel:
     """The blocks of a causal language model of Transformers, to be run one at a time.
 
-    Transformers' ``Conv1D`` layers (GPT-2) inside blocks are replaced by ``nn.Linear`` over the same storage, so that
-    every weight is [out, in]; results stay the same to the bit.
+    What holds matrices of a block in another form (``Conv1D``, experts that are one tensor) is replaced by ``nn.Linear``
+    over the same storage, so that every weight is [out, in] and every layer has a name.
 
     Args:
         model: in eval mode. Its weights stay where they are; ``on_device`` and ``outside_on_device`` lend converted
             copies.
+        checkpoint: reads the weights that are on the meta device, for as long as they are lent.
 
     Raises:
         UserError: no list of blocks was found.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint | None = None) -> None:
         self.model: Any = model
-        self.name, blocks = _find_blocks(model)
+        self.checkpoint = checkpoint
+        self.name, blocks = find_blocks(model)
         self.blocks: list[nn.Module] = list(blocks)
         self.block_names: list[str] = [f"{self.name}.{i}" for i in range(len(self.blocks))]
-        for block in self.blocks:
-            _conv1d_to_linear(block)
+        self._origins: dict[str, Origin] = {}
+        for block, name in zip(self.blocks, self.block_names, strict=True):
+            self._origins |= make_linear(block, name)
         first = next(m for m in self.blocks[0].modules() if isinstance(m, nn.Linear))
         self.dtype: torch.dtype = first.weight.dtype
         # Of the tuple that a block returns; 0 when it returns a tensor, None before it is known.
         self._output_length: int | None = None
+        self._probes: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Calls]] = {}
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -100,6 +107,19 @@ class BlockModel:
             return {n: m for n, m in self.model.named_modules() if m is head and isinstance(m, nn.Linear)}
         prefix = self.block_names[index]
         return {f"{prefix}.{n}": m for n, m in self.blocks[index].named_modules() if isinstance(m, nn.Linear)}
+
+    def expert_pools(self, index: int) -> dict[str, str]:
+        """For each layer of a block that belongs to one of several experts, the name of all that do the same there.
+
+        Such as ``model.layers.0.mlp.experts.*.down_proj`` for ``model.layers.0.mlp.experts.3.down_proj``.
+        """
+        found = {}
+        for name in self.linears(index):
+            head, marker, tail = name.rpartition("experts.")
+            number, _, rest = tail.partition(".")
+            if marker and number.isdecimal():
+                found[name] = f"{head}{marker}*.{rest}"
+        return found
 
     # Running
 
@@ -130,29 +150,29 @@ class BlockModel:
         batch_size: int,
         device: torch.device | str,
         dtype: torch.dtype,
-        storage: torch.device | str | None = None,
+        place: Place | None = None,
     ) -> Prepared:
         """``prepare`` for all windows, batch by batch, with the embeddings on ``device`` in ``dtype`` meanwhile.
 
         Args:
             windows: int64 [sequences, length].
-            storage: where the hidden states stay; ``device`` when None. Calls are on ``device``.
-
-        Returns:
-            Hidden states [sequences, length, hidden] of all windows, and the calls of each batch.
+            place: where the hidden states stay; ``device`` when None. Calls are on ``device``.
         """
         rows = [slice(i, min(i + batch_size, len(windows))) for i in range(0, len(windows), batch_size)]
         calls: list[Calls] = []
-        hidden = torch.empty(0)
-        with self.outside_on_device(device, dtype):
+        hidden: Activations | None = None
+        with self.entry_on_device(device, dtype):
             for batch in rows:
                 ids = windows[batch].to(device)
                 # Calls of the first batch serve all others but a smaller last one.
                 entering, recorded = self.prepare(ids, calls[0] if calls else None)
-                if not calls:
-                    hidden = entering.new_empty((*windows.shape, entering.shape[-1]), device=storage or device)
+                if hidden is None:
+                    shape = (*windows.shape, entering.shape[-1])
+                    hidden = Activations(shape, entering.dtype, place or torch.device(device))
                 hidden[batch] = entering
                 calls.append(recorded)
+        if hidden is None:
+            raise ValueError("there are no windows")
         return Prepared(hidden, rows, calls)
 
     @torch.no_grad()
@@ -188,10 +208,12 @@ class BlockModel:
             return hook
 
         names = self.linears(index)
+        weight = next(iter(names.values())).weight
+        device, dtype = torch.device("cpu") if weight.is_meta else weight.device, weight.dtype
         # Only outside of inference mode do tensors count the writes to them.
         with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
-            hidden, calls = self.prepare(self._probe_ids())
-            stack.enter_context(self.on_device(index, hidden.device, hidden.dtype))
+            hidden, calls = self._probe(device, dtype)
+            stack.enter_context(self.on_device(index, device, dtype))
             for name, layer in names.items():
                 handle = layer.register_forward_pre_hook(watch(name), with_kwargs=True)
                 stack.callback(handle.remove)
@@ -202,18 +224,23 @@ class BlockModel:
         return InputGroups(list(groups.values()), [name for name in names if name not in seen])
 
     @torch.no_grad()
-    def check(self) -> None:
-        """Make sure that block by block gives what the model gives, on a few tokens, where and as its weights are.
+    def check(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
+        """Make sure that block by block gives what the model gives, on a few tokens. Reads every block twice.
+
+        Args:
+            device: where blocks run.
+            dtype: in which they run; the stored one when None.
 
         Raises:
             UserError: the results differ, so that an architecture passes more between its blocks than hidden states.
         """
-        ids = self._probe_ids()
-        expected = self.model(input_ids=ids, use_cache=False, return_dict=True).logits
-        hidden, calls = self.prepare(ids)
+        device, dtype = torch.device(device), dtype or self.dtype
+        expected = self._whole(device, dtype)
+        hidden, calls = self._probe(device, dtype)
         for index, call in enumerate(calls):
-            hidden = self.run_block(index, hidden, call)
-        if not torch.allclose(self.head(ids, hidden), expected, rtol=1e-3, atol=1e-3, equal_nan=True):
+            with self.on_device(index, device, dtype):
+                hidden = self.run_block(index, hidden, call)
+        if not torch.allclose(hidden, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
             raise UserError(
                 f"{type(self.model).__name__} cannot be run block by block: its blocks exchange more than hidden "
                 "states. This architecture is not supported."
@@ -234,15 +261,42 @@ class BlockModel:
             with self.outside_on_device(device, dtype):
                 yield
         else:
-            with self._converted(self.blocks[index], lambda _: True, device, dtype):
+            with self._converted(self.blocks[index], self.block_names[index], lambda _: True, device, dtype):
                 yield
 
     @contextmanager
     def outside_on_device(self, device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
-        """Inside, all that is not in blocks (embeddings, norms, head) is on ``device`` in ``dtype``, as ``prepare`` and
-        ``head`` need it."""
-        with self._converted(self.model, lambda name: not name.startswith(f"{self.name}."), device, dtype):
+        """Inside, all that is not in blocks (embeddings, norms, head) is on ``device`` in ``dtype``, as ``head`` needs it.
+
+        Embeddings that are on the meta device and no head of their own stay without values: ``head`` makes no use of them.
+        """
+        tied = self._embedding() is getattr(self.model.get_output_embeddings(), "weight", None)
+        with self._outside(device, dtype, None if tied else self._embedding()):
             yield
+
+    @contextmanager
+    def entry_on_device(self, device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
+        """Inside, all that ``prepare`` needs is on ``device`` in ``dtype``: what is not in blocks, but not an untied head."""
+        head = getattr(self.model.get_output_embeddings(), "weight", None)
+        with self._outside(device, dtype, None if head is self._embedding() else head):
+            yield
+
+    @contextmanager
+    def _outside(self, device: torch.device | str, dtype: torch.dtype, without: Tensor | None) -> Iterator[None]:
+        """All that is in no block but ``without``; that has zeros, which take no memory, if it is on the meta device."""
+
+        def wanted(name: str) -> bool:
+            return not name.startswith(f"{self.name}.")
+
+        empty = {}
+        for name, tensor in named_tensors(self.model):
+            if tensor is without and tensor.is_meta:
+                empty[name] = torch.zeros((), device=device, dtype=dtype).expand(tensor.shape)
+        with substituted(self.model, empty), self._converted(self.model, "", wanted, device, dtype):
+            yield
+
+    def _embedding(self) -> Tensor:
+        return self.model.get_input_embeddings().weight
 
     @contextmanager
     def with_weights(self, index: int, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -273,21 +327,43 @@ class BlockModel:
 
     @contextmanager
     def _converted(
-        self, module: nn.Module, wanted: Callable[[str], bool], device: torch.device | str, dtype: torch.dtype
+        self,
+        module: nn.Module,
+        path: str,
+        wanted: Callable[[str], bool],
+        device: torch.device | str,
+        dtype: torch.dtype,
     ) -> Iterator[None]:
-        def convert(tensor: Tensor) -> Tensor:
-            narrow = dtype == torch.float32 or tensor.dtype == self.dtype
-            return tensor.to(device, dtype if tensor.is_floating_point() and narrow else tensor.dtype)
-
+        """Inside, the wanted tensors of the module are on ``device`` in ``dtype``; ``path`` is its full name."""
+        own = {name: tensor for name, tensor in named_tensors(module) if wanted(name)}
         memo: dict[int, Tensor] = {}  # tied tensors stay one
-        tensors = {}
-        for name, tensor in named_tensors(module):
-            if wanted(name):
-                if id(tensor) not in memo:
-                    memo[id(tensor)] = convert(tensor)
-                tensors[name] = memo[id(tensor)]
-        with substituted(module, tensors):
+        for name, stored in self._values(own, path):
+            if id(own[name]) not in memo:
+                narrow = dtype == torch.float32 or stored.dtype == self.dtype
+                memo[id(own[name])] = stored.to(
+                    device, dtype if stored.is_floating_point() and narrow else stored.dtype
+                )
+        with substituted(module, {name: memo[id(tensor)] for name, tensor in own.items()}):
             yield
+
+    def _values(self, own: Mapping[str, Tensor], path: str) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor with its values: itself, or when it is on the meta device what the checkpoint holds of it."""
+        read: dict[str, list[tuple[str, Origin]]] = {}
+        for name, tensor in own.items():
+            if tensor.is_meta:
+                full = f"{path}.{name}" if path else name
+                origin = self._origins.get(full, Origin(full))
+                read.setdefault(origin.name, []).append((name, origin))
+            else:
+                yield name, tensor
+        if read and self.checkpoint is None:
+            raise ValueError(
+                f"{path} has no values: the model was not loaded, and there is no checkpoint to read it from"
+            )
+        if read and self.checkpoint is not None:
+            for source, tensor in self.checkpoint.read(read):
+                for name, origin in read[source]:
+                    yield name, origin.view(tensor)
 
     # The model's own forward, with other blocks
 
@@ -354,48 +430,42 @@ class BlockModel:
             output = self.blocks[0](*args, **kwargs)
         self._output_length = len(output) if isinstance(output, tuple) else 0
 
-    def _probe_ids(self) -> Tensor:
-        device = self.model.get_input_embeddings().weight.device
+    def _probe(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Calls]:
+        """``prepare`` of a few tokens, done once for a device and dtype."""
+        if (device, dtype) not in self._probes:
+            with self.entry_on_device(device, dtype):
+                self._probes[device, dtype] = self.prepare(self._probe_ids(device))
+        return self._probes[device, dtype]
+
+    def _probe_ids(self, device: torch.device) -> Tensor:
         return (torch.arange(_PROBE_TOKENS, device=device) % self.vocabulary)[None]
+
+    def _whole(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """What leaves the last block when the model itself runs them all on the probe, each on the device for its turn."""
+        own = [block.forward for block in self.blocks]
+        left: list[Tensor] = []
+
+        def lending(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                with self.on_device(index, device, dtype):
+                    output = own[index](*args, **kwargs)
+                if index + 1 < len(own):
+                    return output
+                left.append(_first(output))
+                raise _Stop
+
+            return forward
+
+        with self.entry_on_device(device, dtype), self._forwards([lending(i) for i in range(len(own))]):
+            try:
+                self.model(input_ids=self._probe_ids(device), use_cache=False)
+            except _Stop:
+                return left[0]
+        raise UserError(self._out_of_order("the last one was never called"))
 
 
 class _Stop(Exception):
     """Leaves the model's forward once everything is recorded."""
-
-
-# Finding
-
-
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The longest list of like modules with linear layers; lists inside such a list (experts) do not count."""
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and not inside and _is_stack(module):
-            found[name] = module
-    if not found:
-        raise UserError(
-            f"{type(model).__name__} has no list of decoder blocks (an nn.ModuleList of modules of one class with "
-            "linear layers in them). This architecture is not supported."
-        )
-    return max(found.items(), key=lambda item: len(item[1]))
-
-
-def _is_stack(modules: nn.ModuleList) -> bool:
-    return len({type(m) for m in modules}) == 1 and all(
-        any(isinstance(inner, nn.Linear | Conv1D) for inner in module.modules()) for module in modules
-    )
-
-
-def _conv1d_to_linear(block: nn.Module) -> None:
-    for module in list(block.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, Conv1D):
-                linear = nn.Linear(child.nx, child.nf, device="meta")
-                linear.weight = nn.Parameter(child.weight.detach().t(), requires_grad=False)
-                linear.bias = child.bias
-                linear.train(child.training)
-                setattr(module, name, linear)
 
 
 def _first(output: Any) -> Tensor:

@@ -1,14 +1,16 @@
-"""Loads a causal language model and its tokenizer from a local folder or the hub, after refusing what cannot be right.
+"""Opens a causal language model and its tokenizer from a local folder or the hub, after refusing what cannot be right.
 
 Everything is looked at before weights are read: the config, the architecture, the names and headers of all weight
-files. Only safetensors are opened; a pickle can run code.
+files. Only safetensors are opened; a pickle can run code. Weights are read into memory all at once (``load``), or block
+by block while they are needed (``open_model``).
 """
 
 import hashlib
 import json
 import logging
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,8 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
@@ -31,6 +32,16 @@ from transformers.utils import logging as transformers_logging
 from matquant.config import ModelConfig
 from matquant.errors import UserError
 from matquant.models.blocks import compute_dtype
+from matquant.models.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    Stored,
+    build_skeleton,
+    compute_buffers,
+    fill,
+    read_headers,
+    tie_equal,
+)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -46,7 +57,7 @@ TOKENIZERS = (
 )
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _NAMED = 5  # names of tensors or files in one sentence
 
 
@@ -55,7 +66,9 @@ class LoadedModel:
     """A model that is ready to be read and run.
 
     Attributes:
-        model: in eval mode on the CPU, without gradients, its cache off, its weights in ``dtype``.
+        model: in eval mode, without gradients, its cache off, its weights in ``dtype``: on the CPU after ``load``, on the
+            meta device (they hold nothing) after ``open_model``.
+        checkpoint: reads the weights that are on the meta device.
         tokenizer: of Transformers.
         label: what results call the model.
         dtype: of the weights: as stored, unless ``model.dtype`` asks for another.
@@ -64,6 +77,7 @@ class LoadedModel:
     """
 
     model: Any
+    checkpoint: Checkpoint
     tokenizer: Any
     label: str
     dtype: torch.dtype
@@ -81,7 +95,14 @@ class LoadedModel:
 
 
 def load(model: ModelConfig) -> LoadedModel:
-    """Check and load the model that a config names.
+    """``open_model`` with all weights in memory."""
+    loaded = open_model(model)
+    fill(loaded.model, loaded.checkpoint)
+    return loaded
+
+
+def open_model(model: ModelConfig) -> LoadedModel:
+    """Check the model that a config names and make it ready to be read block by block.
 
     Raises:
         UserError: the folder or hub repository is not there or cannot be reached, holds no safetensors, no tokenizer or
@@ -90,14 +111,15 @@ def load(model: ModelConfig) -> LoadedModel:
     folder = _local_folder(model) if model.path is not None else _from_hub(model)
     config = _read_config(folder, model.trust_remote_code)
     files = _weight_files(folder)
-    stored = _stored_dtype(folder, files)
+    headers = read_headers(folder, files)
+    stored = _stored_dtype(folder, headers)
     tokenizer = _load_tokenizer(folder, model.trust_remote_code)
     warnings: list[str] = []
     dtype = _choose_dtype(model.dtype, stored, config, warnings)
-    module = _load_weights(folder, config, dtype, model.trust_remote_code, warnings)
+    module, checkpoint = _skeleton(folder, config, headers, dtype, model.trust_remote_code, warnings)
     label = model.label or PurePosixPath(str(model.path or model.name)).name
     fingerprint = _fingerprint(model, folder, files) | {"dtype": str(dtype).removeprefix("torch.")}
-    return LoadedModel(module, tokenizer, label, dtype, fingerprint, warnings)
+    return LoadedModel(module, checkpoint, tokenizer, label, dtype, fingerprint, warnings)
 
 
 # Where the files are
@@ -253,26 +275,18 @@ def _refuse_weights(where: str, files: Sequence[str]) -> NoReturn:
     raise UserError(f"{where} holds no weights: there is neither {WEIGHTS} nor {INDEX}.")
 
 
-def _stored_dtype(folder: Path, files: Sequence[str]) -> torch.dtype:
-    """The float dtype of most of the stored numbers, from the files' headers."""
+def _stored_dtype(folder: Path, headers: Mapping[str, Stored]) -> torch.dtype:
+    """The float dtype of most of the stored numbers."""
     numbers: Counter[str] = Counter()
-    for name in files:
-        try:
-            with safe_open(folder / name, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118  (not a dict)
-                    part = tensors.get_slice(key)
-                    numbers[part.get_dtype()] += torch.Size(part.get_shape()).numel()
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"The weight file {folder / name} is damaged ({error}). Copy or download it again."
-            ) from error
+    for tensor in headers.values():
+        numbers[tensor.dtype] += math.prod(tensor.shape)
     stored = max(numbers, key=numbers.__getitem__) if numbers else "none"
-    if stored not in _DTYPES:
+    if stored not in _FLOATS:
         raise UserError(
             f"The weights in {folder} are stored as {stored}. Give the model in its original precision: "
             "float32, float16 or bfloat16."
         )
-    return _DTYPES[stored]
+    return DTYPES[stored]
 
 
 def _choose_dtype(asked: str, stored: torch.dtype, config: Any, warnings: list[str]) -> torch.dtype:
@@ -304,22 +318,30 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         raise UserError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
 
 
-def _load_weights(folder: Path, config: Any, dtype: torch.dtype, trust_remote_code: bool, warnings: list[str]) -> Any:
+def _skeleton(
+    folder: Path, config: Any, headers: Mapping[str, Stored], dtype: torch.dtype, trust_remote_code: bool,
+    warnings: list[str],
+) -> tuple[Any, Checkpoint]:  # fmt: skip
+    """The model without weights but with all that is not stored, and the checkpoint that has the weights."""
     config.use_cache = config.get_text_config().use_cache = False
     try:
         with _quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below, by name
-            )
+            module, info = build_skeleton(config, headers, dtype, trust_remote_code)
+            _check_keys(folder, type(module).__name__, info, warnings)
+            checkpoint = Checkpoint(module, headers)
+            tie_equal(module, checkpoint)
+            compute_buffers(module, checkpoint)
+            if (folder / "generation_config.json").is_file():
+                module.generation_config = GenerationConfig.from_pretrained(folder)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"transformers cannot load the model in {folder}: {error}") from error
-    module, info = loaded
+    module.config.name_or_path = str(folder)
+    return module, checkpoint
+
+
+def _check_keys(folder: Path, kind: str, info: Mapping[str, Any], warnings: list[str]) -> None:
     if wrong := sorted(f"{name} is {list(stored)}, needs {list(own)}" for name, stored, own in info["mismatched_keys"]):
         raise UserError(
             f"Weights in {folder} do not fit its config.json: {_some(wrong)}. Correct the config or the weights."
@@ -330,10 +352,7 @@ def _load_weights(folder: Path, config: Any, dtype: torch.dtype, trust_remote_co
             "They would be random numbers. Copy or download it again."
         )
     if unused := sorted(info["unexpected_keys"]):
-        warnings.append(
-            f"{len(unused)} weights of the checkpoint are not used by {type(module).__name__}: {_some(unused)}."
-        )
-    return module.eval().requires_grad_(False)
+        warnings.append(f"{len(unused)} weights of the checkpoint are not used by {kind}: {_some(unused)}.")
 
 
 @contextmanager

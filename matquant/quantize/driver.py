@@ -10,9 +10,11 @@ full-precision model. Lifecycle of one block:
 Without ``staged`` all layers of a block are one stage, as in GPTQ.
 """
 
+import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from matquant.calibration.hessian import Moments
 from matquant.calibration.stream import FULL, Streams
 from matquant.errors import UserError
+from matquant.models.activations import Place
 from matquant.models.blocks import BlockModel
 from matquant.nested import NestedWeight
 from matquant.quantize.parent import block_file, read_block, write_block
@@ -84,6 +87,7 @@ class Driver:
         calibration: of the inputs; unused when there is no calibration text.
         device: where blocks run; the solver itself works on the CPU.
         dtype: in which blocks run.
+        place: where hidden states wait between two blocks; ``device`` when None.
         progress: called with 1 after each solved layer.
     """
 
@@ -96,6 +100,7 @@ class Driver:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        place: Place | None = None,
         progress: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.blocks = blocks
@@ -104,7 +109,9 @@ class Driver:
         self.calibration = calibration
         self.device = device
         self.dtype = dtype
+        self.place = place
         self.progress = progress
+        self.seconds: dict[str, float] = collections.defaultdict(float)
 
     @torch.inference_mode()
     def run(self, draft: Draft, windows: Tensor | None) -> list[dict]:
@@ -122,27 +129,49 @@ class Driver:
 
     def _start(self, windows: Tensor) -> Streams:
         names = [FULL] * self.calibration.asymmetric + [str(bits) for bits in self.calibration.streams]
-        return Streams(self.blocks, windows, names, self.calibration.batch_size, self.device, self.dtype)
+        with self.timed("prepare"):
+            return Streams(
+                self.blocks, windows, names, self.calibration.batch_size, self.device, self.dtype, self.place
+            )
 
     def _block(self, index: int, draft: Draft, streams: Streams | None) -> dict:
         name = block_file(index)
-        with streams.at(index) if streams else contextlib.nullcontext():
-            if draft.has(name):
+        done = draft.has(name)
+        if done and (streams is None or index + 1 == len(self.layers)):
+            weights, record = read_block(draft, name)
+            self.progress(len(weights))
+            return record | {"file": name}
+        with contextlib.ExitStack() as stack:
+            with self.timed("load"):
+                # Without calibration nothing runs: the solver takes the weights to the CPU.
+                place = (self.device, self.dtype) if streams else (torch.device("cpu"), torch.float32)
+                stack.enter_context(self.blocks.on_device(index, *place))
+            if done:
                 weights, record = read_block(draft, name)
                 self.progress(len(weights))
             else:
                 weights, record = _BlockSolver(self, index, streams).solve()
-                write_block(draft, name, weights, record)
+                with self.timed("write"):
+                    write_block(draft, name, weights, record)
             if streams is not None and index + 1 < len(self.layers):
-                streams.advance(index, self.decoded(weights))
+                with self.timed("forward"):
+                    streams.advance(index, lambda name: self.decoded(name, weights))
         return record | {"file": name}
 
-    def decoded(self, weights: Mapping[str, NestedWeight]) -> dict[str, dict[str, Tensor]]:
-        """The dense weights of every stream, on the device."""
-        return {
-            str(bits): {n: w.decode(bits).to(self.device, self.dtype) for n, w in weights.items()}
-            for bits in self.calibration.streams
-        }
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the seconds spent inside to ``seconds[phase]``."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[phase] += time.perf_counter() - start
+
+    def decoded(self, stream: str, weights: Mapping[str, NestedWeight]) -> dict[str, Tensor]:
+        """The dense weights of one stream, on the device; none for the full-precision model, which has its own."""
+        if stream == FULL:
+            return {}
+        return {name: w.decode(int(stream)).to(self.device, self.dtype) for name, w in weights.items()}
 
 
 class _BlockSolver:
@@ -153,6 +182,7 @@ class _BlockSolver:
         self.index = index
         self.streams = streams
         self.layers = driver.layers[index]
+        self.pools = {} if index == len(driver.blocks) else driver.blocks.expert_pools(index)
         self.weights: dict[str, NestedWeight] = {}
         self.record: dict = {"layers": {}, "notes": []}
 
@@ -162,21 +192,28 @@ class _BlockSolver:
                 self._solve_layer(name, None, [])
             return self.weights, self.record
         for stage in self._stages():
-            moments = self._moments(stage, self.streams)
-            for group, by_stream in zip(stage, moments, strict=True):
-                self._solve_group(group, by_stream)
+            with self.driver.timed("forward"):
+                moments = self._moments(stage, self.streams)
+            self._fill_experts(stage, moments)
+            for group in stage:
+                with self.driver.timed("solve"):
+                    self._solve_group(group, moments.pop(0))
         for name in self.layers:
-            if name not in self.weights:  # an expert that no token of the probe chose
+            if name not in self.weights:  # a layer that the model never calls
                 self._solve_group([name], {})
         return self.weights, self.record
 
     def _stages(self) -> list[list[list[str]]]:
-        """Stages of groups of layers that share an input, in order of execution."""
+        """Stages of groups of layers that share an input, in order of execution; what experts do alike is one stage."""
         if self.index == len(self.driver.blocks):
             return [[[name] for name in self.layers]]
-        found = self.driver.blocks.input_groups(self.index).groups
-        groups = [kept for group in found if (kept := [name for name in group if name in self.layers])]
-        return [[group] for group in groups] if self.driver.calibration.staged else [groups]
+        found = self.driver.blocks.input_groups(self.index)
+        stages: dict[str, list[list[str]]] = {}
+        for group in [*found.groups, *([name] for name in found.uncalled if name in self.pools)]:
+            if kept := [name for name in group if name in self.layers]:
+                stages.setdefault(self.pools.get(kept[0], kept[0]), []).append(kept)
+        staged = list(stages.values())
+        return staged if self.driver.calibration.staged else [[group for stage in staged for group in stage]]
 
     def _moments(self, stage: Sequence[Sequence[str]], streams: Streams) -> list[dict[int, Moments]]:
         """For each group of the stage the moments of its input in every stream."""
@@ -184,12 +221,17 @@ class _BlockSolver:
         calibration = self.driver.calibration
         moments = [
             {
-                bits: Moments(layer.in_features, streams.device, asymmetric=calibration.asymmetric)
+                # A router sends other tokens to an expert in each stream: those cannot be compared.
+                bits: Moments(
+                    self.layers[name].in_features, streams.device,
+                    asymmetric=calibration.asymmetric and name not in self.pools,
+                )
                 for bits in calibration.streams
             }
-            for layer in firsts
-        ]
-        for batch in streams.inputs(self.index, firsts, self.driver.decoded(self.weights)):
+            for name, *_ in stage
+        ]  # fmt: skip
+        weights = {name: self.driver.decoded(name, self.weights) for name in streams.hidden}
+        for batch in streams.inputs(self.index, firsts, weights):
             full = batch.get(FULL, [None] * len(firsts))
             for bits in calibration.streams:
                 for i, inputs in enumerate(batch[str(bits)]):
@@ -197,7 +239,29 @@ class _BlockSolver:
                         moments[i][bits].add(inputs, full[i])
         return moments
 
-    def _solve_group(self, names: Sequence[str], moments: Mapping[int, Moments]) -> None:
+    def _fill_experts(self, stage: Sequence[Sequence[str]], moments: Sequence[dict[int, Moments]]) -> None:
+        """Give experts that saw fewer tokens than they have inputs the rest from what all experts saw on average.
+
+        Each of them is recorded by name, with the tokens that it saw.
+        """
+        pools: dict[str, list[int]] = {}
+        for i, group in enumerate(stage):
+            if group[0] in self.pools:
+                pools.setdefault(self.pools[group[0]], []).append(i)
+        for members in pools.values():
+            columns = self.layers[stage[members[0]][0]].in_features
+            for bits in self.driver.calibration.streams:
+                together = Moments(columns, self.driver.device)
+                for i in members:
+                    together.merge(moments[i][bits])
+                poor = {i: moments[i][bits].tokens for i in members if moments[i][bits].tokens < columns}
+                for i, tokens in poor.items():
+                    moments[i][bits].fill(together, columns)
+                    if bits == self.driver.calibration.streams[-1]:
+                        found = [{"name": n, "tokens": tokens, "inputs": columns} for n in stage[i]]
+                        self.record.setdefault("experts", []).extend(found)
+
+    def _solve_group(self, names: Sequence[str], moments: dict[int, Moments]) -> None:
         """Solve layers that share their input."""
         if not moments or any(m.tokens == 0 for m in moments.values()):
             for name in names:
@@ -210,13 +274,16 @@ class _BlockSolver:
         for name in names:
             self._solve_layer(name, calibration, [i.hessian.cpu() for i in inputs])
 
-    def _inputs(self, name: str, moments: Mapping[int, Moments]) -> list[Inputs]:
-        """The moments as the solver takes them: one for all widths, or one per width."""
-        asymmetric = self.driver.calibration.asymmetric
+    def _inputs(self, name: str, moments: dict[int, Moments]) -> list[Inputs]:
+        """The moments as the solver takes them, one for all widths, or one per width; ``moments`` is empty afterwards."""
+        asymmetric = self.driver.calibration.asymmetric and name not in self.pools
         if asymmetric and any(m.cross is None for m in moments.values()):
             self.record["notes"].append(f"{name} sees other tokens in each slice; it was calibrated symmetrically.")
             asymmetric = False
-        given = {bits: Inputs(hessian=m.hessian, cross=m.cross if asymmetric else None) for bits, m in moments.items()}
+        given = {}
+        for bits in list(moments):  # one after the other, so that no second copy of all is held
+            of_stream = moments.pop(bits)
+            given[bits] = Inputs(hessian=of_stream.hessian, cross=of_stream.cross if asymmetric else None)
         if len(given) == 1:
             return list(given.values())
         return [given[self.driver.calibration.stream_of(bits)] for bits in self.driver.options.widths]

@@ -83,5 +83,12 @@ class Parent:
                 rows.append({"name": name, "block": index, "parameters": size, "error": layer["errors"]})
         return rows
 
+    def poor_experts(self) -> list[dict[str, Any]]:
+        """Layers of experts that saw fewer calibration tokens than they have inputs: ``name``, ``tokens``, ``inputs``.
+
+        Their statistics were filled up with what all experts of the block saw on average.
+        """
+        return [row for block in self.blocks for row in block.get("experts", [])]
+
     def notes(self) -> list[str]:
         return [note for block in self.blocks for note in block["notes"]]

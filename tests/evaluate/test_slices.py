@@ -125,7 +125,7 @@ def test_the_batch_size_does_not_matter(kind: str, windows: Tensor, monkeypatch:
     expected = evaluate_slices(blocks, windows, Noise(blocks), ["0.05"], 5, "cpu")
     for batch_size in (1, 2, 3, 100):
         if batch_size == 3:  # with a head that takes one window at a time
-            monkeypatch.setattr(slices, "_LOGITS_AT_ONCE", 1)
+            monkeypatch.setattr(slices, "LOGITS_AT_ONCE", 1)
         found = evaluate_slices(blocks, windows, Noise(blocks), ["0.05"], batch_size, "cpu")
         for name, metrics in expected.items():
             assert found[name].perplexity == pytest.approx(metrics.perplexity, rel=1e-5)

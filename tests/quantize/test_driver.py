@@ -88,7 +88,7 @@ def test_the_moments_of_block_0_are_those_of_the_whole_model(model, windows):
     layers = blocks.linears(0)
     streams = Streams(blocks, windows, [FULL, "2", "8"], 2, CPU, torch.float32)
     moments = {s: [Moments(m.in_features, asymmetric=True) for m in layers.values()] for s in ("2", "8")}
-    with streams.at(0):
+    with blocks.on_device(0, CPU, torch.float32):
         for batch in streams.inputs(0, list(layers.values()), {}):
             for stream, of_layers in moments.items():
                 for moment, found, full in zip(of_layers, batch[stream], batch[FULL], strict=True):
@@ -109,10 +109,10 @@ def test_the_moments_of_block_1_follow_each_streams_own_weights(model, windows):
     name = "model.layers.1.self_attn.q_proj"
     changed = {n: m.weight.detach().round(decimals=2) for n, m in blocks.linears(0).items()}
     streams = Streams(blocks, windows, [FULL, "2"], 2, CPU, torch.float32)
-    with streams.at(0):
-        streams.advance(0, {"2": changed})
+    with blocks.on_device(0, CPU, torch.float32):
+        streams.advance(0, lambda name: changed if name == "2" else {})
     moments = Moments(64, asymmetric=True)
-    with streams.at(1):
+    with blocks.on_device(1, CPU, torch.float32):
         for batch in streams.inputs(1, [model.get_submodule(name)], {}):
             moments.add(batch["2"][0], batch[FULL][0])
     full = inputs_of(model, windows, [name])[name]

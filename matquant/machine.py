@@ -1,0 +1,53 @@
+"""What this machine has: memory of the host and of its devices, and room on a disk. All in bytes."""
+
+import os
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+# Where Linux tells the memory limit of a container, new and old.
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_USED = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+
+
+def host_free() -> int:
+    """Memory that this process may still take: what the system has available, or what its container is still allowed."""
+    free = psutil.virtual_memory().available
+    for limit, used in zip(_LIMITS, _USED, strict=True):
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no container, or one without a limit ("max")
+            continue
+    return max(free, 0)
+
+
+def device_free(device: torch.device) -> int:
+    """Free memory of a CUDA device; that of the host for the CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_free()
+
+
+def disk_free(folder: Path) -> int:
+    """Room where ``folder`` is or will be made."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def host_peak() -> int:
+    """The most memory that this process has had resident so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_peak(device: torch.device) -> int:
+    """The most memory that torch has held on a CUDA device so far; 0 for the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

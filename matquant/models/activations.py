@@ -1,0 +1,85 @@
+"""Hidden states that wait between two blocks: on the device, in the host's memory, or in a file, as they fit."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matquant import machine
+from matquant.store.files import explained
+
+Place = torch.device | Path  # a device, or the folder of a file
+
+# Of what is free, hidden states may take so much: blocks, Hessians and their factors come on top.
+_SHARE = 0.4
+
+
+def choose_place(needed: int, device: torch.device, scratch: Path) -> Place:
+    """The fastest place with room for ``needed`` bytes of hidden states.
+
+    Args:
+        device: where blocks run.
+        scratch: folder for a file, when neither the device nor the host has the room.
+    """
+    for place in dict.fromkeys((device, torch.device("cpu"))):
+        if needed < _SHARE * machine.device_free(place):
+            return place
+    return scratch
+
+
+class Activations:
+    """Hidden states [sequences, length, hidden] of one model, read and written by slices of sequences.
+
+    In a file they are neither mapped nor kept in memory. The file has no name, so nothing is left of it after a crash.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+
+    def __init__(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, place: Place) -> None:
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
+        self.place = place
+        self._tensor: Tensor | None = None
+        if isinstance(place, Path):
+            with explained(place):
+                place.mkdir(parents=True, exist_ok=True)
+                self._file: Any = tempfile.TemporaryFile(dir=place)  # noqa: SIM115  (lives as long as this object)
+        else:
+            self._tensor = torch.empty(self.shape, dtype=dtype, device=place)
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """[rows, length, hidden], on the device of ``place`` or, from a file, on the CPU."""
+        if self._tensor is not None:
+            return self._tensor[rows]
+        start, stop, _ = rows.indices(self.shape[0])
+        part = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        with explained(Path(str(self.place))):
+            self._file.seek(start * self._row_bytes())
+            self._file.readinto(part.view(torch.uint8).numpy().data)
+        return part
+
+    def __setitem__(self, rows: slice, values: Tensor) -> None:
+        if self._tensor is not None:
+            self._tensor[rows] = values.to(self._tensor.device)
+            return
+        part = values.detach().to("cpu", self.dtype).contiguous()
+        with explained(Path(str(self.place)), part.nbytes):
+            self._file.seek(rows.indices(self.shape[0])[0] * self._row_bytes())
+            self._file.write(part.view(torch.uint8).numpy().data)
+            self._file.flush()
+
+    def clone(self) -> "Activations":
+        copy = Activations(self.shape, self.dtype, self.place)
+        for start in range(self.shape[0]):
+            copy[start : start + 1] = self[start : start + 1]
+        return copy
+
+    def _row_bytes(self) -> int:
+        return self.shape[1:].numel() * self.dtype.itemsize

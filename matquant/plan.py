@@ -1,0 +1,242 @@
+"""What a job needs before it starts: memory by device, room on the disk, and about how long it takes.
+
+The sums are over what is alive at the same time at the worst moment of each phase: while the first inputs are embedded, while
+a block's inputs are gathered and its layers solved, and while slices are measured. None of them grows with the number of
+blocks but the hidden states' place on the disk and the parent's size.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+from matquant import machine
+from matquant.errors import UserError
+from matquant.evaluate.slices import LOGITS_AT_ONCE
+from matquant.models.activations import Place
+from matquant.models.shapes import Layer, Shapes
+
+_FLOAT = 4  # bytes of a float32
+_GB = 1e9
+
+# Square matrices alive in a factorisation: the damped Hessian, its factor, the inverse and the factor of that.
+_FACTORING = 4
+
+# Side of the matrices whose product tells the speed of a device.
+_PROBE = 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Calibrating:
+    """How a parent is made: tokens in all and in one batch, streams beside the full-precision one, widths, and so on.
+
+    No streams stand for rounding to nearest, which looks at no inputs.
+    """
+
+    tokens: int
+    batch: int
+    streams: int
+    widths: int
+    asymmetric: bool
+    staged: bool
+    group_size: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Need:
+    """Bytes of memory at the worst moment: on the device (0 when that is the CPU) and of the host; and on the disk."""
+
+    device: int
+    host: int
+    disk: int
+
+
+def quantizing(shapes: Shapes, job: Calibrating, *, on_gpu: bool, place: Place) -> Need:
+    """The need of making one parent; ``place`` is where hidden states wait."""
+    copy, entry = _loading(shapes, shapes.block), _loading(shapes, shapes.embeddings)
+    waiting = (job.streams + job.asymmetric) * job.tokens * shapes.hidden * shapes.computing
+    moving = _activations(shapes, job.batch)
+    decoded = job.streams * sum(layer.rows * layer.columns for layer in shapes.layers) * shapes.computing
+    solving = max((_solving(shapes, job, stage) for stage in _stages(shapes, job)), default=0)
+    gathered = max((_gathered(job, stage) for stage in _stages(shapes, job)), default=0)
+    parent = _parent_bytes(shapes, job.group_size)
+    written = 3 * parent // max(1, shapes.blocks)
+    running = max(entry, copy + decoded + max(gathered + moving, 0 if on_gpu else solving, 0 if on_gpu else written))
+    disk = parent + (waiting if isinstance(place, Path) else 0)
+    return _split(running, waiting, max(solving, written), disk, on_gpu=on_gpu, place=place)
+
+
+def measuring(
+    shapes: Shapes, tokens: int, length: int, batch: int, variants: int, *, on_gpu: bool, place: Place
+) -> Need:
+    """The need of measuring so many variants in one pass over the blocks."""
+    waiting = (1 + variants) * tokens * shapes.hidden * shapes.computing
+    largest = max((layer.rows * layer.columns for layer in shapes.layers), default=0)
+    decoded = sum(layer.rows * layer.columns for layer in shapes.layers) * _FLOAT
+    # The decoded layers of one variant, the temporaries of one, and its codes, which are mapped from the parent.
+    variant = decoded + 3 * largest * _FLOAT + decoded // _FLOAT
+    rows = max(1, min(batch, LOGITS_AT_ONCE // (length * shapes.vocabulary)))
+    logits = 2 * rows * length * shapes.vocabulary * shapes.computing
+    block = _loading(shapes, shapes.block) + max(variant, _activations(shapes, batch * length))
+    running = max(_loading(shapes, shapes.embeddings), block, _loading(shapes, shapes.head) + logits)
+    disk = waiting if isinstance(place, Path) else 0
+    return _split(running, waiting, variant, disk, on_gpu=on_gpu, place=place)
+
+
+def _split(running: int, waiting: int, on_host: int, disk: int, *, on_gpu: bool, place: Place) -> Need:
+    if not on_gpu:
+        return Need(device=0, host=running + (0 if isinstance(place, Path) else waiting), disk=disk)
+    there = isinstance(place, torch.device) and place.type == "cuda"
+    host = on_host + (waiting if isinstance(place, torch.device) and not there else 0)
+    return Need(device=running + (waiting if there else 0), host=host, disk=disk)
+
+
+def _loading(shapes: Shapes, parameters: int) -> int:
+    """Tensors are converted one by one; what is stored as it is computed with is mapped, not copied."""
+    return parameters * shapes.computing
+
+
+def _activations(shapes: Shapes, tokens: int) -> int:
+    """The widest intermediate results of a block for one batch, a few of which are alive together."""
+    widest = max((max(layer.rows, layer.columns) for layer in shapes.layers), default=shapes.hidden)
+    return 4 * tokens * widest * shapes.computing
+
+
+def _stages(shapes: Shapes, job: Calibrating) -> list[list[Layer]]:
+    """Layers whose inputs are gathered in one pass."""
+    if not job.staged:
+        return [list(shapes.layers)]
+    stages = dict.fromkeys(layer.stage for layer in shapes.layers)
+    return [[layer for layer in shapes.layers if layer.stage == number] for number in stages]
+
+
+def _inputs(stage: Sequence[Layer]) -> list[int]:
+    """The columns of each different input of a stage."""
+    return list({layer.input: layer.columns for layer in stage}.values())
+
+
+def _gathered(job: Calibrating, stage: Sequence[Layer]) -> int:
+    return sum(job.streams * (1 + job.asymmetric) * n * n * _FLOAT for n in _inputs(stage))
+
+
+def _solving(shapes: Shapes, job: Calibrating, stage: Sequence[Layer]) -> int:
+    """Moments of the stage, and of its widest input all that the solver makes of them, for one layer at a time."""
+    n = max(_inputs(stage))
+    matrix = max(layer.rows * layer.columns for layer in stage if layer.columns == n) * _FLOAT
+    if not job.streams:
+        return 6 * matrix
+    square = n * n * _FLOAT
+    kinds = 2 + job.asymmetric  # damped Hessian, factor, shift
+    # While they are made, each stream's are there beside the stack of each width's.
+    made = (job.streams + job.widths) * kinds if job.streams > 1 else 2 * kinds
+    held = job.widths * kinds if job.streams > 1 else kinds
+    solving = held * square + (3 * job.widths + 3) * matrix
+    return _gathered(job, stage) + max(made * square + _FACTORING * square, solving)
+
+
+def _parent_bytes(shapes: Shapes, group_size: int) -> int:
+    groups = shapes.quantized // group_size if group_size > 0 else 0
+    return shapes.quantized + 2 * groups
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A job's need beside what there is, all in bytes; peaks of the host hold what the process has already.
+
+    ``seconds`` is a rough estimate from a quick probe of the device.
+    """
+
+    parameters: int
+    checkpoint: int
+    parent: int
+    host_peak: int
+    host_free: int
+    device_peak: int
+    device_free: int
+    disk: int
+    disk_free: int
+    place: str
+    seconds: float
+
+    def sentence(self) -> str:
+        """For the terminal."""
+        gpu = f", {self.device_peak / _GB:.2f} GB of GPU memory" if self.device_peak else ""
+        return (
+            f"plan: {self.parameters / 1e6:,.1f} M parameters ({self.checkpoint / _GB:.2f} GB); peak "
+            f"{self.host_peak / _GB:.2f} GB of memory{gpu}; {self.disk / _GB:.2f} GB of disk; hidden states in {self.place}; "
+            f"about {_duration(self.seconds)}"
+        )
+
+    def refuse(self) -> None:
+        """Raises UserError when the job cannot fit, with what would help."""
+        for what, needed, free, mend in (
+            ("GPU memory", self.device_peak, self.device_free, "Follow fewer method.streams, lower calibration.batch_size "
+             "and eval batch sizes, or use runtime.device=cpu."),
+            ("memory", self.host_peak, self.host_free, "Follow fewer method.streams, set method.asymmetric=false, lower "
+             "batch sizes or the number of calibration.sequences, or leave the widest layers alone with method.skip."),
+            ("room on the disk of store.path", self.disk, self.disk_free, "Make room, or set store.path to another disk."),
+        ):  # fmt: skip
+            if needed > free:
+                raise UserError(
+                    f"This job needs about {needed / _GB:.2f} GB of {what}, but there are {free / _GB:.2f} GB. {mend} "
+                    "runtime.check_memory=false starts it nevertheless."
+                )
+
+
+def make_plan(
+    shapes: Shapes, needs: Sequence[Need], operations: float, *, device: torch.device, place: Place, store: Path,
+    group_size: int,
+) -> Plan:  # fmt: skip
+    """The worst of several needs, one after the other, beside what this machine has.
+
+    Args:
+        needs: of the job's phases.
+        operations: multiplications and additions of all phases.
+    """
+    now = psutil.Process().memory_info().rss
+    on_gpu = device.type == "cuda"
+    where = "a file" if isinstance(place, Path) else "GPU memory" if place.type == "cuda" else "memory"
+    return Plan(
+        parameters=shapes.parameters, checkpoint=shapes.parameters * shapes.stored,
+        parent=_parent_bytes(shapes, group_size), host_peak=now + max(need.host for need in needs),
+        host_free=now + machine.host_free(), device_peak=max(need.device for need in needs),
+        device_free=machine.device_free(device) if on_gpu else 0, disk=max(need.disk for need in needs),
+        disk_free=machine.disk_free(store), place=where, seconds=operations / _speed(device),
+    )  # fmt: skip
+
+
+def operations(shapes: Shapes, job: Calibrating | None, tokens: int, variants: int) -> float:
+    """Multiplications and additions of making a parent (if ``job``) and of measuring; the solver's by a rule of thumb."""
+    passes = 2.0 * shapes.block * shapes.blocks
+    total = passes * tokens * (1 + variants) + 2.0 * shapes.head * tokens * (1 + variants)
+    if job is not None:
+        stages = len(_stages(shapes, job))
+        streams = job.streams + job.asymmetric
+        # A stage runs the block about half way on average, and one pass makes the next block's inputs.
+        total += passes * job.tokens * streams * (1 + stages / 2)
+        for n in (n for stage in _stages(shapes, job) for n in _inputs(stage)):
+            gathering = 2.0 * job.tokens * n * n * job.streams * (1 + job.asymmetric)
+            total += shapes.blocks * (gathering + 4.0 * n**3 * job.streams)
+        # Feedback and two sweeps are a few products with a Hessian; choosing codes costs about 2000 operations a weight.
+        for layer in shapes.layers:
+            total += shapes.blocks * job.widths * layer.rows * layer.columns * (8.0 * layer.columns + 2000)
+    return total
+
+
+def _speed(device: torch.device) -> float:
+    """Operations a second of a float32 matrix product."""
+    matrix = torch.randn(_PROBE, _PROBE, device=device)
+    matrix @ matrix
+    start = time.perf_counter()
+    (matrix @ matrix).sum().item()
+    return 2.0 * _PROBE**3 / max(time.perf_counter() - start, 1e-6)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,152 @@
+"""Every architecture: found, read block by block, quantized, measured, kept in a store, and the same from there."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import CONFIGS, VOCABULARY, make_model, save
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from matquant.config import ModelConfig
+from matquant.evaluate.slices import FULL, evaluate_slices
+from matquant.models.blocks import BlockModel
+from matquant.models.inventory import fused_groups, left_alone
+from matquant.models.load import LoadedModel, load, open_model
+from matquant.quantize.driver import CalibrationOptions, Driver, layers_to_quantize
+from matquant.quantize.parent import Parent
+from matquant.quantize.solver import SolverOptions
+from matquant.store import Store
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config(folder: Path) -> ModelConfig:
+    return ModelConfig(label=None, name=None, path=str(folder), revision=None, dtype="auto", trust_remote_code=False)
+
+
+def windows_of(count: int, length: int, seed: int) -> Tensor:
+    return torch.randint(VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def quantize(blocks: BlockModel, folder: Path) -> Parent:
+    options = SolverOptions(weights={2: 1.0, 8: 64.0}, group_size=32, block_size=32)
+    calibration = CalibrationOptions(streams=(2, 8), asymmetric=True, staged=True, batch_size=4)
+    layers = layers_to_quantize(blocks, lambda _: False, head=False)
+    driver = Driver(blocks, layers, options, calibration, device=CPU, dtype=torch.float32)
+    build = lambda draft: {"label": "parent", "blocks": driver.run(draft, windows_of(8, 24, 1))}  # noqa: E731
+    return Parent(Store(folder).open_or_build("parent", {}, build))
+
+
+def with_slice(loaded: LoadedModel, parent: Parent, bits: int) -> Any:
+    """The model in memory, its quantized layers replaced by a slice."""
+    blocks = BlockModel(loaded.model)
+    for index in range(len(blocks)):
+        layers = blocks.linears(index)
+        for name, weight in parent.block(index).items():
+            layers[name].weight = torch.nn.Parameter(weight.decode(bits), requires_grad=False)
+    return loaded.model
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_quantize_evaluate_save_load(kind: str, tmp_path: Path) -> None:
+    folder = save(make_model(kind), tmp_path / "model", shard="100KB")
+    ids = windows_of(3, 16, 2)
+    expected = AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits
+
+    opened = open_model(config(folder))
+    streamed = BlockModel(opened.model, opened.checkpoint)
+    streamed.check()
+    parent = quantize(streamed, tmp_path / "streamed")
+    in_memory = load(config(folder))
+    torch.testing.assert_close(in_memory.model(input_ids=ids).logits, expected, rtol=0, atol=0)
+    assert quantize(BlockModel(in_memory.model), tmp_path / "memory").artifact.sha256 == parent.artifact.sha256
+
+    def weights_of(index: int, bits: str) -> Mapping[str, Tensor]:
+        weights = parent.block(index) if index < len(streamed) else {}
+        return {name: w.decode(int(bits)) for name, w in weights.items()}
+
+    found = evaluate_slices(streamed, ids, weights_of, ["2", "8"], 2, "cpu")
+    assert found[FULL].kl == 0 < found["8"].kl < found["2"].kl
+    assert found["8"].kl < 0.01
+    assert all(tensor.is_meta for block in streamed.blocks for tensor in block.parameters())
+
+    for bits in (2, 8):
+        logits = with_slice(load(config(folder)), parent, bits)(input_ids=ids).logits
+        full, cut = (x[:, :-1].double().log_softmax(-1) for x in (expected, logits))
+        kl = (full.exp() * (full - cut)).sum(-1).mean().item()
+        assert found[str(bits)].kl == pytest.approx(kl, rel=1e-3, abs=1e-7)
+
+
+FUSED = {
+    "llama": [["self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]],
+    "phi3": [],
+    "falcon": [],
+    "opt": [["self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"]],
+    "mixtral": [
+        ["self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"],
+        [f"mlp.experts.{i}.gate_up_proj" for i in range(4)],
+        [f"mlp.experts.{i}.down_proj" for i in range(4)],
+    ],
+    "deepseek_v3": [
+        ["self_attn.kv_a_proj_with_mqa", "self_attn.q_a_proj"],
+        ["mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"],
+        [f"mlp.experts.{i}.gate_up_proj" for i in range(4)],
+        [f"mlp.experts.{i}.down_proj" for i in range(4)],
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_which_layers_a_runtime_runs_as_one(kind: str, tmp_path: Path) -> None:
+    opened = open_model(config(save(make_model(kind), tmp_path)))
+    blocks = BlockModel(opened.model, opened.checkpoint)
+    groups = fused_groups(blocks)
+    assert sorted(name for group in groups for name in group) == sorted(n for i in (0, 1) for n in blocks.linears(i))
+    last = [[n.removeprefix(f"{blocks.block_names[1]}.") for n in g] for g in groups if blocks.block_names[1] in g[0]]
+    found = sorted(sorted(group) for group in last if len(group) > 1)
+    assert found == sorted(sorted(group) for group in FUSED[kind])
+
+
+def test_what_stays_as_it_is_is_listed_with_a_reason() -> None:
+    model = make_model("mixtral")
+    total = sum(p.numel() for p in model.parameters())
+    blocks = BlockModel(model)
+    layers = [name for index in (0, 1) for name in blocks.linears(index)]
+    skipped = [name for name in layers if name.endswith("o_proj")]
+    quantized = [name for name in layers if name not in skipped]
+    rows = left_alone(blocks, quantized, skipped)
+    assert {row["name"]: row["reason"] for row in rows} == {
+        "model.embed_tokens.weight": "embeddings",
+        "lm_head.weight": "the head; method.head=true quantizes it",
+        "model.layers.*.self_attn.o_proj.weight": "left out by method.skip",
+        "model.layers.*.mlp.gate.weight": "no linear layer",
+        "norms and biases": "norm or bias",
+    }
+    assert sum(row["parameters"] for row in rows) == total - sum(
+        model.get_submodule(name).weight.numel() for name in quantized
+    )
+
+
+def test_experts_with_too_few_tokens_are_filled_and_named(tmp_path: Path) -> None:
+    blocks = BlockModel(make_model("qwen3_moe"))
+    parent = quantize(blocks, tmp_path)  # 192 tokens, 2 of 8 experts each: 48 for an expert, which has 64 inputs
+    rows = [row for block in parent.blocks for row in block.get("experts", [])]
+    assert rows
+    assert all(row["tokens"] < row["inputs"] == 64 for row in rows)
+    poor = {row["name"] for row in rows}
+    assert all(".mlp.experts." in name for name in poor)
+    for block in parent.blocks:
+        for name in poor & block["layers"].keys():
+            assert block["layers"][name]["errors"]["8"] < 0.01
+    assert not any("rounded to nearest" in note for note in parent.notes())

@@ -1,0 +1,102 @@
+"""The plan before the work: its sums, its sentence, what it refuses, and whether it was right."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from shared import SMALL
+
+from matquant import machine, plan
+from matquant.errors import UserError
+from matquant.models.shapes import Layer, Shapes
+from matquant.plan import Calibrating
+
+CPU = torch.device("cpu")
+GB = 10**9
+
+
+def shapes(blocks: int = 4, hidden: int = 1024, inner: int = 4096) -> Shapes:
+    sizes = (
+        [(hidden, hidden, 0, 0)] * 3 + [(hidden, hidden, 1, 1)] + [(inner, hidden, 2, 2)] * 2 + [(hidden, inner, 3, 3)]
+    )
+    layers = [Layer(rows=r, columns=c, input=i, stage=s) for r, c, i, s in sizes]
+    block = sum(layer.rows * layer.columns for layer in layers)
+    return Shapes(
+        layers=layers, blocks=blocks, parameters=blocks * block + 2 * 1000 * hidden, block=block, quantized=blocks * block,
+        embeddings=1000 * hidden, head=1000 * hidden, hidden=hidden, vocabulary=1000, stored=2, computing=4,
+    )  # fmt: skip
+
+
+JOB = Calibrating(tokens=4096, batch=512, streams=4, widths=5, asymmetric=True, staged=True, group_size=128)
+
+
+def test_memory_does_not_grow_with_depth_and_the_disk_does() -> None:
+    needs = [plan.quantizing(shapes(blocks), JOB, on_gpu=False, place=CPU) for blocks in (2, 32)]
+    assert needs[0].host == needs[1].host
+    assert needs[1].disk == 16 * needs[0].disk
+    measured = [plan.measuring(shapes(blocks), 4096, 512, 8, 5, on_gpu=False, place=CPU) for blocks in (2, 32)]
+    assert measured[0] == measured[1]
+
+
+def test_hidden_states_count_where_they_wait() -> None:
+    waiting = 5 * 4096 * 1024 * 4
+    in_memory = plan.quantizing(shapes(), JOB, on_gpu=False, place=CPU)
+    in_a_file = plan.quantizing(shapes(), JOB, on_gpu=False, place=Path("scratch"))
+    assert in_memory.host - in_a_file.host == waiting == in_a_file.disk - in_memory.disk
+    gpu = torch.device("cuda")
+    there, beside = (plan.quantizing(shapes(), JOB, on_gpu=True, place=place) for place in (gpu, CPU))
+    assert there.device - beside.device == waiting == beside.host - there.host
+
+
+@pytest.mark.parametrize(
+    "change", [{"streams": 1}, {"asymmetric": False}, {"widths": 2}, {"tokens": 1024}, {"streams": 0, "tokens": 0}]
+)
+def test_what_the_sentence_advises_helps(change: dict) -> None:
+    less = plan.quantizing(shapes(), dataclasses.replace(JOB, **change), on_gpu=False, place=CPU)
+    assert less.host < plan.quantizing(shapes(), JOB, on_gpu=False, place=CPU).host
+
+
+def test_the_hessians_of_the_widest_input_are_in_it() -> None:
+    square = 4096**2 * 4
+    assert plan.quantizing(shapes(), JOB, on_gpu=False, place=CPU).host > 4 * 2 * square + 5 * 3 * square
+
+
+def make(host: int, **free: int) -> plan.Plan:
+    need = plan.Need(device=0, host=host, disk=0)
+    made = plan.make_plan(shapes(), [need], 1e9, device=CPU, place=CPU, store=Path("/tmp/x/y"), group_size=128)
+    return dataclasses.replace(made, **free)
+
+
+def test_what_cannot_fit_is_refused_with_what_would_help() -> None:
+    make(10).refuse()
+    with pytest.raises(
+        UserError, match=r"needs about .* GB of memory, but there are 1\.00 GB\. Follow fewer method.streams"
+    ):
+        make(10 * GB, host_free=GB).refuse()
+    with pytest.raises(UserError, match="room on the disk of store.path.*set store.path to another disk"):
+        dataclasses.replace(make(10), disk=machine.disk_free(Path("/tmp")) + GB).refuse()
+
+
+def test_a_job_that_cannot_fit_ends_before_it_starts(matquant, small_model, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(machine, "host_free", lambda: -(10**9))
+    small = (*SMALL, f"model.path={small_model}", "method=rtn", "method.group_size=64", "bits=4")
+    status, _, err = matquant(*small)
+    assert status == 2
+    assert "GB of memory" in err
+    assert not list((tmp_path / "store").glob("parent/*"))
+    assert matquant(*small, "runtime.check_memory=false")[0] == 0
+
+
+def test_the_plan_was_right_within_a_fifth_and_stands_in_the_results(run_py, small_model, tmp_path) -> None:
+    process = run_py(*SMALL, f"model.path={small_model}", "method=gptq", "method.group_size=64", "bits=[2,4]")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "plan: 0.3 M parameters" in out + err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    found = results["resources"]
+    assert found["plan"]["host_peak"] == pytest.approx(found["host_peak"], rel=0.2)
+    assert found["plan"]["seconds"] > 0
+    assert found["quantize_seconds"].keys() == {"prepare", "load", "forward", "solve", "write"}
+    assert {row["reason"] for row in results["left_alone"]} == {"embeddings, tied to the head", "norm or bias"}

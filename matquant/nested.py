@@ -81,6 +81,11 @@ class NestedWeight:
     def group_size(self) -> int:
         return self.codes.shape[1] // self.scales.shape[1]
 
+    def to(self, device: torch.device | str) -> "NestedWeight":
+        """The same with its tensors on that device."""
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return dataclasses.replace(self, codes=self.codes.to(device), scales=self.scales.to(device), zeros=zeros)
+
     def decode(self, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight at ``bits`` bits: [out_features, in_features], computed in float32 and then cast."""
         table = levels(bits, self.master_bits, self.slicing).to(self.codes.device)

@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
+import importlib.util
 import logging
 import math
 import platform
@@ -46,7 +47,7 @@ from matquant.store import Artifact, Draft, Store
 log = logging.getLogger(__name__)
 
 # Part of a parent's key: raised when the same settings would give other codes than before.
-_SOLVER_VERSION = 1
+_SOLVER_VERSION = 2
 
 _VERSIONS = ("matquant", "torch", "transformers", "numpy", "numba", "datasets", "hydra-core")
 
@@ -201,8 +202,9 @@ class _Run:
                 log.info("resuming an unfinished parent%s from its last finished block", width)
             with self.bars.bar(f"quantize{width}", len(names)) as progress:
                 driver = Driver(
-                    self.blocks, self.layers, options, calibration, device=self.device, dtype=self.dtype,
-                    place=place, progress=progress,
+                    self.blocks, self.layers, options, calibration, device=self.device,
+                    solver_device=_solver_device(self.device, self.warnings), dtype=self.dtype, place=place,
+                    progress=progress,
                 )  # fmt: skip
                 blocks = driver.run(draft, windows)
                 self.phases.update(driver.seconds)
@@ -309,6 +311,17 @@ class _Run:
     def _dense_bytes(self) -> int:
         """Bytes of the quantized layers in the model's own dtype."""
         return sum(m.weight.numel() for block in self.layers for m in block.values()) * self.loaded.dtype.itemsize
+
+
+def _solver_device(device: torch.device, warnings: list[str]) -> torch.device:
+    """Where layers are solved: on the GPU that runs the model, if CuPy can compile the solver's kernels for it."""
+    if device.type == "cuda" and importlib.util.find_spec("cupy") is None:
+        warnings.append(
+            "Layers were solved on the CPU, which takes far longer, since CuPy is not installed. Install the extra gpu13 "
+            "(CUDA 13) or gpu (CUDA 12): pip install '.[gpu13]'."
+        )
+        return torch.device("cpu")
+    return device
 
 
 def _device(name: str) -> torch.device:

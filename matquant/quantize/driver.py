@@ -85,7 +85,8 @@ class Driver:
         layers: what is quantized of each block, from ``layers_to_quantize``.
         options: of the solver.
         calibration: of the inputs; unused when there is no calibration text.
-        device: where blocks run; the solver itself works on the CPU.
+        device: where blocks run.
+        solver_device: where layers are solved.
         dtype: in which blocks run.
         place: where hidden states wait between two blocks; ``device`` when None.
         progress: called with 1 after each solved layer.
@@ -99,6 +100,7 @@ class Driver:
         calibration: CalibrationOptions,
         *,
         device: torch.device,
+        solver_device: torch.device,
         dtype: torch.dtype,
         place: Place | None = None,
         progress: Callable[[int], None] = lambda _: None,
@@ -108,6 +110,7 @@ class Driver:
         self.options = options
         self.calibration = calibration
         self.device = device
+        self.solver_device = solver_device
         self.dtype = dtype
         self.place = place
         self.progress = progress
@@ -143,8 +146,8 @@ class Driver:
             return record | {"file": name}
         with contextlib.ExitStack() as stack:
             with self.timed("load"):
-                # Without calibration nothing runs: the solver takes the weights to the CPU.
-                place = (self.device, self.dtype) if streams else (torch.device("cpu"), torch.float32)
+                # Without calibration nothing runs, and only the solver needs the weights.
+                place = (self.device, self.dtype) if streams else (self.solver_device, torch.float32)
                 stack.enter_context(self.blocks.on_device(index, *place))
             if done:
                 weights, record = read_block(draft, name)
@@ -171,7 +174,7 @@ class Driver:
         """The dense weights of one stream, on the device; none for the full-precision model, which has its own."""
         if stream == FULL:
             return {}
-        return {name: w.decode(int(stream)).to(self.device, self.dtype) for name, w in weights.items()}
+        return {name: w.to(self.device).decode(int(stream), self.dtype) for name, w in weights.items()}
 
 
 class _BlockSolver:
@@ -272,7 +275,7 @@ class _BlockSolver:
         calibration = calibrate(inputs, self.driver.options, names[0])
         self.record["notes"] += calibration.notes
         for name in names:
-            self._solve_layer(name, calibration, [i.hessian.cpu() for i in inputs])
+            self._solve_layer(name, calibration, [i.hessian for i in inputs])
 
     def _inputs(self, name: str, moments: dict[int, Moments]) -> list[Inputs]:
         """The moments as the solver takes them, one for all widths, or one per width; ``moments`` is empty afterwards."""
@@ -280,17 +283,18 @@ class _BlockSolver:
         if asymmetric and any(m.cross is None for m in moments.values()):
             self.record["notes"].append(f"{name} sees other tokens in each slice; it was calibrated symmetrically.")
             asymmetric = False
-        given = {}
+        given, place = {}, self.driver.solver_device
         for bits in list(moments):  # one after the other, so that no second copy of all is held
             of_stream = moments.pop(bits)
-            given[bits] = Inputs(hessian=of_stream.hessian, cross=of_stream.cross if asymmetric else None)
+            cross = of_stream.cross.to(place) if asymmetric and of_stream.cross is not None else None
+            given[bits] = Inputs(hessian=of_stream.hessian.to(place), cross=cross)
         if len(given) == 1:
             return list(given.values())
         return [given[self.driver.calibration.stream_of(bits)] for bits in self.driver.options.widths]
 
     def _solve_layer(self, name: str, calibration: Calibration | None, hessians: Sequence[Tensor]) -> None:
         options = self.driver.options
-        weight = self.layers[name].weight.detach().float().cpu()
+        weight = self.layers[name].weight.detach().to(self.driver.solver_device).float()
         if not torch.isfinite(weight).all():
             raise UserError(
                 f"The weights of {name} hold NaN or Inf; mend the checkpoint or leave it alone with method.skip."
@@ -301,6 +305,6 @@ class _BlockSolver:
             for k, bits in enumerate(options.widths)
             if hessians
         }
-        self.weights[name] = solved
+        self.weights[name] = solved.to("cpu")
         self.record["layers"][name] = {"shape": list(weight.shape), "errors": errors}
         self.driver.progress(1)

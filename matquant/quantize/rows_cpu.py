@@ -248,8 +248,8 @@ def choose_scales(
     """Scale and zero point of every row for the group of columns first..last.
 
     Tries clips of the group's range about each zero point (NaN: that which follows from the range) and keeps the pair of
-    least nested rounding error, weighted by ``importance`` (float32 [columns]): every fourth clip first, then those beside the best, two and one
-    steps away. With a single clip and zero point it is plain min-max.
+    least nested rounding error, weighted by ``importance`` (float32 [columns]): every fourth clip first, then those beside
+    the best, two and one steps away. With a single clip and zero point it is plain min-max.
 
     Args:
         targets: float32 [T, rows, columns], with all feedback so far.

@@ -10,7 +10,7 @@ keeps a single target and feeds back the unweighted mean of the widths' errors (
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -75,20 +75,21 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """Inputs made ready for solving; layers that share their input share it. F is 1 or the number of widths.
+    """Inputs made ready for solving; layers that share their input share it. One for all widths, or one for each of them, in
+    which case widths that share their inputs hold the same tensors.
 
     Attributes:
-        hessians: float32 [F, columns, columns], damped.
-        factors: float32 [F, columns, columns], upper Cholesky factors of the inverse Hessians.
-        shifts: float32 [F, columns, columns], C H^-1: the target of a weight W is W + W C H^-1, whose output on X_b comes
+        hessians: float32 [columns, columns] each, damped.
+        factors: float32 [columns, columns] each, upper Cholesky factors of the inverse Hessians.
+        shifts: float32 [columns, columns] each, C H^-1: the target of a weight W is W + W C H^-1, whose output on X_b comes
             nearest to that of W on X (GPTAQ, arXiv 2504.02692, for one width). None for symmetric calibration.
         order: the order in which columns are solved, in which all of these are; None for their own.
         notes: sentences that the user should read.
     """
 
-    hessians: Tensor
-    factors: Tensor
-    shifts: Tensor | None
+    hessians: tuple[Tensor, ...]
+    factors: tuple[Tensor, ...]
+    shifts: tuple[Tensor, ...] | None
     order: Tensor | None
     notes: tuple[str, ...]
 
@@ -110,23 +111,19 @@ def calibrate(inputs: Sequence[Inputs], options: SolverOptions, layer: str = "th
         columns = len(inputs[0].hessian)
         group_size = columns if options.group_size == -1 else options.group_size
         order = _column_order(torch.stack([i.hessian.diagonal() for i in inputs]).mean(0), group_size)
-    done: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    done: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
     notes = []
     for given in inputs:
         if id(given) in done:
             continue
         hessian = _ordered(given.hessian, order)
         factor = inverse_factor(hessian, options.damp, layer)
-        shift = (
-            hessian.new_empty(0)
-            if given.cross is None
-            else _ordered(given.cross, order) @ factor.upper.T @ factor.upper
-        )
+        shift = None if given.cross is None else _ordered(given.cross, order) @ factor.upper.T @ factor.upper
         done[id(given)] = damped(hessian, factor.damp), factor.upper, shift
         notes += [factor.note] if factor.note else []
-    hessians, factors, shifts = (torch.stack(t) for t in zip(*(done[id(given)] for given in inputs), strict=True))
+    hessians, factors, shifts = zip(*(done[id(given)] for given in inputs), strict=True)
     return Calibration(
-        hessians=hessians, factors=factors, shifts=shifts if shifts.numel() else None, order=order,
+        hessians=hessians, factors=factors, shifts=None if shifts[0] is None else shifts, order=order,
         notes=tuple(dict.fromkeys(notes)),
     )  # fmt: skip
 
@@ -149,12 +146,12 @@ def solve(weight: Tensor, calibration: Calibration | None, options: SolverOption
     targets = weight.detach().float()[None]
     if calibration is None:
         state = _State.start(targets, group_size, options)
-        state.solve(None, options)
+        state.solve((), options)
         return state.finish(None, options)
     if calibration.order is not None:
         targets = targets[:, :, calibration.order]
     if calibration.shifts is not None:
-        targets = targets + targets @ calibration.shifts
+        targets = torch.stack([targets[0] + targets[0] @ shift for shift in calibration.shifts])
     state = _State.start(targets, group_size, options)
     state.solve(calibration.factors, options)
     for _ in range(options.sweeps):
@@ -251,46 +248,46 @@ class _State:
             block_size=_divisor(min(options.block_size, group_size), rows.largest_block(device, len(widths))),
         )
 
-    def solve(self, factors: Tensor | None, options: SolverOptions) -> None:
+    def solve(self, factors: Sequence[Tensor], options: SolverOptions) -> None:
         """Choose all codes, column by column in blocks; without factors nothing is fed back."""
-        count, _, columns = self.targets.shape
+        columns, trials = self.codes.shape[1], _trials(options, self.codes.device)
         # An error e in a column adds (e / U_jj)^2 to a width's objective.
-        curvature = self.scales.new_ones(1, columns) if factors is None else factors.diagonal(dim1=1, dim2=2) ** -2
+        curvature = torch.stack([f.diagonal() ** -2 for f in factors]) if factors else self.scales.new_ones(1, columns)
         lam, importance = self._weights(curvature), curvature[-1] / curvature[-1].mean()
-        eye = torch.eye(self.block_size, device=self.targets.device)
-        trials = _trials(options, self.targets.device)
-        for first in range(0, columns, self.block_size):
-            last = min(first + self.block_size, columns)
-            group = first // self.group_size
+        for first, last, group in self._blocks():
             if first % self.group_size == 0:
                 self.scales[:, group], self.zeros[:, group] = rows.choose_scales(
                     self.targets, first, first + self.group_size, importance, lam, self.grid, trials
                 )
-            block = eye[None, : last - first, : last - first] if factors is None else factors[:, first:last, first:last]
             scales, zeros = self.scales[:, group].contiguous(), self.zeros[:, group].contiguous()
-            errors = rows.solve_columns(
-                self.targets, first, last, block.contiguous(), lam, self.grid, scales, zeros, self.codes
+            block = (
+                self._block_of(factors, first, last) if factors else self.scales.new_ones(1, last - first).diag_embed()
             )
-            if factors is not None and last < columns:
-                for k in range(count):
-                    factor = factors[k if len(factors) > 1 else 0]
-                    self.targets[k, :, last:].addmm_(errors[k], factor[first:last, last:], alpha=-1)
+            errors = rows.solve_columns(self.targets, first, last, block, lam, self.grid, scales, zeros, self.codes)
+            if factors and last < columns:
+                for k, target in enumerate(self.targets):
+                    target[:, last:].addmm_(errors[k], factors[k % len(factors)][first:last, last:], alpha=-1)
 
-    def sweep(self, targets: Tensor, hessians: Tensor) -> None:
+    def sweep(self, targets: Tensor, hessians: Sequence[Tensor]) -> None:
         """One pass of coordinate descent over all columns against the damped Hessians."""
-        out_features, columns = self.codes.shape
-        count = len(self.lam)
-        lam = self._weights(hessians.diagonal(dim1=1, dim2=2))
-        gradient = targets.new_empty(count, out_features, columns)
-        for k in range(count):
+        lam = self._weights(torch.stack([h.diagonal() for h in hessians]))
+        gradient = targets.new_empty(len(self.lam), *self.codes.shape)
+        for k in range(len(self.lam)):
             torch.mm(self._values(k) - targets[k % len(targets)], hessians[k % len(hessians)], out=gradient[k])
-        for first in range(0, columns, self.block_size):
-            last = min(first + self.block_size, columns)
-            block = hessians[:, first:last, first:last].contiguous()
-            scales = self.scales[:, first // self.group_size].contiguous()
+        for first, last, group in self._blocks():
+            block, scales = self._block_of(hessians, first, last), self.scales[:, group].contiguous()
             moves = rows.sweep_columns(gradient, first, last, block, lam, self.grid, scales, self.codes)
-            for k in range(count):
-                gradient[k, :, last:].addmm_(moves[k], hessians[k % len(hessians), first:last, last:])
+            for k in range(len(self.lam)):
+                gradient[k, :, last:].addmm_(moves[k], hessians[k % len(hessians)][first:last, last:])
+
+    def _blocks(self) -> Iterator[tuple[int, int, int]]:
+        """First and last column of each block, and the group in which it lies."""
+        columns = self.codes.shape[1]
+        for first in range(0, columns, self.block_size):
+            yield first, min(first + self.block_size, columns), first // self.group_size
+
+    def _block_of(self, matrices: Sequence[Tensor], first: int, last: int) -> Tensor:
+        return torch.stack([m[first:last, first:last] for m in matrices])
 
     def _values(self, k: int) -> Tensor:
         """The decoded weight [rows, columns] at the k-th width."""
@@ -298,7 +295,7 @@ class _State:
         return ((grouped - self.zeros[:, :, None]) * self.scales[:, :, None]).view(self.codes.shape)
 
     def _weights(self, curvature: Tensor) -> Tensor:
-        """lambda of each width and column, [K, columns], when an error's cost also has a curvature [F, columns].
+        """lambda of each width and column, [K, columns], when an error's cost also has a curvature [1 or K, columns].
 
         Only ratios matter within a column, so with one Hessian these are the lambdas themselves.
         """

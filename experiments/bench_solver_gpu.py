@@ -79,6 +79,7 @@ def bench(device: torch.device, repeats: int) -> list[dict[str, Any]]:
     flops = rate(device)
     found = []
     for name, (options, kinds) in VARIANTS.items():
+        torch.cuda.reset_peak_memory_stats(device)
         factoring = solving = work = 0.0
         errors: dict[str, dict[int, float]] = {}
         for group, (heights, columns) in GROUPS.items():
@@ -98,7 +99,6 @@ def bench(device: torch.device, repeats: int) -> list[dict[str, Any]]:
             "what": name, "factor_s": BLOCKS * factoring, "solve_s": BLOCKS * solving,
             "products_floor_s": BLOCKS * work / flops, "peak_gb": memory, "errors": errors,
         })  # fmt: skip
-        torch.cuda.reset_peak_memory_stats(device)
         print(_line(found[-1]), flush=True)
     return found
 

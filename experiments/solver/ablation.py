@@ -32,20 +32,19 @@ DEDICATED = {
 }
 PLAIN = [
     "method.streams=[]", "method.asymmetric=false", "method.staged=false", "method.offset=0", "method.sweeps=0",
-    "method.refits=0",
 ]  # fmt: skip
 NESTED = {
     "MatGPTQ v1": ["method=matgptq_v1"],
     "one target per width, min-max scales": [*PLAIN, "method.scale=minmax"],
     "+ searched scales": PLAIN,
-    "+ two sweeps and a refit": [o for o in PLAIN if "sweeps" not in o and "refits" not in o],
-    "+ mirrored grids": [o for o in PLAIN if "sweeps" not in o and "refits" not in o and "offset" not in o],
+    "+ two sweeps": [o for o in PLAIN if "sweeps" not in o],
+    "+ mirrored grids": [o for o in PLAIN if "sweeps" not in o and "offset" not in o],
     "all: + a stream per slice, asymmetric": [],
 }
 WITHOUT = {
-    "all, no sweep, no refit": ["method.sweeps=0", "method.refits=0"],
-    "all, one sweep, no refit": ["method.sweeps=1", "method.refits=0"],
-    "all, no refit": ["method.refits=0"],
+    "all, no sweep": ["method.sweeps=0"],
+    "all, one sweep": ["method.sweeps=1"],
+    "all, four sweeps": ["method.sweeps=4"],
     "all, no mirrored grids": ["method.offset=0"],
     "all, offset 4": ["method.offset=4"],
     "all, offset 12": ["method.offset=12"],

@@ -20,7 +20,7 @@ import numba
 import torch
 from torch import Tensor
 
-from matquant.nested import NestedWeight, levels
+from matquant.nested import NestedWeight, slice_codes
 from matquant.quantize.solver import Calibration, Inputs, SolverOptions, calibrate, relative_error, solve
 
 WIDTHS = {2: 1.0, 3: 2.0, 4: 4.0, 6: 16.0, 8: 64.0}
@@ -31,9 +31,12 @@ NOTE = "Large layers: --sizes 4096x4096,4096x14336 (rows x columns; the last nee
 OURS = {
     "(b) ours, min-max scales": SolverOptions(weights=WIDTHS, group_size=GROUP_SIZE, scale="minmax"),
     "(c) ours, scale search": SolverOptions(weights=WIDTHS, group_size=GROUP_SIZE),
-    "(d) ours, search, offset 8, 2 sweeps": SolverOptions(weights=WIDTHS, group_size=GROUP_SIZE, offset=8.0, sweeps=2),
+    "(d) ours, scale search, a sweep": SolverOptions(weights=WIDTHS, group_size=GROUP_SIZE, sweeps=1),
+    "(e) ours, the default: mirrored grids, 2 sweeps": SolverOptions(
+        weights=WIDTHS, group_size=GROUP_SIZE, offset=8.0, sweeps=2
+    ),
 }
-BASELINE = "(a) published, torch"
+BASELINE = "(a) MatGPTQ v1, its column loop in torch"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,33 +53,36 @@ class Row:
 
 
 def published(weight: Tensor, factor: Tensor, columns: int, block_size: int = 128) -> NestedWeight:
-    """The first ``columns`` columns by the published algorithm: all 256 candidates of each weight are tried at every
-    width, from a table of their values, and the plain mean of the widths' errors is fed back into one shared target.
+    """The first ``columns`` columns by the published algorithm, with the published code's work for each of them: all 256
+    candidates of every row are sliced, decoded and compared at every width, and the plain mean of the widths' errors is
+    fed back into one shared target.
 
     Args:
         weight: float32 [rows, all columns].
         factor: float32 [all columns, all columns], upper Cholesky factor of the inverse Hessian.
     """
-    table = torch.stack([levels(bits, 8, "round") for bits in WIDTHS]) - 128  # [K, 256]
-    target, rows = weight.clone(), torch.arange(len(weight))
-    codes = torch.zeros(len(weight), columns, dtype=torch.uint8)
-    scales = torch.zeros(len(weight), columns // GROUP_SIZE)
+    target, rows = weight.clone(), len(weight)
+    candidates = torch.arange(256, dtype=torch.uint8)[:, None].expand(-1, rows)
+    codes = torch.zeros(rows, columns, dtype=torch.uint8)
+    scales = torch.zeros(rows, columns // GROUP_SIZE)
     for first in range(0, columns, block_size):
         last = min(first + block_size, columns)
-        errors = torch.zeros(len(weight), last - first)
+        errors = torch.zeros(rows, last - first)
         for j in range(first, last):
             if j % GROUP_SIZE == 0:
                 group = target[:, j : j + GROUP_SIZE].abs().amax(1)
                 scales[:, j // GROUP_SIZE] = (group * 2 / 255).half().float()
-            scale, t = scales[:, j // GROUP_SIZE, None], target[:, j, None]
-            cost = torch.zeros(len(weight), 256)
-            for values, lam in zip(table, WIDTHS.values(), strict=True):
-                cost += lam * (t - scale * values) ** 2
-            code = cost.argmin(1)
-            chosen = scale * table[:, code].T  # [rows, K]
-            errors[:, j - first] = (t - chosen).mean(1) / factor[j, j]
+            scale, t = scales[:, j // GROUP_SIZE], target[:, j]
+            cost, wrong = torch.zeros(256, rows), torch.zeros(256, rows)
+            for bits, lam in WIDTHS.items():
+                value = slice_codes(candidates, bits, 8, "round") << (8 - bits)
+                error = t - scale * (value - 128.0)
+                wrong += error
+                cost += lam * error**2
+            codes[:, j] = cost.argmin(0)
+            mean = wrong.gather(0, codes[None, :, j].long())[0] / len(WIDTHS)
+            errors[:, j - first] = mean / factor[j, j]
             target[:, j + 1 : last] -= errors[:, j - first, None] * factor[j, j + 1 : last]
-            codes[rows, j] = code.to(torch.uint8)
         target[:, last:] -= errors @ factor[first:last, last:]
     return NestedWeight(codes=codes, scales=scales, zeros=None, master_bits=8, slicing="round")
 

@@ -179,12 +179,11 @@ def test_killed_three_times_it_ends_with_the_same_bytes(run_py, tmp_path):
     assert resumed == undisturbed["sha256"]
 
 
-@pytest.mark.parametrize("notice", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_says_so_and_resumes_to_the_same_bytes(run_py, tmp_path, small_model, notice):
-    small = (*SMALL, f"model.path={small_model}", "method.group_size=64", "bits=2", "calibration.sequences=32")
+def test_a_stopped_run_says_so_and_resumes_to_the_same_bytes(run_py, tmp_path, small_model):
+    small = (*SMALL, f"model.path={small_model}", "method.group_size=64", "bits=2", "calibration.sequences=16")
     process = run_py(*small)
-    wait_for_block(0, tmp_path / "store", process)
-    process.send_signal(notice)
+    wait_for_block(1, tmp_path / "store", process)  # block 0 then stands in the journal
+    process.terminate()  # SIGTERM; Ctrl-C takes the same path
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "finished blocks are kept" in err

@@ -5,6 +5,7 @@
 
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -63,10 +64,16 @@ def _run_job(config: Config, cfg: DictConfig) -> float | None:
     return run_job(config, job)
 
 
+def _stop(_signal: int, _frame: object) -> None:
+    """A batch system's notice ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Entry point: exit status 0, or 2 with one sentence when the user can mend what is wrong."""
     # Hydra would print a shortened traceback of its own and exit; this way errors come here.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    signal.signal(signal.SIGTERM, _stop)
     try:
         run()
     except (UserError, HydraException, OmegaConfBaseException) as error:

@@ -20,6 +20,9 @@ MIN_BITS, MAX_BITS = 2, 8
 GROUP_SIZES = (32, 64, 128, -1)
 STAGES = ("quantize", "evaluate")
 
+# What batch_size=auto makes of windows: enough to keep a GPU busy, little enough for a block's activations.
+_TOKENS_AT_ONCE = 4096
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -37,12 +40,15 @@ class ModelConfig:
 class TextConfig:
     """A text cut into ``sequences`` windows of ``sequence_length`` tokens."""
 
-    dataset: Literal["stdlib", "text"]
-    path: str | None  # of dataset 'text': a file, or a folder of .txt, .md and .py files
+    dataset: Literal["stdlib", "wikitext2", "c4", "fineweb_edu", "local", "mix"]
+    path: str | None  # of dataset 'local': a file, or a folder of .txt, .md, .py, .jsonl and .parquet files
     sequences: int
     sequence_length: int
     seed: int | None  # draws the windows; null takes the first ones
-    batch_size: int
+    batch_size: int  # windows at a time; auto in a config: as many as make 4096 tokens
+    field: str | None = None  # of a row of .jsonl and .parquet; null: text, messages or content
+    bos: bool | None = None  # windows begin with the tokenizer's first token; null: where it adds one by itself
+    mix: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of dataset 'mix': a weight for each dataset
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +61,14 @@ class ObjectiveConfig:
     @property
     def widths(self) -> tuple[int, ...]:
         return tuple(sorted(self.weights))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LayerConfig:
+    """What some layers have of their own; null: what all have."""
+
+    group_size: int | None = None
+    weights: Mapping[int, float] | None = None  # of the objective
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +94,13 @@ class MethodConfig:
     block_size: int
     skip: tuple[str, ...]  # patterns of layer names that stay as they are
     head: bool  # the output head too; one that is tied to the embeddings becomes a layer of its own
+
+    overrides: Mapping[str, LayerConfig] = dataclasses.field(default_factory=dict)  # by pattern; the first that fits
+
+    def of_layer(self, layer: str) -> LayerConfig:
+        """What is different for one layer."""
+        fitting = (other for pattern, other in self.overrides.items() if fnmatch.fnmatch(layer, pattern))
+        return next(fitting, LayerConfig())
 
     def skips(self, layer: str) -> bool:
         return any(fnmatch.fnmatch(layer, pattern) for pattern in self.skip)
@@ -146,6 +167,7 @@ def from_hydra(cfg: DictConfig) -> Config:
         tree.pop(group, None)
     bits = tree.get("bits")
     _replace_weights(tree.get("objective"))
+    _choose_batches(tree)
     tree["bits"] = [] if bits is None else bits if isinstance(bits, list) else [bits]
     config = typing.cast(Config, _build(Config, tree, ""))
     _check(config)
@@ -161,6 +183,14 @@ def _replace_weights(objective: Any) -> None:
         weights = objective["weights"]
         given = {key: value for key, value in weights.items() if isinstance(key, int)}
         objective["weights"] = given or {int(k) if str(k).isdecimal() else k: v for k, v in weights.items()}
+
+
+def _choose_batches(tree: dict[str, Any]) -> None:
+    """Put a number for ``batch_size: auto``: it follows from the config alone, so that sums and bytes do too."""
+    evaluated = (tree.get("eval") or {}).get("datasets")
+    for text in (tree.get("calibration"), *(evaluated.values() if isinstance(evaluated, dict) else ())):
+        if isinstance(text, dict) and text.get("batch_size") == "auto" and isinstance(text.get("sequence_length"), int):
+            text["batch_size"] = max(1, _TOKENS_AT_ONCE // max(1, text["sequence_length"]))
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
@@ -190,14 +220,19 @@ def _build_dataclass(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise UserError(f"{where or 'The config'} must be a group of settings; found {value!r}.")
     hints = get_type_hints(kind)
-    unknown, missing = value.keys() - hints.keys(), hints.keys() - value.keys()
+    optional = {
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+    }
+    unknown, missing = value.keys() - hints.keys(), hints.keys() - value.keys() - optional
     prefix = f"{where}." if where else ""
     if unknown:
         names = ", ".join(prefix + str(n) for n in sorted(unknown, key=str))
         raise UserError(f"Unknown setting: {names}. There are: {', '.join(prefix + n for n in hints)}.")
     if missing:
         raise UserError(f"Missing setting: {', '.join(prefix + n for n in sorted(missing))}.")
-    return kind(**{name: _build(hint, value[name], prefix + name) for name, hint in hints.items()})
+    return kind(**{n: _build(hint, value[n], prefix + n) for n, hint in hints.items() if n in value})
 
 
 def _build_scalar(kind: type, value: Any, where: str) -> Any:
@@ -264,6 +299,14 @@ def _check_method(method: MethodConfig) -> None:
             f"method.group_size must be one of {', '.join(map(str, GROUP_SIZES))} (-1: one scale per row); "
             f"found {method.group_size}."
         )
+    for pattern, layer in method.overrides.items():
+        if layer.group_size not in (*GROUP_SIZES, None):
+            raise UserError(
+                f"method.overrides.{pattern}.group_size must be one of {', '.join(map(str, GROUP_SIZES))}; "
+                f"found {layer.group_size}."
+            )
+        if layer.weights is not None:
+            _check_objective(ObjectiveConfig(name=pattern, weights=layer.weights), method.master_bits)
     if not 0 < method.damp < 1:
         raise UserError(
             f"method.damp is a fraction of the Hessian's mean diagonal, above 0 and below 1; found {method.damp}."
@@ -295,5 +338,14 @@ def _check_text(text: TextConfig, where: str) -> None:
     for name in ("sequences", "sequence_length", "batch_size"):
         if getattr(text, name) < (2 if name == "sequence_length" else 1):
             raise UserError(f"{where}.{name} is too small: {getattr(text, name)}.")
-    if text.dataset == "text" and text.path is None:
-        raise UserError(f"{where}.dataset=text needs {where}.path: a text file or a folder of them.")
+    if "local" in (text.dataset, *text.mix) and text.path is None:
+        raise UserError(f"{where}.dataset={text.dataset} needs {where}.path: a text file or a folder of them.")
+    if (text.dataset == "mix") != bool(text.mix):
+        raise UserError(
+            f"{where}.mix gives each dataset a weight, and goes with {where}.dataset=mix; found {dict(text.mix)}."
+        )
+    for name, weight in text.mix.items():
+        if name not in ("stdlib", "wikitext2", "c4", "fineweb_edu", "local") or not 0 < weight < math.inf:
+            raise UserError(
+                f"{where}.mix.{name}={weight}: a mix is of stdlib, wikitext2, c4, fineweb_edu and local, with weights above 0."
+            )

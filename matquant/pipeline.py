@@ -17,7 +17,7 @@ import math
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ class _Run:
             self.blocks = BlockModel(self.loaded.model, self.loaded.checkpoint)
             self.dtype = compute_dtype(self.loaded.dtype, self.device)
             self.layers = layers_to_quantize(self.blocks, config.method.skips, head=config.method.head)
-            check_layers(self.layers, config.method.group_size)
+            check_layers(self.layers, lambda name: config.method.of_layer(name).group_size or config.method.group_size)
             self._check_lengths()
             self.evaluation = self._evaluation_windows()
             self.blocks.check(self.device, self.dtype)
@@ -157,15 +157,17 @@ class _Run:
         """Cut before any long work, so that a text that is missing or too short is refused at once."""
         if "evaluate" not in self.config.stages:
             return {}
+        if self.config.method.solver != "rtn":
+            texts.check_apart(self.config.calibration, dict(self.config.eval.datasets))
         tokenizer = self.loaded.tokenizer
-        return {n: texts.windows(t, "evaluation", tokenizer) for n, t in self.config.eval.datasets.items()}
+        return {n: texts.windows(t, "evaluation", tokenizer, self.store) for n, t in self.config.eval.datasets.items()}
 
     def _quantize(self) -> dict[int, Parent]:
         """The parent of each width to measure: one and the same, or for a dedicated method one each."""
         method, widths = self.config.method, self.config.widths
         windows = None
         if method.solver != "rtn":
-            windows = texts.windows(self.config.calibration, "calibration", self.loaded.tokenizer)
+            windows = texts.windows(self.config.calibration, "calibration", self.loaded.tokenizer, self.store)
         if method.dedicated:
             return {b: self._open_parent(_options(method, {b: 1.0}, b, self.loaded.dtype), windows) for b in widths}
         options = _options(method, self.config.objective.weights, method.master_bits, self.loaded.dtype)
@@ -189,6 +191,9 @@ class _Run:
             "layers": names,
             "solver": _SOLVER_VERSION,
         }
+        own = _own_options(method, names, options)
+        if own:
+            inputs["overrides"] = {name: _plain(chosen) for name, chosen in own.items()}
         width = f" at {options.master_bits} bits" if method.dedicated else ""
 
         def build(draft: Draft) -> dict[str, Any]:
@@ -204,7 +209,7 @@ class _Run:
                 driver = Driver(
                     self.blocks, self.layers, options, calibration, device=self.device,
                     solver_device=_solver_device(self.device, self.warnings), dtype=self.dtype, place=place,
-                    progress=progress,
+                    overrides=own.get, progress=progress,
                 )  # fmt: skip
                 blocks = driver.run(draft, windows)
                 self.phases.update(driver.seconds)
@@ -356,6 +361,25 @@ def _options(method: MethodConfig, weights: Mapping[int, float], master_bits: in
         block_size=method.block_size,
         scale_dtype=torch.float16 if dtype == torch.float32 else dtype,
     )
+
+
+def _own_options(method: MethodConfig, names: Iterable[str], options: SolverOptions) -> dict[str, SolverOptions]:
+    """The options of the layers that have some of their own; layers of one pattern share the object."""
+    made: dict[int, SolverOptions] = {}
+    found = {}
+    for name in names:
+        layer = method.of_layer(name)
+        if (layer.group_size, layer.weights) == (None, None):
+            continue
+        if id(layer) not in made:
+            weights = dict(options.weights)
+            if layer.weights is not None and not method.dedicated:
+                largest = max(layer.weights.values())
+                weights = {bits: weight / largest for bits, weight in sorted(layer.weights.items()) if weight > 0}
+            group_size = layer.group_size or options.group_size
+            made[id(layer)] = dataclasses.replace(options, weights=weights, group_size=group_size)
+        found[name] = made[id(layer)]
+    return found
 
 
 def _plain(options: SolverOptions) -> dict[str, Any]:

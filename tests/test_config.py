@@ -17,7 +17,7 @@ EXPERIMENTS = [f"experiment={path.parent.name}" for path in sorted(CONF.parent.g
 def test_every_preset_composes(choice, monkeypatch, tmp_path):
     cli.register()
     overrides = [choice]
-    if choice == "calibration=text":
+    if choice == "calibration=local":
         overrides.append(f"calibration.path={tmp_path}")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = from_hydra(compose("config", overrides))

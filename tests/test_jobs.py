@@ -112,9 +112,22 @@ def test_options_compose(job, small_model, overrides):
 def test_calibrating_on_a_text_of_ones_own(job, small_model, tmp_path):
     text = tmp_path / "words.txt"
     text.write_text(" ".join(f"word{i % 97} and number {i}" for i in range(2000)))
-    results = job(*SMALL, f"model.path={small_model}", "method.group_size=64", "calibration=text",
+    results = job(*SMALL, f"model.path={small_model}", "method.group_size=64", "calibration=local",
                   f"calibration.path={text}", "calibration.sequences=4", "calibration.sequence_length=64")  # fmt: skip
     assert divergences(results)[0] > 0
+
+
+def test_some_layers_have_options_of_their_own(job, small_model):
+    small = (*SMALL, f"model.path={small_model}", "method.group_size=64", "bits=[2,8]", "calibration.batch_size=auto")
+    plain = job(*small)
+    mixed = job(*small, "++method.overrides={*.down_proj:{group_size:32},*.o_proj:{weights:{2:1}}}")
+    sizes = {row["name"]: row["parameters"] for row in plain["layers"]}
+    down = sum(size for name, size in sizes.items() if name.endswith("down_proj"))
+    assert mixed["slices"][0]["bytes"] - plain["slices"][0]["bytes"] == down / 32 * 2 - down / 64 * 2
+    errors = {row["name"]: row["error"] for row in mixed["layers"]}
+    own = [error for name, error in errors.items() if name.endswith("o_proj")]
+    assert all(error.keys() == {"2"} for error in own)
+    assert all(len(error) > 1 for name, error in errors.items() if not name.endswith("o_proj"))
 
 
 @pytest.mark.parametrize("launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]])
@@ -164,6 +177,22 @@ def test_killed_three_times_it_ends_with_the_same_bytes(run_py, tmp_path):
     undisturbed = load(tmp_path / "run")["parent"]
     assert undisturbed["reused"] is False
     assert resumed == undisturbed["sha256"]
+
+
+def test_a_stopped_run_says_so_and_resumes_to_the_same_bytes(run_py, tmp_path, small_model):
+    small = (*SMALL, f"model.path={small_model}", "method.group_size=64", "bits=2", "calibration.sequences=16")
+    process = run_py(*small)
+    wait_for_block(1, tmp_path / "store", process)  # block 0 then stands in the journal
+    process.terminate()  # SIGTERM; Ctrl-C takes the same path
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "finished blocks are kept" in err
+    assert "Traceback" not in err
+    out, err = run_py(*small).communicate(timeout=300)
+    assert "resuming" in out + err
+    resumed = load(tmp_path / "run")["parent"]["sha256"]
+    run_py(*small, f"store.path={tmp_path}/undisturbed").communicate(timeout=300)
+    assert load(tmp_path / "run")["parent"]["sha256"] == resumed
 
 
 def test_weights_loaded_in_another_dtype_are_another_parent(job, small_model):

@@ -62,5 +62,5 @@ def documents(split: str, root: Path | None = None) -> Iterator[str]:
     if not found:
         raise UserError(
             f"No Python source of split '{split}' was found under {root}. "
-            "Use an interpreter that ships its standard library's source, or another text with calibration=text."
+            "Use an interpreter that ships its standard library's source, or another text with calibration=local."
         )

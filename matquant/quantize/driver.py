@@ -59,7 +59,7 @@ def layers_to_quantize(blocks: BlockModel, skips: Callable[[str], bool], *, head
     ]
 
 
-def check_layers(layers: Sequence[Mapping[str, nn.Linear]], group_size: int) -> None:
+def check_layers(layers: Sequence[Mapping[str, nn.Linear]], group_size_of: Callable[[str], int]) -> None:
     """Refuse a group size that does not divide a layer, before any work.
 
     Raises:
@@ -67,6 +67,7 @@ def check_layers(layers: Sequence[Mapping[str, nn.Linear]], group_size: int) -> 
     """
     for block in layers:
         for name, layer in block.items():
+            group_size = group_size_of(name)
             if group_size != -1 and layer.in_features % group_size:
                 raise UserError(
                     f"method.group_size={group_size} does not divide the {layer.in_features} input features of "
@@ -89,6 +90,7 @@ class Driver:
         solver_device: where layers are solved.
         dtype: in which blocks run.
         place: where hidden states wait between two blocks; ``device`` when None.
+        overrides: gives for a layer's name the options that it has of its own, or None.
         progress: called with 1 after each solved layer.
     """
 
@@ -103,6 +105,7 @@ class Driver:
         solver_device: torch.device,
         dtype: torch.dtype,
         place: Place | None = None,
+        overrides: Callable[[str], SolverOptions | None] = lambda _: None,
         progress: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.blocks = blocks
@@ -113,6 +116,7 @@ class Driver:
         self.solver_device = solver_device
         self.dtype = dtype
         self.place = place
+        self.overrides = overrides
         self.progress = progress
         self.seconds: dict[str, float] = collections.defaultdict(float)
 
@@ -271,14 +275,24 @@ class _BlockSolver:
                 self.record["notes"].append(f"{name} saw no calibration data; it was rounded to nearest.")
                 self._solve_layer(name, None, [])
             return
-        inputs = self._inputs(names[0], moments)
-        calibration = calibrate(inputs, self.driver.options, names[0])
+        given = self._inputs(names[0], moments)
+        options = {name: self.driver.overrides(name) or self.driver.options for name in names}
+        for chosen in dict.fromkeys(id(o) for o in options.values()):
+            alike = [name for name in names if id(options[name]) == chosen]
+            self._solve_alike(alike, given, options[alike[0]])
+
+    def _solve_alike(self, names: Sequence[str], given: Mapping[int, Inputs], options: SolverOptions) -> None:
+        """Solve layers that share their input and their options."""
+        inputs = list(given.values())
+        if len(given) > 1:
+            inputs = [given[self.driver.calibration.stream_of(bits)] for bits in options.widths]
+        calibration = calibrate(inputs, options, names[0])
         self.record["notes"] += calibration.notes
         for name in names:
             self._solve_layer(name, calibration, [i.hessian for i in inputs])
 
-    def _inputs(self, name: str, moments: dict[int, Moments]) -> list[Inputs]:
-        """The moments as the solver takes them, one for all widths, or one per width; ``moments`` is empty afterwards."""
+    def _inputs(self, name: str, moments: dict[int, Moments]) -> dict[int, Inputs]:
+        """The moments of each stream as the solver takes them; ``moments`` is empty afterwards."""
         asymmetric = self.driver.calibration.asymmetric and name not in self.pools
         if asymmetric and any(m.cross is None for m in moments.values()):
             self.record["notes"].append(f"{name} sees other tokens in each slice; it was calibrated symmetrically.")
@@ -288,12 +302,10 @@ class _BlockSolver:
             of_stream = moments.pop(bits)
             cross = of_stream.cross.to(place) if asymmetric and of_stream.cross is not None else None
             given[bits] = Inputs(hessian=of_stream.hessian.to(place), cross=cross)
-        if len(given) == 1:
-            return list(given.values())
-        return [given[self.driver.calibration.stream_of(bits)] for bits in self.driver.options.widths]
+        return given
 
     def _solve_layer(self, name: str, calibration: Calibration | None, hessians: Sequence[Tensor]) -> None:
-        options = self.driver.options
+        options = self.driver.overrides(name) or self.driver.options
         weight = self.layers[name].weight.detach().to(self.driver.solver_device).float()
         if not torch.isfinite(weight).all():
             raise UserError(

@@ -27,7 +27,7 @@ class Characters:
 
 
 def config(**settings: Any) -> TextConfig:
-    defaults = {"dataset": "text", "path": None, "sequences": 2, "sequence_length": 4, "seed": None, "batch_size": 1}
+    defaults = {"dataset": "local", "path": None, "sequences": 2, "sequence_length": 4, "seed": None, "batch_size": 1}
     return TextConfig(**(defaults | settings))
 
 

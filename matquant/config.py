@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from matquant.errors import UserError
+from matquant.search.allocation import is_file_name
 
 MIN_BITS, MAX_BITS = 2, 8
 GROUP_SIZES = (32, 64, 128, -1)
@@ -116,7 +117,7 @@ class StoreConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """One job. ``bits`` are the widths to measure; empty means the objective's."""
+    """One job. ``bits`` are the widths to measure, ``allocations`` files to measure; neither means the objective's."""
 
     model: ModelConfig
     calibration: TextConfig
@@ -127,12 +128,13 @@ class Config:
     runtime: RuntimeConfig
     store: StoreConfig
     bits: tuple[int, ...]
+    allocations: tuple[str, ...]
     stages: tuple[str, ...]
     metric: Literal["kl", "perplexity"]
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return self.bits or self.objective.widths
+        return self.bits or (() if self.allocations else self.objective.widths)
 
 
 def from_hydra(cfg: DictConfig) -> Config:
@@ -146,7 +148,9 @@ def from_hydra(cfg: DictConfig) -> Config:
         tree.pop(group, None)
     bits = tree.get("bits")
     _replace_weights(tree.get("objective"))
-    tree["bits"] = [] if bits is None else bits if isinstance(bits, list) else [bits]
+    given = [] if bits is None else bits if isinstance(bits, list) else [bits]
+    tree["bits"] = [b for b in given if not is_file_name(b)]
+    tree["allocations"] = [b for b in given if is_file_name(b)]
     config = typing.cast(Config, _build(Config, tree, ""))
     _check(config)
     return config
@@ -224,6 +228,11 @@ def _check(config: Config) -> None:
         _check_width(bits, "bits", config.method.master_bits)
     if len(set(config.bits)) != len(config.bits):
         raise UserError(f"bits names a width twice: {list(config.bits)}.")
+    if config.allocations and config.method.dedicated:
+        raise UserError(
+            f"bits={config.allocations[0]} mixes widths of one parent, but method={config.method.name} makes a model for "
+            "each width. Use method=matgptq, or method.dedicated=false."
+        )
     for stage in config.stages:
         if stage not in STAGES:
             raise UserError(f"stages: there is no stage {stage!r}; there are {', '.join(STAGES)}.")

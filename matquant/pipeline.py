@@ -15,7 +15,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,15 @@ from matquant.data import texts
 from matquant.errors import UserError
 from matquant.evaluate.metrics import Metrics
 from matquant.evaluate.slices import evaluate_slices, steps
+from matquant.evaluate.variants import Variant
 from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.load import load
 from matquant.progress import Bars
 from matquant.quantize.driver import CalibrationOptions, Driver, check_layers, layers_to_quantize
 from matquant.quantize.parent import Parent
 from matquant.quantize.solver import SolverOptions
+from matquant.search import allocation
+from matquant.search.allocation import Allocation
 from matquant.store import Artifact, Draft, Store
 
 log = logging.getLogger(__name__)
@@ -114,16 +117,17 @@ class _Run:
             self.layers = layers_to_quantize(self.blocks, config.method.skips, head=config.method.head)
             check_layers(self.layers, config.method.group_size)
             self._check_lengths()
+            self.allocations = self._read_allocations()
             self.evaluation = self._evaluation_windows()
 
     def results(self) -> dict[str, Any]:
         with self._timed("quantize"):
-            parents = self._quantize()
+            variants = self._quantize()
         measured: dict[str, dict[str, Any]] = {}
         with self._timed("evaluate"):
             if "evaluate" in self.config.stages:
-                measured = self._evaluate(parents)
-        return self._assemble(parents, measured)
+                measured = self._evaluate(variants)
+        return self._assemble(variants, measured)
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -151,16 +155,33 @@ class _Run:
         tokenizer = self.loaded.tokenizer
         return {n: texts.windows(t, "evaluation", tokenizer) for n, t in self.config.eval.datasets.items()}
 
-    def _quantize(self) -> dict[int, Parent]:
-        """The parent of each width to measure: one and the same, or for a dedicated method one each."""
+    def _read_allocations(self) -> dict[str, Allocation]:
+        """The files among ``bits``, by path, held against the layers before any long work."""
+        names = [name for block in self.layers for name in block]
+        read = {path: allocation.read(Path(path)) for path in self.config.allocations}
+        for path, found in read.items():
+            allocation.check(found, names, self.config.method.master_bits, path)
+        return read
+
+    def _quantize(self) -> list[Variant]:
+        """Each width and allocation to measure, with its parent: one and the same, or for a dedicated method one each."""
         method, widths = self.config.method, self.config.widths
         windows = None
         if method.solver != "rtn":
             windows = texts.windows(self.config.calibration, "calibration", self.loaded.tokenizer)
         if method.dedicated:
-            return {b: self._open_parent(_options(method, {b: 1.0}, b, self.loaded.dtype), windows) for b in widths}
+            return [
+                Variant(name=str(b), parent=self._open_parent(options, windows), widths=b)
+                for b in widths
+                for options in [_options(method, {b: 1.0}, b, self.loaded.dtype)]
+            ]
         options = _options(method, self.config.objective.weights, method.master_bits, self.loaded.dtype)
-        return dict.fromkeys(widths, self._open_parent(options, windows))
+        parent = self._open_parent(options, windows)
+        variants = [Variant(name=str(b), parent=parent, widths=b) for b in widths]
+        for path, found in self.allocations.items():
+            variants.append(Variant(name=path, parent=parent, widths=found.widths, allocation=found))
+            self.warnings += _changes(variants[-1])
+        return variants
 
     def _open_parent(self, options: SolverOptions, windows: Tensor | None) -> Parent:
         method = self.config.method
@@ -202,25 +223,23 @@ class _Run:
         self.warnings += [*artifact.notes, *parent.notes()]
         return parent
 
-    def _evaluate(self, parents: Mapping[int, Parent]) -> dict[str, dict[str, Any]]:
-        """For each dataset the metrics of every variant: ``full`` and each width."""
+    def _evaluate(self, variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
+        """For each dataset the metrics of ``full`` and of every variant."""
+        by_name = {variant.name: variant for variant in variants}
 
         def weights_of(index: int, variant: str) -> dict[str, Tensor]:
-            parent = parents[int(variant)]
-            weights = parent.block(index) if index < len(parent.blocks) else {}
-            return {name: w.decode(int(variant)) for name, w in weights.items()}
+            return by_name[variant].weights(index)
 
         measured = {}
         for name, windows in self.evaluation.items():
-            variants = [str(bits) for bits in parents]
             batch_size = self.config.eval.datasets[name].batch_size
-            with self.bars.bar(f"evaluate on {name}", steps(self.blocks, windows, variants)) as progress:
+            with self.bars.bar(f"evaluate on {name}", steps(self.blocks, windows, list(by_name))) as progress:
                 measured[name] = evaluate_slices(
-                    self.blocks, windows, weights_of, variants, batch_size, self.device, progress
+                    self.blocks, windows, weights_of, list(by_name), batch_size, self.device, progress
                 )
         return measured
 
-    def _assemble(self, parents: Mapping[int, Parent], measured: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    def _assemble(self, variants: Sequence[Variant], measured: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         return {
             "schema": 1,
             "model": self.loaded.label,
@@ -228,14 +247,14 @@ class _Run:
             "command": self.job.command,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "config": self.job.resolved,
-            "parent": _describe(parents),
+            "parent": _describe(variants),
             "baseline": {
                 "bytes": self._dense_bytes(),
                 "perplexity": {name: _finite(m["full"].perplexity) for name, m in measured.items()},
             },
-            "slices": [_slice(bits, parent, measured) for bits, parent in parents.items()],
+            "slices": [_slice(variant, measured) for variant in variants],
             "seconds": self.seconds,
-            "layers": _layer_rows(parents),
+            "layers": _layer_rows(variants),
             "warnings": list(dict.fromkeys(self.warnings)),
             "versions": _versions(),
         }
@@ -286,9 +305,9 @@ def _plain(options: SolverOptions) -> dict[str, Any]:
     return plain | {"weights": {str(b): w for b, w in options.weights.items()}, "scale_dtype": str(options.scale_dtype)}
 
 
-def _describe(parents: Mapping[int, Parent]) -> dict[str, Any]:
+def _describe(variants: Sequence[Variant]) -> dict[str, Any]:
     """The parent as results name it; for a dedicated method the sum of its models, and each of them."""
-    described = {bits: _describe_artifact(parent.artifact) for bits, parent in parents.items()}
+    described = {variant.name: _describe_artifact(variant.parent.artifact) for variant in variants}
     models = list({d["sha256"]: d for d in described.values()}.values())
     if len(models) == 1:
         return models[0]
@@ -298,7 +317,7 @@ def _describe(parents: Mapping[int, Parent]) -> dict[str, Any]:
         "sha256": together,
         "bytes": sum(m["bytes"] for m in models),
         "reused": all(m["reused"] for m in models),
-        "models": {str(bits): model for bits, model in described.items()},
+        "models": described,
     }
 
 
@@ -306,17 +325,36 @@ def _describe_artifact(artifact: Artifact) -> dict[str, Any]:
     return {"path": str(artifact.path), "sha256": artifact.sha256, "bytes": artifact.bytes, "reused": artifact.reused}
 
 
-def _slice(bits: int, parent: Parent, measured: Mapping[str, Mapping[str, Metrics]]) -> dict[str, Any]:
-    of_width = {name: metrics[str(bits)] for name, metrics in measured.items()}
-    return {
-        "bits": bits,
-        "average_bits": float(bits),
-        "bytes": parent.bytes_read(bits),
-        "perplexity": {name: _finite(m.perplexity) for name, m in of_width.items()},
-        "kl": {name: _finite(m.kl) for name, m in of_width.items()},
-        "top1_agreement": {name: m.top1_agreement for name, m in of_width.items()},
+def _slice(variant: Variant, measured: Mapping[str, Mapping[str, Metrics]]) -> dict[str, Any]:
+    found = {name: metrics[variant.name] for name, metrics in measured.items()}
+    entry: dict[str, Any] = {"bits": variant.widths if isinstance(variant.widths, int) else report.ALLOCATION}
+    if variant.allocation is not None:
+        entry["name"] = variant.name
+        entry["allocation"] = {**variant.allocation.about, "widths": dict(variant.allocation.widths)}
+    return entry | {
+        "average_bits": variant.average_bits(),
+        "bytes": variant.bytes_read(),
+        "perplexity": {name: _finite(m.perplexity) for name, m in found.items()},
+        "kl": {name: _finite(m.kl) for name, m in found.items()},
+        "top1_agreement": {name: m.top1_agreement for name, m in found.items()},
         "tasks": {},
     }
+
+
+def _changes(variant: Variant) -> list[str]:
+    """What an allocation's file says of itself and what no longer holds, because it was edited or for another parent."""
+    recorded, notes = variant.allocation, []
+    if recorded is None:
+        return []
+    average, parent = variant.average_bits(), recorded.about.get("parent")
+    if recorded.average_bits is not None and abs(recorded.average_bits - average) > 1e-4:
+        notes.append(
+            f"{variant.name} says {recorded.average_bits:g} bits on average, but its widths make {average:g}: it was edited, "
+            "and the losses that it records are of what it was."
+        )
+    if parent is not None and parent != variant.parent.artifact.sha256:
+        notes.append(f"{variant.name} was found for another parent ({str(parent)[:12]}); it is measured on this one.")
+    return notes
 
 
 def _finite(value: float) -> float | None:
@@ -324,10 +362,10 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _layer_rows(parents: Mapping[int, Parent]) -> list[dict[str, Any]]:
+def _layer_rows(variants: Sequence[Variant]) -> list[dict[str, Any]]:
     """A row per layer, with the errors of all models that were made for different widths."""
     rows: dict[str, dict[str, Any]] = {}
-    for parent in dict.fromkeys(parents.values()):
+    for parent in dict.fromkeys(variant.parent for variant in variants):
         for row in parent.layer_errors():
             known = rows.setdefault(row["name"], row | {"error": {}})
             known["error"] |= row["error"]

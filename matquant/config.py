@@ -15,7 +15,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from matquant.errors import UserError
+from matquant.search import settings
 from matquant.search.allocation import is_file_name
+from matquant.search.settings import SearchConfig
 
 MIN_BITS, MAX_BITS = 2, 8
 GROUP_SIZES = (32, 64, 128, -1)
@@ -123,6 +125,7 @@ class Config:
     calibration: TextConfig
     objective: ObjectiveConfig
     method: MethodConfig
+    search: SearchConfig
     eval: EvalConfig
     tracking: TrackingConfig
     runtime: RuntimeConfig
@@ -144,14 +147,14 @@ def from_hydra(cfg: DictConfig) -> Config:
         UserError: a key is missing or unknown, a value has the wrong type or is out of range.
     """
     tree = typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-    for group in ("search", "pack"):
-        tree.pop(group, None)
+    tree.pop("pack", None)
     bits = tree.get("bits")
     _replace_weights(tree.get("objective"))
     given = [] if bits is None else bits if isinstance(bits, list) else [bits]
     tree["bits"] = [b for b in given if not is_file_name(b)]
     tree["allocations"] = [b for b in given if is_file_name(b)]
     config = typing.cast(Config, _build(Config, tree, ""))
+    config = dataclasses.replace(config, search=settings.chosen(config.search))
     _check(config)
     return config
 
@@ -220,6 +223,7 @@ def _check(config: Config) -> None:
     _check_objective(config.objective, config.method.master_bits)
     _check_method(config.method)
     _check_text(config.calibration, "calibration")
+    settings.check(config.search, config.method.master_bits, dedicated=config.method.dedicated)
     if not config.eval.datasets:
         raise UserError("eval.datasets names no text; give at least one, for example eval=default.")
     for name, text in config.eval.datasets.items():

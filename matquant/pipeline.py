@@ -25,7 +25,7 @@ from rich.console import Console
 from torch import Tensor
 
 from matquant import report
-from matquant.config import Config, MethodConfig
+from matquant.config import Config, MethodConfig, TextConfig
 from matquant.data import texts
 from matquant.errors import UserError
 from matquant.evaluate.metrics import Metrics
@@ -37,8 +37,11 @@ from matquant.progress import Bars
 from matquant.quantize.driver import CalibrationOptions, Driver, check_layers, layers_to_quantize
 from matquant.quantize.parent import Parent
 from matquant.quantize.solver import SolverOptions
+from matquant.report.files import write_atomic
 from matquant.search import allocation
 from matquant.search.allocation import Allocation
+from matquant.search.stage import Setting
+from matquant.search.stage import search as run_search
 from matquant.store import Artifact, Draft, Store
 
 log = logging.getLogger(__name__)
@@ -71,6 +74,7 @@ def run_job(config: Config, job: Job) -> float | None:
     """
     results = compute(config, job)
     report.write(results, job.folder)
+    _write_allocations(results, job.folder)
     page = report.write_report(results, job.folder)
     if config.tracking.wandb:
         failure = report.track(results, config.tracking, job.folder, job.group, job.name)
@@ -82,6 +86,19 @@ def run_job(config: Config, job: Job) -> float | None:
     report.print_table(results, console)
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
     return _figure(results, config.metric)
+
+
+def _write_allocations(results: Mapping[str, Any], folder: Path) -> None:
+    """What a search found, as files that ``bits`` accepts."""
+    entries = {entry.get("name"): entry for entry in results["slices"]}
+    for row in results["search"]["front"] if results["search"] else []:
+        entry = entries[row["file"]]
+        about = dict(entry["allocation"])
+        found = Allocation(
+            widths=about.pop("widths"), average_bits=entry["average_bits"], bytes=entry["bytes"], about=about
+        )
+        write_atomic(folder / row["file"], allocation.to_yaml(found))
+        write_atomic((folder / row["file"]).with_suffix(".txt"), allocation.to_text(found))
 
 
 def compute(config: Config, job: Job) -> dict[str, Any]:
@@ -112,6 +129,7 @@ class _Run:
             self.loaded = load(config.model)
             self.warnings += self.loaded.warnings
             self.blocks = BlockModel(self.loaded.model)
+            self.parent: Parent | None = None  # of all widths, unless the method makes a model for each
             self.dtype = compute_dtype(self.loaded.dtype, self.device)
             self.blocks.check()
             self.layers = layers_to_quantize(self.blocks, config.method.skips, head=config.method.head)
@@ -119,10 +137,16 @@ class _Run:
             self._check_lengths()
             self.allocations = self._read_allocations()
             self.evaluation = self._evaluation_windows()
+            self.search_windows = None
+            if self.config.search.wanted:
+                self.search_windows = texts.windows(self._search_text(), "calibration", self.loaded.tokenizer)
+            self.search_record: dict[str, Any] | None = None
 
     def results(self) -> dict[str, Any]:
         with self._timed("quantize"):
             variants = self._quantize()
+        with self._timed("search"):
+            variants += self._search()
         measured: dict[str, dict[str, Any]] = {}
         with self._timed("evaluate"):
             if "evaluate" in self.config.stages:
@@ -138,6 +162,8 @@ class _Run:
     def _check_lengths(self) -> None:
         """Refuse windows that are longer than the model's context; texts that are not read may be as they like."""
         named = {} if self.config.method.solver == "rtn" else {"calibration": self.config.calibration}
+        if self.config.search.wanted:
+            named["search"] = self._search_text()
         if "evaluate" in self.config.stages:
             named |= {f"eval.datasets.{name}": text for name, text in self.config.eval.datasets.items()}
         longest = self.loaded.context_length
@@ -147,6 +173,14 @@ class _Run:
                     f"{name}.sequence_length={text.sequence_length} is longer than the {longest} tokens that "
                     f"{self.loaded.label} was made for."
                 )
+
+    def _search_text(self) -> TextConfig:
+        """Other windows of the calibration text than those that the parent is calibrated on."""
+        search, text = self.config.search, self.config.calibration
+        return dataclasses.replace(
+            text, sequences=search.sequences, sequence_length=search.sequence_length,
+            seed=None if text.seed is None else text.seed + 1 + search.seed,
+        )  # fmt: skip
 
     def _evaluation_windows(self) -> dict[str, Tensor]:
         """Cut before any long work, so that a text that is missing or too short is refused at once."""
@@ -176,7 +210,7 @@ class _Run:
                 for options in [_options(method, {b: 1.0}, b, self.loaded.dtype)]
             ]
         options = _options(method, self.config.objective.weights, method.master_bits, self.loaded.dtype)
-        parent = self._open_parent(options, windows)
+        parent = self.parent = self._open_parent(options, windows)
         variants = [Variant(name=str(b), parent=parent, widths=b) for b in widths]
         for path, found in self.allocations.items():
             variants.append(Variant(name=path, parent=parent, widths=found.widths, allocation=found))
@@ -223,6 +257,22 @@ class _Run:
         self.warnings += [*artifact.notes, *parent.notes()]
         return parent
 
+    def _search(self) -> list[Variant]:
+        """An allocation for each budget that is searched for."""
+        search = self.config.search
+        if self.search_windows is None or self.parent is None:
+            return []
+        setting = Setting(
+            blocks=self.blocks, parent=self.parent, windows=self.search_windows, device=self.device, dtype=self.dtype
+        )
+        with self.bars.bar(f"search {search.name}", len(search.budgets) + 1) as progress:
+            outcome = run_search(search, setting, self.store, progress)
+        self.search_record = outcome.record
+        return [
+            Variant(name=row["file"], parent=self.parent, widths=found.widths, allocation=found)
+            for row, found in zip(outcome.record["front"], outcome.allocations, strict=True)
+        ]
+
     def _evaluate(self, variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
         """For each dataset the metrics of ``full`` and of every variant."""
         by_name = {variant.name: variant for variant in variants}
@@ -253,6 +303,7 @@ class _Run:
                 "perplexity": {name: _finite(m["full"].perplexity) for name, m in measured.items()},
             },
             "slices": [_slice(variant, measured) for variant in variants],
+            "search": self.search_record,
             "seconds": self.seconds,
             "layers": _layer_rows(variants),
             "warnings": list(dict.fromkeys(self.warnings)),

@@ -91,9 +91,14 @@ class MethodConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """Texts that every width is measured on; keys name them in the results."""
+    """Texts and tasks that every width is measured on; keys of the texts name them in the results."""
 
     datasets: Mapping[str, TextConfig]
+    tasks: tuple[str, ...]  # of lm-eval
+    task_folder: str | None  # of task files
+    fewshot: int | None  # null leaves it to the task
+    limit: int | None  # questions of each task
+    task_batch_size: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,6 +233,10 @@ def _check(config: Config) -> None:
         raise UserError("eval.datasets names no text; give at least one, for example eval=default.")
     for name, text in config.eval.datasets.items():
         _check_text(text, f"eval.datasets.{name}")
+    least = {"task_batch_size": 1, "limit": 1, "fewshot": 0}
+    for name, low in least.items():
+        if (value := getattr(config.eval, name)) is not None and value < low:
+            raise UserError(f"eval.{name} must be at least {low}; found {value}.")
     for bits in config.bits:
         _check_width(bits, "bits", config.method.master_bits)
     if len(set(config.bits)) != len(config.bits):

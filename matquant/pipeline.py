@@ -30,6 +30,7 @@ from matquant.data import texts
 from matquant.errors import UserError
 from matquant.evaluate.metrics import Metrics
 from matquant.evaluate.slices import evaluate_slices, steps
+from matquant.evaluate.tasks import Scores, Tasks, evaluate_tasks, recovery
 from matquant.evaluate.variants import Variant
 from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.load import load
@@ -137,6 +138,9 @@ class _Run:
             self._check_lengths()
             self.allocations = self._read_allocations()
             self.evaluation = self._evaluation_windows()
+            asked = self.config.eval
+            wanted = asked.tasks and "evaluate" in config.stages
+            self.tasks = Tasks(asked.tasks, asked.task_folder, asked.fewshot) if wanted else None
             self.search_windows = None
             if self.config.search.wanted:
                 self.search_windows = texts.windows(self._search_text(), "calibration", self.loaded.tokenizer)
@@ -151,7 +155,9 @@ class _Run:
         with self._timed("evaluate"):
             if "evaluate" in self.config.stages:
                 measured = self._evaluate(variants)
-        return self._assemble(variants, measured)
+        with self._timed("tasks"):
+            scores = self._evaluate_tasks(variants)
+        return self._assemble(variants, measured, scores)
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -289,7 +295,24 @@ class _Run:
                 )
         return measured
 
-    def _assemble(self, variants: Sequence[Variant], measured: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    def _evaluate_tasks(self, variants: Sequence[Variant]) -> dict[str, Scores]:
+        """The tasks' scores of ``full`` and of every variant; empty without tasks."""
+        if self.tasks is None:
+            return {}
+        by_name = {variant.name: variant for variant in variants}
+        with self.bars.bar("tasks", len(variants) + 1) as progress:
+            return evaluate_tasks(
+                self.tasks, self.blocks, self.loaded.tokenizer, lambda index, name: by_name[name].weights(index),
+                list(by_name), limit=self.config.eval.limit, batch_size=self.config.eval.task_batch_size,
+                device=self.device, progress=progress,
+            )  # fmt: skip
+
+    def _assemble(
+        self,
+        variants: Sequence[Variant],
+        measured: Mapping[str, dict[str, Any]],
+        scores: Mapping[str, Scores],
+    ) -> dict[str, Any]:
         return {
             "schema": 1,
             "model": self.loaded.label,
@@ -301,8 +324,9 @@ class _Run:
             "baseline": {
                 "bytes": self._dense_bytes(),
                 "perplexity": {name: _finite(m["full"].perplexity) for name, m in measured.items()},
+                "tasks": scores.get("full", {}),
             },
-            "slices": [_slice(variant, measured) for variant in variants],
+            "slices": [_slice(variant, measured, scores) for variant in variants],
             "search": self.search_record,
             "seconds": self.seconds,
             "layers": _layer_rows(variants),
@@ -376,7 +400,9 @@ def _describe_artifact(artifact: Artifact) -> dict[str, Any]:
     return {"path": str(artifact.path), "sha256": artifact.sha256, "bytes": artifact.bytes, "reused": artifact.reused}
 
 
-def _slice(variant: Variant, measured: Mapping[str, Mapping[str, Metrics]]) -> dict[str, Any]:
+def _slice(
+    variant: Variant, measured: Mapping[str, Mapping[str, Metrics]], scores: Mapping[str, Scores]
+) -> dict[str, Any]:
     found = {name: metrics[variant.name] for name, metrics in measured.items()}
     entry: dict[str, Any] = {"bits": variant.widths if isinstance(variant.widths, int) else report.ALLOCATION}
     if variant.allocation is not None:
@@ -388,7 +414,8 @@ def _slice(variant: Variant, measured: Mapping[str, Mapping[str, Metrics]]) -> d
         "perplexity": {name: _finite(m.perplexity) for name, m in found.items()},
         "kl": {name: _finite(m.kl) for name, m in found.items()},
         "top1_agreement": {name: m.top1_agreement for name, m in found.items()},
-        "tasks": {},
+        "tasks": scores.get(variant.name, {}),
+        "recovery": recovery(scores[variant.name], scores["full"]) if scores else {},
     }
 
 

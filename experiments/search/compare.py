@@ -37,8 +37,11 @@ from matquant.store.artifact import read_artifact
 HERE = Path(__file__).parent
 BUDGETS = (2.5, 3.0, 3.5, 4.5)
 WIDTHS = "search.widths=[2,3,4,6,8]"  # those that MatGPTQ's search chooses from
-HYBRID = ("search=hybrid", WIDTHS, "search.sensitivity_tokens=512", "search.generations=8")
-EVOLVE = ("search=evolve", WIDTHS, "search.generations=10000", "search.initial_tokens=4096")
+TEXT = ("search.sequences=32", "search.sequence_length=256")
+HYBRID = ("search=hybrid", WIDTHS, *TEXT, "search.sensitivity_tokens=256", "search.generations=6",
+          "search.offspring=10", "search.tokens=[256,1024]")  # fmt: skip
+EVOLVE = ("search=evolve", WIDTHS, *TEXT, "search.generations=10000", "search.initial_tokens=1024",
+          "search.offspring=16", "search.survivors=[4,1]", "search.tokens=[128,1024]")  # fmt: skip
 # The published generations, offspring and survivors; tokens of every stage divided by 64, for a CPU.
 PUBLISHED = ("search=evopress", "search.tokens=[32,256,2048]", "search.initial_tokens=8192", "search.sequences=64",
              "search.sequence_length=256", "search.batch_size=8")  # fmt: skip
@@ -68,7 +71,8 @@ class Bench:
         self.text = config.calibration
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = compute_dtype(self.loaded.dtype, self.device)
-        self.evaluation = texts.windows(config.eval.datasets["stdlib"], "evaluation", self.loaded.tokenizer)
+        text = dataclasses.replace(config.eval.datasets["stdlib"], sequences=16)
+        self.evaluation = texts.windows(text, "evaluation", self.loaded.tokenizer)
 
     def find(self, *overrides: str) -> dict[str, Any]:
         """One search: its allocation as widths of units, and what it spent."""

@@ -48,10 +48,8 @@ def build(entity: str, project: str, group: str | None = None) -> Any:
         ),
         reports.MediaBrowser(title="Plots", media_keys=["plots/kl_bits", "plots/kl_bytes", "plots/widths_0"]),
     ]
-    sections = [
-        workspaces.Section(name=name, panels=panels, is_open=True)
-        for name, panels in (("Quality", quality), ("Search", search), ("Runs", runs))
-    ]
+    panels: dict[str, list[Any]] = {"Quality": quality, "Search": search, "Runs": runs}
+    sections = [workspaces.Section(name=name, panels=some, is_open=True) for name, some in panels.items()]
     shown = workspaces.RunsetSettings(filters=f"Metric('Group') == '{_quoted(group)}'" if group else "")
     return workspaces.Workspace(
         entity=entity, project=project, name="matquant", sections=sections, runset_settings=shown

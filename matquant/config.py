@@ -15,6 +15,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from matquant.errors import UserError
+from matquant.search import settings
+from matquant.search.allocation import is_file_name
+from matquant.search.settings import SearchConfig
 
 MIN_BITS, MAX_BITS = 2, 8
 GROUP_SIZES = (32, 64, 128, -1)
@@ -108,9 +111,14 @@ class MethodConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """Texts that every width is measured on; keys name them in the results."""
+    """Texts and tasks that every width is measured on; keys of the texts name them in the results."""
 
     datasets: Mapping[str, TextConfig]
+    tasks: tuple[str, ...]  # of lm-eval
+    task_folder: str | None  # of task files
+    fewshot: int | None  # null leaves it to the task
+    limit: int | None  # questions of each task
+    task_batch_size: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,23 +145,25 @@ class StoreConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """One job. ``bits`` are the widths to measure; empty means the objective's."""
+    """One job. ``bits`` are the widths to measure, ``allocations`` files to measure; neither means the objective's."""
 
     model: ModelConfig
     calibration: TextConfig
     objective: ObjectiveConfig
     method: MethodConfig
+    search: SearchConfig
     eval: EvalConfig
     tracking: TrackingConfig
     runtime: RuntimeConfig
     store: StoreConfig
     bits: tuple[int, ...]
+    allocations: tuple[str, ...]
     stages: tuple[str, ...]
     metric: Literal["kl", "perplexity"]
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return self.bits or self.objective.widths
+        return self.bits or (() if self.allocations else self.objective.widths)
 
 
 def from_hydra(cfg: DictConfig) -> Config:
@@ -163,13 +173,15 @@ def from_hydra(cfg: DictConfig) -> Config:
         UserError: a key is missing or unknown, a value has the wrong type or is out of range.
     """
     tree = typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-    for group in ("search", "pack"):
-        tree.pop(group, None)
+    tree.pop("pack", None)
     bits = tree.get("bits")
     _replace_weights(tree.get("objective"))
     _choose_batches(tree)
-    tree["bits"] = [] if bits is None else bits if isinstance(bits, list) else [bits]
+    given = [] if bits is None else bits if isinstance(bits, list) else [bits]
+    tree["bits"] = [b for b in given if not is_file_name(b)]
+    tree["allocations"] = [b for b in given if is_file_name(b)]
     config = typing.cast(Config, _build(Config, tree, ""))
+    config = dataclasses.replace(config, search=settings.chosen(config.search))
     _check(config)
     return config
 
@@ -251,14 +263,24 @@ def _check(config: Config) -> None:
     _check_objective(config.objective, config.method.master_bits)
     _check_method(config.method)
     _check_text(config.calibration, "calibration")
+    settings.check(config.search, config.method.master_bits, dedicated=config.method.dedicated)
     if not config.eval.datasets:
         raise UserError("eval.datasets names no text; give at least one, for example eval=default.")
     for name, text in config.eval.datasets.items():
         _check_text(text, f"eval.datasets.{name}")
+    least = {"task_batch_size": 1, "limit": 1, "fewshot": 0}
+    for name, low in least.items():
+        if (value := getattr(config.eval, name)) is not None and value < low:
+            raise UserError(f"eval.{name} must be at least {low}; found {value}.")
     for bits in config.bits:
         _check_width(bits, "bits", config.method.master_bits)
     if len(set(config.bits)) != len(config.bits):
         raise UserError(f"bits names a width twice: {list(config.bits)}.")
+    if config.allocations and config.method.dedicated:
+        raise UserError(
+            f"bits={config.allocations[0]} mixes widths of one parent, but method={config.method.name} makes a model for "
+            "each width. Use method=matgptq, or method.dedicated=false."
+        )
     for stage in config.stages:
         if stage not in STAGES:
             raise UserError(f"stages: there is no stage {stage!r}; there are {', '.join(STAGES)}.")

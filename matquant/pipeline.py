@@ -17,7 +17,7 @@ import math
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ from rich.console import Console
 from torch import Tensor
 
 from matquant import machine, plan, report
-from matquant.config import Config, MethodConfig
+from matquant.config import Config, MethodConfig, TextConfig
 from matquant.data import texts
 from matquant.errors import UserError
 from matquant.evaluate.metrics import Metrics
 from matquant.evaluate.slices import evaluate_slices, steps
+from matquant.evaluate.tasks import Scores, Tasks, evaluate_tasks, recovery
+from matquant.evaluate.variants import Variant
 from matquant.models.activations import Place, choose_place
 from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.inventory import left_alone
@@ -42,6 +44,11 @@ from matquant.progress import Bars
 from matquant.quantize.driver import CalibrationOptions, Driver, check_layers, layers_to_quantize
 from matquant.quantize.parent import Parent
 from matquant.quantize.solver import SolverOptions
+from matquant.report.files import write_atomic
+from matquant.search import allocation
+from matquant.search.allocation import Allocation
+from matquant.search.stage import Setting
+from matquant.search.stage import search as run_search
 from matquant.store import Artifact, Draft, Store
 
 log = logging.getLogger(__name__)
@@ -74,6 +81,7 @@ def run_job(config: Config, job: Job) -> float | None:
     """
     results = compute(config, job)
     report.write(results, job.folder)
+    _write_allocations(results, job.folder)
     page = report.write_report(results, job.folder)
     if config.tracking.wandb:
         failure = report.track(results, config.tracking, job.folder, job.group, job.name)
@@ -85,6 +93,19 @@ def run_job(config: Config, job: Job) -> float | None:
     report.print_table(results, console)
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
     return _figure(results, config.metric)
+
+
+def _write_allocations(results: Mapping[str, Any], folder: Path) -> None:
+    """What a search found, as files that ``bits`` accepts."""
+    entries = {entry.get("name"): entry for entry in results["slices"]}
+    for row in results["search"]["front"] if results["search"] else []:
+        entry = entries[row["file"]]
+        about = dict(entry["allocation"])
+        found = Allocation(
+            widths=about.pop("widths"), average_bits=entry["average_bits"], bytes=entry["bytes"], about=about
+        )
+        write_atomic(folder / row["file"], allocation.to_yaml(found))
+        write_atomic((folder / row["file"]).with_suffix(".txt"), allocation.to_text(found))
 
 
 def compute(config: Config, job: Job) -> dict[str, Any]:
@@ -116,23 +137,37 @@ class _Run:
             self.loaded = open_model(config.model)
             self.warnings += self.loaded.warnings
             self.blocks = BlockModel(self.loaded.model, self.loaded.checkpoint)
+            self.parent: Parent | None = None  # of all widths, unless the method makes a model for each
             self.dtype = compute_dtype(self.loaded.dtype, self.device)
             self.layers = layers_to_quantize(self.blocks, config.method.skips, head=config.method.head)
             check_layers(self.layers, lambda name: config.method.of_layer(name).group_size or config.method.group_size)
             self._check_lengths()
+            self.allocations = self._read_allocations()
             self.evaluation = self._evaluation_windows()
             self.blocks.check(self.device, self.dtype)
             self.shapes = measure(self.blocks, self.layers, self.loaded.dtype, self.dtype)
-        self.plan: Plan | None = None
+            self.plan: Plan | None = None
+            asked = self.config.eval
+            wanted = asked.tasks and "evaluate" in config.stages
+            self.tasks = Tasks(asked.tasks, asked.task_folder, asked.fewshot) if wanted else None
+            self.search_windows = None
+            if self.config.search.wanted:
+                search_text = self._search_text()
+                self.search_windows = texts.windows(search_text, "calibration", self.loaded.tokenizer, self.store)
+            self.search_record: dict[str, Any] | None = None
 
     def results(self) -> dict[str, Any]:
         with self._timed("quantize"):
-            parents = self._quantize()
+            variants = self._quantize()
+        with self._timed("search"):
+            variants += self._search()
         measured: dict[str, dict[str, Any]] = {}
         with self._timed("evaluate"):
             if "evaluate" in self.config.stages:
-                measured = self._evaluate(parents)
-        return self._assemble(parents, measured)
+                measured = self._evaluate(variants)
+        with self._timed("tasks"):
+            scores = self._evaluate_tasks(variants)
+        return self._assemble(variants, measured, scores)
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -143,6 +178,8 @@ class _Run:
     def _check_lengths(self) -> None:
         """Refuse windows that are longer than the model's context; texts that are not read may be as they like."""
         named = {} if self.config.method.solver == "rtn" else {"calibration": self.config.calibration}
+        if self.config.search.wanted:
+            named["search"] = self._search_text()
         if "evaluate" in self.config.stages:
             named |= {f"eval.datasets.{name}": text for name, text in self.config.eval.datasets.items()}
         longest = self.loaded.context_length
@@ -153,6 +190,14 @@ class _Run:
                     f"{self.loaded.label} was made for."
                 )
 
+    def _search_text(self) -> TextConfig:
+        """Other windows of the calibration text than those that the parent is calibrated on."""
+        search, text = self.config.search, self.config.calibration
+        return dataclasses.replace(
+            text, sequences=search.sequences, sequence_length=search.sequence_length,
+            seed=None if text.seed is None else text.seed + 1 + search.seed,
+        )  # fmt: skip
+
     def _evaluation_windows(self) -> dict[str, Tensor]:
         """Cut before any long work, so that a text that is missing or too short is refused at once."""
         if "evaluate" not in self.config.stages:
@@ -162,16 +207,33 @@ class _Run:
         tokenizer = self.loaded.tokenizer
         return {n: texts.windows(t, "evaluation", tokenizer, self.store) for n, t in self.config.eval.datasets.items()}
 
-    def _quantize(self) -> dict[int, Parent]:
-        """The parent of each width to measure: one and the same, or for a dedicated method one each."""
+    def _read_allocations(self) -> dict[str, Allocation]:
+        """The files among ``bits``, by path, held against the layers before any long work."""
+        names = [name for block in self.layers for name in block]
+        read = {path: allocation.read(Path(path)) for path in self.config.allocations}
+        for path, found in read.items():
+            allocation.check(found, names, self.config.method.master_bits, path)
+        return read
+
+    def _quantize(self) -> list[Variant]:
+        """Each width and allocation to measure, with its parent: one and the same, or for a dedicated method one each."""
         method, widths = self.config.method, self.config.widths
         windows = None
         if method.solver != "rtn":
             windows = texts.windows(self.config.calibration, "calibration", self.loaded.tokenizer, self.store)
         if method.dedicated:
-            return {b: self._open_parent(_options(method, {b: 1.0}, b, self.loaded.dtype), windows) for b in widths}
+            return [
+                Variant(name=str(b), parent=self._open_parent(options, windows), widths=b)
+                for b in widths
+                for options in [_options(method, {b: 1.0}, b, self.loaded.dtype)]
+            ]
         options = _options(method, self.config.objective.weights, method.master_bits, self.loaded.dtype)
-        return dict.fromkeys(widths, self._open_parent(options, windows))
+        parent = self.parent = self._open_parent(options, windows)
+        variants = [Variant(name=str(b), parent=parent, widths=b) for b in widths]
+        for path, found in self.allocations.items():
+            variants.append(Variant(name=path, parent=parent, widths=found.widths, allocation=found))
+            self.warnings += _changes(variants[-1])
+        return variants
 
     def _open_parent(self, options: SolverOptions, windows: Tensor | None) -> Parent:
         method = self.config.method
@@ -220,24 +282,38 @@ class _Run:
         self.warnings += [*artifact.notes, *parent.notes()]
         return parent
 
-    def _evaluate(self, parents: Mapping[int, Parent]) -> dict[str, dict[str, Any]]:
-        """For each dataset the metrics of every variant: ``full`` and each width."""
+    def _search(self) -> list[Variant]:
+        """An allocation for each budget that is searched for."""
+        search = self.config.search
+        if self.search_windows is None or self.parent is None:
+            return []
+        setting = Setting(
+            blocks=self.blocks, parent=self.parent, windows=self.search_windows, device=self.device, dtype=self.dtype
+        )
+        with self.bars.bar(f"search {search.name}", len(search.budgets) + 1) as progress:
+            outcome = run_search(search, setting, self.store, progress)
+        self.search_record = outcome.record
+        return [
+            Variant(name=row["file"], parent=self.parent, widths=found.widths, allocation=found)
+            for row, found in zip(outcome.record["front"], outcome.allocations, strict=True)
+        ]
+
+    def _evaluate(self, variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
+        """For each dataset the metrics of ``full`` and of every variant."""
+        by_name = {variant.name: variant for variant in variants}
 
         def weights_of(index: int, variant: str) -> dict[str, Tensor]:
-            parent = parents[int(variant)]
-            weights = parent.block(index) if index < len(parent.blocks) else {}
-            return {name: w.decode(int(variant)) for name, w in weights.items()}
+            return by_name[variant].weights(index)
 
         if self.plan is None:
             self._make_plan(None, None, None)
         measured = {}
         for name, windows in self.evaluation.items():
-            variants = [str(bits) for bits in parents]
             batch_size = self.config.eval.datasets[name].batch_size
-            with self.bars.bar(f"evaluate on {name}", steps(self.blocks, windows, variants)) as progress:
+            with self.bars.bar(f"evaluate on {name}", steps(self.blocks, windows, list(by_name))) as progress:
                 measured[name] = evaluate_slices(
-                    self.blocks, windows, weights_of, variants, batch_size, self.device, progress,
-                    self._place(windows, 1 + len(variants)),
+                    self.blocks, windows, weights_of, list(by_name), batch_size, self.device, progress,
+                    self._place(windows, 1 + len(by_name)),
                 )  # fmt: skip
         return measured
 
@@ -259,7 +335,7 @@ class _Run:
             place = self._place(windows, 1 + len(calibration.streams))
             needs.append(plan.quantizing(self.shapes, job, on_gpu=on_gpu, place=place))
             total += plan.operations(self.shapes, job, 0, 0)
-        variants = len(self.config.widths)
+        variants = len(self.config.widths) + len(self.allocations)
         for name, text in self.evaluation.items():
             batch, waiting = self.config.eval.datasets[name].batch_size, self._place(text, 1 + variants)
             needs.append(
@@ -280,7 +356,24 @@ class _Run:
         needed = 0 if windows is None else models * windows.numel() * width * self.dtype.itemsize
         return choose_place(needed, self.device, self.store.path / "scratch")
 
-    def _assemble(self, parents: Mapping[int, Parent], measured: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    def _evaluate_tasks(self, variants: Sequence[Variant]) -> dict[str, Scores]:
+        """The tasks' scores of ``full`` and of every variant; empty without tasks."""
+        if self.tasks is None:
+            return {}
+        by_name = {variant.name: variant for variant in variants}
+        with self.bars.bar("tasks", len(variants) + 1) as progress:
+            return evaluate_tasks(
+                self.tasks, self.blocks, self.loaded.tokenizer, lambda index, name: by_name[name].weights(index),
+                list(by_name), limit=self.config.eval.limit, batch_size=self.config.eval.task_batch_size,
+                device=self.device, progress=progress,
+            )  # fmt: skip
+
+    def _assemble(
+        self,
+        variants: Sequence[Variant],
+        measured: Mapping[str, dict[str, Any]],
+        scores: Mapping[str, Scores],
+    ) -> dict[str, Any]:
         return {
             "schema": 1,
             "model": self.loaded.label,
@@ -288,12 +381,14 @@ class _Run:
             "command": self.job.command,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "config": self.job.resolved,
-            "parent": _describe(parents),
+            "parent": _describe(variants),
             "baseline": {
                 "bytes": self._dense_bytes(),
                 "perplexity": {name: _finite(m["full"].perplexity) for name, m in measured.items()},
+                "tasks": scores.get("full", {}),
             },
-            "slices": [_slice(bits, parent, measured) for bits, parent in parents.items()],
+            "slices": [_slice(variant, measured, scores) for variant in variants],
+            "search": self.search_record,
             "seconds": self.seconds,
             "resources": {
                 "plan": None if self.plan is None else dataclasses.asdict(self.plan),
@@ -302,8 +397,8 @@ class _Run:
                 "device_peak": machine.device_peak(self.device),
             },
             "left_alone": self._left_alone(),
-            "experts": [row for parent in dict.fromkeys(parents.values()) for row in parent.poor_experts()],
-            "layers": _layer_rows(parents),
+            "experts": [row for parent in dict.fromkeys(v.parent for v in variants) for row in parent.poor_experts()],
+            "layers": _layer_rows(variants),
             "warnings": list(dict.fromkeys(self.warnings)),
             "versions": _versions(),
         }
@@ -388,9 +483,9 @@ def _plain(options: SolverOptions) -> dict[str, Any]:
     return plain | {"weights": {str(b): w for b, w in options.weights.items()}, "scale_dtype": str(options.scale_dtype)}
 
 
-def _describe(parents: Mapping[int, Parent]) -> dict[str, Any]:
+def _describe(variants: Sequence[Variant]) -> dict[str, Any]:
     """The parent as results name it; for a dedicated method the sum of its models, and each of them."""
-    described = {bits: _describe_artifact(parent.artifact) for bits, parent in parents.items()}
+    described = {variant.name: _describe_artifact(variant.parent.artifact) for variant in variants}
     models = list({d["sha256"]: d for d in described.values()}.values())
     if len(models) == 1:
         return models[0]
@@ -400,7 +495,7 @@ def _describe(parents: Mapping[int, Parent]) -> dict[str, Any]:
         "sha256": together,
         "bytes": sum(m["bytes"] for m in models),
         "reused": all(m["reused"] for m in models),
-        "models": {str(bits): model for bits, model in described.items()},
+        "models": described,
     }
 
 
@@ -408,17 +503,39 @@ def _describe_artifact(artifact: Artifact) -> dict[str, Any]:
     return {"path": str(artifact.path), "sha256": artifact.sha256, "bytes": artifact.bytes, "reused": artifact.reused}
 
 
-def _slice(bits: int, parent: Parent, measured: Mapping[str, Mapping[str, Metrics]]) -> dict[str, Any]:
-    of_width = {name: metrics[str(bits)] for name, metrics in measured.items()}
-    return {
-        "bits": bits,
-        "average_bits": float(bits),
-        "bytes": parent.bytes_read(bits),
-        "perplexity": {name: _finite(m.perplexity) for name, m in of_width.items()},
-        "kl": {name: _finite(m.kl) for name, m in of_width.items()},
-        "top1_agreement": {name: m.top1_agreement for name, m in of_width.items()},
-        "tasks": {},
+def _slice(
+    variant: Variant, measured: Mapping[str, Mapping[str, Metrics]], scores: Mapping[str, Scores]
+) -> dict[str, Any]:
+    found = {name: metrics[variant.name] for name, metrics in measured.items()}
+    entry: dict[str, Any] = {"bits": variant.widths if isinstance(variant.widths, int) else report.ALLOCATION}
+    if variant.allocation is not None:
+        entry["name"] = variant.name
+        entry["allocation"] = {**variant.allocation.about, "widths": dict(variant.allocation.widths)}
+    return entry | {
+        "average_bits": variant.average_bits(),
+        "bytes": variant.bytes_read(),
+        "perplexity": {name: _finite(m.perplexity) for name, m in found.items()},
+        "kl": {name: _finite(m.kl) for name, m in found.items()},
+        "top1_agreement": {name: m.top1_agreement for name, m in found.items()},
+        "tasks": scores.get(variant.name, {}),
+        "recovery": recovery(scores[variant.name], scores["full"]) if scores else {},
     }
+
+
+def _changes(variant: Variant) -> list[str]:
+    """What an allocation's file says of itself and what no longer holds, because it was edited or for another parent."""
+    recorded, notes = variant.allocation, []
+    if recorded is None:
+        return []
+    average, parent = variant.average_bits(), recorded.about.get("parent")
+    if recorded.average_bits is not None and abs(recorded.average_bits - average) > 1e-4:
+        notes.append(
+            f"{variant.name} says {recorded.average_bits:g} bits on average, but its widths make {average:g}: it was edited, "
+            "and the losses that it records are of what it was."
+        )
+    if parent is not None and parent != variant.parent.artifact.sha256:
+        notes.append(f"{variant.name} was found for another parent ({str(parent)[:12]}); it is measured on this one.")
+    return notes
 
 
 def _finite(value: float) -> float | None:
@@ -426,10 +543,10 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _layer_rows(parents: Mapping[int, Parent]) -> list[dict[str, Any]]:
+def _layer_rows(variants: Sequence[Variant]) -> list[dict[str, Any]]:
     """A row per layer, with the errors of all models that were made for different widths."""
     rows: dict[str, dict[str, Any]] = {}
-    for parent in dict.fromkeys(parents.values()):
+    for parent in dict.fromkeys(variant.parent for variant in variants):
         for row in parent.layer_errors():
             known = rows.setdefault(row["name"], row | {"error": {}})
             known["error"] |= row["error"]

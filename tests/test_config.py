@@ -19,8 +19,11 @@ def test_every_preset_composes(choice, monkeypatch, tmp_path):
     overrides = [choice]
     if choice == "calibration=local":
         overrides.append(f"calibration.path={tmp_path}")
+    if choice.startswith("search=") and choice not in ("search=none", "search=pareto"):
+        overrides.append("search.average_bits=3.0")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = from_hydra(compose("config", overrides))
+    assert config.search.wanted == (choice.startswith("search=") and choice != "search=none")
     assert config.widths == config.objective.widths
 
 

@@ -5,8 +5,8 @@ Importing this stays cheap: matplotlib and wandb are imported by the functions t
 """
 
 from matquant.report.html import write_report
-from matquant.report.results import ResultsError, load, write
+from matquant.report.results import ALLOCATION, ResultsError, load, write
 from matquant.report.table import print_table
 from matquant.report.tracking import track
 
-__all__ = ["ResultsError", "load", "print_table", "track", "write", "write_report"]
+__all__ = ["ALLOCATION", "ResultsError", "load", "print_table", "track", "write", "write_report"]

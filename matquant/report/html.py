@@ -17,6 +17,7 @@ from matquant.report.results import (
     normalized,
     parents,
     slice_position,
+    task_errors,
     task_scores,
 )
 
@@ -33,6 +34,13 @@ _ERROR_NOTE = (
     "Error of each layer's output on the calibration text, relative to that output: "
     "tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ). Each width has its own colours; point at a cell to read it."
 )
+_TASKS_NOTE = (
+    "± is one standard error; in brackets the share of full precision that is kept (a perplexity counts inversely)."
+)
+_GENERATIONS = (
+    "The fittest allocation after each generation. Each point is measured on tokens drawn anew, so it may rise."
+)
+_MAPS = 6  # maps of widths on one page
 _NARROW = 5  # columns of a table that leaves room for a plot beside it
 
 
@@ -52,6 +60,8 @@ def render(results: Results) -> str:
         f"{results['model']} {results['method']}",
         _header(results),
         *_slices_and_plots(results),
+        _tasks(results),
+        _search(results),
         _layers(results),
         _again(results),
         _origin(results),
@@ -145,6 +155,57 @@ def _plots(results: dict[str, Any]) -> list[Markup]:
 
     drawings = job_figures(results)
     return [figure(to_svg(d, name, _CAPTIONS[name]), _CAPTIONS[name]) for name, d in drawings.items()]
+
+
+def _tasks(results: dict[str, Any]) -> Markup:
+    """Every task with its standard errors and the share of full precision that is kept."""
+    entries = [{"bits": "full precision"} | results["baseline"], *results["slices"]]
+    names = list(dict.fromkeys(name for entry in entries for name in task_scores(entry)))
+    if not names:
+        return Markup()
+    rows = []
+    for name in names:
+        cells = []
+        for entry in entries:
+            value, error = task_scores(entry).get(name), task_errors(entry).get(name)
+            kept = (entry.get("recovery") or {}).get(name)
+            text = formatting.score(value) + (f" ± {formatting.significant(error, 2)}" if is_number(error) else "")
+            cells.append(text + (f" ({kept:.1f} %)" if is_number(kept) else ""))
+        rows.append([name, *cells])
+    header = ["task", *(str(entry.get("name") or formatting.width(entry["bits"])) for entry in entries)]
+    return section("Tasks", table(header, rows), element("p", _TASKS_NOTE, class_="note"))
+
+
+def _search(results: dict[str, Any]) -> Markup:
+    """The allocations, the search's generations, and a map of the widths of each (of the first few)."""
+    from matquant.report.allocation import allocations, front_rows, generations_figure, widths_figure
+    from matquant.report.drawing import to_svg
+
+    found, search = allocations(results), results.get("search") or {}
+    if not found:
+        return Markup()
+    header = ["allocation", "average bits", "MB", "predicted loss", "measured loss"]
+    parts = [table(header, front_rows(results))]
+    if search:
+        parts.append(element("p", _search_words(search), class_="note"))
+    drawing = generations_figure(search)
+    if drawing is not None:
+        parts.append(figure(to_svg(drawing, "generations", _GENERATIONS), _GENERATIONS))
+    for index, entry in enumerate(found[:_MAPS]):
+        drawing = widths_figure(entry, results["layers"])
+        if drawing is not None:
+            average = formatting.average_bits(entry["average_bits"])
+            caption = f"Width of each layer, {entry.get('name', 'allocation')}: {average} bits on average."
+            parts.append(figure(to_svg(drawing, f"widths-{index}", caption), caption))
+    return section("Allocations", *parts)
+
+
+def _search_words(search: Mapping[str, Any]) -> str:
+    words = f"{search['method']}: {search['evaluations']} evaluations on {search['tokens']} tokens together"
+    words += f", {search['skipped']} proposals skipped by the surrogate" if search.get("skipped") else ""
+    rate = search.get("evaluations_per_second")
+    words += f"; {formatting.significant(rate)} evaluations a second" if is_number(rate) else ""
+    return f"{words}. Losses are {search['fitness']} on the search's text."
 
 
 def _layers(results: dict[str, Any]) -> Markup:

@@ -12,6 +12,7 @@ from matquant.report.files import write_atomic
 SCHEMA = 1
 FILE_NAME = "results.json"
 ALLOCATION = "allocation"
+_ERROR = "_stderr"  # what lm-eval adds to a metric's name
 
 Results = Mapping[str, Any]
 
@@ -105,7 +106,19 @@ def datasets(results: Results) -> list[str]:
 
 
 def task_scores(entry: Mapping[str, Any]) -> dict[str, float]:
-    """``{"arc_easy": 0.7}``, from that or from ``{"arc_easy": {"acc": 0.7}}`` (then named ``arc_easy/acc``)."""
+    """``{"arc_easy": 0.7}``, from that or from ``{"arc_easy": {"acc": 0.7}}`` (then named ``arc_easy/acc``).
+
+    Standard errors are left out; `task_errors` has them under the same names.
+    """
+    return {name: v for name, v in _task_figures(entry).items() if not name.endswith(_ERROR)}
+
+
+def task_errors(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The standard errors of `task_scores`, of those that have one."""
+    return {name.removesuffix(_ERROR): v for name, v in _task_figures(entry).items() if name.endswith(_ERROR)}
+
+
+def _task_figures(entry: Mapping[str, Any]) -> dict[str, float]:
     scores: dict[str, float] = {}
     for task, value in (entry.get("tasks") or {}).items():
         named = {f"{task}/{metric}": v for metric, v in value.items()} if isinstance(value, Mapping) else {task: value}

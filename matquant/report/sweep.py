@@ -205,8 +205,13 @@ def _line(name: str, jobs: Sequence[Job]) -> Line:
     for results in found:
         baseline = _merged(baseline, results["baseline"])
         for entry in results["slices"]:
-            slices[str(entry["bits"])] = _merged(slices.get(str(entry["bits"]), {}), entry)
+            slices[_slice_key(entry)] = _merged(slices.get(_slice_key(entry), {}), entry)
     return Line(name, tuple(slices.values()), baseline)
+
+
+def _slice_key(entry: Mapping[str, Any]) -> str:
+    """A width; allocations are told apart by their size."""
+    return str(entry["bits"]) if isinstance(entry["bits"], int) else f"{entry['bits']} {entry.get('average_bits')}"
 
 
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

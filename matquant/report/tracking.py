@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from matquant.report.allocation import allocations
 from matquant.report.results import (
     ALLOCATION,
     Results,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from matquant.config import TrackingConfig
 
 log = logging.getLogger(__name__)
+
+_MAPS = 6  # drawings of allocations
 
 
 def track(results: Results, config: "TrackingConfig", folder: Path, group: str | None, name: str) -> str | None:
@@ -109,16 +112,45 @@ def _record(
 def _log(run: "wandb.Run", results: dict[str, Any]) -> None:
     run.define_metric("slice/bits", hidden=True)
     run.define_metric("slice/*", step_metric="slice/bits", summary="none")
+    if allocations(results):
+        run.define_metric("allocation/bits", hidden=True)
+        run.define_metric("allocation/*", step_metric="allocation/bits", summary="none")
+    if (results.get("search") or {}).get("history"):
+        run.define_metric("search/generation", hidden=True)
+        run.define_metric("search/*", step_metric="search/generation", summary="min")
     run.log(_media(results), step=0)
     names = datasets(results)
     widths = [entry for entry in results["slices"] if entry["bits"] != ALLOCATION]
     for entry in sorted(widths, key=lambda entry: entry["bits"]):
         run.log({"slice/bits": entry["bits"]} | _figures(entry, names, "slice"), step=entry["bits"])
-    allocations = [entry for entry in results["slices"] if entry["bits"] == ALLOCATION]
+    mixed = [entry for entry in results["slices"] if entry["bits"] == ALLOCATION]
     after = max((entry["bits"] for entry in widths), default=0) + 1  # no points on the widths' line
-    for step, entry in enumerate(allocations, after):
+    for step, entry in enumerate(mixed, after):
         run.log({"allocation/bits": slice_position(entry)} | _figures(entry, names, "allocation"), step=step)
+    first = after + len(mixed)
+    for step, entry in enumerate((results.get("search") or {}).get("history") or [], first):
+        figures = {
+            f"search/{key}/{entry['budget']}": entry[key] for key in ("loss", "evaluations", "tokens", "skipped")
+        }
+        run.log({"search/generation": entry["generation"]} | figures, step=step)
+    _log_allocations(run, results)
     run.summary.update(summary(results))
+
+
+def _log_allocations(run: "wandb.Run", results: dict[str, Any]) -> None:
+    """All allocations of a job as one artifact, in the text of the files that ``bits`` accepts."""
+    import wandb
+    import yaml
+
+    found = allocations(results)
+    if not found:
+        return
+    artifact = wandb.Artifact(f"allocation-{run.id}", type="allocation")
+    for entry in found:
+        name = Path(str(entry.get("name", "allocation.yaml"))).name
+        with artifact.new_file(f"{Path(name).stem}.yaml") as file:
+            file.write(yaml.safe_dump({"kind": "allocation", **entry["allocation"]}, sort_keys=False))
+    run.log_artifact(artifact)
 
 
 def _figures(entry: Mapping[str, Any], names: list[str], prefix: str) -> dict[str, float]:
@@ -152,6 +184,7 @@ def _media(results: dict[str, Any]) -> dict[str, Any]:
     import wandb
     from PIL import Image
 
+    from matquant.report.allocation import generations_figure, widths_figure
     from matquant.report.drawing import to_png
     from matquant.report.heatmap import layer_figure, layer_widths
     from matquant.report.html import render
@@ -161,6 +194,11 @@ def _media(results: dict[str, Any]) -> dict[str, Any]:
     if results["layers"]:
         media["layers"] = _layers_table(results)
     drawings = dict(job_figures(results))
+    for index, entry in enumerate(allocations(results)[:_MAPS]):
+        drawing = widths_figure(entry, results["layers"])
+        drawings |= {f"widths_{index}": drawing} if drawing is not None else {}
+    drawing = generations_figure(results.get("search") or {})
+    drawings |= {"generations": drawing} if drawing is not None else {}
     for bits in layer_widths(results["layers"]):
         drawing = layer_figure(results["layers"], bits)
         drawings |= {f"layer_error_{bits}": drawing} if drawing is not None else {}

@@ -155,3 +155,34 @@ def test_can_be_switched_off(make_results, tmp_path, monkeypatch, switch):
     config = TrackingConfig(wandb=switch == "environment", project="p", group=None, tags=())
     assert track(make_results(), config, tmp_path, None, "x") is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_search_reads_back_with_its_curve_and_its_allocation(make_results, tmp_path):
+    results = make_results(allocation=True)
+    widths = {row["name"]: 2 + index % 3 for index, row in enumerate(results["layers"])}
+    results["slices"][-1] |= {"name": "allocation.yaml", "allocation": {"method": "hybrid", "widths": widths}}
+    history = [
+        {"budget": "2.5 bits", "generation": g, "loss": 1.0 / g, "evaluations": 8, "tokens": 512, "skipped": 40}
+        for g in (1, 2, 3)
+    ]
+    results["search"] = {"method": "hybrid", "fitness": "kl", "evaluations": 24, "tokens": 1536, "history": history}
+    assert track(results, CONFIG, tmp_path, "sweep", "x") is None
+    run = read_run(tmp_path)
+    assert run["metrics"]["search/*"] == "search/generation"
+    assert run["metrics"]["allocation/*"] == "allocation/bits"
+    curve = [row for row in run["history"] if "search/generation" in row]
+    assert [(row["search/generation"], row["search/loss/2.5 bits"]) for row in curve] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 1 / 3),
+    ]
+    assert run["summary"]["plots/widths_0/_type"] == "image-file"
+    assert run["summary"]["plots/generations/_type"] == "image-file"
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    artifacts = [r.artifact for r in records(path) if r.WhichOneof("record_type") == "artifact"]
+    artifacts += [
+        r.request.log_artifact.artifact for r in records(path)
+        if r.WhichOneof("record_type") == "request" and r.request.WhichOneof("request_type") == "log_artifact"
+    ]  # fmt: skip
+    (artifact,) = [a for a in artifacts if a.type == "allocation"]
+    assert [entry.path for entry in artifact.manifest.contents] == ["allocation.yaml"]

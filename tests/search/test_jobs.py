@@ -1,0 +1,143 @@
+"""Searches through the command line: what they write, that it can be read again, and what they refuse."""
+
+import json
+
+import pytest
+import yaml
+from shared import SMALL
+
+# Rounded to nearest, as the parent's quality is not what is looked at.
+QUICK = (
+    *SMALL, "method=rtn", "method.dedicated=false", "method.group_size=64", "search.sequences=4",
+    "search.sequence_length=32", "search.sensitivity_tokens=32", "search.tokens=[32,64]", "search.generations=2",
+    "search.offspring=4", "search.survivors=[2,1]", "search.widths=[2,3,4,8]", "bits=[2,3]",
+)  # fmt: skip
+
+
+@pytest.fixture
+def job(matquant, tmp_path, small_model):
+    def run(*overrides):
+        status, _, err = matquant(f"model.path={small_model}", *QUICK, *overrides)
+        assert status == 0, err
+        return json.loads((tmp_path / "run" / "results.json").read_text())
+
+    return run
+
+
+def found(results):
+    return [entry for entry in results["slices"] if entry["bits"] == "allocation"]
+
+
+def test_a_budget_alone_asks_for_the_default_search_and_its_file_measures_the_same(job, tmp_path):
+    results = job("search.average_bits=2.6")
+    assert results["search"]["method"] == "hybrid"
+    assert results["search"]["evaluations_per_second"] > 0
+    (entry,) = found(results)
+    assert entry["average_bits"] <= 2.6
+    path = tmp_path / "run" / "allocation.yaml"
+    written = yaml.safe_load(path.read_text())
+    sizes = {row["name"]: row["parameters"] for row in results["layers"]}
+    average = sum(sizes[n] * bits for n, bits in written["widths"].items()) / sum(sizes.values())
+    assert entry["average_bits"] == written["average_bits"] == pytest.approx(average)
+    assert written["measured"] > 0
+    assert written["predicted"] > 0
+    # The files that it wrote, in both formats, are the same model.
+    kept = tmp_path / "kept.yaml"
+    kept.write_text(path.read_text())
+    (tmp_path / "kept.txt").write_text((tmp_path / "run" / "allocation.txt").read_text())
+    for name in ("kept.yaml", "kept.txt"):
+        (again,) = found(job(f"bits={tmp_path / name}"))
+        assert again["kl"] == entry["kl"]
+        assert again["bytes"] == entry["bytes"]
+
+
+def test_the_same_search_is_found_in_the_store(job):
+    first, second = job("search.average_bits=2.5"), job("search.average_bits=2.5", "search.cache_gigabytes=0")
+    assert (first["search"]["reused"], second["search"]["reused"]) == (False, True)
+    assert found(first) == found(second)
+    other = job("search.average_bits=2.5", "search.seed=1")
+    assert other["search"]["reused"] is False
+
+
+def test_a_byte_budget_counts_scales_and_is_never_exceeded(job):
+    full = {entry["bits"]: entry["bytes"] for entry in job()["slices"]}
+    budget = (full[2] + full[3]) // 2
+    (entry,) = found(job(f"search.gigabytes={budget / 1e9:.9f}", "search=sensitivity"))
+    assert full[2] < entry["bytes"] <= budget
+    (entry,) = found(job(f"search.gigabytes={full[3] / 1e9:.9f}", "search=evolve", "search.initial_tokens=32",
+                         "search.survivors=[2,1]", "search.tokens=[32,64]", "search.generations=1"))  # fmt: skip
+    assert entry["bytes"] <= full[3]
+
+
+def test_a_ladder_is_monotone_and_its_allocations_are_files(job, tmp_path):
+    results = job("search=pareto", "search.ladder=[4,2.5,3,8]", "search.generations=1", "search.tokens=[32,64]")
+    rows = results["search"]["front"]
+    assert [row["budget"] for row in rows] == ["2.5 bits", "3 bits", "4 bits", "8 bits"]
+    losses = [row["measured"] for row in rows]
+    assert losses == sorted(losses, reverse=True)
+    assert [entry["average_bits"] for entry in found(results)] == [row["average_bits"] for row in rows]
+    assert all((tmp_path / "run" / row["file"]).is_file() for row in rows)
+
+
+def test_fused_layers_get_one_width(job):
+    (entry,) = found(job("search.average_bits=3.1", "search.fused=true", "search=sensitivity"))
+    widths = entry["allocation"]["widths"]
+    for block in range(4):
+        attention = {widths[f"model.layers.{block}.self_attn.{p}_proj"] for p in "qkv"}
+        assert len(attention) == 1
+        assert widths[f"model.layers.{block}.mlp.gate_proj"] == widths[f"model.layers.{block}.mlp.up_proj"]
+
+
+def test_a_killed_search_goes_on_and_finds_the_same(job, monkeypatch, matquant, small_model, tmp_path):
+    from matquant.search import evolution
+
+    expected = job("search.average_bits=2.5", "search.generations=3", f"store.path={tmp_path}/undisturbed")
+    measured = evolution._generation
+    calls = []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measured(*args)
+
+    monkeypatch.setattr(evolution, "_generation", dies)
+    status, _, err = matquant(f"model.path={small_model}", *QUICK, "search.average_bits=2.5", "search.generations=3")
+    assert status == 130, err
+    results = job("search.average_bits=2.5", "search.generations=3")
+    assert len(calls) == 4
+    assert found(results) == found(expected)
+    assert results["search"]["history"] == expected["search"]["history"]
+
+
+def test_an_edited_file_says_so(job, tmp_path):
+    job("search.average_bits=2.5", "search=sensitivity")
+    text = (tmp_path / "run" / "allocation.yaml").read_text()
+    (tmp_path / "edited.yaml").write_text(text.replace("_proj: 2", "_proj: 8", 1))
+    assert any("it was edited" in warning for warning in job(f"bits={tmp_path}/edited.yaml")["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["search=evolve"], "needs one budget"),
+        (["search.average_bits=3", "search.gigabytes=1"], "needs one budget"),
+        (["search.average_bits=1.5"], "A budget of 1.5 bits cannot be kept"),
+        (["search.gigabytes=1e-6"], "the narrowest width, 2 bits in every layer, needs"),
+        (["search.average_bits=3", "search.widths=[2,9]"], "search.widths: a width must lie in 2..8; found 9"),
+        (["search.average_bits=3", "search.survivors=[4,2]"], "the last survivor alone"),
+        (["search.average_bits=3", "search.tokens=[64]"], "describe the same stages"),
+        (["search.average_bits=3", "search.survivors=[1,2,1]", "search.tokens=[2,2,2]"], "cannot grow"),
+        (["search.average_bits=3", "method.dedicated=true"], "makes a model for each width"),
+        (["search.average_bits=3", "search.fitness=speed"], "search.fitness must be one of kl, sparse_kl, perplexity"),
+        (["search.average_bits=3", "search.sequence_length=4000"], "search.sequence_length=4000 is longer"),
+        (["search.average_bits=3", "search.sensitivity=error"], "no second-order error is recorded"),
+        (["bits=nowhere.yaml"], "There is no allocation at nowhere.yaml"),
+        (["bits=nowhere.yaml", "method.dedicated=true"], "mixes widths of one parent"),
+    ],
+)
+def test_what_is_refused(matquant, small_model, overrides, sentence):
+    status, _, err = matquant(f"model.path={small_model}", *QUICK, *overrides)
+    assert status == 2
+    assert sentence in err
+    assert "Traceback" not in err

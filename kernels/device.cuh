@@ -5,6 +5,8 @@
 // __syncthreads, __shfl_xor_sync, atomicAdd, fmaf, ...) is used by its own name; the stand-in declares that too.
 #pragma once
 
+#define UNROLL _Pragma("unroll")
+
 #ifdef STANDIN
 #include "standin/standin.h"
 #else
@@ -15,6 +17,8 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define DEVICE static __device__ __forceinline__
+#define DEVICE_MEMBER __device__ __forceinline__
+#define DEVICE_CONSTANT __host__ __device__
 #define KERNEL extern "C" __global__
 #define LAUNCH_BOUNDS(threads, blocks_per_sm) __launch_bounds__(threads, blocks_per_sm)
 // The block's dynamic shared memory; there is no static one in this project.
@@ -75,7 +79,7 @@ DEVICE uint4 load_streaming(const uint4* p) {
 
 // Starts copying 16 bytes to shared memory: the first `valid` from `source`, zeros after them.
 DEVICE void copy_async(void* shared, const void* source, int valid = 16) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(source), "r"(valid)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(source), "r"(valid)
                  : "memory");
 }
 
@@ -112,14 +116,14 @@ DEVICE void load_matrices(u32 (&r)[4], const void* row) {
 
 // d = a b + c, with a 16x16, b 16x8, c and d 16x8 in float32. Subnormal float16 inputs count in full.
 DEVICE void mma_half(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
                  : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
 DEVICE void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
                  : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));

@@ -17,7 +17,11 @@
 #include "memory.h"
 #include "warp.h"
 
+#undef UNROLL
+#define UNROLL
 #define DEVICE static inline
+#define DEVICE_MEMBER
+#define DEVICE_CONSTANT
 #define KERNEL static
 #define LAUNCH_BOUNDS(threads, blocks_per_sm)
 #define SHARED_MEMORY(name) unsigned char* name = standin::current->block->shared

@@ -1,0 +1,422 @@
+// y[M, N] = x[M, K] W^T + bias, for W in bit planes, of which it reads the first BITS. M <= 8 * TOKEN_TILES.
+//
+// The value of a weight is   gain * s * (2^(8 - BITS) * code + offset - zero)   with s and zero of its group; `code` is the
+// slice of BITS bits of an 8-bit code (codes of fewer bits are an 8-bit code's first planes; `gain` and `offset` are scaled).
+//
+// Work. A block is ROW_WARPS x TILE_WARPS x K_WARPS warps and works on tiles of 64 * ROW_WARPS rows, a chunk of
+// 64 * UNITS * K_WARPS columns at a time: each of the K_WARPS takes its own 64 * UNITS columns, each of the TILE_WARPS its
+// own 64 / TILE_WARPS rows of 64. All chunks of all tiles in a row, tile by tile, are dealt out to the blocks in equal runs, so
+// a run may end or begin within a tile. Where several blocks have worked on a tile, each leaves its sums in the workspace, and
+// the warp that comes last adds them up, always in the same order, and sets its ticket back to 0.
+//
+// A chunk's planes, scales, zero points and activations are copied to shared memory STAGES - 2 chunks before they are used.
+// Weights stay integers in the tensor cores (see fragments.cuh). With t = sum of x * fragment and X = sum of x over a
+// group, its part of y is  s * unit^-1 * 2^(8 - BITS) * (t + X * (unit * (offset - zero) / 2^(8 - BITS) - bias));  X is
+// computed one chunk ahead, by a product with ones, once per block.
+//
+// Macros
+//   BITS 2..8, ROUND 0 or 1 (slices are rounded, one plane more is read), GROUP 32, 64, 128 or 0 (a scale per row),
+//   ZEROS 0 or 1, BFLOAT 0 or 1 (x, bias and y), SCALE_BFLOAT 0 or 1, TOKEN_TILES 1, 2, 4, 8,
+//   ROW_WARPS, K_WARPS, TILE_WARPS (1, 2, 4), UNITS (1, 2), STAGES >= 3, BLOCKS_PER_SM
+// Launch
+//   block   32 * ROW_WARPS * TILE_WARPS * K_WARPS threads
+//   grid    any number of blocks up to row_tiles * chunks; as many as are resident at once is best
+//           row_tiles = ceil(N / (64 * ROW_WARPS)), chunks = ceil(ceil(K / 64) / (UNITS * K_WARPS))
+//   shared  SHARED_BYTES below
+//   workspace  (grid + row_tiles) * 64 * ROW_WARPS * 8 * TOKEN_TILES float32, never initialised
+//   tickets    row_tiles * warps of a block, uint32, 0 before the first launch and after every launch
+//   A workspace and its tickets serve one launch at a time.
+#include "fragments.cuh"
+
+#define PLANES (BITS + (ROUND && BITS < 8))
+
+constexpr int warps = ROW_WARPS * TILE_WARPS * K_WARPS, threads = 32 * warps;
+constexpr int row_tiles_of_warp = 4 / TILE_WARPS; // tiles of 16 rows
+constexpr int columns = 64 * UNITS;               // of a chunk, for one of the K_WARPS
+constexpr int group = GROUP && GROUP < columns ? GROUP : columns; // columns after which sums are scaled
+constexpr int groups = columns / group;
+constexpr int token_rows = 8 * TOKEN_TILES;
+constexpr int x_stride = columns * K_WARPS + 8; // 16 bytes more than a row: ldmatrix then meets every bank once
+constexpr int steps_of_group = group / 16;
+
+// One stage of the ring in shared memory.
+struct Stage {
+    uint4 planes[K_WARPS][ROW_WARPS][UNITS][PLANES][32];
+    u16 scales[K_WARPS][ROW_WARPS][groups][8][8]; // [group][lane / 4][c][p]
+#if ZEROS
+    u8 zeros[K_WARPS][ROW_WARPS][groups][8][8];
+#endif
+    u16 x[token_rows][x_stride];
+};
+
+struct Shared {
+    Stage stage[STAGES];
+    float x_sums[2][K_WARPS][groups][token_rows]; // of the chunk in work and of the next one
+#if K_WARPS > 1
+    float4 sums[K_WARPS][ROW_WARPS * TILE_WARPS][row_tiles_of_warp * TOKEN_TILES][32];
+#endif
+};
+
+typedef Fragments<BITS, BFLOAT> Fragment;
+constexpr int accumulators = row_tiles_of_warp * TOKEN_TILES; // of 16 rows and 8 tokens, 4 floats a lane
+
+struct Problem {
+    const uint4* planes;
+    u64 plane_stride;
+    const u16* scales;
+    const u8* zeros;
+    const u16* x;
+    int tokens, rows, depth;    // M, N, K
+    int row_blocks, units;      // of 64 rows, of 64 columns
+    int chunks;                 // of a tile
+};
+
+// Which of the block's warps this is.
+struct Place {
+    int lane, row_warp, tile_warp, k_warp;
+};
+
+DEVICE void copy_planes(const Problem& a, Stage& stage, const Place& at, int row_block, int unit0) {
+    UNROLL
+    for (int i = 0; i < UNITS * PLANES; i++) {
+        const int unit = i / PLANES, plane = i % PLANES;
+        if (TILE_WARPS > 1 && i % TILE_WARPS != at.tile_warp) continue;
+        if (unit0 + unit >= a.units) continue; // what is there instead meets activations of 0
+        const u64 place = plane * a.plane_stride + ((u64)row_block * a.units + unit0 + unit) * 32 + at.lane;
+        copy_async(&stage.planes[at.k_warp][at.row_warp][unit][plane][at.lane], a.planes + place);
+    }
+}
+
+DEVICE void copy_scales(const Problem& a, Stage& stage, const Place& at, int row_block, int unit0) {
+    if (at.tile_warp != 0) return;
+    const int i = at.lane / 8, part = at.lane % 8;
+    const int column = unit0 * 64 + i * group;
+    const u64 place = (u64)(GROUP ? column / max(GROUP, 1) : 0) * a.row_blocks + row_block;
+    const bool inside = column < a.units * 64; // no scale beyond, and 0 * NaN is not 0
+    if (i < groups) copy_async(&stage.scales[at.k_warp][at.row_warp][i][part][0], a.scales + (inside ? place * 64 + part * 8 : 0), inside ? 16 : 0);
+#if ZEROS
+    if (i < groups && part < 4)
+        copy_async(&stage.zeros[at.k_warp][at.row_warp][i][2 * part][0], a.zeros + (inside ? place * 64 + part * 16 : 0), inside ? 16 : 0);
+#endif
+}
+
+DEVICE void copy_x(const Problem& a, Stage& stage, int chunk) {
+    constexpr int pieces = columns * K_WARPS / 8;
+    UNROLL
+    for (int i = 0; i < (token_rows * pieces + threads - 1) / threads; i++) {
+        const int index = i * threads + (int)threadIdx.x, token = index / pieces, column = index % pieces * 8;
+        const int from = chunk * columns * K_WARPS + column;
+        if (token >= a.tokens || token >= token_rows) continue; // other rows of x only reach rows of y that nobody keeps
+        const bool inside = from < a.depth;
+        copy_async(&stage.x[token][column], a.x + (inside ? (u64)token * a.depth + from : 0), inside ? 16 : 0);
+    }
+}
+
+DEVICE void copy_chunk(const Problem& a, Stage& stage, const Place& at, int tile, int chunk) {
+    const int row_block = tile * ROW_WARPS + at.row_warp, unit0 = (chunk * K_WARPS + at.k_warp) * UNITS;
+    if (row_block < a.row_blocks) {
+        copy_planes(a, stage, at, row_block, unit0);
+        copy_scales(a, stage, at, row_block, unit0);
+    }
+    copy_x(a, stage, chunk);
+}
+
+DEVICE void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
+    if (BFLOAT) mma_bfloat(d, a, b0, b1, c);
+    else mma_half(d, a, b0, b1, c);
+}
+
+// Activations of 16 columns from `column` on, as B fragments of two tiles of 8 tokens.
+DEVICE void load_two_tiles(const Stage& stage, int lane, int tile, int column, u32 (&b)[4]) {
+    load_matrices(b, &stage.x[tile * 8 + lane % 8 + lane / 16 * 8][column + lane / 8 % 2 * 8]);
+}
+
+// Activations of 32 columns from `column` on, for one tile of 8 tokens.
+DEVICE void load_two_steps(const Stage& stage, int lane, int tile, int column, u32 (&b)[4]) {
+    load_matrices(b, &stage.x[tile * 8 + lane % 8][column + lane / 8 * 8]);
+}
+
+// Sums of x over each group of a chunk, for all tokens: the warps share them out.
+DEVICE void sum_x(const Stage& stage, float (&sums)[K_WARPS][groups][token_rows], int lane, int warp) {
+    const u32 one = BFLOAT ? 0x3F803F80u : 0x3C003C00u, ones[4] = {one, one, one, one};
+    for (int task = warp; task < K_WARPS * TOKEN_TILES; task += warps) {
+        const int k_warp = task / TOKEN_TILES, tile = task % TOKEN_TILES;
+        UNROLL
+        for (int i = 0; i < groups; i++) {
+            float sum[4] = {0, 0, 0, 0};
+            UNROLL
+            for (int step = 0; step < steps_of_group; step += 2) {
+                u32 b[4];
+                load_two_steps(stage, lane, tile, k_warp * columns + i * group + step * 16, b);
+                multiply(sum, ones, b[0], b[1], sum);
+                multiply(sum, ones, b[2], b[3], sum);
+            }
+            if (lane < 4) *(float2*)&sums[k_warp][i][tile * 8 + 2 * lane] = make_float2(sum[0], sum[1]);
+        }
+    }
+}
+
+DEVICE float scale_value(u32 bits) { return SCALE_BFLOAT ? bfloat_to_float((u16)bits) : half_to_float((u16)bits); }
+
+DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// total += scale * (product + X * shift) for one group.
+DEVICE void scale_group(const Stage& stage, const float (&x_sums)[token_rows], const Place& at, int i, float offset, float zero_step,
+                        const float (&product)[accumulators][4], float (&total)[accumulators][4]) {
+    const u16* scales = &stage.scales[at.k_warp][at.row_warp][i][at.lane / 4][at.tile_warp * row_tiles_of_warp * 2];
+    float scale[row_tiles_of_warp][2], shift[row_tiles_of_warp][2];
+    UNROLL
+    for (int c = 0; c < row_tiles_of_warp; c++) {
+        const u32 both = *(const u32*)(scales + 2 * c);
+        UNROLL
+        for (int p = 0; p < 2; p++) {
+            scale[c][p] = scale_value(both >> (16 * p));
+            float distance = offset;
+#if ZEROS
+            distance -= zero_step * stage.zeros[at.k_warp][at.row_warp][i][at.lane / 4][(at.tile_warp * row_tiles_of_warp + c) * 2 + p];
+#endif
+            shift[c][p] = distance * Fragment::unit(c, p) - Fragment::bias();
+        }
+    }
+    UNROLL
+    for (int tile = 0; tile < TOKEN_TILES; tile++) {
+        const float2 sum = *(const float2*)&x_sums[tile * 8 + 2 * (at.lane % 4)];
+        UNROLL
+        for (int c = 0; c < row_tiles_of_warp; c++)
+            UNROLL
+            for (int e = 0; e < 4; e++) {
+                const int j = c * TOKEN_TILES + tile, p = e >> 1;
+                total[j][e] = fmaf(scale[c][p], fmaf(e & 1 ? sum.y : sum.x, shift[c][p], product[j][e]), total[j][e]);
+            }
+    }
+}
+
+// The products of one step of 16 columns with all tokens; `first` starts new sums.
+DEVICE void multiply_step(const Stage& stage, int lane, int column, bool first, bool even, const u32 (&fragment)[Fragment::parts][row_tiles_of_warp][4],
+                          u32 (&b)[4], float (&product)[accumulators][4]) {
+    const float nothing[4] = {0, 0, 0, 0};
+    UNROLL
+    for (int tile = 0; tile < TOKEN_TILES; tile++) {
+        if (TOKEN_TILES == 1) {
+            if (even) load_two_steps(stage, lane, 0, column, b);
+        } else if (tile % 2 == 0) {
+            load_two_tiles(stage, lane, tile, column, b);
+        }
+        const int half = TOKEN_TILES == 1 ? (even ? 0 : 2) : tile % 2 * 2;
+        UNROLL
+        for (int part = 0; part < Fragment::parts; part++)
+            UNROLL
+            for (int c = 0; c < row_tiles_of_warp; c++) {
+                float(&sum)[4] = product[c * TOKEN_TILES + tile];
+                if (first && part == 0) multiply(sum, fragment[part][c], b[half], b[half + 1], nothing);
+                else multiply(sum, fragment[part][c], b[half], b[half + 1], sum);
+            }
+    }
+}
+
+DEVICE void multiply_chunk(const Stage& stage, const float (&x_sums)[groups][token_rows], const Place& at, float offset, float zero_step,
+                           float (&total)[accumulators][4]) {
+    float product[accumulators][4];
+    u32 b[4];
+    UNROLL
+    for (int unit = 0; unit < UNITS; unit++) {
+        uint4 words[PLANES];
+        UNROLL
+        for (int d = 0; d < PLANES; d++) words[d] = stage.planes[at.k_warp][at.row_warp][unit][d][at.lane];
+        UNROLL
+        for (int r = 0; r < 4; r++) {
+            const int step = unit * 4 + r;
+            u32 planes[PLANES];
+            UNROLL
+            for (int d = 0; d < PLANES; d++) {
+                planes[d] = word(words[d], r);
+                // Brings this warp's rows to the place of the first ones.
+                if (TILE_WARPS > 1) planes[d] = rotate_right(planes[d], at.tile_warp * row_tiles_of_warp * 2);
+            }
+#if ROUND && BITS < 8
+            round_slice<BITS>(planes);
+#endif
+            u32 fragment[Fragment::parts][row_tiles_of_warp][4];
+            Fragment::decode<row_tiles_of_warp>((const u32(&)[BITS])planes, fragment);
+            multiply_step(stage, at.lane, at.k_warp * columns + step * 16, step % steps_of_group == 0, r % 2 == 0, fragment, b, product);
+            if (step % steps_of_group == steps_of_group - 1) {
+                const int i = step / steps_of_group;
+                scale_group(stage, x_sums[i], at, i, offset, zero_step, product, total);
+            }
+        }
+    }
+}
+
+DEVICE u16 to_output(float f) { return BFLOAT ? float_to_bfloat(f) : float_to_half(f); }
+DEVICE float from_bias(u16 bits) { return BFLOAT ? bfloat_to_float(bits) : half_to_float(bits); }
+
+struct Output {
+    u16* y;
+    const u16* bias;
+    int tokens, rows;
+};
+
+// Rows from `row` on and tokens from `token` on: one accumulator of the warp.
+DEVICE void write_output(const Output& out, int row, int token, int lane, const float4& sum) {
+    UNROLL
+    for (int p = 0; p < 2; p++) {
+        const int n = row + lane / 4 + 8 * p, m = token + 2 * (lane % 4);
+        if (n >= out.rows) continue;
+        const float bias = out.bias ? from_bias(out.bias[n]) : 0.0f;
+        if (m < out.tokens) out.y[(u64)m * out.rows + n] = to_output((p ? sum.z : sum.x) + bias);
+        if (m + 1 < out.tokens) out.y[(u64)(m + 1) * out.rows + n] = to_output((p ? sum.w : sum.y) + bias);
+    }
+}
+
+// Which block works on a chunk, of `all` that are dealt out as in the kernel below.
+DEVICE u32 block_of(u32 chunk, u32 all) { return ((chunk + 1) * gridDim.x - 1) / all; }
+
+// What the warps of one block that share rows have summed, added up: each of the K_WARPS gets accumulators
+// k_warp, k_warp + K_WARPS, ..., as sums[0], sums[1], ...
+constexpr int shares = (accumulators + K_WARPS - 1) / K_WARPS;
+
+DEVICE void share_sums(Shared& shared, const Place& at, const float (&total)[accumulators][4], float4 (&sums)[shares]) {
+#if K_WARPS == 1
+    UNROLL
+    for (int j = 0; j < accumulators; j++) sums[j] = make_float4(total[j][0], total[j][1], total[j][2], total[j][3]);
+#else
+    const int rows = at.row_warp * TILE_WARPS + at.tile_warp;
+    UNROLL
+    for (int j = 0; j < accumulators; j++)
+        shared.sums[at.k_warp][rows][j][at.lane] = make_float4(total[j][0], total[j][1], total[j][2], total[j][3]);
+    __syncthreads();
+    UNROLL
+    for (int i = 0; i < shares; i++) {
+        const int j = at.k_warp + i * K_WARPS;
+        sums[i] = make_float4(0, 0, 0, 0);
+        if (j >= accumulators) continue;
+        UNROLL
+        for (int k = 0; k < K_WARPS; k++) {
+            const float4 v = shared.sums[k][rows][j][at.lane];
+            sums[i] = make_float4(sums[i].x + v.x, sums[i].y + v.y, sums[i].z + v.z, sums[i].w + v.w);
+        }
+    }
+#endif
+}
+
+// Adds up what the blocks first .. last have left of this warp's sums. A block's place in the workspace is its own number
+// plus the tile's: unique, since from one piece of work to the next at least one of the two grows.
+DEVICE void leave_sums(float4* workspace, u32 block, u32 tile, const Place& at, const float4 (&sums)[shares]) {
+    float4* place = workspace + ((u64)(block + tile) * ROW_WARPS * TILE_WARPS + at.row_warp * TILE_WARPS + at.tile_warp) * accumulators * 32;
+    UNROLL
+    for (int i = 0; i < shares; i++)
+        if (at.k_warp + i * K_WARPS < accumulators) store_for_other_blocks(place + (at.k_warp + i * K_WARPS) * 32 + at.lane, sums[i]);
+}
+
+DEVICE void collect_sums(const float4* workspace, u32 first, u32 last, u32 tile, const Place& at, float4 (&sums)[shares]) {
+    UNROLL
+    for (int i = 0; i < shares; i++) sums[i] = make_float4(0, 0, 0, 0);
+    _Pragma("unroll 4")
+    for (u32 block = first; block <= last; block++) {
+        const float4* place = workspace + ((u64)(block + tile) * ROW_WARPS * TILE_WARPS + at.row_warp * TILE_WARPS + at.tile_warp) * accumulators * 32;
+        UNROLL
+        for (int i = 0; i < shares; i++) {
+            if (at.k_warp + i * K_WARPS >= accumulators) continue;
+            const float4 v = load_from_other_blocks(place + (at.k_warp + i * K_WARPS) * 32 + at.lane);
+            sums[i] = make_float4(sums[i].x + v.x, sums[i].y + v.y, sums[i].z + v.z, sums[i].w + v.w);
+        }
+    }
+}
+
+// True for the last of `count` warps that leave sums for the same outputs; those of the others are then to be seen.
+DEVICE bool is_last(u32* ticket, u32 count, int lane) {
+    __threadfence(); // by each lane, after its stores
+    __syncwarp();
+    u32 earlier = 0;
+    if (lane == 0) earlier = atomicAdd(ticket, 1u);
+    earlier = __shfl_sync(~0u, earlier, 0);
+    if (earlier != count - 1) return false;
+    if (lane == 0) *ticket = 0;
+    __threadfence();
+    return true;
+}
+
+// What this block has summed of a tile goes to y, or to the workspace if other blocks work on the tile too.
+DEVICE void finish_tile(const Problem& a, const Output& out, Shared& shared, const Place& at, u32 tile, u32 all, float gain,
+                        float4* workspace, u32* tickets, float (&total)[accumulators][4]) {
+    UNROLL
+    for (int j = 0; j < accumulators; j++)
+        UNROLL
+        for (int e = 0; e < 4; e++) total[j][e] *= gain / Fragment::unit(j / TOKEN_TILES, e >> 1);
+    float4 sums[shares];
+    share_sums(shared, at, total, sums);
+    const int row_block = (int)tile * ROW_WARPS + at.row_warp;
+    if (row_block >= a.row_blocks || at.k_warp >= accumulators) return;
+    const u32 first = block_of(tile * a.chunks, all), last = block_of((tile + 1) * a.chunks - 1, all);
+    if (first != last) {
+        leave_sums(workspace, blockIdx.x, tile, at, sums);
+        if (!is_last(tickets + tile * warps + threadIdx.x / 32, last - first + 1, at.lane)) return;
+        collect_sums(workspace, first, last, tile, at, sums);
+    }
+    UNROLL
+    for (int i = 0; i < shares; i++) {
+        const int j = at.k_warp + i * K_WARPS;
+        if (j >= accumulators) continue;
+        const int row = row_block * 64 + (at.tile_warp * row_tiles_of_warp + j / TOKEN_TILES) * 16;
+        write_output(out, row, j % TOKEN_TILES * 8, at.lane, sums[i]);
+    }
+}
+
+KERNEL LAUNCH_BOUNDS(32 * ROW_WARPS * TILE_WARPS * K_WARPS, BLOCKS_PER_SM)
+void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words], N and K rounded up
+                 u64 plane_stride,     // from plane to plane in 16 bytes: row_blocks * units * 32
+                 const u16* scales,    // [groups, N / 64, 8, 4, 2]; 0 for rows and groups that are not there
+                 const u8* zeros,      // likewise; read if ZEROS
+                 const u16* x,         // [M, K], 16-byte aligned, K a multiple of 8
+                 const u16* bias,      // [N] or null
+                 u16* y,               // [M, N]
+                 float4* workspace, u32* tickets, int tokens, int rows, int depth,
+                 float offset,    // offset / 2^(8 - BITS)
+                 float zero_step, // of a zero point: 2^(8 - master bits) / 2^(8 - BITS)
+                 float gain) {    // gain * 2^(8 - BITS)
+    SHARED_MEMORY(memory);
+    Shared& shared = *(Shared*)memory;
+    const int warp = threadIdx.x / 32;
+    const Place at = {(int)threadIdx.x % 32, warp % ROW_WARPS, warp / ROW_WARPS % TILE_WARPS, warp / (ROW_WARPS * TILE_WARPS)};
+    Problem a = {planes, plane_stride, scales, zeros, x, tokens, rows, depth, (rows + 63) / 64, (depth + 63) / 64, 0};
+    a.chunks = (a.units + UNITS * K_WARPS - 1) / (UNITS * K_WARPS);
+    const Output out = {y, bias, tokens, rows};
+
+    // This block's run of chunks, begin .. end - 1 of all tiles' chunks in a row.
+    const u32 all = (u32)(a.row_blocks + ROW_WARPS - 1) / ROW_WARPS * a.chunks;
+    const u32 begin = blockIdx.x * all / gridDim.x, end = (blockIdx.x + 1) * all / gridDim.x;
+    u32 tile = begin / a.chunks, chunk = begin % a.chunks;
+    u32 ahead = begin, ahead_tile = tile, ahead_chunk = chunk, ahead_stage = 0; // what is copied next
+    auto copy_next = [&]() {
+        if (ahead < end) copy_chunk(a, shared.stage[ahead_stage], at, ahead_tile, ahead_chunk);
+        copy_async_commit(); // an empty group at the end, so that counting groups stays right
+        ahead++;
+        if (++ahead_stage == STAGES) ahead_stage = 0;
+        if (++ahead_chunk == (u32)a.chunks) ahead_chunk = 0, ahead_tile++;
+    };
+    for (int i = 0; i < STAGES - 1; i++) copy_next();
+    copy_async_wait<STAGES - 2>();
+    __syncthreads();
+    sum_x(shared.stage[0], shared.x_sums[0], at.lane, warp);
+
+    float total[accumulators][4] = {};
+    u32 stage = 0, parity = 0;
+    for (u32 i = begin; i < end; i++) {
+        copy_async_wait<STAGES - 3>();
+        __syncthreads(); // the next chunk is there, this chunk's x_sums too, and nobody needs the last one any more
+        copy_next();
+        const u32 following = stage + 1 == STAGES ? 0 : stage + 1;
+        if (i + 1 < end) sum_x(shared.stage[following], shared.x_sums[parity ^ 1], at.lane, warp);
+        multiply_chunk(shared.stage[stage], shared.x_sums[parity][at.k_warp], at, offset, zero_step, total);
+        stage = following;
+        parity ^= 1;
+        if (++chunk == (u32)a.chunks || i + 1 == end) {
+            finish_tile(a, out, shared, at, tile, all, gain, workspace, tickets, total);
+            UNROLL
+            for (int j = 0; j < accumulators; j++) total[j][0] = total[j][1] = total[j][2] = total[j][3] = 0;
+            chunk = 0;
+            tile++;
+        }
+    }
+    copy_async_wait<0>();
+}

@@ -20,6 +20,15 @@ WIDTHS = range(2, 9)
 MODEL = "model.layers.0.mlp.down_proj"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The matrices here are so small that on a busy machine threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def layer_of(rows=70, columns=96, **about) -> tuple[NestedLinear, NestedWeight, torch.Tensor]:
     weight = make_weight(rows, columns, about.pop("group_size", 32), **about)
     bias = torch.randn(rows, generator=torch.Generator().manual_seed(3))

@@ -14,7 +14,7 @@ from matquant.cuda import Kernel, load
 from matquant.errors import UserError
 from matquant.inference import blocked
 from matquant.inference.checks import check_x
-from matquant.inference.plan import TOKENS, Plan, Problem, plan, strip_weights, supported
+from matquant.inference.plan import TOKENS, Device, Plan, Problem, plan, strip_weights, supported
 from matquant.inference.planes import NestedPlanes
 from matquant.inference.tickets import Tickets
 from matquant.nested import Slicing
@@ -102,7 +102,9 @@ def _prepare(
             "loaded now. Run the model once at this width and batch size before the capture."
         )
     device = x.get_device()
-    launch = plan(problem, torch.cuda.get_device_properties(device).multi_processor_count)
+    about_device = torch.cuda.get_device_properties(device)
+    multiprocessors, shared = about_device.multi_processor_count, about_device.shared_memory_per_multiprocessor
+    launch = plan(problem, Device(multiprocessors=multiprocessors, shared_bytes=shared))
     kernel = load("gemm.cu", "nested_gemm", defines=launch.defines, device=device)
     if device not in _tickets:
         _tickets[device] = Tickets(x.device)

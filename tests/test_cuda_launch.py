@@ -1,5 +1,6 @@
 """The operators' way to a CUDA device, with the stand-in in place of the device: plans, arguments, tickets, refusals."""
 
+import contextlib
 import itertools
 import logging
 import types
@@ -10,7 +11,7 @@ from standin import compile_kernel, have_compiler, read_source
 from test_planes import make_weight
 
 from matquant.errors import UserError
-from matquant.inference import NestedPlanes, gpu
+from matquant.inference import NestedPlanes, gpu, tickets
 from matquant.inference.plan import TOKENS, Device, Problem, choose, plan, supported
 
 pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
@@ -169,6 +170,53 @@ def test_wrong_calls_are_refused_before_anything_is_planned(device):
     with pytest.raises(UserError, match="not contiguous int32"):
         gpu.linear(good[0], turned, *good[2:])
     assert len(gpu._launches) == len(device) == 1
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """A device whose stream and whose state of capture the test sets; its memory is the CPU's."""
+    state = types.SimpleNamespace(stream=1, capturing=False)
+
+    class Stream(contextlib.nullcontext):
+        def synchronize(self):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: state.stream, raising=False)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(tickets, "_SLAB", 100)
+    return state
+
+
+def test_a_stream_keeps_its_counters_and_captured_launches_share_none(streams):
+    held = tickets.Tickets(torch.device("cpu", 0))
+    places = set()
+
+    def take(count, new):
+        found = held.now(count)
+        assert found.dtype == torch.int32
+        assert found.numel() >= count
+        assert not found.any()
+        mine = set(range(found.data_ptr(), found.data_ptr() + 4 * found.numel(), 4))
+        assert mine.isdisjoint(places) if new else mine <= places
+        places.update(mine)
+        kept.append(found)
+
+    kept = []
+    take(10, new=True)
+    take(7, new=False)
+    streams.stream = 2
+    take(10, new=True)
+    streams.stream = 1
+    take(20, new=True)  # more than the stream has had
+    streams.capturing = True
+    for _ in range(5):
+        take(10, new=True)
+    take(30, new=True)  # the slab is used up, and none can be made during a capture
+    streams.capturing = False
+    take(20, new=False)
+    take(200, new=True)
 
 
 @pytest.mark.parametrize("shared", [100, 164, 228], ids=["sm_86", "sm_80", "sm_90"])

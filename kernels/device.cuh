@@ -24,6 +24,9 @@ typedef unsigned long long u64;
 // The block's dynamic shared memory; there is no static one in this project.
 #define SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
 
+// Waits for `threads` threads of the block, a multiple of 32, at barrier `id` of 1..15 (0 is __syncthreads).
+DEVICE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
 // ---- integers
 
 // Bits of `a` where `mask` is set, of `b` elsewhere.

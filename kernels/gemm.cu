@@ -9,20 +9,22 @@
 // a run may end or begin within a tile. Where several blocks have worked on a tile, each leaves its sums in the workspace, and
 // the warp that comes last adds them up, always in the same order, and sets its ticket back to 0.
 //
-// A chunk's planes, scales, zero points and activations are copied to shared memory STAGES - 2 chunks before they are used.
+// Planes, scales and zero points are copied to shared memory STAGES - 1 chunks before they are used, into a ring that belongs
+// to one warp (to the TILE_WARPS that share rows), so that warps do not wait for each other. Activations belong to the whole
+// block; they come PANEL chunks at a time, a panel ahead, and the block meets only where a panel begins.
 // Weights stay integers in the tensor cores (see fragments.cuh). With t = sum of x * fragment and X = sum of x over a
 // group, its part of y is  s * unit^-1 * 2^(8 - BITS) * (t + X * (unit * (offset - zero) / 2^(8 - BITS) - bias));  X is
-// computed one chunk ahead, by a product with ones, once per block.
+// computed once per block, by a product with ones.
 //
 // Macros
 //   BITS 2..8, ROUND 0 or 1 (slices are rounded, one plane more is read), GROUP 32, 64, 128 or 0 (a scale per row),
 //   ZEROS 0 or 1, BFLOAT 0 or 1 (x, bias and y), SCALE_BFLOAT 0 or 1, TOKEN_TILES 1, 2, 4, 8,
-//   ROW_WARPS, K_WARPS, TILE_WARPS (1, 2, 4), UNITS (1, 2), STAGES >= 3, BLOCKS_PER_SM
+//   ROW_WARPS, K_WARPS, TILE_WARPS (1, 2, 4), UNITS (1, 2), STAGES >= 2, PANEL >= 1, BLOCKS_PER_SM
 // Launch
 //   block   32 * ROW_WARPS * TILE_WARPS * K_WARPS threads
 //   grid    any number of blocks up to row_tiles * chunks; as many as are resident at once is best
 //           row_tiles = ceil(N / (64 * ROW_WARPS)), chunks = ceil(ceil(K / 64) / (UNITS * K_WARPS))
-//   shared  SHARED_BYTES below
+//   shared  sizeof(Shared); a launcher that computes it can have it checked with -DSHARED_BYTES
 //   workspace  (grid + row_tiles) * 64 * ROW_WARPS * 8 * TOKEN_TILES float32, never initialised
 //   tickets    row_tiles * warps of a block, uint32, 0 before the first launch and after every launch
 //   A workspace and its tickets serve one launch at a time.
@@ -39,23 +41,27 @@ constexpr int token_rows = 8 * TOKEN_TILES;
 constexpr int x_stride = columns * K_WARPS + 8; // 16 bytes more than a row: ldmatrix then meets every bank once
 constexpr int steps_of_group = group / 16;
 
-// One stage of the ring in shared memory.
-struct Stage {
-    uint4 planes[K_WARPS][ROW_WARPS][UNITS][PLANES][32];
-    u16 scales[K_WARPS][ROW_WARPS][groups][8][8]; // [group][lane / 4][c][p]
+// What a warp needs of the weights for one chunk.
+struct Weights {
+    uint4 planes[UNITS][PLANES][32];
+    u16 scales[groups][8][8]; // [group][lane / 4][c][p]
 #if ZEROS
-    u8 zeros[K_WARPS][ROW_WARPS][groups][8][8];
+    u8 zeros[groups][8][8];
 #endif
-    u16 x[token_rows][x_stride];
 };
 
 struct Shared {
-    Stage stage[STAGES];
-    float x_sums[2][K_WARPS][groups][token_rows]; // of the chunk in work and of the next one
+    Weights ring[K_WARPS][ROW_WARPS][STAGES];
+    u16 x[2][PANEL][token_rows][x_stride]; // the panel in work and the next one
+    float x_sums[PANEL][K_WARPS][groups][token_rows];
 #if K_WARPS > 1
     float4 sums[K_WARPS][ROW_WARPS * TILE_WARPS][row_tiles_of_warp * TOKEN_TILES][32];
 #endif
 };
+
+#ifdef SHARED_BYTES
+static_assert(sizeof(Shared) == SHARED_BYTES, "the launcher computes the size as well");
+#endif
 
 typedef Fragments<BITS, BFLOAT> Fragment;
 constexpr int accumulators = row_tiles_of_warp * TOKEN_TILES; // of 16 rows and 8 tokens, 4 floats a lane
@@ -76,49 +82,49 @@ struct Place {
     int lane, row_warp, tile_warp, k_warp;
 };
 
-DEVICE void copy_planes(const Problem& a, Stage& stage, const Place& at, int row_block, int unit0) {
+DEVICE void copy_planes(const Problem& a, Weights& to, const Place& at, int row_block, int unit0) {
     UNROLL
     for (int i = 0; i < UNITS * PLANES; i++) {
         const int unit = i / PLANES, plane = i % PLANES;
         if (TILE_WARPS > 1 && i % TILE_WARPS != at.tile_warp) continue;
         if (unit0 + unit >= a.units) continue; // what is there instead meets activations of 0
         const u64 place = plane * a.plane_stride + ((u64)row_block * a.units + unit0 + unit) * 32 + at.lane;
-        copy_async(&stage.planes[at.k_warp][at.row_warp][unit][plane][at.lane], a.planes + place);
+        copy_async(&to.planes[unit][plane][at.lane], a.planes + place);
     }
 }
 
-DEVICE void copy_scales(const Problem& a, Stage& stage, const Place& at, int row_block, int unit0) {
-    if (at.tile_warp != 0) return;
+DEVICE void copy_scales(const Problem& a, Weights& to, const Place& at, int row_block, int unit0) {
     const int i = at.lane / 8, part = at.lane % 8;
+    if (at.tile_warp != 0 || i >= groups) return;
     const int column = unit0 * 64 + i * group;
-    const u64 place = (u64)(GROUP ? column / max(GROUP, 1) : 0) * a.row_blocks + row_block;
-    const bool inside = column < a.units * 64; // no scale beyond, and 0 * NaN is not 0
-    if (i < groups) copy_async(&stage.scales[at.k_warp][at.row_warp][i][part][0], a.scales + (inside ? place * 64 + part * 8 : 0), inside ? 16 : 0);
+    const bool inside = column < a.units * 64; // there is no scale beyond, and 0 * NaN is not 0
+    const u64 place = inside ? ((u64)(GROUP ? column / max(GROUP, 1) : 0) * a.row_blocks + row_block) * 64 : 0;
+    copy_async(&to.scales[i][part][0], a.scales + place + part * 8, inside ? 16 : 0);
 #if ZEROS
-    if (i < groups && part < 4)
-        copy_async(&stage.zeros[at.k_warp][at.row_warp][i][2 * part][0], a.zeros + (inside ? place * 64 + part * 16 : 0), inside ? 16 : 0);
+    if (part < 4) copy_async(&to.zeros[i][2 * part][0], a.zeros + place + part * 16, inside ? 16 : 0);
 #endif
 }
 
-DEVICE void copy_x(const Problem& a, Stage& stage, int chunk) {
-    constexpr int pieces = columns * K_WARPS / 8;
-    UNROLL
-    for (int i = 0; i < (token_rows * pieces + threads - 1) / threads; i++) {
-        const int index = i * threads + (int)threadIdx.x, token = index / pieces, column = index % pieces * 8;
-        const int from = chunk * columns * K_WARPS + column;
-        if (token >= a.tokens || token >= token_rows) continue; // other rows of x only reach rows of y that nobody keeps
-        const bool inside = from < a.depth;
-        copy_async(&stage.x[token][column], a.x + (inside ? (u64)token * a.depth + from : 0), inside ? 16 : 0);
-    }
+DEVICE void copy_weights(const Problem& a, Weights& to, const Place& at, int tile, int chunk) {
+    const int row_block = tile * ROW_WARPS + at.row_warp, unit0 = (chunk * K_WARPS + at.k_warp) * UNITS;
+    if (row_block >= a.row_blocks) return;
+    copy_planes(a, to, at, row_block, unit0);
+    copy_scales(a, to, at, row_block, unit0);
 }
 
-DEVICE void copy_chunk(const Problem& a, Stage& stage, const Place& at, int tile, int chunk) {
-    const int row_block = tile * ROW_WARPS + at.row_warp, unit0 = (chunk * K_WARPS + at.k_warp) * UNITS;
-    if (row_block < a.row_blocks) {
-        copy_planes(a, stage, at, row_block, unit0);
-        copy_scales(a, stage, at, row_block, unit0);
+// The activations of `count` chunks from `chunk` on; after a tile's last chunk comes the next tile's first one.
+DEVICE void copy_x(const Problem& a, u16 (&to)[PANEL][token_rows][x_stride], int chunk, int count) {
+    constexpr int pieces = columns * K_WARPS / 8;
+    for (int i = threadIdx.x; i < a.tokens * PANEL * pieces; i += threads) {
+        const int token = i / (PANEL * pieces), slot = i / pieces % PANEL, column = i % pieces * 8;
+        if (slot >= count) continue;
+        int from_chunk = chunk + slot;
+        while (from_chunk >= a.chunks) from_chunk -= a.chunks;
+        const int from = from_chunk * columns * K_WARPS + column;
+        const bool inside = from < a.depth;
+        copy_async(&to[slot][token][column], a.x + (inside ? (u64)token * a.depth + from : 0), inside ? 16 : 0);
     }
-    copy_x(a, stage, chunk);
+    // Rows of x beyond `tokens` are whatever they are: they only reach rows of y that nobody keeps.
 }
 
 DEVICE void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
@@ -126,33 +132,33 @@ DEVICE void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const flo
     else mma_half(d, a, b0, b1, c);
 }
 
+typedef u16 Tokens[token_rows][x_stride]; // activations of a chunk
+
 // Activations of 16 columns from `column` on, as B fragments of two tiles of 8 tokens.
-DEVICE void load_two_tiles(const Stage& stage, int lane, int tile, int column, u32 (&b)[4]) {
-    load_matrices(b, &stage.x[tile * 8 + lane % 8 + lane / 16 * 8][column + lane / 8 % 2 * 8]);
+DEVICE void load_two_tiles(const Tokens& x, int lane, int tile, int column, u32 (&b)[4]) {
+    load_matrices(b, &x[tile * 8 + lane % 8 + lane / 16 * 8][column + lane / 8 % 2 * 8]);
 }
 
 // Activations of 32 columns from `column` on, for one tile of 8 tokens.
-DEVICE void load_two_steps(const Stage& stage, int lane, int tile, int column, u32 (&b)[4]) {
-    load_matrices(b, &stage.x[tile * 8 + lane % 8][column + lane / 8 * 8]);
+DEVICE void load_two_steps(const Tokens& x, int lane, int tile, int column, u32 (&b)[4]) {
+    load_matrices(b, &x[tile * 8 + lane % 8][column + lane / 8 * 8]);
 }
 
-// Sums of x over each group of a chunk, for all tokens: the warps share them out.
-DEVICE void sum_x(const Stage& stage, float (&sums)[K_WARPS][groups][token_rows], int lane, int warp) {
+// Sums of x over each group, for `count` chunks and all tokens: the warps share them out.
+DEVICE void sum_x(const Tokens (&x)[PANEL], float (&sums)[PANEL][K_WARPS][groups][token_rows], int count, int lane, int warp) {
     const u32 one = BFLOAT ? 0x3F803F80u : 0x3C003C00u, ones[4] = {one, one, one, one};
-    for (int task = warp; task < K_WARPS * TOKEN_TILES; task += warps) {
-        const int k_warp = task / TOKEN_TILES, tile = task % TOKEN_TILES;
+    for (int task = warp; task < count * K_WARPS * groups * TOKEN_TILES; task += warps) {
+        const int tile = task % TOKEN_TILES, i = task / TOKEN_TILES % groups;
+        const int k_warp = task / (TOKEN_TILES * groups) % K_WARPS, slot = task / (TOKEN_TILES * groups * K_WARPS);
+        float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
         UNROLL
-        for (int i = 0; i < groups; i++) {
-            float sum[4] = {0, 0, 0, 0};
-            UNROLL
-            for (int step = 0; step < steps_of_group; step += 2) {
-                u32 b[4];
-                load_two_steps(stage, lane, tile, k_warp * columns + i * group + step * 16, b);
-                multiply(sum, ones, b[0], b[1], sum);
-                multiply(sum, ones, b[2], b[3], sum);
-            }
-            if (lane < 4) *(float2*)&sums[k_warp][i][tile * 8 + 2 * lane] = make_float2(sum[0], sum[1]);
+        for (int step = 0; step < steps_of_group; step += 2) {
+            u32 b[4];
+            load_two_steps(x[slot], lane, tile, k_warp * columns + i * group + step * 16, b);
+            multiply(even, ones, b[0], b[1], even);
+            multiply(odd, ones, b[2], b[3], odd);
         }
+        if (lane < 4) *(float2*)&sums[slot][k_warp][i][tile * 8 + 2 * lane] = make_float2(even[0] + odd[0], even[1] + odd[1]);
     }
 }
 
@@ -161,9 +167,9 @@ DEVICE float scale_value(u32 bits) { return SCALE_BFLOAT ? bfloat_to_float((u16)
 DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 // total += scale * (product + X * shift) for one group.
-DEVICE void scale_group(const Stage& stage, const float (&x_sums)[token_rows], const Place& at, int i, float offset, float zero_step,
+DEVICE void scale_group(const Weights& weights, const float (&x_sums)[token_rows], const Place& at, int i, float offset, float zero_step,
                         const float (&product)[accumulators][4], float (&total)[accumulators][4]) {
-    const u16* scales = &stage.scales[at.k_warp][at.row_warp][i][at.lane / 4][at.tile_warp * row_tiles_of_warp * 2];
+    const u16* scales = &weights.scales[i][at.lane / 4][at.tile_warp * row_tiles_of_warp * 2];
     float scale[row_tiles_of_warp][2], shift[row_tiles_of_warp][2];
     UNROLL
     for (int c = 0; c < row_tiles_of_warp; c++) {
@@ -173,7 +179,7 @@ DEVICE void scale_group(const Stage& stage, const float (&x_sums)[token_rows], c
             scale[c][p] = scale_value(both >> (16 * p));
             float distance = offset;
 #if ZEROS
-            distance -= zero_step * stage.zeros[at.k_warp][at.row_warp][i][at.lane / 4][(at.tile_warp * row_tiles_of_warp + c) * 2 + p];
+            distance -= zero_step * weights.zeros[i][at.lane / 4][(at.tile_warp * row_tiles_of_warp + c) * 2 + p];
 #endif
             shift[c][p] = distance * Fragment::unit(c, p) - Fragment::bias();
         }
@@ -192,15 +198,15 @@ DEVICE void scale_group(const Stage& stage, const float (&x_sums)[token_rows], c
 }
 
 // The products of one step of 16 columns with all tokens; `first` starts new sums.
-DEVICE void multiply_step(const Stage& stage, int lane, int column, bool first, bool even, const u32 (&fragment)[Fragment::parts][row_tiles_of_warp][4],
+DEVICE void multiply_step(const Tokens& x, int lane, int column, bool first, bool even, const u32 (&fragment)[Fragment::parts][row_tiles_of_warp][4],
                           u32 (&b)[4], float (&product)[accumulators][4]) {
     const float nothing[4] = {0, 0, 0, 0};
     UNROLL
     for (int tile = 0; tile < TOKEN_TILES; tile++) {
         if (TOKEN_TILES == 1) {
-            if (even) load_two_steps(stage, lane, 0, column, b);
+            if (even) load_two_steps(x, lane, 0, column, b);
         } else if (tile % 2 == 0) {
-            load_two_tiles(stage, lane, tile, column, b);
+            load_two_tiles(x, lane, tile, column, b);
         }
         const int half = TOKEN_TILES == 1 ? (even ? 0 : 2) : tile % 2 * 2;
         UNROLL
@@ -214,7 +220,7 @@ DEVICE void multiply_step(const Stage& stage, int lane, int column, bool first, 
     }
 }
 
-DEVICE void multiply_chunk(const Stage& stage, const float (&x_sums)[groups][token_rows], const Place& at, float offset, float zero_step,
+DEVICE void multiply_chunk(const Weights& weights, const Tokens& x, const float (&x_sums)[groups][token_rows], const Place& at, float offset, float zero_step,
                            float (&total)[accumulators][4]) {
     float product[accumulators][4];
     u32 b[4];
@@ -222,7 +228,7 @@ DEVICE void multiply_chunk(const Stage& stage, const float (&x_sums)[groups][tok
     for (int unit = 0; unit < UNITS; unit++) {
         uint4 words[PLANES];
         UNROLL
-        for (int d = 0; d < PLANES; d++) words[d] = stage.planes[at.k_warp][at.row_warp][unit][d][at.lane];
+        for (int d = 0; d < PLANES; d++) words[d] = weights.planes[unit][d][at.lane];
         UNROLL
         for (int r = 0; r < 4; r++) {
             const int step = unit * 4 + r;
@@ -238,10 +244,10 @@ DEVICE void multiply_chunk(const Stage& stage, const float (&x_sums)[groups][tok
 #endif
             u32 fragment[Fragment::parts][row_tiles_of_warp][4];
             Fragment::decode<row_tiles_of_warp>((const u32(&)[BITS])planes, fragment);
-            multiply_step(stage, at.lane, at.k_warp * columns + step * 16, step % steps_of_group == 0, r % 2 == 0, fragment, b, product);
+            multiply_step(x, at.lane, at.k_warp * columns + step * 16, step % steps_of_group == 0, r % 2 == 0, fragment, b, product);
             if (step % steps_of_group == steps_of_group - 1) {
                 const int i = step / steps_of_group;
-                scale_group(stage, x_sums[i], at, i, offset, zero_step, product, total);
+                scale_group(weights, x_sums[i], at, i, offset, zero_step, product, total);
             }
         }
     }
@@ -362,6 +368,12 @@ DEVICE void finish_tile(const Problem& a, const Output& out, Shared& shared, con
     }
 }
 
+// The warps that share a ring meet.
+DEVICE void meet(const Place& at) {
+    if (TILE_WARPS == 1) __syncwarp();
+    else named_barrier(1 + at.k_warp * ROW_WARPS + at.row_warp, 32 * TILE_WARPS);
+}
+
 KERNEL LAUNCH_BOUNDS(32 * ROW_WARPS * TILE_WARPS * K_WARPS, BLOCKS_PER_SM)
 void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words], N and K rounded up
                  u64 plane_stride,     // from plane to plane in 16 bytes: row_blocks * units * 32
@@ -385,32 +397,39 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words],
     // This block's run of chunks, begin .. end - 1 of all tiles' chunks in a row.
     const u32 all = (u32)(a.row_blocks + ROW_WARPS - 1) / ROW_WARPS * a.chunks;
     const u32 begin = blockIdx.x * all / gridDim.x, end = (blockIdx.x + 1) * all / gridDim.x;
+    const u32 count = end - begin;
     u32 tile = begin / a.chunks, chunk = begin % a.chunks;
-    u32 ahead = begin, ahead_tile = tile, ahead_chunk = chunk, ahead_stage = 0; // what is copied next
-    auto copy_next = [&]() {
-        if (ahead < end) copy_chunk(a, shared.stage[ahead_stage], at, ahead_tile, ahead_chunk);
+    u32 ahead = 0, ahead_tile = tile, ahead_chunk = chunk, ahead_stage = 0; // of the weights that are copied next
+    Weights(&ring)[STAGES] = shared.ring[at.k_warp][at.row_warp];
+    auto copy_ahead = [&]() {
+        if (ahead < count) copy_weights(a, ring[ahead_stage], at, ahead_tile, ahead_chunk);
         copy_async_commit(); // an empty group at the end, so that counting groups stays right
         ahead++;
         if (++ahead_stage == STAGES) ahead_stage = 0;
         if (++ahead_chunk == (u32)a.chunks) ahead_chunk = 0, ahead_tile++;
     };
-    for (int i = 0; i < STAGES - 1; i++) copy_next();
-    copy_async_wait<STAGES - 2>();
-    __syncthreads();
-    sum_x(shared.stage[0], shared.x_sums[0], at.lane, warp);
+    copy_x(a, shared.x[0], chunk, min(count, (u32)PANEL));
+    copy_async_commit();
+    for (int i = 0; i < STAGES - 1; i++) copy_ahead();
 
     float total[accumulators][4] = {};
-    u32 stage = 0, parity = 0;
-    for (u32 i = begin; i < end; i++) {
-        copy_async_wait<STAGES - 3>();
-        __syncthreads(); // the next chunk is there, this chunk's x_sums too, and nobody needs the last one any more
-        copy_next();
-        const u32 following = stage + 1 == STAGES ? 0 : stage + 1;
-        if (i + 1 < end) sum_x(shared.stage[following], shared.x_sums[parity ^ 1], at.lane, warp);
-        multiply_chunk(shared.stage[stage], shared.x_sums[parity][at.k_warp], at, offset, zero_step, total);
-        stage = following;
-        parity ^= 1;
-        if (++chunk == (u32)a.chunks || i + 1 == end) {
+    u32 stage = 0, slot = 0, panel = 0;
+    for (u32 i = 0; i < count; i++) {
+        if (slot == 0) {
+            // This panel was copied in the group of the last one's first chunk.
+            copy_async_wait<(PANEL < STAGES ? PANEL : STAGES) - 1>();
+            __syncthreads(); // it is there for all, and nobody needs the last one any more
+            if (i + PANEL < count) copy_x(a, shared.x[panel ^ 1], chunk + PANEL, min(count - i - PANEL, (u32)PANEL));
+            sum_x(shared.x[panel], shared.x_sums, min(count - i, (u32)PANEL), at.lane, warp);
+            __syncthreads();
+        }
+        copy_async_wait<STAGES - 2>();
+        meet(at); // this chunk's weights are there, and the last one's are done with
+        copy_ahead();
+        multiply_chunk(ring[stage], shared.x[panel][slot], shared.x_sums[slot][at.k_warp], at, offset, zero_step, total);
+        if (++stage == STAGES) stage = 0;
+        if (++slot == PANEL) slot = 0, panel ^= 1;
+        if (++chunk == (u32)a.chunks || i + 1 == count) {
             finish_tile(a, out, shared, at, tile, all, gain, workspace, tickets, total);
             UNROLL
             for (int j = 0; j < accumulators; j++) total[j][0] = total[j][1] = total[j][2] = total[j][3] = 0;

@@ -31,6 +31,7 @@ class Variant:
     tile_warps: int = 1
     units: int = 2
     stages: int = 3
+    panel: int = 2
 
     def defines(self) -> dict[str, int]:
         return {
@@ -46,6 +47,8 @@ class Variant:
             "TILE_WARPS": self.tile_warps,
             "UNITS": self.units,
             "STAGES": self.stages,
+            "PANEL": self.panel,
+            "SHARED_BYTES": self.shared_bytes(),
             "BLOCKS_PER_SM": 1,
         }
 
@@ -58,11 +61,11 @@ class Variant:
         columns = 64 * self.units
         groups = columns // min(self.group if self.group > 0 else columns, columns)
         planes = planes_read(self.bits, 8, self.slicing)
-        parts = self.k_warps * self.row_warps
-        stage = parts * (self.units * planes * 512 + groups * 128 + self.zeros * groups * 64)
-        stage += 8 * self.token_tiles * (columns * self.k_warps + 8) * 2
-        sums = 2 * self.k_warps * groups * 8 * self.token_tiles * 4
-        total = self.stages * stage + sums
+        weights = self.units * planes * 512 + groups * 128 + self.zeros * groups * 64
+        tokens = 8 * self.token_tiles
+        x = 2 * self.panel * tokens * (columns * self.k_warps + 8) * 2
+        x_sums = self.panel * self.k_warps * groups * tokens * 4
+        total = self.k_warps * self.row_warps * self.stages * weights + x + x_sums
         if self.k_warps > 1:
             total += self.warps * 4 // self.tile_warps * self.token_tiles * 512
         return total

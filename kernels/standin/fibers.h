@@ -47,6 +47,12 @@ struct Meeting {
     const void* address[32];
 };
 
+// Where threads of a block wait for each other; they then know of each other's fences and atomics.
+struct Barrier {
+    u32 arrived = 0, generation = 0;
+    u64 seen = 0, asked = 0;
+};
+
 struct Block;
 
 struct Fiber {
@@ -73,8 +79,8 @@ struct Warp { std::vector<std::unique_ptr<Meeting>> meetings; };
 
 struct Block {
     uint3 index;
-    u32 barrier_arrived = 0, barrier_generation = 0, alive = 0;
-    u64 barrier_seen = 0, barrier_asked = 0;
+    u32 alive = 0;
+    Barrier barriers[16]; // 0 is __syncthreads
     unsigned char* shared = nullptr;
     std::vector<Warp> warps;
     std::vector<std::unique_ptr<Fiber>> fibers;
@@ -140,14 +146,22 @@ static void maybe_yield() {
     if (shuffled && random_bits() % 4 == 0) to_scheduler();
 }
 
-static void release_barrier(Block& b) {
-    if (b.barrier_arrived == 0 || b.barrier_arrived < b.alive) return;
-    b.barrier_arrived = 0;
-    b.barrier_generation++;
-    for (auto& f : b.fibers) {
-        f->seen = std::max(f->seen, b.barrier_seen);
-        f->asked = std::max(f->asked, b.barrier_asked);
-    }
+static void release(Barrier& b, u32 expected) {
+    if (b.arrived == 0 || b.arrived < expected) return;
+    b.arrived = 0;
+    b.generation++;
+}
+
+static void meet_at_barrier(int id, u32 expected, const char* where) {
+    Barrier& b = current->block->barriers[id];
+    if (b.arrived++ == 0) b.seen = b.asked = 0;
+    b.seen = std::max(b.seen, current->seen);
+    b.asked = std::max(b.asked, current->asked);
+    u32 generation = b.generation;
+    release(b, expected);
+    if (b.generation == generation) wait(&b.generation, generation, where);
+    current->seen = std::max(current->seen, b.seen);
+    current->asked = std::max(current->asked, b.asked);
 }
 
 static void body() {
@@ -157,7 +171,7 @@ static void body() {
     for (auto& s : f.stores) memcpy(s.to, s.bytes, 16);
     f.finished = true;
     f.block->alive--;
-    release_barrier(*f.block);
+    release(f.block->barriers[0], f.block->alive);
     for (;;) to_scheduler();
 }
 
@@ -249,12 +263,10 @@ static std::string run_grid(dim3 grid, dim3 block, size_t shared_bytes, u32 seed
 } // namespace standin
 
 static inline void __syncthreads() {
-    using namespace standin;
-    Block& b = *current->block;
-    if (b.barrier_arrived++ == 0) b.barrier_seen = b.barrier_asked = 0;
-    b.barrier_seen = std::max(b.barrier_seen, current->seen);
-    b.barrier_asked = std::max(b.barrier_asked, current->asked);
-    u32 generation = b.barrier_generation;
-    release_barrier(b);
-    if (b.barrier_generation == generation) wait(&b.barrier_generation, generation, "__syncthreads");
+    standin::meet_at_barrier(0, standin::current->block->alive, "__syncthreads");
+}
+
+static inline void named_barrier(int id, int threads) {
+    if (id < 1 || id > 15 || threads % 32) standin::fail("a named barrier is one of 1..15, for whole warps");
+    standin::meet_at_barrier(id, (u32)threads, "named_barrier");
 }

@@ -63,7 +63,7 @@ def linear(
         bias = bias.to(x.dtype)
     workspace = x.new_empty(launch.plan.workspace, dtype=torch.float32)
     tickets = _tickets[device].now(launch.plan.tickets)
-    arguments = launch.plan.arguments(planes, scales, zeros, rows, bias, y, workspace, tickets)
+    arguments = launch.plan.arguments(planes, scales, zeros, rows, bias, y, workspace, tickets, tokens)
     launch.kernel.launch(launch.plan.grid, launch.plan.block, arguments, launch.plan.shared_bytes)
     return y
 
@@ -112,12 +112,13 @@ def _prepare(
 
 
 def _aligned(x: Tensor, tokens: int) -> Tensor:
-    """x as [tokens, in_features] with rows that start at multiples of 16 bytes; what is added to them is 0."""
-    rows = x.reshape(tokens, x.shape[-1])
-    if rows.shape[-1] % 8:
-        return torch.nn.functional.pad(rows, (0, -rows.shape[-1] % 8))
-    rows = rows.contiguous()
-    return rows.clone() if rows.data_ptr() % _ALIGNMENT else rows
+    """x, or where need be a copy, with rows one after the other from multiples of 16 bytes on; what is added is 0."""
+    depth = x.shape[-1]
+    if depth % 8:
+        return torch.nn.functional.pad(x.reshape(tokens, depth), (0, -depth % 8))
+    if x.is_contiguous() and x.data_ptr() % _ALIGNMENT == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _many(x: Tensor, weight: NestedPlanes, bias: Tensor | None, bits: int, y: Tensor) -> Tensor:

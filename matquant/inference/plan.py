@@ -194,9 +194,10 @@ class Plan:
         y: Tensor,
         workspace: Tensor,
         tickets: Tensor,
+        tokens: int,
     ) -> tuple[Any, ...]:
         """The kernel's arguments, in its order."""
-        return (planes, self.plane_stride, scales, zeros, x, bias, y, workspace, tickets, x.shape[0], *self.numbers)
+        return (planes, self.plane_stride, scales, zeros, x, bias, y, workspace, tickets, tokens, *self.numbers)
 
 
 def plan(problem: Problem, device: Device, variant: Variant | None = None) -> Plan:

@@ -75,7 +75,8 @@ class Variant:
     Attributes:
         token_tiles: of 8 tokens.
         units: of 64 columns, of a chunk.
-        stages: of the ring of chunks in shared memory.
+        stages: of a warp's ring of weights in shared memory.
+        panel: chunks of activations that are copied at a time.
         blocks: on a multiprocessor.
     """
 
@@ -85,6 +86,7 @@ class Variant:
     k_warps: int
     units: int
     stages: int
+    panel: int
     blocks: int
 
     @property
@@ -99,6 +101,7 @@ class Variant:
             "K_WARPS": self.k_warps,
             "UNITS": self.units,
             "STAGES": self.stages,
+            "PANEL": self.panel,
             "BLOCKS_PER_SM": self.blocks,
         }
 
@@ -106,13 +109,13 @@ class Variant:
         """The size of ``Shared`` in ``kernels/gemm.cu``."""
         columns = TILE * self.units
         groups = columns // (problem.group if 0 < problem.group < columns else columns)
-        warps = self.k_warps * self.row_warps
         tokens = 8 * self.token_tiles
-        stage = warps * (self.units * problem.planes * _WARP * _LOAD + groups * TILE * (3 if problem.zeros else 2))
-        stage += tokens * (columns * self.k_warps + 8) * 2
-        sums = 2 * self.k_warps * groups * tokens * 4
-        exchange = warps * 4 * self.token_tiles * _WARP * _LOAD if self.k_warps > 1 else 0
-        return stage * self.stages + sums + exchange
+        weights = self.units * problem.planes * _WARP * _LOAD + groups * TILE * (3 if problem.zeros else 2)
+        ring = self.k_warps * self.row_warps * self.stages * weights
+        x = 2 * self.panel * tokens * (columns * self.k_warps + 8) * 2
+        x_sums = self.panel * self.k_warps * groups * tokens * 4
+        exchange = self.k_warps * self.row_warps * 4 * self.token_tiles * _WARP * _LOAD if self.k_warps > 1 else 0
+        return ring + x + x_sums + exchange
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +133,7 @@ class Device:
 # Units, k_warps and stages, the best first. What comes first that leaves room for two blocks on a multiprocessor is taken.
 _SHAPES = ((2, 4, 4), (2, 4, 3), (1, 4, 4), (1, 4, 3), (1, 2, 4), (1, 2, 3), (1, 1, 3))
 _BLOCKS = 2
+_PANEL = 1
 _RESERVED = 1024  # bytes of shared memory that each block costs beside its own, from sm_80 on
 
 
@@ -146,6 +150,7 @@ def choose(problem: Problem, device: Device) -> Variant:
             k_warps=k_warps,
             units=units,
             stages=stages,
+            panel=_PANEL,
             blocks=_BLOCKS,
         )
         if (units == 1 or (whole and token_tiles <= 2)) and variant.shared_bytes(problem) <= room:

@@ -69,7 +69,10 @@ DEVICE u16 float_to_bfloat(float f) {
 
 // ---- memory
 
-DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+// An address within shared memory, as the instructions below take it. Made once and then added to: each conversion of a pointer
+// costs instructions.
+typedef u32 SharedAddress;
+DEVICE SharedAddress shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // 16 bytes that are read once: not kept in L1.
 DEVICE uint4 load_streaming(const uint4* p) {
@@ -81,8 +84,8 @@ DEVICE uint4 load_streaming(const uint4* p) {
 }
 
 // Starts copying 16 bytes to shared memory: the first `valid` from `source`, zeros after them.
-DEVICE void copy_async(void* shared, const void* source, int valid = 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(source), "r"(valid)
+DEVICE void copy_async(SharedAddress shared, const void* source, int valid = 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(source), "r"(valid)
                  : "memory");
 }
 
@@ -110,10 +113,10 @@ DEVICE float4 load_from_other_blocks(const float4* p) {
 // ---- tensor cores (PTX ISA, "Matrix fragments for mma.m16n8k16 with .f16 and .bf16")
 
 // Four 8x8 matrices of 16-bit elements; lane 8i + j gives the address of row j of matrix i.
-DEVICE void load_matrices(u32 (&r)[4], const void* row) {
+DEVICE void load_matrices(u32 (&r)[4], SharedAddress row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
 

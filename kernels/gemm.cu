@@ -82,38 +82,67 @@ struct Place {
     int lane, row_warp, tile_warp, k_warp;
 };
 
-DEVICE void copy_planes(const Problem& a, Weights& to, const Place& at, int row_block, int unit0) {
+// Where a warp's next chunk of weights is, and where it goes. Pointers are kept and added to: computed anew for each chunk they
+// would cost a fifth of all instructions.
+struct Cursor {
+    const uint4* planes; // this lane's 16 bytes of the first unit of plane 0
+    u32 tile, chunk, stage;
+    SharedAddress ring;
+};
+
+DEVICE void point_at_tile(const Problem& a, const Place& at, Cursor& next) {
+    const u32 row_block = next.tile * ROW_WARPS + at.row_warp, unit = (next.chunk * K_WARPS + at.k_warp) * UNITS;
+    next.planes = a.planes + ((u64)row_block * a.units + unit) * 32 + at.lane;
+}
+
+DEVICE void copy_planes(const Problem& a, const Place& at, const Cursor& next, SharedAddress to, int units) {
+    const uint4* from = next.planes;
     UNROLL
-    for (int i = 0; i < UNITS * PLANES; i++) {
-        const int unit = i / PLANES, plane = i % PLANES;
-        if (TILE_WARPS > 1 && i % TILE_WARPS != at.tile_warp) continue;
-        if (unit0 + unit >= a.units) continue; // what is there instead meets activations of 0
-        const u64 place = plane * a.plane_stride + ((u64)row_block * a.units + unit0 + unit) * 32 + at.lane;
-        copy_async(&to.planes[unit][plane][at.lane], a.planes + place);
+    for (int plane = 0; plane < PLANES; plane++) {
+        UNROLL
+        for (int unit = 0; unit < UNITS; unit++) {
+            const int i = plane * UNITS + unit;
+            // What is in place of units beyond the last one meets activations of 0.
+            if ((TILE_WARPS == 1 || i % TILE_WARPS == at.tile_warp) && unit < units)
+                copy_async(to + (unit * PLANES + plane) * sizeof(uint4[32]) + at.lane * 16, from + unit * 32);
+        }
+        from += a.plane_stride;
     }
 }
 
-DEVICE void copy_scales(const Problem& a, Weights& to, const Place& at, int row_block, int unit0) {
+DEVICE void copy_scales(const Problem& a, const Place& at, SharedAddress to, int row_block, int unit) {
     const int i = at.lane / 8, part = at.lane % 8;
     if (at.tile_warp != 0 || i >= groups) return;
-    const int column = unit0 * 64 + i * group;
+    const int column = unit * 64 + i * group;
     const bool inside = column < a.units * 64; // there is no scale beyond, and 0 * NaN is not 0
-    const u64 place = inside ? ((u64)(GROUP ? column / max(GROUP, 1) : 0) * a.row_blocks + row_block) * 64 : 0;
-    copy_async(&to.scales[i][part][0], a.scales + place + part * 8, inside ? 16 : 0);
+    const u32 place = inside ? (GROUP ? column / max(GROUP, 1) : 0) * a.row_blocks + row_block : 0;
+    to += sizeof(uint4[UNITS][PLANES][32]) + i * 128;
+    copy_async(to + part * 16, a.scales + (u64)place * 64 + part * 8, inside ? 16 : 0);
 #if ZEROS
-    if (part < 4) copy_async(&to.zeros[i][2 * part][0], a.zeros + place + part * 16, inside ? 16 : 0);
+    to += (groups - i) * 128 + i * 64;
+    if (part < 4) copy_async(to + part * 16, a.zeros + (u64)place * 64 + part * 16, inside ? 16 : 0);
 #endif
 }
 
-DEVICE void copy_weights(const Problem& a, Weights& to, const Place& at, int tile, int chunk) {
-    const int row_block = tile * ROW_WARPS + at.row_warp, unit0 = (chunk * K_WARPS + at.k_warp) * UNITS;
-    if (row_block >= a.row_blocks) return;
-    copy_planes(a, to, at, row_block, unit0);
-    copy_scales(a, to, at, row_block, unit0);
+// Copies the chunk at the cursor, which then moves to the following one: of the tile, or of the next tile.
+DEVICE void copy_weights(const Problem& a, const Place& at, Cursor& next) {
+    const int row_block = (int)next.tile * ROW_WARPS + at.row_warp, unit = ((int)next.chunk * K_WARPS + at.k_warp) * UNITS;
+    const SharedAddress to = next.ring + next.stage * sizeof(Weights);
+    if (row_block < a.row_blocks) {
+        copy_planes(a, at, next, to, a.units - unit);
+        copy_scales(a, at, to, row_block, unit);
+    }
+    next.planes += K_WARPS * UNITS * 32;
+    if (++next.stage == STAGES) next.stage = 0;
+    if (++next.chunk == (u32)a.chunks) {
+        next.chunk = 0;
+        next.tile++;
+        point_at_tile(a, at, next);
+    }
 }
 
 // The activations of `count` chunks from `chunk` on; after a tile's last chunk comes the next tile's first one.
-DEVICE void copy_x(const Problem& a, u16 (&to)[PANEL][token_rows][x_stride], int chunk, int count) {
+DEVICE void copy_x(const Problem& a, SharedAddress to, int chunk, int count) {
     constexpr int pieces = columns * K_WARPS / 8;
     for (int i = threadIdx.x; i < a.tokens * PANEL * pieces; i += threads) {
         const int token = i / (PANEL * pieces), slot = i / pieces % PANEL, column = i % pieces * 8;
@@ -122,7 +151,7 @@ DEVICE void copy_x(const Problem& a, u16 (&to)[PANEL][token_rows][x_stride], int
         while (from_chunk >= a.chunks) from_chunk -= a.chunks;
         const int from = from_chunk * columns * K_WARPS + column;
         const bool inside = from < a.depth;
-        copy_async(&to[slot][token][column], a.x + (inside ? (u64)token * a.depth + from : 0), inside ? 16 : 0);
+        copy_async(to + ((slot * token_rows + token) * x_stride + column) * 2, a.x + (inside ? (u64)token * a.depth + from : 0), inside ? 16 : 0);
     }
     // Rows of x beyond `tokens` are whatever they are: they only reach rows of y that nobody keeps.
 }
@@ -132,20 +161,19 @@ DEVICE void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const flo
     else mma_half(d, a, b0, b1, c);
 }
 
-typedef u16 Tokens[token_rows][x_stride]; // activations of a chunk
-
-// Activations of 16 columns from `column` on, as B fragments of two tiles of 8 tokens.
-DEVICE void load_two_tiles(const Tokens& x, int lane, int tile, int column, u32 (&b)[4]) {
-    load_matrices(b, &x[tile * 8 + lane % 8 + lane / 16 * 8][column + lane / 8 % 2 * 8]);
+// Activations of 16 columns, as B fragments of two tiles of 8 tokens. x: of the first of them.
+DEVICE void load_two_tiles(SharedAddress x, int lane, u32 (&b)[4]) {
+    load_matrices(b, x + ((lane % 8 + lane / 16 * 8) * x_stride + lane / 8 % 2 * 8) * 2);
 }
 
-// Activations of 32 columns from `column` on, for one tile of 8 tokens.
-DEVICE void load_two_steps(const Tokens& x, int lane, int tile, int column, u32 (&b)[4]) {
-    load_matrices(b, &x[tile * 8 + lane % 8][column + lane / 8 * 8]);
-}
+// Activations of 32 columns, for one tile of 8 tokens.
+DEVICE void load_two_steps(SharedAddress x, int lane, u32 (&b)[4]) { load_matrices(b, x + (lane % 8 * x_stride + lane / 8 * 8) * 2); }
+
+// Where x has a token and a column of a chunk.
+DEVICE SharedAddress x_at(SharedAddress chunk, int token, int column) { return chunk + (token * x_stride + column) * 2; }
 
 // Sums of x over each group, for `count` chunks and all tokens: the warps share them out.
-DEVICE void sum_x(const Tokens (&x)[PANEL], float (&sums)[PANEL][K_WARPS][groups][token_rows], int count, int lane, int warp) {
+DEVICE void sum_x(SharedAddress x, float (&sums)[PANEL][K_WARPS][groups][token_rows], int count, int lane, int warp) {
     const u32 one = BFLOAT ? 0x3F803F80u : 0x3C003C00u, ones[4] = {one, one, one, one};
     for (int task = warp; task < count * K_WARPS * groups * TOKEN_TILES; task += warps) {
         const int tile = task % TOKEN_TILES, i = task / TOKEN_TILES % groups;
@@ -154,7 +182,7 @@ DEVICE void sum_x(const Tokens (&x)[PANEL], float (&sums)[PANEL][K_WARPS][groups
         UNROLL
         for (int step = 0; step < steps_of_group; step += 2) {
             u32 b[4];
-            load_two_steps(x[slot], lane, tile, k_warp * columns + i * group + step * 16, b);
+            load_two_steps(x_at(x, slot * token_rows + tile * 8, k_warp * columns + i * group + step * 16), lane, b);
             multiply(even, ones, b[0], b[1], even);
             multiply(odd, ones, b[2], b[3], odd);
         }
@@ -169,14 +197,17 @@ DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i 
 // total += scale * (product + X * shift) for one group.
 DEVICE void scale_group(const Weights& weights, const float (&x_sums)[token_rows], const Place& at, int i, float offset, float zero_step,
                         const float (&product)[accumulators][4], float (&total)[accumulators][4]) {
-    const u16* scales = &weights.scales[i][at.lane / 4][at.tile_warp * row_tiles_of_warp * 2];
+    const u32* scales = (const u32*)&weights.scales[i][at.lane / 4][at.tile_warp * row_tiles_of_warp * 2];
+    u32 pairs[4]; // in one load
+    if (TILE_WARPS == 1) *(uint4*)pairs = *(const uint4*)scales;
+    else if (TILE_WARPS == 2) *(uint2*)pairs = *(const uint2*)scales;
+    else pairs[0] = *scales;
     float scale[row_tiles_of_warp][2], shift[row_tiles_of_warp][2];
     UNROLL
     for (int c = 0; c < row_tiles_of_warp; c++) {
-        const u32 both = *(const u32*)(scales + 2 * c);
         UNROLL
         for (int p = 0; p < 2; p++) {
-            scale[c][p] = scale_value(both >> (16 * p));
+            scale[c][p] = scale_value(pairs[c] >> (16 * p));
             float distance = offset;
 #if ZEROS
             distance -= zero_step * weights.zeros[i][at.lane / 4][(at.tile_warp * row_tiles_of_warp + c) * 2 + p];
@@ -198,15 +229,15 @@ DEVICE void scale_group(const Weights& weights, const float (&x_sums)[token_rows
 }
 
 // The products of one step of 16 columns with all tokens; `first` starts new sums.
-DEVICE void multiply_step(const Tokens& x, int lane, int column, bool first, bool even, const u32 (&fragment)[Fragment::parts][row_tiles_of_warp][4],
+DEVICE void multiply_step(SharedAddress x, int lane, bool first, bool even, const u32 (&fragment)[Fragment::parts][row_tiles_of_warp][4],
                           u32 (&b)[4], float (&product)[accumulators][4]) {
     const float nothing[4] = {0, 0, 0, 0};
     UNROLL
     for (int tile = 0; tile < TOKEN_TILES; tile++) {
         if (TOKEN_TILES == 1) {
-            if (even) load_two_steps(x, lane, 0, column, b);
+            if (even) load_two_steps(x, lane, b);
         } else if (tile % 2 == 0) {
-            load_two_tiles(x, lane, tile, column, b);
+            load_two_tiles(x_at(x, tile * 8, 0), lane, b);
         }
         const int half = TOKEN_TILES == 1 ? (even ? 0 : 2) : tile % 2 * 2;
         UNROLL
@@ -220,7 +251,7 @@ DEVICE void multiply_step(const Tokens& x, int lane, int column, bool first, boo
     }
 }
 
-DEVICE void multiply_chunk(const Weights& weights, const Tokens& x, const float (&x_sums)[groups][token_rows], const Place& at, float offset, float zero_step,
+DEVICE void multiply_chunk(const Weights& weights, SharedAddress x, const float (&x_sums)[groups][token_rows], const Place& at, float offset, float zero_step,
                            float (&total)[accumulators][4]) {
     float product[accumulators][4];
     u32 b[4];
@@ -244,7 +275,7 @@ DEVICE void multiply_chunk(const Weights& weights, const Tokens& x, const float 
 #endif
             u32 fragment[Fragment::parts][row_tiles_of_warp][4];
             Fragment::decode<row_tiles_of_warp>((const u32(&)[BITS])planes, fragment);
-            multiply_step(x, at.lane, at.k_warp * columns + step * 16, step % steps_of_group == 0, r % 2 == 0, fragment, b, product);
+            multiply_step(x_at(x, 0, step * 16), at.lane, step % steps_of_group == 0, r % 2 == 0, fragment, b, product);
             if (step % steps_of_group == steps_of_group - 1) {
                 const int i = step / steps_of_group;
                 scale_group(weights, x_sums[i], at, i, offset, zero_step, product, total);
@@ -399,36 +430,41 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words],
     const u32 begin = blockIdx.x * all / gridDim.x, end = (blockIdx.x + 1) * all / gridDim.x;
     const u32 count = end - begin;
     u32 tile = begin / a.chunks, chunk = begin % a.chunks;
-    u32 ahead = 0, ahead_tile = tile, ahead_chunk = chunk, ahead_stage = 0; // of the weights that are copied next
-    Weights(&ring)[STAGES] = shared.ring[at.k_warp][at.row_warp];
-    auto copy_ahead = [&]() {
-        if (ahead < count) copy_weights(a, ring[ahead_stage], at, ahead_tile, ahead_chunk);
-        copy_async_commit(); // an empty group at the end, so that counting groups stays right
-        ahead++;
-        if (++ahead_stage == STAGES) ahead_stage = 0;
-        if (++ahead_chunk == (u32)a.chunks) ahead_chunk = 0, ahead_tile++;
-    };
-    copy_x(a, shared.x[0], chunk, min(count, (u32)PANEL));
+    const Weights(&ring)[STAGES] = shared.ring[at.k_warp][at.row_warp];
+    Cursor next = {nullptr, tile, chunk, 0, shared_address(ring)};
+    point_at_tile(a, at, next);
+    const SharedAddress x_panels = shared_address(shared.x);
+    copy_x(a, x_panels, chunk, min(count, (u32)PANEL));
     copy_async_commit();
-    for (int i = 0; i < STAGES - 1; i++) copy_ahead();
+    _Pragma("unroll 1") for (u32 i = 0; i < STAGES - 1; i++) {
+        if (i < count) copy_weights(a, at, next);
+        copy_async_commit(); // an empty group at the end, so that counting groups stays right
+    }
 
     float total[accumulators][4] = {};
-    u32 stage = 0, slot = 0, panel = 0;
+    u32 stage = 0, slot = 0;
+    SharedAddress panel = x_panels, other_panel = x_panels + sizeof(shared.x[0]);
     for (u32 i = 0; i < count; i++) {
         if (slot == 0) {
             // This panel was copied in the group of the last one's first chunk.
             copy_async_wait<(PANEL < STAGES ? PANEL : STAGES) - 1>();
             __syncthreads(); // it is there for all, and nobody needs the last one any more
-            if (i + PANEL < count) copy_x(a, shared.x[panel ^ 1], chunk + PANEL, min(count - i - PANEL, (u32)PANEL));
-            sum_x(shared.x[panel], shared.x_sums, min(count - i, (u32)PANEL), at.lane, warp);
+            if (i + PANEL < count) copy_x(a, other_panel, chunk + PANEL, min(count - i - PANEL, (u32)PANEL));
+            sum_x(panel, shared.x_sums, min(count - i, (u32)PANEL), at.lane, warp);
             __syncthreads();
         }
         copy_async_wait<STAGES - 2>();
         meet(at); // this chunk's weights are there, and the last one's are done with
-        copy_ahead();
-        multiply_chunk(ring[stage], shared.x[panel][slot], shared.x_sums[slot][at.k_warp], at, offset, zero_step, total);
+        if (i + STAGES - 1 < count) copy_weights(a, at, next);
+        copy_async_commit();
+        multiply_chunk(ring[stage], x_at(panel, slot * token_rows, at.k_warp * columns), shared.x_sums[slot][at.k_warp], at, offset, zero_step, total);
         if (++stage == STAGES) stage = 0;
-        if (++slot == PANEL) slot = 0, panel ^= 1;
+        if (++slot == PANEL) {
+            slot = 0;
+            const SharedAddress done = panel;
+            panel = other_panel;
+            other_panel = done;
+        }
         if (++chunk == (u32)a.chunks || i + 1 == count) {
             finish_tile(a, out, shared, at, tile, all, gain, workspace, tickets, total);
             UNROLL

@@ -90,8 +90,12 @@ static inline float4 load_from_other_blocks(const float4* p) {
     return v;
 }
 
+typedef uintptr_t SharedAddress;
+static inline SharedAddress shared_address(const void* p) { return (SharedAddress)p; }
+
 // The destination holds NaNs from here until this thread waits for the copy's group.
-static inline void copy_async(void* shared, const void* source, int valid = 16) {
+static inline void copy_async(SharedAddress address, const void* source, int valid = 16) {
+    void* shared = (void*)address;
     standin::aligned(shared, 16, "destination of an asynchronous copy");
     standin::aligned(source, 16, "source of an asynchronous copy");
     if (valid < 0 || valid > 16) standin::fail("an asynchronous copy of " + std::to_string(valid) + " bytes");

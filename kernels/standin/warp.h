@@ -169,7 +169,8 @@ static inline void __syncwarp(u32 mask = ~0u) {
     f.asked = latest[1];
 }
 
-static inline void load_matrices(u32 (&r)[4], const void* row) {
+static inline void load_matrices(u32 (&r)[4], SharedAddress address) {
+    const void* row = (const void*)address;
     standin::aligned(row, 16, "row of ldmatrix");
     standin::Meeting& m = standin::meeting_of(~0u);
     m.address[standin::lane()] = row;

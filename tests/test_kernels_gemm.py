@@ -186,7 +186,9 @@ def error_ratio(y: Tensor, exact: Tensor) -> float:
 if __name__ == "__main__":
     import time
 
-    for v, c in [(Variant(bits=b, dtype=t), Case(tokens=5)) for b in range(2, 9) for t in (torch.float16, torch.bfloat16)]:
+    for v, c in [
+        (Variant(bits=b, dtype=t), Case(tokens=5)) for b in range(2, 9) for t in (torch.float16, torch.bfloat16)
+    ]:
         start = time.time()
         print(v.bits, v.dtype, error_ratio(*run(v, c)), round(time.time() - start, 2), flush=True)
     for v, c in [
@@ -196,8 +198,14 @@ if __name__ == "__main__":
         (Variant(row_warps=2, tile_warps=4, token_tiles=4), Case(tokens=30, blocks=3, depth=512, rows=300, seed=3)),
         (Variant(row_warps=2, group=32, zeros=True), Case(tokens=7, blocks=3, depth=96, rows=100, seed=3)),
         (Variant(row_warps=2, group=-1, units=1), Case(tokens=7, blocks=7, depth=344, rows=100, seed=3, bias=True)),
-        (Variant(row_warps=2, group=128, units=1, slicing="round", bits=3), Case(tokens=7, blocks=7, depth=384, rows=100, offset=0, seed=4)),
-        (Variant(row_warps=2, group=64, slicing="round", bits=3), Case(tokens=7, blocks=7, depth=384, rows=100, offset=0, seed=4, master_bits=6)),
+        (
+            Variant(row_warps=2, group=128, units=1, slicing="round", bits=3),
+            Case(tokens=7, blocks=7, depth=384, rows=100, offset=0, seed=4),
+        ),
+        (
+            Variant(row_warps=2, group=64, slicing="round", bits=3),
+            Case(tokens=7, blocks=7, depth=384, rows=100, offset=0, seed=4, master_bits=6),
+        ),
     ]:
         start = time.time()
         print(error_ratio(*run(v, c, launches=2)), round(time.time() - start, 2), v, c, flush=True)

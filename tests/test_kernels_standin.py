@@ -4,7 +4,6 @@ import ctypes
 
 import pytest
 import torch
-
 from standin import StandinError, compile_kernel, have_compiler
 
 pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")

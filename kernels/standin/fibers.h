@@ -18,15 +18,10 @@
 #include <ucontext.h>
 #endif
 
-typedef uint8_t u8;
-typedef uint16_t u16;
-typedef uint32_t u32;
-typedef uint64_t u64;
+#include "standin.h"
 
-struct uint3 { u32 x, y, z; };
-struct dim3 { u32 x, y, z; };
-static uint3 threadIdx, blockIdx;
-static dim3 gridDim, blockDim;
+uint3 threadIdx, blockIdx;
+dim3 gridDim, blockDim;
 
 namespace standin {
 
@@ -90,6 +85,7 @@ static Fiber* current;
 static void (*entry)(void**);
 static void** entry_arguments;
 static std::string error;
+static std::vector<PendingStore> never_published; // stores whose thread ended without a fence: visible after the launch
 static std::mt19937 random_bits;
 static bool shuffled;
 
@@ -141,8 +137,7 @@ static void wait(const u32* counter, u32 value, const char* where) {
     current->waits_for = nullptr;
 }
 
-// Lets other threads run first, now and then: what a seed may place between two operations on memory.
-static void maybe_yield() {
+void maybe_yield() {
     if (shuffled && random_bits() % 4 == 0) to_scheduler();
 }
 
@@ -168,7 +163,7 @@ static void body() {
     Fiber& f = *current;
     entry(entry_arguments);
     if (!f.open_copies.empty() || !f.copy_groups.empty()) fail("ends before its asynchronous copies were waited for");
-    for (auto& s : f.stores) memcpy(s.to, s.bytes, 16);
+    never_published.insert(never_published.end(), f.stores.begin(), f.stores.end());
     f.finished = true;
     f.block->alive--;
     release(f.block->barriers[0], f.block->alive);
@@ -231,13 +226,13 @@ static bool run_round(std::vector<std::unique_ptr<Block>>& blocks) {
     return progress;
 }
 
-// Runs the whole grid. Returns an empty string, or what went wrong.
 static std::string run_grid(dim3 grid, dim3 block, size_t shared_bytes, u32 seed, void (*e)(void**), void** arguments) {
     entry = e;
     entry_arguments = arguments;
     gridDim = grid;
     blockDim = block;
     error.clear();
+    never_published.clear();
     random_bits.seed(seed);
     shuffled = seed != 0;
     std::vector<uint3> waiting;
@@ -257,16 +252,17 @@ static std::string run_grid(dim3 grid, dim3 block, size_t shared_bytes, u32 seed
             if (b->alive == 0 || !error.empty()) free(std::exchange(b->shared, nullptr));
         blocks.erase(std::remove_if(blocks.begin(), blocks.end(), [](auto& b) { return b->alive == 0; }), blocks.end());
     }
+    for (auto& s : never_published) memcpy(s.to, s.bytes, 16);
     return error;
 }
 
 } // namespace standin
 
-static inline void __syncthreads() {
+void __syncthreads() {
     standin::meet_at_barrier(0, standin::current->block->alive, "__syncthreads");
 }
 
-static inline void named_barrier(int id, int threads) {
+void named_barrier(int id, int threads) {
     if (id < 1 || id > 15 || threads % 32) standin::fail("a named barrier is one of 1..15, for whole warps");
     standin::meet_at_barrier(id, (u32)threads, "named_barrier");
 }

@@ -5,6 +5,8 @@
 // __syncthreads, __shfl_xor_sync, atomicAdd, fmaf, ...) is used by its own name; the stand-in declares that too.
 #pragma once
 
+#define UNROLL _Pragma("unroll")
+
 #ifdef STANDIN
 #include "standin/standin.h"
 #else
@@ -15,10 +17,15 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define DEVICE static __device__ __forceinline__
+#define DEVICE_MEMBER __device__ __forceinline__
+#define DEVICE_CONSTANT __host__ __device__
 #define KERNEL extern "C" __global__
 #define LAUNCH_BOUNDS(threads, blocks_per_sm) __launch_bounds__(threads, blocks_per_sm)
 // The block's dynamic shared memory; there is no static one in this project.
 #define SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
+
+// Waits for `threads` threads of the block, a multiple of 32, at barrier `id` of 1..15 (0 is __syncthreads).
+DEVICE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // ---- integers
 
@@ -62,7 +69,10 @@ DEVICE u16 float_to_bfloat(float f) {
 
 // ---- memory
 
-DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+// An address within shared memory, as the instructions below take it. Made once and then added to: each conversion of a pointer
+// costs instructions.
+typedef u32 SharedAddress;
+DEVICE SharedAddress shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // 16 bytes that are read once: not kept in L1.
 DEVICE uint4 load_streaming(const uint4* p) {
@@ -74,8 +84,8 @@ DEVICE uint4 load_streaming(const uint4* p) {
 }
 
 // Starts copying 16 bytes to shared memory: the first `valid` from `source`, zeros after them.
-DEVICE void copy_async(void* shared, const void* source, int valid = 16) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(source), "r"(valid)
+DEVICE void copy_async(SharedAddress shared, const void* source, int valid = 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(source), "r"(valid)
                  : "memory");
 }
 
@@ -103,23 +113,23 @@ DEVICE float4 load_from_other_blocks(const float4* p) {
 // ---- tensor cores (PTX ISA, "Matrix fragments for mma.m16n8k16 with .f16 and .bf16")
 
 // Four 8x8 matrices of 16-bit elements; lane 8i + j gives the address of row j of matrix i.
-DEVICE void load_matrices(u32 (&r)[4], const void* row) {
+DEVICE void load_matrices(u32 (&r)[4], SharedAddress row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
 
 // d = a b + c, with a 16x16, b 16x8, c and d 16x8 in float32. Subnormal float16 inputs count in full.
 DEVICE void mma_half(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
                  : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
 DEVICE void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
                  : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));

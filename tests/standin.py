@@ -15,7 +15,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,16 @@ from matquant.home import home
 
 KERNELS = home() / "kernels"
 COMPILER = os.environ.get("CXX", "g++")
-FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-fPIC", "-DSTANDIN")
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-w",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-DSTANDIN",
+)
 SANITIZE_FLAGS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover=undefined")
 
 Argument = Tensor | int | float | ctypes._SimpleCData | None
@@ -161,6 +170,7 @@ def _compiler_version() -> str:
     return subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
 
 
+@functools.cache
 def _headers() -> bytes:
     return b"".join(p.read_bytes() for p in [KERNELS / "device.cuh", *sorted((KERNELS / "standin").iterdir())])
 
@@ -185,25 +195,45 @@ def compile_kernel(
         defines: macros, as NVRTC would get with ``-D``.
         sanitize: build with the address and undefined-behaviour sanitizers, as a program that each launch starts.
     """
-    flags = [*FLAGS, *(SANITIZE_FLAGS if sanitize else ["-shared"]), f"-I{KERNELS}"]
+    flags = [*FLAGS, *(SANITIZE_FLAGS if sanitize else ()), f"-I{KERNELS}"]
     macros = [f"-D{name}={value}" for name, value in sorted(defines.items())]
-    parts = [source, function, *flags, *macros, _compiler_version()]
-    key = hashlib.sha256("\0".join(parts).encode() + _headers()).hexdigest()[:24]
-    build = cache_folder() / (key if sanitize else f"{key}.so")
-    if not build.exists():
-        _build(source, function, [*flags, *macros], build, "program.cpp" if sanitize else "library.cpp")
-    return StandinKernel(build, function, sanitize=sanitize)
+    name = "program" if sanitize else "library"
 
-
-def _build(source: str, function: str, flags: Sequence[str], build: Path, main: str) -> None:
-    with tempfile.TemporaryDirectory(dir=build.parent) as folder:
-        text = Path(folder) / "kernel.cu"
+    def build(folder: Path, made: Path) -> None:
+        text = folder / "kernel.cu"
         text.write_text(source)
-        made = Path(folder) / "made"
-        command = [COMPILER, *flags, f"-DSTANDIN_KERNEL={function}", f'-DSTANDIN_SOURCE="{text}"']
-        done = subprocess.run(
-            [*command, str(KERNELS / "standin" / main), "-o", str(made)], capture_output=True, text=True
+        kernel = [
+            f"-DSTANDIN_KERNEL={function}",
+            f'-DSTANDIN_SOURCE="{text}"',
+            str(KERNELS / "standin" / f"{name}.cpp"),
+        ]
+        _run(
+            [*flags, *macros, *([] if sanitize else ["-shared"]), *kernel, str(_runtime(tuple(flags))), "-o", str(made)]
         )
-        if done.returncode:
-            raise RuntimeError(f"{function} does not compile for the stand-in:\n{done.stderr[:4000]}")
-        made.replace(build)  # atomic: tests in several processes may build the same kernel
+
+    return StandinKernel(_cached([name, source, function, *flags, *macros], build), function, sanitize=sanitize)
+
+
+@functools.cache
+def _runtime(flags: tuple[str, ...]) -> Path:
+    """What every kernel is linked to."""
+    source = str(KERNELS / "standin" / "runtime.cpp")
+    return _cached(["runtime", *flags], lambda _, made: _run([*flags, "-c", source, "-o", str(made)]))
+
+
+def _cached(parts: Sequence[str], build: Callable[[Path, Path], None]) -> Path:
+    """The file that ``build`` makes in a folder of its own, or that it made before from the same parts and headers."""
+    key = hashlib.sha256("\0".join([*parts, _compiler_version()]).encode() + _headers()).hexdigest()[:24]
+    kept = cache_folder() / f"{parts[0]}-{key}"
+    if not kept.exists():
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            made = Path(folder) / "made.o"
+            build(Path(folder), made)
+            made.replace(kept)  # atomic: tests in several processes may build the same kernel
+    return kept
+
+
+def _run(arguments: Sequence[str]) -> None:
+    done = subprocess.run([COMPILER, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"The stand-in does not compile:\n{done.stderr[:4000]}")

@@ -287,6 +287,6 @@ class Refuse:
         if name.split(".")[0] in ("cupy", "hydra", "omegaconf", "transformers", "numba", "safetensors", "scipy"):
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
-import matquant.cuda
+import matquant.inference
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -31,14 +31,14 @@ KERNEL void product(const u16* a, const u16* b, float* d) {
     int lane = threadIdx.x;
     for (int i = lane; i < 48; i += 32) {
         const u16* from = i < 32 ? a + i / 2 * 16 + i % 2 * 8 : b + (i - 32) / 2 * 16 + i % 2 * 8;
-        copy_async(tile + (i / 2) * 24 + i % 2 * 8, from);
+        copy_async(shared_address(tile + (i / 2) * 24 + i % 2 * 8), from);
     }
     copy_async_commit();
     WAIT
     BARRIER
     u32 fa[4], fb[4];
-    load_matrices(fa, tile + (lane % 16) * 24 + lane / 16 * 8);
-    load_matrices(fb, tile + (16 + lane % 8) * 24 + (lane / 8 % 2) * 8);
+    load_matrices(fa, shared_address(tile + (lane % 16) * 24 + lane / 16 * 8));
+    load_matrices(fb, shared_address(tile + (16 + lane % 8) * 24 + (lane / 8 % 2) * 8));
     float c[4] = {0, 0, 0, 0};
     MMA(c, fa, fb[0], fb[1], c);
     for (int e = 0; e < 4; e++) d[(lane / 4 + 8 * (e / 2)) * 8 + lane % 4 * 2 + e % 2] = c[e];
@@ -63,10 +63,10 @@ KERNEL void mistakes(int which, int* out) {
     if (which == 1 && lane < 16) __syncwarp();
     if (which == 2) { if (lane < 16) __syncwarp(); else __ballot_sync(~0u, 1); }
     if (which == 3) { if (threadIdx.x < 32) __syncthreads(); else if (lane == 0) __syncwarp(1u << 1); }
-    if (which == 4) copy_async(shared + 8, shared);
-    if (which == 5) { copy_async(shared, out); copy_async_commit(); }
+    if (which == 4) copy_async(shared_address(shared + 8), shared);
+    if (which == 5) { copy_async(shared_address(shared), out); copy_async_commit(); }
     if (which == 6) out[lane] = out[64 + threadIdx.x * 100000];
-    if (which == 7 && threadIdx.x < 32) { u32 r[4]; if (lane < 31) load_matrices(r, shared); }
+    if (which == 7 && threadIdx.x < 32) { u32 r[4]; if (lane < 31) load_matrices(r, shared_address(shared)); }
     out[threadIdx.x] = which;
 }
 """

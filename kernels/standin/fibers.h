@@ -18,15 +18,10 @@
 #include <ucontext.h>
 #endif
 
-typedef uint8_t u8;
-typedef uint16_t u16;
-typedef uint32_t u32;
-typedef uint64_t u64;
+#include "standin.h"
 
-struct uint3 { u32 x, y, z; };
-struct dim3 { u32 x, y, z; };
-static uint3 threadIdx, blockIdx;
-static dim3 gridDim, blockDim;
+uint3 threadIdx, blockIdx;
+dim3 gridDim, blockDim;
 
 namespace standin {
 
@@ -45,6 +40,12 @@ struct Meeting {
     u32 in[32][10];
     u32 out[32][4];
     const void* address[32];
+};
+
+// Where threads of a block wait for each other; they then know of each other's fences and atomics.
+struct Barrier {
+    u32 arrived = 0, generation = 0;
+    u64 seen = 0, asked = 0;
 };
 
 struct Block;
@@ -73,8 +74,8 @@ struct Warp { std::vector<std::unique_ptr<Meeting>> meetings; };
 
 struct Block {
     uint3 index;
-    u32 barrier_arrived = 0, barrier_generation = 0, alive = 0;
-    u64 barrier_seen = 0, barrier_asked = 0;
+    u32 alive = 0;
+    Barrier barriers[16]; // 0 is __syncthreads
     unsigned char* shared = nullptr;
     std::vector<Warp> warps;
     std::vector<std::unique_ptr<Fiber>> fibers;
@@ -84,6 +85,7 @@ static Fiber* current;
 static void (*entry)(void**);
 static void** entry_arguments;
 static std::string error;
+static std::vector<PendingStore> never_published; // stores whose thread ended without a fence: visible after the launch
 static std::mt19937 random_bits;
 static bool shuffled;
 
@@ -135,29 +137,36 @@ static void wait(const u32* counter, u32 value, const char* where) {
     current->waits_for = nullptr;
 }
 
-// Lets other threads run first, now and then: what a seed may place between two operations on memory.
-static void maybe_yield() {
+void maybe_yield() {
     if (shuffled && random_bits() % 4 == 0) to_scheduler();
 }
 
-static void release_barrier(Block& b) {
-    if (b.barrier_arrived == 0 || b.barrier_arrived < b.alive) return;
-    b.barrier_arrived = 0;
-    b.barrier_generation++;
-    for (auto& f : b.fibers) {
-        f->seen = std::max(f->seen, b.barrier_seen);
-        f->asked = std::max(f->asked, b.barrier_asked);
-    }
+static void release(Barrier& b, u32 expected) {
+    if (b.arrived == 0 || b.arrived < expected) return;
+    b.arrived = 0;
+    b.generation++;
+}
+
+static void meet_at_barrier(int id, u32 expected, const char* where) {
+    Barrier& b = current->block->barriers[id];
+    if (b.arrived++ == 0) b.seen = b.asked = 0;
+    b.seen = std::max(b.seen, current->seen);
+    b.asked = std::max(b.asked, current->asked);
+    u32 generation = b.generation;
+    release(b, expected);
+    if (b.generation == generation) wait(&b.generation, generation, where);
+    current->seen = std::max(current->seen, b.seen);
+    current->asked = std::max(current->asked, b.asked);
 }
 
 static void body() {
     Fiber& f = *current;
     entry(entry_arguments);
     if (!f.open_copies.empty() || !f.copy_groups.empty()) fail("ends before its asynchronous copies were waited for");
-    for (auto& s : f.stores) memcpy(s.to, s.bytes, 16);
+    never_published.insert(never_published.end(), f.stores.begin(), f.stores.end());
     f.finished = true;
     f.block->alive--;
-    release_barrier(*f.block);
+    release(f.block->barriers[0], f.block->alive);
     for (;;) to_scheduler();
 }
 
@@ -217,13 +226,13 @@ static bool run_round(std::vector<std::unique_ptr<Block>>& blocks) {
     return progress;
 }
 
-// Runs the whole grid. Returns an empty string, or what went wrong.
 static std::string run_grid(dim3 grid, dim3 block, size_t shared_bytes, u32 seed, void (*e)(void**), void** arguments) {
     entry = e;
     entry_arguments = arguments;
     gridDim = grid;
     blockDim = block;
     error.clear();
+    never_published.clear();
     random_bits.seed(seed);
     shuffled = seed != 0;
     std::vector<uint3> waiting;
@@ -243,18 +252,17 @@ static std::string run_grid(dim3 grid, dim3 block, size_t shared_bytes, u32 seed
             if (b->alive == 0 || !error.empty()) free(std::exchange(b->shared, nullptr));
         blocks.erase(std::remove_if(blocks.begin(), blocks.end(), [](auto& b) { return b->alive == 0; }), blocks.end());
     }
+    for (auto& s : never_published) memcpy(s.to, s.bytes, 16);
     return error;
 }
 
 } // namespace standin
 
-static inline void __syncthreads() {
-    using namespace standin;
-    Block& b = *current->block;
-    if (b.barrier_arrived++ == 0) b.barrier_seen = b.barrier_asked = 0;
-    b.barrier_seen = std::max(b.barrier_seen, current->seen);
-    b.barrier_asked = std::max(b.barrier_asked, current->asked);
-    u32 generation = b.barrier_generation;
-    release_barrier(b);
-    if (b.barrier_generation == generation) wait(&b.barrier_generation, generation, "__syncthreads");
+void __syncthreads() {
+    standin::meet_at_barrier(0, standin::current->block->alive, "__syncthreads");
+}
+
+void named_barrier(int id, int threads) {
+    if (id < 1 || id > 15 || threads % 32) standin::fail("a named barrier is one of 1..15, for whole warps");
+    standin::meet_at_barrier(id, (u32)threads, "named_barrier");
 }

@@ -1,17 +1,29 @@
 // One kernel as a library: the harness passes its name as STANDIN_KERNEL and its source as STANDIN_SOURCE.
 #include STANDIN_SOURCE
 
-extern "C" {
+#include "launch.h"
 
-int standin_parameters() { return standin::parameters(STANDIN_KERNEL); }
-void standin_parameter_sizes(int* bytes) { standin::sizes(STANDIN_KERNEL, bytes); }
+namespace standin {
+
+// Calls a kernel with its arguments given as cuLaunchKernel takes them: one pointer to each.
+template <class... P, size_t... i> static void call(void (*kernel)(P...), void** arguments, std::index_sequence<i...>) {
+    kernel(*(std::remove_cv_t<std::remove_reference_t<P>>*)arguments[i]...);
+}
+template <class... P> static void call(void (*kernel)(P...), void** arguments) {
+    call(kernel, arguments, std::index_sequence_for<P...>{});
+}
+template <class... P> static constexpr int parameters(void (*)(P...)) { return sizeof...(P); }
+template <class... P> static void sizes(void (*)(P...), int* bytes) { ((*bytes++ = sizeof(P)), ...); }
+
+} // namespace standin
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int standin_parameters() { return standin::parameters(STANDIN_KERNEL); }
+EXPORT void standin_parameter_sizes(int* bytes) { standin::sizes(STANDIN_KERNEL, bytes); }
 
 // 0, or 1 with a message of at most `capacity` bytes.
-int standin_launch(const u32* grid, const u32* block, u64 shared_bytes, u32 seed, void** arguments, char* message, u64 capacity) {
-    standin::forget_exchanges();
-    std::string error = standin::run_grid({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes, seed,
-                                          [](void** a) { standin::call(STANDIN_KERNEL, a); }, arguments);
-    snprintf(message, capacity, "%s", error.c_str());
-    return !error.empty();
-}
+EXPORT int standin_launch(const u32* grid, const u32* block, u64 shared_bytes, u32 seed, void** arguments, char* message, u64 capacity) {
+    return standin::launch({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes, seed,
+                           [](void** a) { standin::call(STANDIN_KERNEL, a); }, arguments, message, capacity);
 }

@@ -4,6 +4,10 @@
 //
 // FILE holds for each argument two int64 (1 for a buffer or 0 for a value, then the bytes) and the bytes themselves; the
 // buffers are written back to it.
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
 #include "library.cpp"
 
 struct Argument { int64_t buffer, size; char* bytes; };

@@ -7,24 +7,127 @@
 // outside a buffer. A seed shuffles the order of threads and blocks.
 //
 // What it cannot show: speed; races between plain accesses that no tried order brings to light (a thread runs on until it
-// waits, so interleavings are coarse); the tensor cores' own rounding (sums here are in order, in float32); contraction of a*b+c to
-// fused multiply-add; registers, banks and everything else of the compiler for the device.
+// waits, so interleavings are coarse); the tensor cores' own rounding (sums here are in order, in float32); contraction of
+// a*b+c to fused multiply-add; registers, banks and everything else of the compiler for the device.
+//
+// Kernels see only this header; the runtime behind it (fibers.h, memory.h, warp.h) is compiled once, as runtime.cpp.
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
 
-#include "fibers.h"
-#include "memory.h"
-#include "warp.h"
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
 
+#undef UNROLL
+#define UNROLL
 #define DEVICE static inline
+#define DEVICE_MEMBER
+#define DEVICE_CONSTANT
 #define KERNEL static
 #define LAUNCH_BOUNDS(threads, blocks_per_sm)
-#define SHARED_MEMORY(name) unsigned char* name = standin::current->block->shared
+#define SHARED_MEMORY(name) unsigned char* name = standin::shared_memory()
 #define __restrict__ __restrict
 
-using std::max;
-using std::min;
+struct uint3 { u32 x, y, z; };
+struct dim3 { u32 x, y, z; };
+struct alignas(8) uint2 { u32 x, y; };
+struct alignas(16) uint4 { u32 x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+
+extern uint3 threadIdx, blockIdx;
+extern dim3 gridDim, blockDim;
+
+namespace standin {
+u32 lane();
+unsigned char* shared_memory();
+const float* half_table();                                                // the value of each float16
+u32 shuffle(u32 mask, u32 value, u32 source, const char* operation);
+void wait_for_copies(int pending);
+void maybe_yield(); // lets other threads run first, now and then: what a seed may place between two operations on memory
+void note_atomic(); // what this thread learns from an atomic is not to be relied on without a fence after it
+} // namespace standin
+
+// ---- threads and warps
+
+void __syncthreads();
+void named_barrier(int id, int threads);
+void __syncwarp(u32 mask = ~0u);
+u32 __ballot_sync(u32 mask, int predicate);
+static inline int __any_sync(u32 mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+static inline int __all_sync(u32 mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+
+namespace standin {
+template <class T> static T shuffle_any(u32 mask, T value, int source, const char* operation) {
+    static_assert(sizeof(T) == 4, "shuffles move 4 bytes");
+    u32 bits;
+    memcpy(&bits, &value, 4);
+    bits = shuffle(mask, bits, (u32)source, operation);
+    memcpy(&value, &bits, 4);
+    return value;
+}
+} // namespace standin
+
+template <class T> static inline T __shfl_sync(u32 mask, T value, int source, int width = 32) {
+    int lane = (int)standin::lane();
+    return standin::shuffle_any(mask, value, (lane & ~(width - 1)) | (source & (width - 1)), "__shfl_sync");
+}
+template <class T> static inline T __shfl_xor_sync(u32 mask, T value, int lanes, int width = 32) {
+    int lane = (int)standin::lane(), source = lane ^ lanes;
+    return standin::shuffle_any(mask, value, source / width > lane / width ? lane : source, "__shfl_xor_sync");
+}
+template <class T> static inline T __shfl_down_sync(u32 mask, T value, u32 lanes, int width = 32) {
+    int lane = (int)standin::lane(), source = lane + (int)lanes;
+    return standin::shuffle_any(mask, value, source / width > lane / width ? lane : source, "__shfl_down_sync");
+}
+template <class T> static inline T __shfl_up_sync(u32 mask, T value, u32 lanes, int width = 32) {
+    int lane = (int)standin::lane(), source = lane - (int)lanes;
+    return standin::shuffle_any(mask, value, source < (lane & ~(width - 1)) ? lane : source, "__shfl_up_sync");
+}
+
+typedef uintptr_t SharedAddress;
+static inline SharedAddress shared_address(const void* p) { return (SharedAddress)p; }
+void load_matrices(u32 (&r)[4], SharedAddress row);
+void mma_half(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]);
+void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]);
+
+// ---- memory
+
+void __threadfence();
+uint4 load_streaming(const uint4* p);
+void store_for_other_blocks(float4* p, float4 v);
+float4 load_from_other_blocks(const float4* p);
+void copy_async(SharedAddress shared, const void* source, int valid = 16);
+void copy_async_commit();
+template <int pending> static inline void copy_async_wait() { standin::wait_for_copies(pending); }
+
+template <class T> static inline T atomicAdd(T* p, T v) {
+    standin::maybe_yield();
+    T old = *p;
+    *p = old + v;
+    standin::note_atomic();
+    return old;
+}
+template <class T> static inline T atomicExch(T* p, T v) {
+    standin::maybe_yield();
+    standin::note_atomic();
+    return std::exchange(*p, v);
+}
+template <class T> static inline T __ldg(const T* p) { return *p; }
+
+// ---- numbers
+
+template <class T> static inline T min(T a, T b) { return b < a ? b : a; }
+template <class T> static inline T max(T a, T b) { return a < b ? b : a; }
 
 static inline u32 bit_select(u32 mask, u32 a, u32 b) { return (a & mask) | (b & ~mask); }
 static inline u32 and_or(u32 a, u32 mask, u32 b) { return (a & mask) | b; }
@@ -48,7 +151,7 @@ static inline float __fdividef(float a, float b) { return a / b; }
 static inline float rsqrtf(float f) { return 1.0f / std::sqrt(f); }
 
 static inline float half_to_float(u16 bits) { return standin::half_table()[bits]; }
-static inline float bfloat_to_float(u16 bits) { return standin::bfloat_value(bits); }
+static inline float bfloat_to_float(u16 bits) { return __uint_as_float((u32)bits << 16); }
 
 static inline u16 float_to_half(float f) {
     _Float16 h = (_Float16)f;
@@ -63,17 +166,3 @@ static inline u16 float_to_bfloat(float f) {
     if (f != f) return 0x7FFF;
     return (u16)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
-
-namespace standin {
-
-// Calls a kernel with its arguments given as cuLaunchKernel takes them: one pointer to each.
-template <class... P, size_t... i> static void call(void (*kernel)(P...), void** arguments, std::index_sequence<i...>) {
-    kernel(*(std::remove_cv_t<std::remove_reference_t<P>>*)arguments[i]...);
-}
-template <class... P> static void call(void (*kernel)(P...), void** arguments) {
-    call(kernel, arguments, std::index_sequence_for<P...>{});
-}
-template <class... P> static constexpr int parameters(void (*)(P...)) { return sizeof...(P); }
-template <class... P> static void sizes(void (*)(P...), int* bytes) { ((*bytes++ = sizeof(P)), ...); }
-
-} // namespace standin

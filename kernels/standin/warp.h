@@ -5,7 +5,7 @@
 
 namespace standin {
 
-static u32 lane() { return current->thread % 32; }
+u32 lane() { return current->thread % 32; }
 
 static Meeting& meeting_of(u32 mask) {
     Warp& w = current->block->warps[current->thread / 32];
@@ -34,11 +34,10 @@ template <class Compute> static void meet(Meeting& m, const char* operation, Com
     m.generation++;
 }
 
-template <class T, class From> static T shuffle(u32 mask, T value, const char* operation, From from) {
-    static_assert(sizeof(T) == 4, "shuffles move 4 bytes");
+u32 shuffle(u32 mask, u32 value, u32 source, const char* operation) {
     Meeting& m = meeting_of(mask);
-    memcpy(&m.in[lane()][0], &value, 4);
-    m.in[lane()][1] = from;
+    m.in[lane()][0] = value;
+    m.in[lane()][1] = source;
     meet(m, operation, [](Meeting& m) {
         for (u32 i = 0; i < 32; i++) {
             u32 source = m.in[i][1] & 31;
@@ -46,8 +45,7 @@ template <class T, class From> static T shuffle(u32 mask, T value, const char* o
             m.out[i][0] = m.mask >> source & 1 ? m.in[source][0] : 0xFFFFFFFFu;
         }
     });
-    memcpy(&value, &m.out[lane()][0], 4);
-    return value;
+    return m.out[lane()][0];
 }
 
 static float half_value(u32 bits) {
@@ -62,7 +60,7 @@ static float half_value(u32 bits) {
     return f;
 }
 
-static const float* half_table() {
+const float* half_table() {
     static const std::vector<float> table = [] {
         std::vector<float> t(65536);
         for (u32 i = 0; i < 65536; i++) t[i] = half_value(i);
@@ -71,19 +69,12 @@ static const float* half_table() {
     return table.data();
 }
 
-static float bfloat_value(u32 bits) {
-    u32 wide = bits << 16;
-    float f;
-    memcpy(&f, &wide, 4);
-    return f;
-}
-
 // d = a b + c on the fragments of one warp; sums run over k in order, in float32.
 template <bool bfloat> static void multiply(Meeting& m) {
     static const float* half = half_table();
     auto value = [](u32 word, int h) {
         u32 bits = word >> (16 * h) & 0xFFFF;
-        return bfloat ? bfloat_value(bits) : half[bits];
+        return bfloat ? bfloat_to_float((u16)bits) : half[bits];
     };
     float a[16][16], b[16][8], d[16][8];
     for (int i = 0; i < 32; i++) {
@@ -114,27 +105,7 @@ template <bool bfloat> static void mma(float (&d)[4], const u32 (&a)[4], u32 b0,
 
 } // namespace standin
 
-template <class T> static inline T __shfl_sync(u32 mask, T value, int source, int width = 32) {
-    int lane = (int)standin::lane();
-    return standin::shuffle(mask, value, "__shfl_sync", (u32)((lane & ~(width - 1)) | (source & (width - 1))));
-}
-
-template <class T> static inline T __shfl_xor_sync(u32 mask, T value, int lanes, int width = 32) {
-    int lane = (int)standin::lane(), source = lane ^ lanes;
-    return standin::shuffle(mask, value, "__shfl_xor_sync", (u32)(source / width > lane / width ? lane : source));
-}
-
-template <class T> static inline T __shfl_down_sync(u32 mask, T value, u32 lanes, int width = 32) {
-    int lane = (int)standin::lane(), source = lane + (int)lanes;
-    return standin::shuffle(mask, value, "__shfl_down_sync", (u32)(source / width > lane / width ? lane : source));
-}
-
-template <class T> static inline T __shfl_up_sync(u32 mask, T value, u32 lanes, int width = 32) {
-    int lane = (int)standin::lane(), source = lane - (int)lanes;
-    return standin::shuffle(mask, value, "__shfl_up_sync", (u32)(source < (lane & ~(width - 1)) ? lane : source));
-}
-
-static inline u32 __ballot_sync(u32 mask, int predicate) {
+u32 __ballot_sync(u32 mask, int predicate) {
     standin::Meeting& m = standin::meeting_of(mask);
     m.in[standin::lane()][0] = predicate != 0;
     standin::meet(m, "__ballot_sync", [](standin::Meeting& m) {
@@ -145,11 +116,8 @@ static inline u32 __ballot_sync(u32 mask, int predicate) {
     return m.out[standin::lane()][0];
 }
 
-static inline int __any_sync(u32 mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-static inline int __all_sync(u32 mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
-
 // Orders memory among the lanes too: what one lane has seen by its fences, all have seen.
-static inline void __syncwarp(u32 mask = ~0u) {
+void __syncwarp(u32 mask) {
     standin::Meeting& m = standin::meeting_of(mask);
     standin::Fiber& f = *standin::current;
     memcpy(&m.in[standin::lane()][0], &f.seen, 8);
@@ -169,7 +137,8 @@ static inline void __syncwarp(u32 mask = ~0u) {
     f.asked = latest[1];
 }
 
-static inline void load_matrices(u32 (&r)[4], const void* row) {
+void load_matrices(u32 (&r)[4], SharedAddress address) {
+    const void* row = (const void*)address;
     standin::aligned(row, 16, "row of ldmatrix");
     standin::Meeting& m = standin::meeting_of(~0u);
     m.address[standin::lane()] = row;
@@ -180,5 +149,5 @@ static inline void load_matrices(u32 (&r)[4], const void* row) {
     memcpy(r, m.out[standin::lane()], 16);
 }
 
-static inline void mma_half(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) { standin::mma<false>(d, a, b0, b1, c); }
-static inline void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) { standin::mma<true>(d, a, b0, b1, c); }
+void mma_half(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) { standin::mma<false>(d, a, b0, b1, c); }
+void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) { standin::mma<true>(d, a, b0, b1, c); }

@@ -14,7 +14,7 @@ from matquant.cuda import Kernel, load
 from matquant.errors import UserError
 from matquant.inference import blocked
 from matquant.inference.checks import check_x
-from matquant.inference.plan import TOKENS, Plan, Problem, plan, strip_weights, supported
+from matquant.inference.plan import TOKENS, Device, Plan, Problem, plan, strip_weights, supported
 from matquant.inference.planes import NestedPlanes
 from matquant.inference.tickets import Tickets
 from matquant.nested import Slicing
@@ -63,7 +63,7 @@ def linear(
         bias = bias.to(x.dtype)
     workspace = x.new_empty(launch.plan.workspace, dtype=torch.float32)
     tickets = _tickets[device].now(launch.plan.tickets)
-    arguments = launch.plan.arguments(planes, scales, zeros, rows, bias, y, workspace, tickets)
+    arguments = launch.plan.arguments(planes, scales, zeros, rows, bias, y, workspace, tickets, tokens)
     launch.kernel.launch(launch.plan.grid, launch.plan.block, arguments, launch.plan.shared_bytes)
     return y
 
@@ -102,7 +102,9 @@ def _prepare(
             "loaded now. Run the model once at this width and batch size before the capture."
         )
     device = x.get_device()
-    launch = plan(problem, torch.cuda.get_device_properties(device).multi_processor_count)
+    about_device = torch.cuda.get_device_properties(device)
+    multiprocessors, shared = about_device.multi_processor_count, about_device.shared_memory_per_multiprocessor
+    launch = plan(problem, Device(multiprocessors=multiprocessors, shared_bytes=shared))
     kernel = load("gemm.cu", "nested_gemm", defines=launch.defines, device=device)
     if device not in _tickets:
         _tickets[device] = Tickets(x.device)
@@ -110,12 +112,13 @@ def _prepare(
 
 
 def _aligned(x: Tensor, tokens: int) -> Tensor:
-    """x as [tokens, in_features] with rows that start at multiples of 16 bytes; what is added to them is 0."""
-    rows = x.reshape(tokens, x.shape[-1])
-    if rows.shape[-1] % 8:
-        return torch.nn.functional.pad(rows, (0, -rows.shape[-1] % 8))
-    rows = rows.contiguous()
-    return rows.clone() if rows.data_ptr() % _ALIGNMENT else rows
+    """x, or where need be a copy, with rows one after the other from multiples of 16 bytes on; what is added is 0."""
+    depth = x.shape[-1]
+    if depth % 8:
+        return torch.nn.functional.pad(x.reshape(tokens, depth), (0, -depth % 8))
+    if x.is_contiguous() and x.data_ptr() % _ALIGNMENT == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _many(x: Tensor, weight: NestedPlanes, bias: Tensor | None, bits: int, y: Tensor) -> Tensor:

@@ -75,7 +75,8 @@ class Variant:
     Attributes:
         token_tiles: of 8 tokens.
         units: of 64 columns, of a chunk.
-        stages: of the ring of chunks in shared memory.
+        stages: of a warp's ring of weights in shared memory.
+        panel: chunks of activations that are copied at a time.
         blocks: on a multiprocessor.
     """
 
@@ -85,6 +86,7 @@ class Variant:
     k_warps: int
     units: int
     stages: int
+    panel: int
     blocks: int
 
     @property
@@ -99,6 +101,7 @@ class Variant:
             "K_WARPS": self.k_warps,
             "UNITS": self.units,
             "STAGES": self.stages,
+            "PANEL": self.panel,
             "BLOCKS_PER_SM": self.blocks,
         }
 
@@ -106,28 +109,53 @@ class Variant:
         """The size of ``Shared`` in ``kernels/gemm.cu``."""
         columns = TILE * self.units
         groups = columns // (problem.group if 0 < problem.group < columns else columns)
-        warps = self.k_warps * self.row_warps
         tokens = 8 * self.token_tiles
-        stage = warps * (self.units * problem.planes * _WARP * _LOAD + groups * TILE * (3 if problem.zeros else 2))
-        stage += tokens * (columns * self.k_warps + 8) * 2
-        sums = 2 * self.k_warps * groups * tokens * 4
-        exchange = warps * 4 * self.token_tiles * _WARP * _LOAD if self.k_warps > 1 else 0
-        return stage * self.stages + sums + exchange
+        weights = self.units * problem.planes * _WARP * _LOAD + groups * TILE * (3 if problem.zeros else 2)
+        ring = self.k_warps * self.row_warps * self.stages * weights
+        x = 2 * self.panel * tokens * (columns * self.k_warps + 8) * 2
+        x_sums = self.panel * self.k_warps * groups * tokens * 4
+        exchange = self.k_warps * self.row_warps * 4 * self.token_tiles * _WARP * _LOAD if self.k_warps > 1 else 0
+        return ring + x + x_sums + exchange
 
 
-def choose(problem: Problem) -> Variant:
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """What a plan needs to know of a device.
+
+    Attributes:
+        shared_bytes: of shared memory on a multiprocessor.
+    """
+
+    multiprocessors: int
+    shared_bytes: int
+
+
+# Units, k_warps and stages, the best first. What comes first that leaves room for two blocks on a multiprocessor is taken.
+_SHAPES = ((2, 4, 4), (2, 4, 3), (1, 4, 4), (1, 4, 3), (1, 2, 4), (1, 2, 3), (1, 1, 3))
+_BLOCKS = 2
+_PANEL = 1
+_RESERVED = 1024  # bytes of shared memory that each block costs beside its own, from sm_80 on
+
+
+def choose(problem: Problem, device: Device) -> Variant:
     """The variant for a problem of at most ``TOKENS`` tokens."""
     token_tiles = next(count for count in (1, 2, 4, 8) if problem.tokens <= 8 * count)
-    units = 1 if token_tiles > 2 or (problem.group % (2 * TILE) and problem.group > TILE) else 2
-    return Variant(
-        token_tiles=token_tiles,
-        row_warps=1,
-        tile_warps=1 if token_tiles <= 2 else 2,
-        k_warps=4,
-        units=units,
-        stages=4,
-        blocks=2,
-    )
+    room = device.shared_bytes // _BLOCKS - _RESERVED
+    whole = problem.group <= TILE or problem.group % (2 * TILE) == 0  # no chunk of two units holds parts of two groups
+    for units, k_warps, stages in _SHAPES:
+        variant = Variant(
+            token_tiles=token_tiles,
+            row_warps=1,
+            tile_warps=1 if token_tiles <= 2 else 2,
+            k_warps=k_warps,
+            units=units,
+            stages=stages,
+            panel=_PANEL,
+            blocks=_BLOCKS,
+        )
+        if (units == 1 or (whole and token_tiles <= 2)) and variant.shared_bytes(problem) <= room:
+            return variant
+    return dataclasses.replace(variant, blocks=1)
 
 
 def supported(problem: Problem) -> bool:
@@ -171,18 +199,19 @@ class Plan:
         y: Tensor,
         workspace: Tensor,
         tickets: Tensor,
+        tokens: int,
     ) -> tuple[Any, ...]:
         """The kernel's arguments, in its order."""
-        return (planes, self.plane_stride, scales, zeros, x, bias, y, workspace, tickets, x.shape[0], *self.numbers)
+        return (planes, self.plane_stride, scales, zeros, x, bias, y, workspace, tickets, tokens, *self.numbers)
 
 
-def plan(problem: Problem, multiprocessors: int, variant: Variant | None = None) -> Plan:
-    """The launch of a problem on a device of so many multiprocessors, by the variant of ``choose`` if None is given."""
-    variant = choose(problem) if variant is None else variant
+def plan(problem: Problem, device: Device, variant: Variant | None = None) -> Plan:
+    """The launch of a problem on a device, by the variant of ``choose`` if None is given."""
+    variant = choose(problem, device) if variant is None else variant
     shared = variant.shared_bytes(problem)
     row_tiles = -(-tiles(problem.rows) // variant.row_warps)
     chunks = -(-tiles(problem.depth) // (variant.units * variant.k_warps))
-    grid = min(multiprocessors * variant.blocks, row_tiles * chunks)
+    grid = min(device.multiprocessors * variant.blocks, row_tiles * chunks)
     tile = TILE * variant.row_warps * 8 * variant.token_tiles
     return Plan(
         problem=problem,

@@ -15,7 +15,7 @@ class Tickets:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._index = torch.cuda._utils._get_device_index(device)
+        self._index = device.index
         self._by_stream: dict[int, Tensor] = {}
         self._slab = self._new_slab(_SLAB)
 

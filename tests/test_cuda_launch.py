@@ -1,0 +1,240 @@
+"""The operators' way to a CUDA device, with the stand-in in place of the device: plans, arguments, tickets, refusals."""
+
+import contextlib
+import itertools
+import logging
+import types
+
+import pytest
+import torch
+from standin import compile_kernel, have_compiler, read_source
+from test_planes import make_weight
+
+from matquant.errors import UserError
+from matquant.inference import NestedPlanes, gpu, tickets
+from matquant.inference.plan import TOKENS, Device, Problem, choose, plan, supported
+
+pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
+
+
+class Tickets:
+    """Keeps the counters of all launches, so that they can be looked at."""
+
+    def __init__(self, device=None) -> None:
+        self.held = torch.zeros(4096, dtype=torch.int32)
+
+    def now(self, count: int) -> torch.Tensor:
+        assert count <= self.held.numel()
+        return self.held
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A CUDA device of 3 multiprocessors that is really the stand-in. Returns what it launched."""
+    launched = []
+
+    class Launcher:
+        def __init__(self, source, name, defines):
+            self.defines = defines
+            self.kernel = compile_kernel(read_source(source), name, defines)
+
+        def launch(self, grid, block, args, shared_bytes):
+            launched.append((self.defines, grid))
+            self.kernel.launch((grid,), (block,), args, shared_bytes, seed=len(launched))
+
+    properties = types.SimpleNamespace(
+        multi_processor_count=3, L2_cache_size=2 * 64 * 128 * 2,
+        shared_memory_per_multiprocessor=100 * 1024,
+    )  # fmt: skip
+    monkeypatch.setattr(gpu, "load", lambda source, name, *, defines, device: Launcher(source, name, defines))
+    monkeypatch.setattr(gpu, "Tickets", Tickets)
+    monkeypatch.setattr(gpu, "_launches", {})
+    monkeypatch.setattr(gpu, "_tickets", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    return launched
+
+
+def call(x, weight, bits, bias=None):
+    packed = NestedPlanes.pack(weight)
+    return gpu.linear(
+        x, packed.planes, packed.scales, packed.zeros, bias, bits, packed.out_features, packed.group_size,
+        packed.master_bits, packed.slicing, packed.offset,
+    )  # fmt: skip
+
+
+def assert_close(y, x, weight, bits, bias=None):
+    """As good as rounding the exact result, within a fifth."""
+    exact = x.double() @ weight.decode(bits).double().T + (0 if bias is None else bias.double())
+    rounding = (exact.to(x.dtype).double() - exact).norm()
+    assert (y.dtype, y.shape) == (x.dtype, exact.shape)
+    assert (y.double() - exact).norm() <= 1.2 * rounding
+
+
+def activations(*shape, dtype=torch.float16):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(2)) + 0.3).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("about", "bits", "tokens"),
+    [
+        ({"rows": 130, "columns": 512, "group_size": 128}, 3, (1,)),
+        ({"rows": 64, "columns": 256, "group_size": 256}, 4, (2, 3)),
+        ({"rows": 128, "columns": 384, "group_size": 192}, 2, (13,)),
+        ({"rows": 64, "columns": 256, "group_size": 32, "master_bits": 5, "slicing": "round"}, 3, (3,)),
+        ({"rows": 64, "columns": 256, "group_size": 32, "master_bits": 5, "slicing": "round"}, 5, (3,)),
+        ({"rows": 70, "columns": 256, "group_size": 64, "master_bits": 7, "zeros": True}, 6, (5, 8)),
+        ({"rows": 64, "columns": 100, "group_size": 100, "dtype": torch.bfloat16}, 8, (12,)),
+    ],
+)
+def test_a_call_reaches_the_kernel_with_what_it_expects(device, about, bits, tokens):
+    weight = make_weight(**about)
+    dtype = torch.bfloat16 if about.get("dtype") == torch.bfloat16 else torch.float16
+    x, bias = activations(*tokens, about["columns"], dtype=dtype), activations(about["rows"], dtype=dtype)
+    assert_close(call(x, weight, bits, bias), x, weight, bits, bias)
+    assert_close(call(x, weight, bits), x, weight, bits)
+    assert len(device) == 2
+    assert not gpu._tickets[x.get_device()].held.any()
+
+
+def test_a_launch_is_planned_once_for_all_calls_like_it(device):
+    weight = make_weight(64, 128, 128)
+    for _ in range(3):
+        call(activations(2, 128), weight, 4)
+    assert len(gpu._launches) == 1
+    call(activations(3, 128), weight, 4)
+    call(activations(2, 128), weight, 5)
+    assert len(gpu._launches) == 3
+    assert len(device) == 5
+
+
+def test_activations_at_odd_addresses_are_moved(device):
+    weight = make_weight(64, 128, 128)
+    x = activations(2 * 128 + 1)[1:].view(2, 128)
+    assert x.data_ptr() % 16
+    assert_close(call(x, weight, 4), x, weight, 4)
+    spread = activations(2, 256)[:, ::2]
+    assert_close(call(spread, weight, 4), spread, weight, 4)
+
+
+def test_many_tokens_go_through_decoded_strips(device):
+    weight = make_weight(200, 128, 64, zeros=True)
+    x, bias = activations(5, 20, 128, dtype=torch.bfloat16), activations(200, dtype=torch.bfloat16)
+    y = call(x, weight, 3, bias)
+    exact = x.double() @ weight.decode(3).double().T + bias.double()
+    assert not device
+    assert ((y.double() - exact).norm() / exact.norm()) < 2**-7
+    assert call(activations(0, 128), weight, 3).shape == (0, 200)
+
+
+@pytest.mark.parametrize(
+    ("about", "dtype"),
+    [
+        ({"group_size": 48}, torch.float16),
+        ({"group_size": 32}, torch.float32),
+        ({"group_size": 32, "dtype": torch.float32}, torch.float16),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_computed_by_torch_and_said(device, caplog, about, dtype):
+    weight = make_weight(64, 96, **about)
+    x = activations(2, 96, dtype=dtype)
+    with caplog.at_level(logging.WARNING):
+        y = call(x, weight, 4)
+        call(x, weight, 4)
+    torch.testing.assert_close(y.double(), x.double() @ weight.decode(4).double().T, rtol=4e-3, atol=4e-3)
+    assert not device
+    assert caplog.text.count("is computed by torch, slowly") == 1
+
+
+def test_a_first_call_within_a_capture_is_refused(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(UserError, match="Run the model once at this width and batch size before the capture"):
+        call(activations(2, 128), make_weight(64, 128, 128), 4)
+
+
+def test_wrong_calls_are_refused_before_anything_is_planned(device):
+    weight = make_weight(64, 128, 128)
+    for x, bits, bias, sentence in (
+        (activations(2, 64), 4, None, r"Planes of \[64, 64\]|Groups of 128"),
+        (activations(2, 128).double(), 4, None, "found torch.float64"),
+        (torch.tensor(1.0), 4, None, "found a single number"),
+        (activations(2, 128), 9, None, "in 2..8 bits; found 9"),
+        (activations(2, 128), 4, activations(63), r"The bias must be .*\[64\]"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            call(x, weight, bits, bias)
+    packed = NestedPlanes.pack(weight)
+    turned = packed.planes.transpose(-1, -2).contiguous().transpose(-1, -2)
+    good = (activations(2, 128), packed.planes, packed.scales, None, None, 4, 64, 128, 8, "msb", packed.offset)
+    gpu.linear(*good)
+    with pytest.raises(UserError, match="not contiguous int32"):
+        gpu.linear(good[0], turned, *good[2:])
+    assert len(gpu._launches) == len(device) == 1
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """A device whose stream and whose state of capture the test sets; its memory is the CPU's."""
+    state = types.SimpleNamespace(stream=1, capturing=False)
+
+    class Stream(contextlib.nullcontext):
+        def synchronize(self):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: state.stream, raising=False)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(tickets, "_SLAB", 100)
+    return state
+
+
+def test_a_stream_keeps_its_counters_and_captured_launches_share_none(streams):
+    held = tickets.Tickets(torch.device("cpu", 0))
+    places = set()
+
+    def take(count, new):
+        found = held.now(count)
+        assert found.dtype == torch.int32
+        assert found.numel() >= count
+        assert not found.any()
+        mine = set(range(found.data_ptr(), found.data_ptr() + 4 * found.numel(), 4))
+        assert mine.isdisjoint(places) if new else mine <= places
+        places.update(mine)
+        kept.append(found)
+
+    kept = []
+    take(10, new=True)
+    take(7, new=False)
+    streams.stream = 2
+    take(10, new=True)
+    streams.stream = 1
+    take(20, new=True)  # more than the stream has had
+    streams.capturing = True
+    for _ in range(5):
+        take(10, new=True)
+    take(30, new=True)  # the slab is used up, and none can be made during a capture
+    streams.capturing = False
+    take(20, new=False)
+    take(200, new=True)
+
+
+@pytest.mark.parametrize("shared", [100, 164, 228], ids=["sm_86", "sm_80", "sm_90"])
+@pytest.mark.parametrize(("group_size", "zeros"), [(32, True), (64, False), (128, False), (192, False), (-1, True)])
+def test_every_plan_fits_its_device(shared, group_size, zeros):
+    """With the shared memory of a multiprocessor in KiB, of which each block costs one more than it gets."""
+    device = Device(multiprocessors=108, shared_bytes=1024 * shared)
+    for tokens, (rows, depth), bits in itertools.product(
+        (1, 3, 8, 9, 16, 17, 32, 33, TOKENS), ((4096, 14208), (64, 384), (16384, 16128)), range(2, 9)
+    ):
+        problem = Problem(
+            tokens=tokens, rows=rows, depth=depth, bits=bits, zeros=zeros, dtype=torch.float16, slicing="round",
+            group_size=depth if group_size == -1 else group_size, scale_dtype=torch.float16,
+        )  # fmt: skip
+        assert supported(problem)
+        launch, variant = plan(problem, device), choose(problem, device)
+        assert launch.block <= 1024
+        assert variant.blocks * (launch.shared_bytes + 1024) <= device.shared_bytes
+        assert 8 * variant.token_tiles >= tokens
+        assert 1 <= launch.grid <= 108 * variant.blocks
+        assert problem.group <= 64 or problem.group % (64 * variant.units) == 0

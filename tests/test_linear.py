@@ -1,0 +1,326 @@
+"""The layer, and whole models of it: the same tokens as with dense weights, at every width and while widths change."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from shared import TINY
+from test_planes import make_weight
+from torch import nn
+
+from matquant.errors import UserError
+from matquant.inference import NestedLinear, NestedPlanes, nested_layers, replace_linears, set_bits
+from matquant.nested import NestedWeight
+from matquant.quantize.parent import Parent, block_file, write_block
+from matquant.store import Store
+
+WIDTHS = range(2, 9)
+MODEL = "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The matrices here are so small that on a busy machine threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def layer_of(rows=70, columns=96, **about) -> tuple[NestedLinear, NestedWeight, torch.Tensor]:
+    weight = make_weight(rows, columns, about.pop("group_size", 32), **about)
+    bias = torch.randn(rows, generator=torch.Generator().manual_seed(3))
+    return NestedLinear.from_planes(weight, bias), weight, bias
+
+
+def inputs(*shape) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
+
+
+def assert_at(layer, weight, bias, x, width, **call):
+    torch.testing.assert_close(
+        layer(x, **call), nn.functional.linear(x, weight.decode(width), bias), rtol=1e-5, atol=1e-4
+    )
+
+
+# The layer
+
+
+def test_the_width_may_change_at_any_time_and_moves_no_data():
+    layer, weight, bias = layer_of()
+    addresses = [t.data_ptr() for t in (layer.planes, layer.scales)]
+    assert layer.bits == layer.max_bits == 8
+    x = inputs(3, 96)
+    for bits in (8, 2, 5, 3, 7):
+        layer.bits = bits
+        assert_at(layer, weight, bias, x, bits)
+        assert_at(layer, weight, bias, x, 4, bits=4)
+        assert layer.bits == bits
+    assert addresses == [t.data_ptr() for t in (layer.planes, layer.scales)]
+
+
+def test_prefill_and_decoding_have_widths_of_their_own():
+    layer, weight, bias = layer_of()
+    layer.set_bits(2, prefill=6)
+    assert (layer.bits, layer.decode_bits, layer.prefill_bits) == (2, 2, 6)
+    for shape, bits in [((4, 3, 96), 6), ((4, 1, 96), 2), ((1, 96), 2), ((7, 96), 6), ((96,), 2)]:
+        assert_at(layer, weight, bias, inputs(*shape), bits)
+    layer.bits = 3
+    assert_at(layer, weight, bias, inputs(4, 3, 96), 3)
+
+
+def test_widths_that_are_not_there_are_refused_and_change_nothing():
+    layer = NestedLinear.from_planes(NestedPlanes.pack(make_weight(70, 96, 32), max_bits=4), bits=3)
+    for wrong in (5, 9, 1, 2.0):
+        with pytest.raises(UserError, match="cannot be read|must be a whole number"):
+            layer.bits = wrong
+    with pytest.raises(UserError, match="5 bits cannot be read"):
+        layer.set_bits(2, prefill=5)
+    assert (layer.decode_bits, layer.prefill_bits) == (3, 3)
+    with pytest.raises(UserError, match="5 bits cannot be read"):
+        layer(inputs(1, 96), bits=5)
+    with pytest.raises(UserError, match="A bias for 70 output features cannot be"):
+        NestedLinear.from_planes(make_weight(70, 96, 32), torch.zeros(71))
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_state_dict_comes_back_from_safetensors(tmp_path, zeros):
+    layer, weight, bias = layer_of(slicing="round", zeros=zeros)
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    other = NestedLinear(
+        96, 70, group_size=32, bias=True, slicing="round", offset=layer.offset, zero_points=zeros, device="meta"
+    )
+    other.load_state_dict(load_file(tmp_path / "layer.safetensors"), assign=True)
+    assert_at(other, weight, bias, inputs(2, 96), 3, bits=3)
+
+
+@pytest.mark.parametrize("other", [{"slicing": "round"}, {"offset": 4.0}])
+def test_a_state_dict_of_another_meaning_is_refused(other):
+    layer, _, _ = layer_of()
+    meant = {"slicing": "msb", "offset": 8.0} | other
+    with pytest.raises(UserError, match="The state dict is of another layer"):
+        NestedLinear(96, 70, group_size=32, bias=True, **meant).load_state_dict(layer.state_dict())
+
+
+def test_a_change_of_dtype_leaves_the_weights_as_they_are():
+    layer, _, _ = layer_of()
+    scales = layer.scales.clone()
+    layer.to(torch.bfloat16)
+    assert layer.bias.dtype == torch.bfloat16
+    assert torch.equal(layer.scales, scales)
+    x = inputs(3, 96).bfloat16()
+    assert layer(x).dtype == torch.bfloat16
+    assert layer.to("meta").scales.is_meta
+
+
+def test_a_copy_is_a_layer_of_its_own():
+    layer, weight, bias = layer_of()
+    other = copy.deepcopy(layer)
+    other.bits = 2
+    assert layer.bits == 8
+    assert_at(other, weight, bias, inputs(2, 96), 2)
+
+
+def test_it_says_what_it_is():
+    layer = NestedLinear.from_planes(NestedPlanes.pack(make_weight(70, 96, 32), max_bits=4))
+    layer.set_bits(2, prefill=4)
+    assert "96, 70, bits=2, prefill_bits=4, master_bits=8 of which 4 planes are here" in repr(layer)
+    assert layer.bytes_read() == layer.bytes_read(2) < layer.bytes_read(4)
+
+
+def test_a_compiled_layer_follows_its_width():
+    """Inductor: the whole layer is one graph, with nothing of it left to Python."""
+    layer, weight, bias = layer_of()
+    compiled = torch.compile(layer, fullgraph=True)
+    for bits in (2, 8, 2, 3):
+        layer.bits = bits
+        assert_at(compiled, weight, bias, inputs(2, 3, 96), bits)
+
+
+# Whole models
+
+
+def load_model(folder) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def rounded(dense) -> NestedWeight:
+    """A weight rounded to nearest on the grid of 8 bits with offset 8, groups of 32."""
+    groups = dense.view(dense.shape[0], -1, 32)
+    scales = (groups.abs().amax(-1) / 119).half()
+    codes = (groups / scales.float()[..., None] + 135.5).round().clamp(0, 255).to(torch.uint8)
+    return NestedWeight(
+        codes=codes.view(dense.shape), scales=scales, zeros=None, master_bits=8, slicing="msb", offset=8.0
+    )
+
+
+@torch.no_grad()
+def make_parent(model, folder) -> Parent:
+    """A parent of all linear layers in the model's blocks but one."""
+
+    def build(draft):
+        blocks = []
+        for index, block in enumerate(model.model.layers):
+            linears = {f"model.layers.{index}.{n}": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+            linears.pop("model.layers.1.self_attn.k_proj", None)
+            record = {
+                "layers": {n: {"shape": list(m.weight.shape), "errors": {}} for n, m in linears.items()},
+                "notes": [],
+            }
+            write_block(draft, block_file(index), {n: rounded(m.weight) for n, m in linears.items()}, record)
+            blocks.append(record | {"file": block_file(index)})
+        return {"label": "rounded", "blocks": blocks}
+
+    return Parent(Store(folder).open_or_build("parent", {}, build))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The shipped model with nested layers, the same dense, and its parent."""
+    dense = load_model(TINY)
+    parent = make_parent(load_model(TINY), tmp_path_factory.mktemp("parent"))
+    nested = load_model(TINY)
+    replace_linears(nested, parent)
+    return nested, dense, parent
+
+
+@torch.no_grad()
+def fill(dense, parent, bits):
+    """Give the dense model the weights that the parent has at these bits: one width, or one for each layer."""
+    for index in range(len(parent.blocks)):
+        for name, weight in parent.block(index).items():
+            width = bits[name] if isinstance(bits, dict) else bits
+            dense.get_submodule(name).weight.copy_(weight.decode(width))
+
+
+@torch.no_grad()
+def generate(model, prompt, set_width, steps=10):
+    """Greedy tokens with a cache; ``set_width`` is called with the number of the step before each."""
+    tokens, cache, step_input = [], None, prompt
+    for step in range(steps):
+        set_width(step)
+        out = model(input_ids=step_input, past_key_values=cache, use_cache=True)
+        cache, step_input = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        tokens.append(step_input.item())
+    return tokens
+
+
+PROMPT = torch.tensor([[17, 301, 5, 1200, 44, 9, 820, 33]])
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_the_tokens_of_a_width_are_those_of_its_dense_weights(tiny, bits):
+    nested, dense, parent = tiny
+    assert set(set_bits(nested, bits).values()) == {bits}
+    fill(dense, parent, bits)
+    # The library's own loop, which passes masks, positions and a cache of its choice.
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert nested.generate(PROMPT, **settings).tolist() == dense.generate(PROMPT, **settings).tolist()
+
+
+def test_the_width_may_change_between_tokens(tiny):
+    nested, dense, parent = tiny
+    order = [4, 2, 8, 3, 6, 5, 7, 2, 4, 8]
+    found = generate(nested, PROMPT, lambda step: set_bits(nested, order[step]))
+    assert found == generate(dense, PROMPT, lambda step: fill(dense, parent, order[step]))
+    # A test of the test: the widths do not all say the same.
+    assert generate(nested, PROMPT, lambda _: set_bits(nested, 2), steps=5) != found[:5]
+
+
+def test_prefill_at_a_high_width_and_tokens_at_a_low_one(tiny):
+    nested, dense, parent = tiny
+    set_bits(nested, 2, prefill=8)
+    found = generate(nested, PROMPT, lambda step: None)
+    assert found == generate(dense, PROMPT, lambda step: fill(dense, parent, 2 if step else 8))
+
+
+def test_an_allocation_gives_each_layer_its_width(tiny):
+    nested, dense, parent = tiny
+    names = list(nested_layers(nested))
+    allocation = {name: 2 + i % 7 for i, name in enumerate(names)}
+    assert set_bits(nested, allocation) == allocation
+    fill(dense, parent, allocation)
+    assert generate(nested, PROMPT, lambda _: None) == generate(dense, PROMPT, lambda _: None)
+    before = allocation[names[1]]
+    assert set_bits(nested, {names[0]: 8})[names[1]] == before
+
+
+@torch.no_grad()
+def test_a_compiled_model_gives_the_same_tokens_at_each_width(small_model, tmp_path):
+    parent = make_parent(load_model(small_model), tmp_path)
+    nested, dense = load_model(small_model), load_model(small_model)
+    replace_linears(nested, parent)
+    # The graph is what is at stake here, not the code that is made of it.
+    forward = torch.compile(
+        lambda ids: nested(input_ids=ids, use_cache=False).logits, fullgraph=True, backend="aot_eager"
+    )
+    ids = PROMPT
+    for bits in (3, 8, 2, 3):
+        set_bits(nested, bits)
+        fill(dense, parent, bits)
+        logits = forward(ids)
+        expected = dense(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+
+
+def test_layers_that_the_parent_has_are_replaced_and_no_others(tiny):
+    nested, _, parent = tiny
+    names = {name for block in parent.blocks for name in block["layers"]}
+    assert set(nested_layers(nested)) == names
+    kept = nested.get_submodule("model.layers.1.self_attn.k_proj")
+    assert type(kept) is nn.Linear
+    assert type(nested.lm_head) is nn.Linear
+
+
+def test_a_parent_is_read_from_its_folder_and_cut_to_its_top_planes(tiny):
+    _, dense, parent = tiny
+    model = load_model(TINY)
+    layers = replace_linears(model, parent.artifact.path, max_bits=3)
+    assert {layer.max_bits for layer in layers.values()} == {layer.bits for layer in layers.values()} == {3}
+    assert {layer.planes.shape[0] for layer in layers.values()} == {3}
+    fill(dense, parent, 3)
+    assert generate(model, PROMPT, lambda _: None) == generate(dense, PROMPT, lambda _: None)
+    with pytest.raises(UserError, match="model.layers.0.self_attn.q_proj: 4 bits cannot be read"):
+        set_bits(model, 4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "sentence"),
+    [
+        ({"model.layers.0.mlp.down": 4}, "The name nearest to model.layers.0.mlp.down is model.layers.0.mlp.down_proj"),
+        ({f"lm_head{i}": 4 for i in range(5)} | {MODEL: 4}, "5 of the 6 layers are no nested layers.* and 2 more"),
+        ({MODEL: 9}, f"{MODEL}: A width must be a whole number in 2..8 bits; found 9"),
+        (11, r"A width must be a whole number in 2..8 bits; found 11"),
+        ("4", "found '4'"),
+    ],
+)
+def test_wrong_widths_are_refused_and_change_nothing(tiny, bits, sentence):
+    nested = tiny[0]
+    before = set_bits(nested, 5)
+    with pytest.raises(UserError, match=sentence):
+        set_bits(nested, bits)
+    assert {name: layer.bits for name, layer in nested_layers(nested).items()} == before
+    with pytest.raises(UserError, match="the model|The model"):
+        set_bits(nn.Linear(2, 2), 4)
+
+
+def test_a_parent_of_another_model_is_refused_and_changes_nothing(tiny, small_model, tmp_path):
+    parent = tiny[2]
+    other = load_model(small_model)
+    with pytest.raises(UserError, match=r"is \(\d+, \d+\) in the model and \(\d+, \d+\) in the parent"):
+        replace_linears(other, parent)
+    assert not nested_layers(other)
+    with pytest.raises(UserError, match="this model has none of that name"):
+        replace_linears(nn.Sequential(nn.Linear(2, 2)), parent)
+    with pytest.raises(UserError, match="is a NestedLinear, not a linear layer"):
+        replace_linears(tiny[0], parent)
+    with pytest.raises(UserError, match=f"{tmp_path} is no parent"):
+        replace_linears(other, tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({"kind": "parent"}))
+    with pytest.raises(UserError, match=f"{tmp_path} is no parent"):
+        replace_linears(other, str(tmp_path))

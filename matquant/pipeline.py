@@ -43,7 +43,7 @@ from matquant.plan import Calibrating, Plan
 from matquant.progress import Bars
 from matquant.quantize.driver import CalibrationOptions, Driver, check_layers, layers_to_quantize
 from matquant.quantize.parent import Parent
-from matquant.quantize.solver import SolverOptions
+from matquant.quantize.solver import SolverOptions, compile_row_solver
 from matquant.report.files import write_atomic
 from matquant.search import allocation
 from matquant.search.allocation import Allocation
@@ -326,6 +326,7 @@ class _Run:
         on_gpu, needs, total = self.device.type == "cuda", [], 0.0
         place: Place = self.device
         if calibration is not None and options is not None:
+            compile_row_solver()  # before memory is measured
             job = Calibrating(
                 tokens=0 if windows is None else windows.numel(),
                 batch=calibration.batch_size * (1 if windows is None else windows.shape[1]),

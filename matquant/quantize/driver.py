@@ -87,8 +87,8 @@ class Driver:
         options: of the solver.
         calibration: of the inputs; unused when there is no calibration text.
         device: where blocks run.
-        solver_device: where layers are solved.
         dtype: in which blocks run.
+        solver_device: where layers are solved; ``device`` when None.
         place: where hidden states wait between two blocks; ``device`` when None.
         overrides: gives for a layer's name the options that it has of its own, or None.
         progress: called with 1 after each solved layer.
@@ -102,8 +102,8 @@ class Driver:
         calibration: CalibrationOptions,
         *,
         device: torch.device,
-        solver_device: torch.device,
         dtype: torch.dtype,
+        solver_device: torch.device | None = None,
         place: Place | None = None,
         overrides: Callable[[str], SolverOptions | None] = lambda _: None,
         progress: Callable[[int], None] = lambda _: None,
@@ -113,7 +113,7 @@ class Driver:
         self.options = options
         self.calibration = calibration
         self.device = device
-        self.solver_device = solver_device
+        self.solver_device = solver_device or device
         self.dtype = dtype
         self.place = place
         self.overrides = overrides

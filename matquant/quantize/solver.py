@@ -24,6 +24,10 @@ from matquant.quantize.linalg import damped, inverse_factor
 # Clips of a group's range that the scale search tries. Two bits want a grid well inside the range, eight bits nearly all.
 _CLIPS = torch.linspace(1.0, 0.4, 25)
 
+# Weights that are solved at once; a larger matrix is taken in parts of its rows. While one is solved there are up to three
+# float32 arrays of its size for each width: compensated targets, their start, gradients.
+_MOST_WEIGHTS = 2**26
+
 # Zero points about the middle of 8-bit codes that the search tries besides the one that fits the range.
 _ZERO_STEPS = (0, 8, -8, 16, -16, 24, -24)
 
@@ -143,7 +147,17 @@ def solve(weight: Tensor, calibration: Calibration | None, options: SolverOption
     columns = weight.shape[1]
     group_size = columns if options.group_size == -1 else options.group_size
     _check_shapes(columns, group_size, options)
-    targets = weight.detach().float()[None]
+    rows_at_once = max(1, _MOST_WEIGHTS // columns)
+    return _joined(
+        [_solve_rows(part, calibration, group_size, options) for part in weight.detach().split(rows_at_once)]
+    )
+
+
+def _solve_rows(
+    weight: Tensor, calibration: Calibration | None, group_size: int, options: SolverOptions
+) -> NestedWeight:
+    """``solve`` for some of a matrix's rows, which do not depend on the others."""
+    targets = weight.float()[None]
     if calibration is None:
         state = _State.start(targets, group_size, options)
         state.solve((), options)
@@ -157,6 +171,19 @@ def solve(weight: Tensor, calibration: Calibration | None, options: SolverOption
     for _ in range(options.sweeps):
         state.sweep(targets, calibration.hessians)
     return state.finish(calibration.order, options)
+
+
+def _joined(parts: Sequence[NestedWeight]) -> NestedWeight:
+    """One matrix of the rows of all parts."""
+    codes, scales = torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts])
+    zeros = [p.zeros for p in parts if p.zeros is not None]
+    return dataclasses.replace(parts[0], codes=codes, scales=scales, zeros=torch.cat(zeros) if zeros else None)
+
+
+def compile_row_solver() -> None:
+    """Compile what runs on the CPU, unless that was done on this machine before: it takes some hundred MB for a while."""
+    options = SolverOptions(weights={2: 1.0}, group_size=32, sweeps=1)
+    solve(torch.ones(1, 32), calibrate([Inputs(hessian=torch.eye(32))], options), options)
 
 
 def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from matquant.errors import UserError
 from matquant.nested import levels
+from matquant.quantize import solver
 from matquant.quantize.solver import Inputs, SolverOptions, calibrate, relative_error
 from matquant.quantize.solver import solve as nested_solve
 
@@ -413,6 +414,25 @@ def test_one_width_alone_is_dedicated_gptq_however_refined(bits, offset, act_ord
     alone = solve(weight, hessian, SolverOptions(**refined, master_bits=bits, offset=offset * 2.0 ** (bits - 8)))
     assert torch.equal(nested.codes >> (8 - bits), alone.codes)
     assert torch.equal(nested.decode(bits), alone.decode(bits))  # a step is 2^(8 - bits) codes
+
+
+# Parts
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_matrix_in_parts_of_its_rows_is_the_same(monkeypatch, symmetric):
+    weight, hessian = layer(70, 128)
+    options = SolverOptions(weights=BALANCED, group_size=32, symmetric=symmetric, sweeps=1)
+    whole = solve(weight, hessian, options)
+    monkeypatch.setattr(solver, "_MOST_WEIGHTS", 33 * 128)
+    parts = solve(weight, hessian, options)
+    assert parts.codes.shape == whole.codes.shape
+    # A product of fewer rows may be summed in another order, and one other choice changes the rest of its row.
+    assert (parts.codes != whole.codes).float().mean() < 0.01
+    for bits in BALANCED:
+        assert relative_error(weight, parts.decode(bits), hessian) == pytest.approx(
+            relative_error(weight, whole.decode(bits), hessian), rel=1e-3
+        )
 
 
 # Threads

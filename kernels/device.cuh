@@ -95,8 +95,11 @@ DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "mem
 // Waits until at most `pending` of this thread's youngest groups are still on their way.
 template <int pending> DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }
 
-// What blocks of one launch hand to each other goes through these two, past L1: the writer calls __threadfence() after the
-// store and before it tells the reader (an atomic), the reader calls it after it was told and before the load.
+// What blocks of one launch hand to each other goes through these two, past L1: the writer calls device_fence() after the
+// store and before it tells the reader (an atomic), the reader calls it after it was told and before the load. It orders as
+// much as that needs; __threadfence() also orders all fences of the device and takes longer.
+DEVICE void device_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 DEVICE void store_for_other_blocks(float4* p, float4 v) {
     asm volatile("st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }

@@ -11,7 +11,7 @@
 //
 // Planes, scales and zero points are copied to shared memory STAGES - 1 chunks before they are used, into a ring that belongs
 // to one warp (to the TILE_WARPS that share rows), so that warps do not wait for each other. Activations belong to the whole
-// block; they come PANEL chunks at a time, a panel ahead, and the block meets only where a panel begins.
+// block; they come PANEL chunks at a time, as far ahead as the weights, and the block meets only where a panel begins.
 // Weights stay integers in the tensor cores (see fragments.cuh). With t = sum of x * fragment and X = sum of x over a
 // group, its part of y is  s * unit^-1 * 2^(8 - BITS) * (t + X * (unit * (offset - zero) / 2^(8 - BITS) - bias));  X is
 // computed once per block, by a product with ones.
@@ -19,7 +19,7 @@
 // Macros
 //   BITS 2..8, ROUND 0 or 1 (slices are rounded, one plane more is read), GROUP 32, 64, 128 or 0 (a scale per row),
 //   ZEROS 0 or 1, BFLOAT 0 or 1 (x, bias and y), SCALE_BFLOAT 0 or 1, TOKEN_TILES 1, 2, 4, 8,
-//   ROW_WARPS, K_WARPS, TILE_WARPS (1, 2, 4), UNITS (1, 2), STAGES >= 2, PANEL >= 1, BLOCKS_PER_SM
+//   ROW_WARPS, K_WARPS, TILE_WARPS (1, 2, 4), UNITS (1, 2, 4), STAGES >= 2, PANEL >= 1, BLOCKS_PER_SM
 // Launch
 //   block   32 * ROW_WARPS * TILE_WARPS * K_WARPS threads
 //   grid    any number of blocks up to row_tiles * chunks; as many as are resident at once is best
@@ -40,6 +40,7 @@ constexpr int groups = columns / group;
 constexpr int token_rows = 8 * TOKEN_TILES;
 constexpr int x_stride = columns * K_WARPS + 8; // 16 bytes more than a row: ldmatrix then meets every bank once
 constexpr int steps_of_group = group / 16;
+constexpr int panels_ahead = (STAGES - 1 + PANEL - 1) / PANEL, x_panels = panels_ahead + 1;
 
 // What a warp needs of the weights for one chunk.
 struct Weights {
@@ -52,7 +53,7 @@ struct Weights {
 
 struct Shared {
     Weights ring[K_WARPS][ROW_WARPS][STAGES];
-    u16 x[2][PANEL][token_rows][x_stride]; // the panel in work and the next one
+    u16 x[x_panels][PANEL][token_rows][x_stride]; // the panel in work and those that are on their way
     float x_sums[PANEL][K_WARPS][groups][token_rows];
 #if K_WARPS > 1
     float4 sums[K_WARPS][ROW_WARPS * TILE_WARPS][row_tiles_of_warp * TOKEN_TILES][32];
@@ -95,7 +96,8 @@ DEVICE void point_at_tile(const Problem& a, const Place& at, Cursor& next) {
     next.planes = a.planes + ((u64)row_block * a.units + unit) * 32 + at.lane;
 }
 
-DEVICE void copy_planes(const Problem& a, const Place& at, const Cursor& next, SharedAddress to, int units) {
+// `whole`: all units of the chunk are there, as they are but in a row's last chunk.
+template <bool whole> DEVICE void copy_planes(const Problem& a, const Place& at, const Cursor& next, SharedAddress to, int units) {
     const uint4* from = next.planes;
     UNROLL
     for (int plane = 0; plane < PLANES; plane++) {
@@ -103,7 +105,7 @@ DEVICE void copy_planes(const Problem& a, const Place& at, const Cursor& next, S
         for (int unit = 0; unit < UNITS; unit++) {
             const int i = plane * UNITS + unit;
             // What is in place of units beyond the last one meets activations of 0.
-            if ((TILE_WARPS == 1 || i % TILE_WARPS == at.tile_warp) && unit < units)
+            if ((TILE_WARPS == 1 || i % TILE_WARPS == at.tile_warp) && (whole || unit < units))
                 copy_async(to + (unit * PLANES + plane) * sizeof(uint4[32]) + at.lane * 16, from + unit * 32);
         }
         from += a.plane_stride;
@@ -111,17 +113,19 @@ DEVICE void copy_planes(const Problem& a, const Place& at, const Cursor& next, S
 }
 
 DEVICE void copy_scales(const Problem& a, const Place& at, SharedAddress to, int row_block, int unit) {
-    const int i = at.lane / 8, part = at.lane % 8;
-    if (at.tile_warp != 0 || i >= groups) return;
-    const int column = unit * 64 + i * group;
-    const bool inside = column < a.units * 64; // there is no scale beyond, and 0 * NaN is not 0
-    const u32 place = inside ? (GROUP ? column / max(GROUP, 1) : 0) * a.row_blocks + row_block : 0;
-    to += sizeof(uint4[UNITS][PLANES][32]) + i * 128;
-    copy_async(to + part * 16, a.scales + (u64)place * 64 + part * 8, inside ? 16 : 0);
+    if (at.tile_warp != 0) return;
+    const int part = at.lane % 8;
+    const SharedAddress scales = to + sizeof(uint4[UNITS][PLANES][32]);
+    UNROLL
+    for (int i = at.lane / 8; i < groups; i += 4) {
+        const int column = unit * 64 + i * group;
+        const bool inside = column < a.units * 64; // there is no scale beyond, and 0 * NaN is not 0
+        const u32 place = inside ? (GROUP ? column / max(GROUP, 1) : 0) * a.row_blocks + row_block : 0;
+        copy_async(scales + i * 128 + part * 16, a.scales + (u64)place * 64 + part * 8, inside ? 16 : 0);
 #if ZEROS
-    to += (groups - i) * 128 + i * 64;
-    if (part < 4) copy_async(to + part * 16, a.zeros + (u64)place * 64 + part * 16, inside ? 16 : 0);
+        if (part < 4) copy_async(scales + groups * 128 + i * 64 + part * 16, a.zeros + (u64)place * 64 + part * 16, inside ? 16 : 0);
 #endif
+    }
 }
 
 // Copies the chunk at the cursor, which then moves to the following one: of the tile, or of the next tile.
@@ -129,7 +133,8 @@ DEVICE void copy_weights(const Problem& a, const Place& at, Cursor& next) {
     const int row_block = (int)next.tile * ROW_WARPS + at.row_warp, unit = ((int)next.chunk * K_WARPS + at.k_warp) * UNITS;
     const SharedAddress to = next.ring + next.stage * sizeof(Weights);
     if (row_block < a.row_blocks) {
-        copy_planes(a, at, next, to, a.units - unit);
+        if (unit + UNITS <= a.units) copy_planes<true>(a, at, next, to, UNITS);
+        else copy_planes<false>(a, at, next, to, a.units - unit);
         copy_scales(a, at, to, row_block, unit);
     }
     next.planes += K_WARPS * UNITS * 32;
@@ -141,19 +146,19 @@ DEVICE void copy_weights(const Problem& a, const Place& at, Cursor& next) {
     }
 }
 
-// The activations of `count` chunks from `chunk` on; after a tile's last chunk comes the next tile's first one.
+// The activations of `count` chunks from `chunk` on; after a tile's last chunk comes the next tile's first one. More than a
+// panel of them only before the first.
 DEVICE void copy_x(const Problem& a, SharedAddress to, int chunk, int count) {
     constexpr int pieces = columns * K_WARPS / 8;
-    for (int i = threadIdx.x; i < a.tokens * PANEL * pieces; i += threads) {
-        const int token = i / (PANEL * pieces), slot = i / pieces % PANEL, column = i % pieces * 8;
-        if (slot >= count) continue;
+    for (int i = threadIdx.x; i < token_rows * count * pieces; i += threads) {
+        const int token = i / pieces % token_rows, slot = i / pieces / token_rows, column = i % pieces * 8;
+        if (token >= a.tokens) continue; // such a row only reaches rows of y that nobody keeps
         int from_chunk = chunk + slot;
         while (from_chunk >= a.chunks) from_chunk -= a.chunks;
         const int from = from_chunk * columns * K_WARPS + column;
         const bool inside = from < a.depth;
         copy_async(to + ((slot * token_rows + token) * x_stride + column) * 2, a.x + (inside ? (u64)token * a.depth + from : 0), inside ? 16 : 0);
     }
-    // Rows of x beyond `tokens` are whatever they are: they only reach rows of y that nobody keeps.
 }
 
 DEVICE void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
@@ -362,14 +367,14 @@ DEVICE void collect_sums(const float4* workspace, u32 first, u32 last, u32 tile,
 
 // True for the last of `count` warps that leave sums for the same outputs; those of the others are then to be seen.
 DEVICE bool is_last(u32* ticket, u32 count, int lane) {
-    __threadfence(); // by each lane, after its stores
+    device_fence(); // by each lane, after its stores
     __syncwarp();
     u32 earlier = 0;
     if (lane == 0) earlier = atomicAdd(ticket, 1u);
     earlier = __shfl_sync(~0u, earlier, 0);
     if (earlier != count - 1) return false;
     if (lane == 0) *ticket = 0;
-    __threadfence();
+    device_fence();
     return true;
 }
 
@@ -433,8 +438,8 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words],
     const Weights(&ring)[STAGES] = shared.ring[at.k_warp][at.row_warp];
     Cursor next = {nullptr, tile, chunk, 0, shared_address(ring)};
     point_at_tile(a, at, next);
-    const SharedAddress x_panels = shared_address(shared.x);
-    copy_x(a, x_panels, chunk, min(count, (u32)PANEL));
+    const SharedAddress x_first = shared_address(shared.x);
+    copy_x(a, x_first, chunk, min(count, (u32)(panels_ahead * PANEL)));
     copy_async_commit();
     _Pragma("unroll 1") for (u32 i = 0; i < STAGES - 1; i++) {
         if (i < count) copy_weights(a, at, next);
@@ -443,17 +448,16 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words],
 
     float total[accumulators][4] = {};
     u32 stage = 0, slot = 0;
-    SharedAddress panel = x_panels, other_panel = x_panels + sizeof(shared.x[0]);
+    SharedAddress panel = x_first, last_panel = x_first + panels_ahead * sizeof(shared.x[0]);
     for (u32 i = 0; i < count; i++) {
+        copy_async_wait<STAGES - 2>(); // this thread's copies of this chunk's weights and of its panel
         if (slot == 0) {
-            // This panel was copied in the group of the last one's first chunk.
-            copy_async_wait<(PANEL < STAGES ? PANEL : STAGES) - 1>();
-            __syncthreads(); // it is there for all, and nobody needs the last one any more
-            if (i + PANEL < count) copy_x(a, other_panel, chunk + PANEL, min(count - i - PANEL, (u32)PANEL));
+            __syncthreads(); // all threads' copies of the panel are there, and nobody needs the one before it any more
+            const u32 first = i + panels_ahead * PANEL;
+            if (first < count) copy_x(a, last_panel, chunk + panels_ahead * PANEL, min(count - first, (u32)PANEL));
             sum_x(panel, shared.x_sums, min(count - i, (u32)PANEL), at.lane, warp);
             __syncthreads();
         }
-        copy_async_wait<STAGES - 2>();
         meet(at); // this chunk's weights are there, and the last one's are done with
         if (i + STAGES - 1 < count) copy_weights(a, at, next);
         copy_async_commit();
@@ -461,9 +465,8 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words],
         if (++stage == STAGES) stage = 0;
         if (++slot == PANEL) {
             slot = 0;
-            const SharedAddress done = panel;
-            panel = other_panel;
-            other_panel = done;
+            last_panel = panel;
+            panel = panel == x_first + panels_ahead * sizeof(shared.x[0]) ? x_first : panel + sizeof(shared.x[0]);
         }
         if (++chunk == (u32)a.chunks || i + 1 == count) {
             finish_tile(a, out, shared, at, tile, all, gain, workspace, tickets, total);

@@ -4,8 +4,8 @@ import ctypes
 
 import pytest
 import torch
+from kernel_cases import Case, Variant, make_weight
 from standin import compile_kernel, have_compiler, read_source
-from test_kernels_gemm import Case, Variant, make_weight
 
 from matquant.inference.layout import pack_groups, pack_planes, tiles
 from matquant.nested import planes_read

@@ -1,7 +1,8 @@
 // One fiber (a stack of its own, switched by hand) per CUDA thread, and the scheduler that runs a grid of them on one core.
 //
 // A fiber runs until it waits: at a barrier, at an operation of its whole warp, or now and then at an atomic. Up to
-// `resident_blocks` blocks are in flight at once. Seed 0 runs threads and blocks in order; any other seed shuffles both.
+// `resident_blocks` blocks are in flight at once. Seed 0 runs threads and blocks in order; any other seed shuffles both, and lets
+// some warps run far less often than others.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +30,7 @@ const size_t stack_bytes = 128 << 10;
 const u32 resident_blocks = 3;
 const u64 never = ~0ull;
 
-// A store made with store_for_other_blocks that its thread has not yet published with __threadfence().
+// A store made with store_for_other_blocks that its thread has not yet published with a fence.
 struct PendingStore { void* to; unsigned char bytes[16]; };
 struct PendingCopy { void* to; const void* from; int valid; };
 
@@ -70,7 +71,10 @@ struct Fiber {
 #endif
 };
 
-struct Warp { std::vector<std::unique_ptr<Meeting>> meetings; };
+struct Warp {
+    std::vector<std::unique_ptr<Meeting>> meetings;
+    u32 pace = 1; // runs in one round of so many
+};
 
 struct Block {
     uint3 index;
@@ -175,6 +179,8 @@ static std::unique_ptr<Block> start_block(uint3 index, u32 threads, size_t share
     b->index = index;
     b->alive = threads;
     b->warps.resize((threads + 31) / 32);
+    if (shuffled)
+        for (Warp& w : b->warps) w.pace = random_bits() % 2 ? 1 : 40;
     size_t rounded = (shared_bytes + 127) / 128 * 128 + 128;
     // Allocated to the byte where that can be, so that the address sanitizer sees the end; filled with NaNs.
     b->shared = (unsigned char*)aligned_alloc(128, shared_bytes % 128 == 0 && shared_bytes ? shared_bytes : rounded);
@@ -209,12 +215,13 @@ static std::string stuck(const std::vector<std::unique_ptr<Block>>& blocks) {
     return message;
 }
 
-// Runs the resident blocks for one round, each runnable fiber once. False when none could run.
-static bool run_round(std::vector<std::unique_ptr<Block>>& blocks) {
+// Runs the resident blocks for one round, each fiber once that can run and whose warp's turn it is; every warp's in round 0.
+// False when none could run.
+static bool run_round(std::vector<std::unique_ptr<Block>>& blocks, u32 round) {
     std::vector<Fiber*> order;
     for (auto& b : blocks)
         for (auto& f : b->fibers)
-            if (!f->finished) order.push_back(f.get());
+            if (!f->finished && round % b->warps[f->thread / 32].pace == 0) order.push_back(f.get());
     if (shuffled) std::shuffle(order.begin(), order.end(), random_bits);
     bool progress = false;
     for (Fiber* f : order) {
@@ -242,12 +249,13 @@ static std::string run_grid(dim3 grid, dim3 block, size_t shared_bytes, u32 seed
     if (shuffled) std::shuffle(waiting.begin(), waiting.end(), random_bits);
     std::reverse(waiting.begin(), waiting.end());
     std::vector<std::unique_ptr<Block>> blocks;
+    u32 round = 0;
     while (error.empty() && (!waiting.empty() || !blocks.empty())) {
         while (!waiting.empty() && blocks.size() < resident_blocks) {
             blocks.push_back(start_block(waiting.back(), block.x * block.y * block.z, shared_bytes));
             waiting.pop_back();
         }
-        if (!run_round(blocks)) error = stuck(blocks);
+        if (!run_round(blocks, round++) && !run_round(blocks, 0) && error.empty()) error = stuck(blocks);
         for (auto& b : blocks)
             if (b->alive == 0 || !error.empty()) free(std::exchange(b->shared, nullptr));
         blocks.erase(std::remove_if(blocks.begin(), blocks.end(), [](auto& b) { return b->alive == 0; }), blocks.end());

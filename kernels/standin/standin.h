@@ -2,7 +2,7 @@
 //
 // What it checks beyond results: operations of a warp that not all its lanes reach together, barriers that not all threads
 // reach (deadlock), asynchronous copies read before they were waited for (their destination holds NaNs until then) or never
-// waited for, shared memory read before it was written (NaNs), misaligned 16-byte accesses, a missing __threadfence() on
+// waited for, shared memory read before it was written (NaNs), misaligned 16-byte accesses, a missing fence on
 // either side of an exchange between blocks (store_for_other_blocks), and, built with the address sanitizer, any access
 // outside a buffer. A seed shuffles the order of threads and blocks.
 //
@@ -103,6 +103,7 @@ void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&
 // ---- memory
 
 void __threadfence();
+static inline void device_fence() { __threadfence(); }
 uint4 load_streaming(const uint4* p);
 void store_for_other_blocks(float4* p, float4 v);
 float4 load_from_other_blocks(const float4* p);

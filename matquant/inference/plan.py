@@ -112,7 +112,8 @@ class Variant:
         tokens = 8 * self.token_tiles
         weights = self.units * problem.planes * _WARP * _LOAD + groups * TILE * (3 if problem.zeros else 2)
         ring = self.k_warps * self.row_warps * self.stages * weights
-        x = 2 * self.panel * tokens * (columns * self.k_warps + 8) * 2
+        panels = 1 + -(-(self.stages - 1) // self.panel)  # of activations: one in work, the others on their way
+        x = panels * self.panel * tokens * (columns * self.k_warps + 8) * 2
         x_sums = self.panel * self.k_warps * groups * tokens * 4
         exchange = self.k_warps * self.row_warps * 4 * self.token_tiles * _WARP * _LOAD if self.k_warps > 1 else 0
         return ring + x + x_sums + exchange

@@ -1,0 +1,186 @@
+"""Products by ``kernels/gemm.cu`` on the stand-in, for the tests: variants of the kernel, cases, and the exact result."""
+
+import ctypes
+import dataclasses
+
+import torch
+from standin import compile_kernel, read_source
+from torch import Tensor
+
+from matquant.inference.layout import pack_groups, pack_planes, tiles
+from matquant.nested import NestedWeight, Slicing, planes_read
+
+POISON = -1  # of planes that must not be read: all bits set
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A compiled kernel: its macros."""
+
+    bits: int = 4
+    group: int = 128
+    dtype: torch.dtype = torch.float16
+    scale_dtype: torch.dtype = torch.float16
+    slicing: Slicing = "msb"
+    zeros: bool = False
+    token_tiles: int = 1
+    row_warps: int = 1
+    k_warps: int = 1
+    tile_warps: int = 1
+    units: int = 2
+    stages: int = 3
+    panel: int = 2
+
+    def defines(self) -> dict[str, int]:
+        return {
+            "BITS": self.bits,
+            "ROUND": int(self.slicing == "round"),
+            "GROUP": max(self.group, 0),
+            "ZEROS": int(self.zeros),
+            "BFLOAT": int(self.dtype == torch.bfloat16),
+            "SCALE_BFLOAT": int(self.scale_dtype == torch.bfloat16),
+            "TOKEN_TILES": self.token_tiles,
+            "ROW_WARPS": self.row_warps,
+            "K_WARPS": self.k_warps,
+            "TILE_WARPS": self.tile_warps,
+            "UNITS": self.units,
+            "STAGES": self.stages,
+            "PANEL": self.panel,
+            "SHARED_BYTES": self.shared_bytes(),
+            "BLOCKS_PER_SM": 1,
+        }
+
+    @property
+    def warps(self) -> int:
+        return self.row_warps * self.k_warps * self.tile_warps
+
+    def shared_bytes(self) -> int:
+        """``sizeof(Shared)`` of the source."""
+        columns = 64 * self.units
+        groups = columns // min(self.group if self.group > 0 else columns, columns)
+        planes = planes_read(self.bits, 8, self.slicing)
+        weights = self.units * planes * 512 + groups * 128 + self.zeros * groups * 64
+        tokens = 8 * self.token_tiles
+        x = (1 + -(-(self.stages - 1) // self.panel)) * self.panel * tokens * (columns * self.k_warps + 8) * 2
+        x_sums = self.panel * self.k_warps * groups * tokens * 4
+        total = self.k_warps * self.row_warps * self.stages * weights + x + x_sums
+        if self.k_warps > 1:
+            total += self.warps * 4 // self.tile_warps * self.token_tiles * 512
+        return total
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One product."""
+
+    tokens: int = 1
+    rows: int = 128
+    depth: int = 256
+    blocks: int = 1
+    bias: bool = False
+    master_bits: int = 8
+    offset: float = 8.0
+    mean: float = 0.5
+    seed: int = 0
+
+
+def make_weight(variant: Variant, case: Case) -> NestedWeight:
+    g = torch.Generator().manual_seed(case.seed)
+    group = variant.group if variant.group > 0 else case.depth
+    shape = (case.rows, case.depth // group)
+    codes = torch.randint(0, 2**case.master_bits, (case.rows, case.depth), generator=g, dtype=torch.uint8)
+    scales = (torch.rand(shape, generator=g) * 0.02 + 0.001) * torch.randint(0, 2, shape, generator=g).mul(2).sub(1)
+    zeros = torch.randint(0, 2**case.master_bits, shape, generator=g, dtype=torch.uint8) if variant.zeros else None
+    return NestedWeight(
+        codes=codes,
+        scales=scales.to(variant.scale_dtype),
+        zeros=zeros,
+        master_bits=case.master_bits,
+        slicing=variant.slicing,
+        offset=case.offset,
+    )
+
+
+def run(
+    variant: Variant,
+    case: Case,
+    *,
+    source: str | None = None,
+    sanitize: bool = False,
+    launches: int = 1,
+    order: int | None = None,
+):
+    """(y of the kernel, y in float64). The workspace, y and all planes that must not be read are poisoned."""
+    weight = make_weight(variant, case)
+    g = torch.Generator().manual_seed(case.seed + 1)
+    x = torch.randn(case.tokens, case.depth, generator=g) + case.mean
+    x[:, 7::97] *= 10  # heavy tails
+    x = x.to(variant.dtype)
+    bias = torch.randn(case.rows, generator=g).to(variant.dtype) if case.bias else None
+
+    up = 8 - case.master_bits
+    padded = torch.zeros(tiles(case.rows) * 64, tiles(case.depth) * 64, dtype=torch.uint8)
+    padded[: case.rows, : case.depth] = weight.codes << up
+    planes = pack_planes(padded, 8)
+    read = planes_read(variant.bits, case.master_bits, variant.slicing)
+    planes[read:] = POISON
+    group_count = -(-tiles(case.depth) * 64 // variant.group) if variant.group > 0 else 1
+    scales = pack_groups(weight.scales, group_count)
+    zeros = None if weight.zeros is None else pack_groups(weight.zeros, group_count)
+
+    row_tiles = -(-tiles(case.rows) // variant.row_warps)
+    chunks = -(-tiles(case.depth) // (variant.units * variant.k_warps))
+    blocks = min(case.blocks, row_tiles * chunks)
+    y = torch.full((case.tokens, case.rows), torch.nan).to(variant.dtype)
+    workspace = torch.full(((blocks + row_tiles) * variant.row_warps * 64 * 8 * variant.token_tiles,), torch.nan)
+    tickets = torch.zeros(row_tiles * variant.warps, dtype=torch.int32)
+    step, centre = 2.0 ** (8 - variant.bits), 0.5 if variant.slicing == "msb" else 0.0
+    zero = 0.0 if variant.zeros else (2.0 ** (case.master_bits - 1) + case.offset) * 2.0**up
+    kernel = compile_kernel(source or read_source("gemm.cu"), "nested_gemm", variant.defines(), sanitize=sanitize)
+    for _ in range(launches):
+        kernel.launch(
+            (blocks,),
+            (32 * variant.warps,),
+            [
+                planes,
+                ctypes.c_uint64(planes[0].numel() // 4),
+                scales.view(torch.int16),
+                zeros,
+                x.view(torch.int16),
+                None if bias is None else bias.view(torch.int16),
+                y.view(torch.int16),
+                workspace,
+                tickets,
+                case.tokens,
+                case.rows,
+                case.depth,
+                centre - zero / step,
+                2.0**up / step,
+                step / 2.0**up,
+            ],
+            shared_bytes=variant.shared_bytes(),
+            seed=case.seed if order is None else order,
+        )
+    assert not tickets.any(), "tickets are not reset"
+    exact = x.double() @ exact_weight(weight, variant.bits).T + (0 if bias is None else bias.double())
+    return y, exact
+
+
+def exact_weight(weight: NestedWeight, bits: int) -> Tensor:
+    """The dense weight at ``bits`` bits in float64, straight from the format's formula."""
+    drop = weight.master_bits - bits
+    codes = weight.codes.double()
+    if weight.slicing == "msb":
+        value = (torch.floor(codes / 2**drop) + 0.5) * 2**drop
+    else:
+        value = torch.clamp(torch.floor(codes / 2**drop + 0.5), max=2**bits - 1) * 2**drop
+    rows, groups = weight.scales.shape
+    zero = 2 ** (weight.master_bits - 1) + weight.offset if weight.zeros is None else weight.zeros.double()[:, :, None]
+    return ((value.view(rows, groups, -1) - zero) * weight.scales.double()[:, :, None]).view(weight.codes.shape)
+
+
+def error_ratio(y: Tensor, exact: Tensor) -> float:
+    """Relative error as a multiple of what rounding the exact result to the output's dtype makes."""
+    made = torch.linalg.norm(y.double() - exact)
+    unavoidable = torch.linalg.norm(exact.to(y.dtype).double() - exact)
+    return (made / unavoidable).item()

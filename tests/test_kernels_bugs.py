@@ -1,0 +1,129 @@
+"""Bugs planted in ``kernels/gemm.cu``, each of which the stand-in must show: the tests' own test."""
+
+import dataclasses
+
+import pytest
+import torch
+from kernel_cases import Case, Variant, error_ratio, run
+from standin import StandinError, have_compiler, read_source
+
+pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
+
+SPLIT = Case(tokens=5, rows=192, depth=1024, blocks=5)
+WIDE = Variant(row_warps=2, panel=1)
+SHARED_RING = Variant(row_warps=2, tile_warps=2, panel=8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bug:
+    """A change of the source, and a product that it spoils. ``sanitize``: only the sanitizer shows it."""
+
+    correct: str
+    wrong: str
+    variant: Variant = WIDE
+    case: Case = SPLIT
+    sanitize: bool = False
+
+
+BUGS = {
+    "no barrier before a panel of x is used": Bug(
+        correct="        __syncthreads(); // all threads' copies of the panel are there, and nobody needs the one before it any more\n",
+        wrong="",
+    ),
+    "no barrier after the sums of x": Bug(
+        correct="at.lane, warp);\n            __syncthreads();", wrong="at.lane, warp);"
+    ),
+    "warps that share a ring do not meet": Bug(correct="meet(at); //", wrong="//", variant=SHARED_RING),
+    "waits for one group of copies too few": Bug(
+        correct="copy_async_wait<STAGES - 2>();", wrong="copy_async_wait<STAGES - 1>();"
+    ),
+    "does not wait for copies at the end of a run": Bug(
+        correct="    copy_async_wait<0>();\n}", wrong="}", variant=Variant(row_warps=2, panel=4)
+    ),
+    "copies into a slot that is still read": Bug(
+        correct="if (++next.stage == STAGES) next.stage = 0;", wrong="if (++next.stage >= STAGES - 1) next.stage = 0;"
+    ),
+    "registers of a fragment in the wrong order": Bug(
+        correct="fragment[part][c][p + 2 * u]", wrong="fragment[part][c][2 * p + u]"
+    ),
+    "planes merged with swapped masks": Bug(
+        correct="p ? 0x55555555u : 0xAAAAAAAAu", wrong="p ? 0xAAAAAAAAu : 0x55555555u"
+    ),
+    "reads a plane too many": Bug(
+        correct="const uint4* from = next.planes;", wrong="const uint4* from = next.planes + a.plane_stride;"
+    ),
+    "rounds a slice of all ones up": Bug(
+        correct="& ~all;",
+        wrong=";",
+        variant=Variant(slicing="round", bits=2),
+        case=Case(tokens=5, offset=0.0),
+    ),
+    "scales of the wrong group": Bug(
+        correct="column / max(GROUP, 1) : 0", wrong="column / max(2 * GROUP, 1) : 0", variant=Variant(group=64)
+    ),
+    "keeps columns of x beyond K": Bug(
+        correct="const bool inside = from < a.depth;",
+        wrong="const bool inside = true;",
+        variant=Variant(group=-1),
+        case=Case(tokens=4, depth=328),
+    ),
+    "bias of bfloat16's fragments left out": Bug(
+        correct="parts == 2 ? 17.0f : 1.0f", wrong="parts == 2 ? 17.0f : 0.0f", variant=Variant(dtype=torch.bfloat16)
+    ),
+    "sums not set to 0 between tiles": Bug(
+        correct="total[j][0] = total[j][1] = total[j][2] = total[j][3] = 0;", wrong="total[j][0] = 0;"
+    ),
+    "writer of partial sums does not fence": Bug(
+        correct="    device_fence(); // by each lane, after its stores\n", wrong=""
+    ),
+    "reader of partial sums does not fence": Bug(
+        correct="    device_fence();\n    return true;", wrong="    return true;"
+    ),
+    "ticket not set back": Bug(correct="if (lane == 0) *ticket = 0;", wrong=""),
+    "last block recognised too early": Bug(correct="earlier != count - 1", wrong="earlier != count - 2"),
+    "sums of the warps along K taken before all are there": Bug(
+        correct="    __syncthreads();\n    UNROLL\n    for (int i = 0; i < shares; i++) {\n        const int j = at.k_warp",
+        wrong="    UNROLL\n    for (int i = 0; i < shares; i++) {\n        const int j = at.k_warp",
+        variant=Variant(k_warps=4, panel=1),
+    ),
+    "rows beyond N stored": Bug(
+        correct="if (n >= out.rows) continue;", wrong="", case=Case(tokens=2, rows=100), sanitize=True
+    ),
+}
+
+
+def shown_by(source: str, variant: Variant, case: Case, *, sanitize: bool = False) -> str | None:
+    """How the stand-in shows that the source is wrong: its own message, a wrong result, or None."""
+    for order in range(4):
+        try:
+            y, exact = run(variant, case, source=source, order=order, launches=1 + order % 2, sanitize=sanitize)
+        except StandinError as error:
+            return f"the stand-in: {str(error).splitlines()[0]}"
+        except AssertionError as error:
+            return f"the tickets: {str(error).splitlines()[0]}"
+        ratio = error_ratio(y, exact)
+        if not ratio <= 1.2:
+            return f"the result: {ratio:.3g} times the error of rounding"
+    return None
+
+
+def planted(name: str) -> str | None:
+    """How one of the bugs is shown."""
+    bug, source = BUGS[name], read_source("gemm.cu")
+    assert source.count(bug.correct) == 1, "the source has changed: plant the bug anew"
+    return shown_by(source.replace(bug.correct, bug.wrong), bug.variant, bug.case, sanitize=bug.sanitize)
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_is_shown(name: str) -> None:
+    assert planted(name) is not None
+
+
+def test_correct_source_shows_nothing() -> None:
+    for variant, case in {(bug.variant, bug.case) for bug in BUGS.values()}:
+        assert shown_by(read_source("gemm.cu"), variant, case) is None
+
+
+if __name__ == "__main__":  # the table in experiments/kernels/README.md
+    for name in BUGS:
+        print(f"| {name} | {planted(name)} |")

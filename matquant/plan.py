@@ -202,7 +202,7 @@ def make_plan(
     where = "a file" if isinstance(place, Path) else "GPU memory" if place.type == "cuda" else "memory"
     return Plan(
         parameters=shapes.parameters, checkpoint=shapes.parameters * shapes.stored,
-        parent=_parent_bytes(shapes, group_size), host_peak=now + max(need.host for need in needs),
+        parent=_parent_bytes(shapes, group_size), host_peak=max(machine.host_peak(), now + max(need.host for need in needs)),
         host_free=now + machine.host_free(), device_peak=max(need.device for need in needs),
         device_free=machine.device_free(device) if on_gpu else 0, disk=max(need.disk for need in needs),
         disk_free=machine.disk_free(store), place=where, seconds=operations / _speed(device),

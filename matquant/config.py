@@ -60,6 +60,12 @@ class ObjectiveConfig:
 
     name: str
     weights: Mapping[int, float]
+    tilt: float = 1.0  # factor on a weight for each bit above two: beyond 1 high widths gain at the cost of low ones
+
+    @property
+    def lambdas(self) -> dict[int, float]:
+        """The weight of each width, with the tilt."""
+        return {bits: weight * self.tilt ** (bits - 2) for bits, weight in self.weights.items()}
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -309,6 +315,8 @@ def _check_objective(objective: ObjectiveConfig, master_bits: int) -> None:
         _check_width(bits, "objective.weights", master_bits)
         if not math.isfinite(weight) or weight < 0:
             raise UserError(f"objective.weights.{bits} must be a number that is not negative; found {weight}.")
+    if not 0.01 <= objective.tilt <= 100:
+        raise UserError(f"objective.tilt must lie in 0.01..100, 1 for none; found {objective.tilt}.")
     if not any(objective.weights.values()):
         raise UserError("objective.weights are all zero: nothing would be optimised. Give at least one width a weight.")
 

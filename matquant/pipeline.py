@@ -227,7 +227,7 @@ class _Run:
                 for b in widths
                 for options in [_options(method, {b: 1.0}, b, self.loaded.dtype)]
             ]
-        options = _options(method, self.config.objective.weights, method.master_bits, self.loaded.dtype)
+        options = _options(method, self.config.objective.lambdas, method.master_bits, self.loaded.dtype)
         parent = self.parent = self._open_parent(options, windows)
         variants = [Variant(name=str(b), parent=parent, widths=b) for b in widths]
         for path, found in self.allocations.items():

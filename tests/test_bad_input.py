@@ -19,6 +19,7 @@ def model_copy(folder, source=TINY):
         (["bits=[4,4]"], "names a width twice"),
         (["bits=four"], "bits must be a whole number; found 'four'"),
         (["objective.weights.4=-1"], "objective.weights.4 must be a number that is not negative; found -1"),
+        (["objective.tilt=0"], "objective.tilt must lie in 0.01..100, 1 for none; found 0"),
         (["+objective.weights.11=1"], "objective.weights: a width must lie in 2..8 bits; found 11"),
         (["+objective.weights.two=1"], "objective.weights must be a whole number; found 'two'"),
         (["++objective.weights={2:0,3:0,4:0,6:0,8:0}"], "all zero"),

@@ -33,6 +33,14 @@ def test_bits_may_be_one_width_or_a_list():
         assert from_hydra(compose("config", ["bits=[2,7]"])).bits == (2, 7)
 
 
+def test_a_tilt_multiplies_each_weight_by_a_factor_for_every_bit_above_two():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        plain = from_hydra(compose("config", [])).objective
+        tilted = from_hydra(compose("config", ["objective.tilt=1.5"])).objective
+    assert plain.lambdas == dict(plain.weights) == dict(tilted.weights)
+    assert tilted.lambdas == pytest.approx({b: w * 1.5 ** (b - 2) for b, w in plain.weights.items()})
+
+
 def test_help_names_the_groups_and_the_word_for_word_uses(matquant):
     status, out, _ = matquant("--help")
     assert status == 0

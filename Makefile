@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint sweep format bench-solver clean
+.PHONY: run test lint sweep format bench-solver bench-kernels clean
 
 run: $(VENV)/.ready
 	$(BIN)/python run.py
@@ -24,6 +24,9 @@ format: $(VENV)/.ready
 
 bench-solver: $(VENV)/.ready
 	$(BIN)/python experiments/bench_solver.py
+
+bench-kernels: $(VENV)/.ready
+	$(BIN)/python experiments/bench_kernels.py
 
 # The environment, made again when what it is made from changes. `make PYTHON=python3.12 run` chooses the interpreter.
 $(VENV)/.ready: pyproject.toml constraints.txt

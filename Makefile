@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint sweep format bench-solver bench-solver-gpu clean
+.PHONY: run test lint sweep format bench-solver bench-solver-gpu bench-kernels clean
 
 run: $(VENV)/.ready
 	$(BIN)/python run.py
@@ -27,6 +27,9 @@ bench-solver: $(VENV)/.ready
 
 bench-solver-gpu: $(VENV)/.ready
 	$(BIN)/python experiments/bench_solver_gpu.py
+
+bench-kernels: $(VENV)/.ready
+	$(BIN)/python experiments/bench_kernels.py
 
 # The environment, made again when what it is made from changes. `make PYTHON=python3.12 run` chooses the interpreter.
 $(VENV)/.ready: pyproject.toml constraints.txt

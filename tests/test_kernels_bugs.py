@@ -27,9 +27,8 @@ class Bug:
 
 BUGS = {
     "no barrier before a panel of x is used": Bug(
-        correct="        __syncthreads(); // all threads' copies of the panel are there, "
-        "and nobody needs the one before it any more\n",
-        wrong="",
+        correct="        __syncthreads(); // all threads' copies of the panel are there,",
+        wrong="        //",
     ),
     "no barrier after the sums of x": Bug(
         correct="at.lane, warp);\n            __syncthreads();", wrong="at.lane, warp);"

@@ -4,7 +4,9 @@ Everything that follows from shapes, dtypes and numbers alone is checked and pla
 launch up. The workspace comes from torch's allocator in each call, so that it belongs to the call's stream or CUDA graph.
 """
 
+import ctypes
 import logging
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,7 +16,8 @@ from matquant.cuda import Kernel, load
 from matquant.errors import UserError
 from matquant.inference import blocked
 from matquant.inference.checks import check_x
-from matquant.inference.plan import TOKENS, Device, Plan, Problem, plan, strip_weights, supported
+from matquant.inference.layout import TILE
+from matquant.inference.plan import TOKENS, Device, Plan, Problem, decode_launch, plan, strip_weights, supported
 from matquant.inference.planes import NestedPlanes
 from matquant.inference.tickets import Tickets
 from matquant.nested import Slicing
@@ -83,18 +86,14 @@ def _prepare(
     check_x(x, planes, bias, about[1])
     weight = _weight(planes, scales, zeros, x.shape[-1], about)
     weight.check_bits(about[0])
-    problem = Problem(
-        tokens=tokens, rows=weight.out_features, depth=weight.in_features, bits=about[0], group_size=weight.group_size,
-        zeros=zeros is not None, dtype=x.dtype, scale_dtype=scales.dtype, master_bits=weight.master_bits,
-        slicing=weight.slicing, offset=weight.offset,
-    )  # fmt: skip
+    problem = _problem(weight, about[0], x.dtype, tokens)
     if not supported(problem):
         logger.warning(
             f"The CUDA kernels take float16 and bfloat16, and groups of 32 or a multiple of 64. A layer of "
             f"{x.dtype} with {scales.dtype} scales and groups of {weight.group_size} is computed by torch, slowly."
         )
         return _Launch(None, None)
-    if tokens > TOKENS or not tokens:
+    if not tokens:
         return _Launch(None, None)
     if torch.cuda.is_current_stream_capturing():
         raise UserError(
@@ -102,6 +101,9 @@ def _prepare(
             "loaded now. Run the model once at this width and batch size before the capture."
         )
     device = x.get_device()
+    if tokens > TOKENS:
+        load("decode.cu", "nested_decode", defines=problem.defines(), device=device)
+        return _Launch(None, None)
     about_device = torch.cuda.get_device_properties(device)
     multiprocessors, shared = about_device.multi_processor_count, about_device.shared_memory_per_multiprocessor
     launch = plan(problem, Device(multiprocessors=multiprocessors, shared_bytes=shared))
@@ -121,6 +123,52 @@ def _aligned(x: Tensor, tokens: int) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def _problem(weight: NestedPlanes, bits: int, dtype: torch.dtype, tokens: int) -> Problem:
+    return Problem(
+        tokens=tokens, rows=weight.out_features, depth=weight.in_features, bits=bits, group_size=weight.group_size,
+        zeros=weight.zeros is not None, dtype=dtype, scale_dtype=weight.scales.dtype, master_bits=weight.master_bits,
+        slicing=weight.slicing, offset=weight.offset,
+    )  # fmt: skip
+
+
+def decode(
+    planes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, out_features: int, in_features: int,
+    group_size: int, master_bits: int, slicing: Slicing, offset: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """``nested_decode`` on a CUDA device."""
+    weight = _weight(planes, scales, zeros, in_features, (bits, out_features, group_size, master_bits, slicing, offset))
+    weight.check_bits(bits)
+    if not supported(_problem(weight, bits, dtype, 1)):
+        return weight.decode(bits, dtype)
+    dense = scales.new_empty(out_features, in_features, dtype=dtype)
+    _decode_rows(weight, bits, 0, dense)
+    return dense
+
+
+def _decode_rows(weight: NestedPlanes, bits: int, first_tile: int, out: Tensor) -> None:
+    """The rows from a tile of 64 on, as many as ``out`` has."""
+    problem = _problem(weight, bits, out.dtype, 1)
+    kernel = load("decode.cu", "nested_decode", defines=problem.defines(), device=out.get_device())
+    grid, block, shared_bytes, numbers = decode_launch(problem, out.shape[0], first_tile)
+    planes = weight.planes.contiguous()
+    stride = ctypes.c_uint64(planes.stride(0) * planes.element_size() // _ALIGNMENT)
+    zeros = None if weight.zeros is None else weight.zeros.contiguous()
+    kernel.launch(grid, block, (planes, stride, weight.scales.contiguous(), zeros, out, *numbers), shared_bytes)
+
+
+def _strips(weight: NestedPlanes, bits: int, dtype: torch.dtype, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """The dense weight about ``size`` weights at a time, all in the same memory: rows, and their values."""
+    if not supported(_problem(weight, bits, dtype, 1)):
+        yield from weight.decode_strips(bits, dtype, size)
+        return
+    step = max(TILE, size // weight.in_features // TILE * TILE)
+    values = weight.scales.new_empty(min(step, weight.out_features), weight.in_features, dtype=dtype)
+    for start in range(0, weight.out_features, step):
+        strip = slice(start, min(start + step, weight.out_features))
+        _decode_rows(weight, bits, start // TILE, values[: strip.stop - start])
+        yield strip, values[: strip.stop - start]
+
+
 def _many(x: Tensor, weight: NestedPlanes, bias: Tensor | None, bits: int, y: Tensor) -> Tensor:
     """Decode as many rows as stay in the second-level cache, multiply all tokens with them, and go on."""
     if x.dtype == torch.float32:
@@ -128,7 +176,7 @@ def _many(x: Tensor, weight: NestedPlanes, bias: Tensor | None, bits: int, y: Te
     rows = x.reshape(-1, weight.in_features)
     result = y.view(-1, weight.out_features)
     strip_size = strip_weights(torch.cuda.get_device_properties(x.device).L2_cache_size)
-    for strip, values in weight.decode_strips(bits, x.dtype, strip_size):
+    for strip, values in _strips(weight, bits, x.dtype, strip_size):
         torch.mm(rows, values.t(), out=result[:, strip])
     if bias is not None:
         result += bias

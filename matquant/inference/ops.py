@@ -94,6 +94,6 @@ def _fake_decode(
 _library.impl("nested_linear", _linear, "CPU")
 _library.impl("nested_linear", gpu.linear, "CUDA")
 _library.impl("nested_decode", _decode, "CPU")
-_library.impl("nested_decode", _decode, "CUDA")
+_library.impl("nested_decode", gpu.decode, "CUDA")
 torch.library.register_fake("matquant::nested_linear", _fake_linear, lib=_library)
 torch.library.register_fake("matquant::nested_decode", _fake_decode, lib=_library)

@@ -15,6 +15,8 @@ _STRIP_OF_CACHE = 0.5  # how much of the second-level cache a decoded strip may 
 _WARP = 32
 _LOAD = 16  # bytes
 _TICKET_BYTES = 4
+_DECODE_WARPS = 4  # a block of kernels/decode.cu, a tile each
+_DECODE_ROW_BYTES = 144  # of a tile in its shared memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,32 +133,53 @@ class Device:
     shared_bytes: int
 
 
-# Units, k_warps and stages, the best first. What comes first that leaves room for two blocks on a multiprocessor is taken.
-_SHAPES = ((2, 4, 4), (2, 4, 3), (1, 4, 4), (1, 4, 3), (1, 2, 4), (1, 2, 3), (1, 1, 3))
-_BLOCKS = 2
-_PANEL = 1
+# (row_warps, tile_warps, k_warps, units, panel, blocks, least stages) by tiles of 8 tokens, the best first, for matrices whose
+# tiles of 64 rows are fewer than half of the device's multiprocessors, and for the others. The first that fits a device's
+# shared memory is taken, with as many stages as there is room for. Measured on an H200: experiments/kernels. The last ones are
+# for devices with less.
+_SMALL = ((1, 1, 4, 1, 1, 2, 2), (1, 1, 2, 1, 1, 2, 2), (1, 1, 1, 1, 1, 1, 2))
+_SMALL_MANY = ((4, 2, 1, 1, 2, 1, 2), (4, 1, 1, 1, 1, 1, 2), (2, 1, 1, 1, 1, 1, 2), (1, 2, 1, 1, 1, 1, 2))
+_NARROW = {
+    1: ((1, 1, 8, 2, 1, 2, 2), (1, 1, 4, 2, 1, 2, 3), (1, 1, 8, 1, 2, 2, 2), (2, 1, 8, 1, 2, 1, 2), *_SMALL),
+    2: ((2, 1, 4, 2, 1, 1, 2), (2, 1, 4, 1, 1, 1, 2), *_SMALL),
+    4: ((2, 1, 4, 2, 1, 1, 2), (4, 1, 2, 2, 1, 1, 2), (4, 1, 2, 1, 2, 1, 2), *_SMALL_MANY),
+    8: ((4, 2, 1, 2, 1, 1, 2), (4, 2, 1, 1, 2, 1, 2), (2, 4, 1, 1, 1, 1, 2), (1, 2, 1, 1, 1, 1, 2)),
+}
+_WIDE = {
+    1: ((4, 1, 2, 2, 4, 2, 2), (8, 1, 2, 2, 4, 1, 2), (4, 1, 2, 1, 4, 2, 2), *_SMALL),
+    2: ((8, 1, 1, 4, 2, 1, 2), (8, 1, 1, 2, 4, 1, 2), (4, 1, 1, 1, 1, 1, 2), *_SMALL),
+    4: ((8, 1, 1, 2, 2, 1, 2), *_SMALL_MANY),
+    8: _NARROW[8],
+}
+_MOST_STAGES = 6
+_EVEN = 0.94  # of the blocks that could be resident must be left for every tile to have as many as the others
 _RESERVED = 1024  # bytes of shared memory that each block costs beside its own, from sm_80 on
 
 
 def choose(problem: Problem, device: Device) -> Variant:
     """The variant for a problem of at most ``TOKENS`` tokens."""
     token_tiles = next(count for count in (1, 2, 4, 8) if problem.tokens <= 8 * count)
-    room = device.shared_bytes // _BLOCKS - _RESERVED
-    whole = problem.group <= TILE or problem.group % (2 * TILE) == 0  # no chunk of two units holds parts of two groups
-    for units, k_warps, stages in _SHAPES:
-        variant = Variant(
-            token_tiles=token_tiles,
-            row_warps=1,
-            tile_warps=1 if token_tiles <= 2 else 2,
-            k_warps=k_warps,
-            units=units,
-            stages=stages,
-            panel=_PANEL,
-            blocks=_BLOCKS,
-        )
-        if (units == 1 or (whole and token_tiles <= 2)) and variant.shared_bytes(problem) <= room:
-            return variant
-    return dataclasses.replace(variant, blocks=1)
+    narrow = 2 * tiles(problem.rows) < device.multiprocessors
+    for row_warps, tile_warps, k_warps, units, panel, blocks, least in (_NARROW if narrow else _WIDE)[token_tiles]:
+        if token_tiles > 2 and 0 < problem.group < TILE and (units > 1 or tile_warps < token_tiles // 2):
+            continue  # with so many scales in flight it would spill registers
+        columns = TILE * units
+        if problem.group and problem.group % columns and columns % problem.group:
+            continue  # a chunk would hold a part of a group and more
+        for stages in range(_MOST_STAGES, least - 1, -1):
+            variant = Variant(
+                token_tiles=token_tiles,
+                row_warps=row_warps,
+                tile_warps=tile_warps,
+                k_warps=k_warps,
+                units=units,
+                stages=stages,
+                panel=panel,
+                blocks=blocks,
+            )
+            if blocks * (variant.shared_bytes(problem) + _RESERVED) <= device.shared_bytes:
+                return variant
+    raise ValueError(f"no variant fits {device.shared_bytes} bytes of shared memory")
 
 
 def supported(problem: Problem) -> bool:
@@ -169,6 +192,17 @@ def supported(problem: Problem) -> bool:
 def strip_weights(cache_bytes: int) -> int:
     """How many weights of 2 bytes a strip has that is decoded for cuBLAS."""
     return int(cache_bytes * _STRIP_OF_CACHE) // 2
+
+
+def decode_launch(problem: Problem, rows: int, first_tile: int) -> tuple[int, int, int, tuple[Any, ...]]:
+    """How ``kernels/decode.cu`` decodes ``rows`` rows from a tile of 64 rows on.
+
+    Returns:
+        grid, block, bytes of shared memory, and the arguments that follow the output.
+    """
+    grid = -(-tiles(rows) * tiles(problem.depth) // _DECODE_WARPS)
+    numbers = (first_tile, rows, problem.depth, tiles(problem.rows), *problem.affine())
+    return grid, _WARP * _DECODE_WARPS, _DECODE_WARPS * TILE * _DECODE_ROW_BYTES, numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,13 +240,23 @@ class Plan:
         return (planes, self.plane_stride, scales, zeros, x, bias, y, workspace, tickets, tokens, *self.numbers)
 
 
+def _blocks(resident: int, row_tiles: int, chunks: int) -> int:
+    """How many blocks share out the chunks of all tiles of rows.
+
+    As many as are resident at once, or a few less, so that every tile has the same number of blocks and none works on two:
+    fewer partial sums are exchanged (on an H200 7 % faster with 256 blocks of 264, for 64 tiles).
+    """
+    even = resident // row_tiles * row_tiles
+    return min(even if even >= _EVEN * resident else resident, row_tiles * chunks)
+
+
 def plan(problem: Problem, device: Device, variant: Variant | None = None) -> Plan:
     """The launch of a problem on a device, by the variant of ``choose`` if None is given."""
     variant = choose(problem, device) if variant is None else variant
     shared = variant.shared_bytes(problem)
     row_tiles = -(-tiles(problem.rows) // variant.row_warps)
     chunks = -(-tiles(problem.depth) // (variant.units * variant.k_warps))
-    grid = min(device.multiprocessors * variant.blocks, row_tiles * chunks)
+    grid = _blocks(device.multiprocessors * variant.blocks, row_tiles, chunks)
     tile = TILE * variant.row_warps * 8 * variant.token_tiles
     return Plan(
         problem=problem,

@@ -1,0 +1,438 @@
+"""Times the matmul of ``kernels/gemm.cu`` against ``F.linear`` in float16, after checking it against float64.
+
+    make bench-kernels                                                     # all shapes, widths and batches
+    .venv/bin/python experiments/bench_kernels.py --shapes 4096x4096 --bits 2,4 --tokens 1,16
+    .venv/bin/python experiments/bench_kernels.py --candidates             # tries other variants than the chosen one
+
+Needs a CUDA device, CuPy and nothing of Hydra. Every time is a replay of one CUDA graph with a launch for each of several
+copies of the weights, together more than three times the second-level cache, so that weights come from memory. The floor is
+the time that planes, scales, activations and outputs take at the bandwidth of a device-to-device copy, measured in the same
+run. Writes results.json and results.png into ``--out``.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import datetime
+import functools
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+
+from matquant.cuda import load
+from matquant.cuda.driver import architecture, nvrtc_compile, nvrtc_version
+from matquant.cuda.source import compile_options, cubin, read_source
+from matquant.inference import ops
+from matquant.inference.plan import TOKENS, Device, Plan, Problem, Variant, choose, plan
+from matquant.inference.planes import NestedPlanes
+from matquant.nested import NestedWeight, Slicing, planes_read
+
+SHAPES = "4096x4096,4096x14336,14336x4096,8192x8192,16384x16384"
+BATCHES = "1,2,3,4,5,8,12,16,32,64,128,512"
+REPLAYS = 7
+# (row_warps, tile_warps, k_warps, units, panel, blocks) by tiles of 8 tokens; as many stages as there is room for.
+CANDIDATES = {
+    1: [
+        (8, 1, 1, 2, 4, 3), (8, 1, 1, 1, 4, 3), (8, 1, 1, 2, 8, 2), (8, 1, 1, 4, 4, 2), (16, 1, 1, 2, 8, 1),
+        (16, 1, 1, 4, 4, 1),
+        (4, 1, 2, 2, 2, 3), (4, 1, 2, 2, 4, 2), (4, 1, 2, 1, 4, 2), (8, 1, 2, 2, 4, 1), (2, 1, 4, 2, 1, 3), (2, 1, 4, 1, 2, 2),
+        (1, 1, 8, 2, 1, 2), (1, 1, 8, 2, 1, 3), (1, 1, 8, 1, 2, 2), (1, 1, 4, 1, 2, 4), (2, 1, 2, 1, 2, 4), (2, 1, 8, 1, 2, 1),
+    ],
+    2: [
+        (8, 1, 1, 2, 4, 1), (8, 1, 1, 4, 2, 1), (8, 1, 1, 2, 4, 2), (8, 1, 1, 4, 2, 2), (4, 1, 2, 2, 2, 2), (4, 1, 2, 2, 4, 1),
+        (2, 1, 4, 4, 1, 1), (2, 1, 4, 2, 1, 1), (2, 1, 4, 2, 1, 2), (2, 1, 4, 1, 1, 1), (1, 1, 8, 1, 1, 2),
+    ],
+    4: [
+        (8, 1, 1, 2, 2, 1), (4, 1, 2, 2, 1, 1), (4, 1, 2, 1, 2, 1), (2, 1, 4, 2, 1, 1), (2, 1, 4, 1, 1, 1), (4, 2, 2, 2, 1, 1),
+        (4, 1, 1, 2, 2, 2), (8, 2, 1, 2, 2, 1),
+    ],
+    8: [(4, 2, 1, 2, 1, 1), (4, 2, 1, 1, 2, 1), (2, 2, 2, 2, 1, 1), (2, 4, 2, 2, 1, 1), (4, 4, 1, 2, 1, 1)],
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """One line: times in microseconds, ``faster`` over float16, ``floor_share`` of the floor, ``gb_per_s`` of bytes read."""
+
+    rows: int
+    depth: int
+    bits: int
+    tokens: int
+    us: float
+    fp16_us: float
+    faster: float
+    floor_us: float
+    floor_share: float
+    gb_per_s: float
+    variant: dict[str, int] | None
+    registers: int = 0
+    chosen: bool = True
+
+
+def replay(launches: Sequence[Callable[[], Any]]) -> float:
+    """Microseconds of one launch: the median replay of a graph of all of them."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for launch in launches[:2]:
+            launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in launches:
+            launch()
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(launches))
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second that a copy on the device moves, read and written. Not from a graph: there the copy engine does it."""
+    source = torch.randint(0, 255, (2**32,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return 2 * source.nbytes / statistics.median(times)
+
+
+def activations(tokens: int, depth: int, dtype: torch.dtype) -> Tensor:
+    """Random, with a mean that is not 0 and a few columns ten times as large."""
+    x = torch.randn(tokens, depth, device="cuda") + 0.5
+    x[:, 7::97] *= 10
+    return x.to(dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """A product whose result is compared with float64. N is no multiple of 64; K of the group, and else only of 32."""
+
+    bits: int
+    tokens: int
+    dtype: torch.dtype
+    group: int
+    slicing: Slicing
+    zeros: bool
+    rows: int = 1000
+
+    @property
+    def depth(self) -> int:
+        return self.group if self.group > 128 else 1280
+
+    def problem(self) -> Problem:
+        return Problem(
+            tokens=self.tokens, rows=self.rows, depth=self.depth, bits=self.bits, group_size=self.group, zeros=self.zeros,
+            dtype=self.dtype, scale_dtype=self.dtype, slicing=self.slicing, offset=8.0,
+        )  # fmt: skip
+
+    def error(self) -> float:
+        """As a multiple of what rounding the exact result makes. Planes that must not be read are poisoned."""
+        shape = (self.rows, self.depth // self.group)
+        sign = torch.randint(0, 2, shape, device="cuda") * 2 - 1
+        weight = NestedWeight(
+            codes=torch.randint(0, 256, (self.rows, self.depth), dtype=torch.uint8, device="cuda"),
+            scales=((torch.rand(shape, device="cuda") * 0.02 + 0.001) * sign).to(self.dtype),
+            zeros=torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda") if self.zeros else None,
+            master_bits=8,
+            slicing=self.slicing,
+            offset=8.0,
+        )
+        packed = NestedPlanes.pack(weight)
+        packed.planes[planes_read(self.bits, 8, self.slicing) :] = -1
+        x, bias = activations(self.tokens, self.depth, self.dtype), torch.randn(self.rows, device="cuda").to(self.dtype)
+        # float32 holds every decoded weight to 2^-24, far below what is allowed.
+        exact = x.double() @ weight.decode(self.bits).double().T + bias.double()
+        made = torch.linalg.norm(ops.linear(x, packed, self.bits, bias).double() - exact)
+        return (made / torch.linalg.norm(exact.to(self.dtype).double() - exact)).item()
+
+
+def checks(bits: Sequence[int]) -> list[Check]:
+    groups = (128, 64, 32, 1312)
+    found = []
+    for i, b in enumerate(bits):
+        for j, dtype in enumerate((torch.float16, torch.bfloat16)):
+            kind: Slicing = "round" if (i + j) % 3 == 2 else "msb"
+            for tokens in (1, 3, 12, 17, 33, 64):
+                found.append(
+                    Check(
+                        bits=b,
+                        tokens=tokens,
+                        dtype=dtype,
+                        group=groups[(i + j) % 4],
+                        slicing=kind,
+                        zeros=(i + j) % 2 == 1,
+                    )
+                )
+    return found
+
+
+def check(bits: Sequence[int]) -> float:
+    """The largest error. Raises SystemExit if one is more than 1.2."""
+    worst = 0.0
+    for case in checks(bits):
+        error = case.error()
+        if not error <= 1.2:
+            raise SystemExit(f"WRONG, {error:.3g} times the error of rounding: {case}")
+        worst = max(worst, error)
+    return worst
+
+
+def problem_of(tokens: int, rows: int, depth: int, bits: int, group: int) -> Problem:
+    return Problem(
+        tokens=tokens, rows=rows, depth=depth, bits=bits, group_size=group, zeros=False,
+        dtype=torch.float16, scale_dtype=torch.float16, offset=8.0,
+    )  # fmt: skip
+
+
+def variants(problem: Problem, device: Device, *, candidates: bool) -> list[Variant]:
+    """The chosen variant, and then the others that fit."""
+    found = [choose(problem, device)]
+    tiles = found[0].token_tiles
+    for row_warps, tile_warps, k_warps, units, panel, blocks in CANDIDATES[tiles] if candidates else ():
+        for stages in (6, 5, 4, 3, 2):
+            variant = Variant(
+                token_tiles=tiles, row_warps=row_warps, tile_warps=tile_warps, k_warps=k_warps,
+                units=units, stages=stages, panel=panel, blocks=blocks,
+            )  # fmt: skip
+            if blocks * (variant.shared_bytes(problem) + 1024) <= device.shared_bytes:
+                found.append(variant)
+                break
+    return list(dict.fromkeys(found))
+
+
+def _compile(job: tuple[dict[str, int], str]) -> None:
+    defines, target = job
+    cubin(read_source("gemm.cu"), compile_options(target, defines), nvrtc_version(), nvrtc_compile)
+
+
+def precompile(defines: Sequence[dict[str, int]]) -> None:
+    """Fill the cache of cubins with all cores; afterwards each is only loaded."""
+    target = architecture(torch.cuda.get_device_capability())
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        list(pool.map(_compile, [(d, target) for d in defines], chunksize=2))
+
+
+class Bench:
+    """Weights of one shape and width, in as many copies as exceed the cache."""
+
+    def __init__(self, rows: int, depth: int, bits: int, group: int, device: Device) -> None:
+        self.rows, self.depth, self.bits, self.group, self.device = rows, depth, bits, group, device
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+        copies = max(3, -(-4 * cache // (rows * depth * bits // 8)))
+        shape = (copies, bits, -(-rows // 64), -(-depth // 64), 32, 4)
+        self.planes = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
+        self.scales = torch.rand(copies, depth // group, shape[2], 8, 4, 2, device="cuda").half()
+
+    def launches(self, plan: Plan, tokens: int) -> tuple[list[Callable[[], None]], int, int]:
+        """(one launch for each copy, registers, bytes of local memory)."""
+        kernel = load("gemm.cu", "nested_gemm", defines=plan.defines)
+        x, y = (
+            activations(tokens, self.depth, torch.float16),
+            torch.empty(tokens, self.rows, device="cuda", dtype=torch.float16),
+        )
+        workspace = torch.empty(plan.workspace, device="cuda")
+        tickets = torch.zeros(plan.tickets, dtype=torch.int32, device="cuda")
+
+        def launch(planes: Tensor, scales: Tensor) -> None:
+            args = plan.arguments(planes, scales, None, x, None, y, workspace, tickets, tokens)
+            kernel.launch(plan.grid, plan.block, args, plan.shared_bytes)
+
+        pairs = zip(self.planes, self.scales, strict=True)
+        return [lambda p=p, s=s: launch(p, s) for p, s in pairs], kernel.registers, kernel.local_bytes
+
+    def time(self, tokens: int, variant: Variant) -> tuple[float, int] | None:
+        """(microseconds, registers); None for a variant that spills registers, which is never chosen."""
+        made = plan(self.problem(tokens), self.device, variant)
+        launches, registers, local = self.launches(made, tokens)
+        return None if local else (replay(launches), registers)
+
+    def problem(self, tokens: int) -> Problem:
+        return problem_of(tokens, self.rows, self.depth, self.bits, self.group)
+
+    def timing(
+        self, tokens: int, us: float, fp16_us: float, bandwidth: float, variant: Variant | None, registers: int
+    ) -> Timing:
+        weights = self.rows * self.depth
+        moved = weights * self.bits / 8 + weights / self.group * 2 + 2 * tokens * (self.rows + self.depth)
+        return Timing(
+            rows=self.rows,
+            depth=self.depth,
+            bits=self.bits,
+            tokens=tokens,
+            us=us,
+            fp16_us=fp16_us,
+            faster=fp16_us / us,
+            floor_us=moved / bandwidth * 1e6,
+            floor_share=moved / bandwidth * 1e6 / us,
+            gb_per_s=moved / us / 1e3,
+            variant=None if variant is None else dataclasses.asdict(variant),
+            registers=registers,
+            chosen=variant is None or variant == choose(self.problem(tokens), self.device),
+        )
+
+    def time_many(self, tokens: int) -> float:
+        """More tokens than one launch takes, by the public operator."""
+        x = activations(tokens, self.depth, torch.float16)
+        weights = [
+            NestedPlanes(
+                planes=p, scales=s, zeros=None, out_features=self.rows, in_features=self.depth,
+                group_size=self.group, master_bits=8, slicing="msb", offset=8.0,
+            )
+            for p, s in zip(self.planes, self.scales, strict=True)
+        ]  # fmt: skip
+        return replay([functools.partial(ops.linear, x, w, self.bits) for w in weights])
+
+
+def fp16_times(rows: int, depth: int, batches: Sequence[int]) -> dict[int, float]:
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    copies = max(3, -(-4 * cache // (rows * depth * 2)))
+    weights = [torch.randn(rows, depth, device="cuda").half() for _ in range(copies)]
+    times = {}
+    for tokens in batches:
+        x = activations(tokens, depth, torch.float16)
+        times[tokens] = replay([functools.partial(torch.nn.functional.linear, x, w) for w in weights])
+    return times
+
+
+def measure(args: argparse.Namespace, device: Device, bandwidth: float) -> Iterator[Timing]:
+    for rows, depth in args.shapes:
+        fp16 = fp16_times(rows, depth, args.tokens)
+        for bits in args.bits:
+            bench = Bench(rows, depth, bits, args.group, device)
+            for tokens in args.tokens:
+                for variant, us, registers in timed_variants(bench, tokens, candidates=args.candidates):
+                    yield bench.timing(tokens, us, fp16[tokens], bandwidth, variant, registers)
+
+
+def timed_variants(bench: Bench, tokens: int, *, candidates: bool) -> Iterator[tuple[Variant | None, float, int]]:
+    """(variant, microseconds, registers): first the chosen one."""
+    if tokens > TOKENS:
+        yield None, bench.time_many(tokens), 0
+        return
+    for variant in variants(bench.problem(tokens), bench.device, candidates=candidates):
+        timed = bench.time(tokens, variant)
+        if timed is not None:
+            yield variant, *timed
+
+
+def draw(timings: Sequence[Timing], path: Path) -> None:
+    """Times faster than float16 against the batch, a panel for each shape and a line for each width."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = list(dict.fromkeys((t.rows, t.depth) for t in timings))
+    figure, axes = plt.subplots(1, len(shapes), figsize=(3.6 * len(shapes), 3.4), squeeze=False, sharey=True)
+    for axis, (rows, depth) in zip(axes[0], shapes, strict=True):
+        for bits in sorted({t.bits for t in timings}):
+            line = [t for t in timings if (t.rows, t.depth, t.bits) == (rows, depth, bits) and t.chosen]
+            axis.plot(
+                [t.tokens for t in line], [t.faster for t in line], marker="o", markersize=3, label=f"{bits} bits"
+            )
+        axis.axhline(1, color="gray", linewidth=0.8)
+        axis.set(title=f"{rows} x {depth}", xlabel="tokens", xscale="log")
+    axes[0][0].set_ylabel("times faster than float16")
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=SHAPES, help="out x in features")
+    parser.add_argument("--bits", default="2,3,4,5,6,7,8")
+    parser.add_argument("--tokens", default=BATCHES)
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--candidates", action="store_true", help="time other variants of the kernel too")
+    parser.add_argument("--no-check", action="store_true")
+    parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench-kernels"))
+    args = parser.parse_args()
+    args.shapes = [tuple(int(n) for n in shape.split("x")) for shape in args.shapes.split(",")]
+    args.bits = [int(b) for b in args.bits.split(",")]
+    args.tokens = [int(t) for t in args.tokens.split(",")]
+    return args
+
+
+def all_defines(args: argparse.Namespace, device: Device) -> list[dict[str, int]]:
+    """Of everything that will be launched, each once."""
+    plans = [] if args.no_check else [plan(c.problem(), device) for c in checks(args.bits)]
+    if not args.check_only:
+        for rows, depth in args.shapes:
+            for bits in args.bits:
+                for tokens in (t for t in args.tokens if t <= TOKENS):
+                    problem = problem_of(tokens, rows, depth, bits, args.group)
+                    plans += [plan(problem, device, v) for v in variants(problem, device, candidates=args.candidates)]
+    return [dict(d) for d in {tuple(sorted(p.defines.items())) for p in plans}]
+
+
+def line(t: Timing) -> str:
+    shape = f"{t.rows}x{t.depth}"
+    return f"{shape:>12} {t.bits:5} {t.tokens:6} {t.us:8.1f} {t.gb_per_s:7.0f} {t.floor_share:6.0%} {t.faster:7.2f}"
+
+
+def main() -> None:
+    args = arguments()
+    if not torch.cuda.is_available():
+        raise SystemExit("There is no CUDA device to measure on.")
+    properties = torch.cuda.get_device_properties(0)
+    device = Device(
+        multiprocessors=properties.multi_processor_count, shared_bytes=properties.shared_memory_per_multiprocessor
+    )
+    precompile(all_defines(args, device))
+    worst = None if args.no_check else check(args.bits)
+    if worst is not None:
+        print(f"right: the largest error is {worst:.4f} times that of rounding the exact result", flush=True)
+    if args.check_only:
+        return
+    bandwidth = copy_bandwidth()
+    print(f"{properties.name}: a copy moves {bandwidth / 1e12:.2f} TB/s\n")
+    print("       shape  bits tokens       us    GB/s  floor  x fp16", flush=True)
+    timings: list[Timing] = []
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        for timing in measure(args, device, bandwidth):
+            timings.append(timing)
+            if timing.chosen:
+                print(line(timing), flush=True)
+    finally:  # also of a run that is cut short
+        record = {
+            "command": " ".join(["python", *sys.argv]),
+            "date": datetime.date.today().isoformat(),
+            "device": properties.name,
+            "torch": torch.__version__,
+            "nvrtc": nvrtc_version(),
+            "group_size": args.group,
+            "copy_bytes_per_s": bandwidth,
+            "largest_error": worst,
+            "timings": [dataclasses.asdict(t) for t in timings],
+        }
+        (args.out / "results.json").write_text(json.dumps(record, separators=(",", ":")) + "\n")
+    draw(timings, args.out / "results.png")
+
+
+if __name__ == "__main__":
+    main()

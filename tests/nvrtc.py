@@ -1,0 +1,40 @@
+"""NVRTC without CuPy and without a GPU: from its wheel, through ctypes."""
+
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """NVRTC of the wheel ``nvidia-cuda-nvrtc-cu12`` (part of the ``dev`` extra), or None."""
+    spec = importlib.util.find_spec("nvidia.cuda_nvrtc") if importlib.util.find_spec("nvidia") else None
+    folders = [] if spec is None or not spec.submodule_search_locations else list(spec.submodule_search_locations)
+    found = [path for folder in folders for path in (Path(folder) / "lib").glob("libnvrtc.so.*")]
+    return ctypes.CDLL(str(found[0])) if found else None
+
+
+def compile_cubin(source: str, name: str, options: Sequence[str]) -> bytes:
+    """The cubin of a translation unit without includes. Raises RuntimeError with the compiler's log."""
+    nvrtc = library()
+    assert nvrtc is not None
+    program = ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None)
+    try:
+        flags = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        failed = nvrtc.nvrtcCompileProgram(program, len(options), flags)
+        if failed:
+            raise RuntimeError(f"{name} {' '.join(options)}\n" + _read(nvrtc, program, "ProgramLog"))
+        return _read(nvrtc, program, "CUBIN").encode("latin-1")
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _read(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> str:
+    size = ctypes.c_size_t()
+    getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    text = ctypes.create_string_buffer(size.value)
+    getattr(nvrtc, f"nvrtcGet{what}")(program, text)
+    return text.raw.decode("latin-1")

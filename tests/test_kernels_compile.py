@@ -1,0 +1,102 @@
+"""The kernels compile for every architecture from sm_80 on, without spilled registers and within their instructions."""
+
+import collections
+import itertools
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nvrtc
+import pytest
+import torch
+from standin import KERNELS, read_source
+
+from matquant.inference.plan import Device, Problem, plan
+
+ARCHITECTURES = {
+    "sm_80": (108, 164),
+    "sm_86": (84, 100),
+    "sm_89": (128, 100),
+    "sm_90": (132, 228),
+    "sm_90a": (132, 228),
+}
+INSTRUCTIONS_PER_WEIGHT = {2: 1.4, 4: 1.8}  # of the main loop, one token, groups of 128, sm_90
+
+pytestmark = pytest.mark.skipif(
+    nvrtc.library() is None,
+    reason="no NVRTC: pip install nvidia-cuda-nvrtc-cu12, which the extra dev brings on x86-64 Linux",
+)
+
+
+def tool(name: str) -> str | None:
+    """A disassembler of the CUDA toolkit or of the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm."""
+    wheels = [Path(folder) / "nvidia" / major / "bin" / name for folder in sys.path for major in ("cu12", "cu13")]
+    return shutil.which(name) or next((str(path) for path in wheels if path.is_file()), None)
+
+
+def source(name: str) -> str:
+    device = (KERNELS / "device.cuh").read_text()
+    return read_source(name).replace('#include "device.cuh"', device, 1).replace('#include "device.cuh"', "")
+
+
+def cubin(problem: Problem, architecture: str, name: str = "gemm.cu") -> bytes:
+    multiprocessors, shared = ARCHITECTURES[architecture]
+    made = plan(problem, Device(multiprocessors=multiprocessors, shared_bytes=1024 * shared))
+    defines = made.defines if name == "gemm.cu" else problem.defines()
+    options = [f"-arch={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in defines.items())]
+    return nvrtc.compile_cubin(source(name), name, options)
+
+
+def problem(bits: int, tokens: int, **more: object) -> Problem:
+    about = {"dtype": torch.float16, "scale_dtype": torch.float16, "zeros": False, "offset": 8.0, **more}
+    return Problem(tokens=tokens, rows=14336, depth=4096, bits=bits, group_size=128, **about)
+
+
+CASES = {
+    "2 bits, 1 token": problem(2, 1),
+    "7 bits, 16 tokens": problem(7, 16, dtype=torch.bfloat16, zeros=True),
+    "4 bits, 64 tokens": problem(4, 64, slicing="round"),
+}
+
+
+@pytest.mark.parametrize(("architecture", "case"), itertools.product(ARCHITECTURES, CASES))
+def test_compiles_without_spilling(architecture: str, case: str, tmp_path: Path) -> None:
+    (tmp_path / "kernel.cubin").write_bytes(cubin(CASES[case], architecture))
+    if (cuobjdump := tool("cuobjdump")) is not None:
+        usage = subprocess.run(
+            [cuobjdump, "-res-usage", str(tmp_path / "kernel.cubin")], capture_output=True, text=True
+        )
+        found = re.search(r"STACK:(\d+).*LOCAL:(\d+)", usage.stdout)
+        assert found is not None, usage.stderr
+        assert found.groups() == ("0", "0")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_decode_compiles(architecture: str) -> None:
+    assert cubin(problem(3, 1, zeros=True, dtype=torch.bfloat16), architecture, "decode.cu")[:4] == b"\x7fELF"
+
+
+@pytest.mark.skipif(tool("nvdisasm") is None, reason="no nvdisasm: pip install nvidia-cuda-nvdisasm")
+@pytest.mark.parametrize("bits", INSTRUCTIONS_PER_WEIGHT)
+def test_instructions_per_weight(bits: int, tmp_path: Path) -> None:
+    """All instructions of the loop over chunks that every chunk executes, those that copy the next chunk with them."""
+    made = problem(bits, 1)
+    (tmp_path / "kernel.cubin").write_bytes(cubin(made, "sm_90"))
+    listing = subprocess.run(
+        [str(tool("nvdisasm")), "-c", str(tmp_path / "kernel.cubin")], capture_output=True, text=True
+    )
+    blocks = collections.defaultdict(list)
+    label = ""
+    for line in listing.stdout.splitlines():
+        if found := re.match(r"^(\.L_x_\d+):", line):
+            label = found[1]
+        elif re.search(r"/\*[0-9a-f]{4,5}\*/\s", line):
+            blocks[label].append(line)
+    main = max(blocks.values(), key=lambda block: sum("HMMA" in line for line in block))
+    copying = max(
+        (b for b in blocks.values() if b is not main), key=lambda block: sum("LDGSTS" in line for line in block)
+    )
+    multiplications = sum("HMMA" in line for line in main)  # of 16 rows and 16 columns: 8 weights of a lane
+    assert (len(main) + len(copying)) / (8 * multiplications) <= INSTRUCTIONS_PER_WEIGHT[bits]

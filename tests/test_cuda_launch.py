@@ -46,7 +46,9 @@ def device(monkeypatch):
         multi_processor_count=3, L2_cache_size=2 * 64 * 128 * 2,
         shared_memory_per_multiprocessor=100 * 1024,
     )  # fmt: skip
-    monkeypatch.setattr(gpu, "load", lambda source, name, *, defines, device: Launcher(source, name, defines))
+    monkeypatch.setattr(
+        gpu, "load", lambda source, name, *, defines, device, prefer_shared=False: Launcher(source, name, defines)
+    )
     monkeypatch.setattr(gpu, "Tickets", Tickets)
     monkeypatch.setattr(gpu, "_launches", {})
     monkeypatch.setattr(gpu, "_tickets", {})

@@ -14,6 +14,7 @@ import torch
 from standin import KERNELS, read_source
 
 from matquant.inference.plan import Device, Problem, plan
+from matquant.quantize import rows_cuda
 
 ARCHITECTURES = {
     "sm_80": (108, 164),
@@ -76,6 +77,14 @@ def test_compiles_without_spilling(architecture: str, case: str, tmp_path: Path)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_decode_compiles(architecture: str) -> None:
     assert cubin(problem(3, 1, zeros=True, dtype=torch.bfloat16), architecture, "decode.cu")[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("nested", [0, 1])
+def test_the_solver_compiles(architecture: str, nested: int) -> None:
+    defines = {"WIDTHS": 5, "TARGETS": 5, "FACTORS": 5, "NESTED": nested, "SCALES": 2}
+    options = [f"-arch={architecture}", "--std=c++17", *rows_cuda.OPTIONS, *(f"-D{k}={v}" for k, v in defines.items())]
+    assert nvrtc.compile_cubin(source(rows_cuda.SOURCE), rows_cuda.SOURCE, options)[:4] == b"\x7fELF"
 
 
 @pytest.mark.skipif(tool("nvdisasm") is None, reason="no nvdisasm: pip install nvidia-cuda-nvdisasm")

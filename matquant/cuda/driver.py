@@ -42,10 +42,11 @@ class Driver:
 
     def function(self, module: int, name: str) -> int:
         """The handle of a kernel of a loaded module."""
-        function = self._driver.moduleGetFunction(module, name)
-        # All that L1 can give to shared memory: left to itself the driver makes room for one block of a kernel only.
+        return self._driver.moduleGetFunction(module, name)
+
+    def prefer_shared(self, function: int) -> None:
+        """All that L1 can give to shared memory: left to itself the driver makes room for one block of a kernel only."""
         self._driver.funcSetAttribute(function, self._driver.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
-        return function
 
     def use(self, device: int) -> None:
         """Make the device's primary context, which torch works in, current on this thread."""

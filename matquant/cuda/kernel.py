@@ -26,6 +26,7 @@ def load(
     defines: Mapping[str, int | str] | None = None,
     device: torch.device | str | int | None = None,
     options: Sequence[str] = (),
+    prefer_shared: bool = False,
 ) -> "Kernel":
     """The kernel ``name`` (``extern "C"``) of ``kernels/source``, compiled and loaded when it is first asked for.
 
@@ -33,6 +34,7 @@ def load(
         defines: macros of the compilation.
         device: None is torch's current CUDA device.
         options: more of NVRTC's, such as ``--maxrregcount=128``.
+        prefer_shared: leave L1 as small as it gets, so that several blocks with much shared memory fit a multiprocessor.
 
     Raises:
         UserError: CuPy or NVRTC is not installed, there is no CUDA device, or no such source.
@@ -49,7 +51,10 @@ def load(
                 arguments = compile_options(driver.architecture(index), defines, options)
                 binary = cubin(read_source(source), arguments, nvrtc_version(), nvrtc_compile)
                 module = _modules[key] = driver.load(binary, index)
-            kernel = _kernels.setdefault((name, *key), Kernel(name, driver.function(module, name), index, driver))
+            function = driver.function(module, name)
+            if prefer_shared:
+                driver.prefer_shared(function)
+            kernel = _kernels.setdefault((name, *key), Kernel(name, function, index, driver))
     return kernel
 
 

@@ -107,7 +107,7 @@ def _prepare(
     about_device = torch.cuda.get_device_properties(device)
     multiprocessors, shared = about_device.multi_processor_count, about_device.shared_memory_per_multiprocessor
     launch = plan(problem, Device(multiprocessors=multiprocessors, shared_bytes=shared))
-    kernel = load("gemm.cu", "nested_gemm", defines=launch.defines, device=device)
+    kernel = load("gemm.cu", "nested_gemm", defines=launch.defines, device=device, prefer_shared=True)
     if device not in _tickets:
         _tickets[device] = Tickets(x.device)
     return _Launch(kernel, launch)

@@ -1,5 +1,6 @@
-"""What this machine has: memory of the host and of its devices, and room on a disk. All in bytes."""
+"""What this machine has: devices, their memory and that of the host, and room on a disk. All sizes in bytes."""
 
+import importlib.util
 import os
 import resource
 import shutil
@@ -9,9 +10,37 @@ from pathlib import Path
 import psutil
 import torch
 
+from matquant.errors import UserError
+
 # Where Linux tells the memory limit of a container, new and old.
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _USED = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+
+
+def device(name: str) -> torch.device:
+    """The device that ``runtime.device`` names. Raises UserError when there is no such one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"runtime.device={name} is no device; use auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"runtime.device={name}: this machine has {torch.cuda.device_count()} CUDA devices. Use cpu or auto."
+        )
+    return device
+
+
+def solver_device(device: torch.device, warnings: list[str]) -> torch.device:
+    """Where layers are solved: on the GPU that runs the model, if CuPy can compile the solver's kernels for it."""
+    if device.type == "cuda" and importlib.util.find_spec("cupy") is None:
+        warnings.append(
+            "Layers were solved on the CPU, which takes far longer, since CuPy is not installed. Install the extra gpu13 "
+            "(CUDA 13) or gpu (CUDA 12): pip install '.[gpu13]'."
+        )
+        return torch.device("cpu")
+    return device
 
 
 def host_free() -> int:

@@ -9,15 +9,10 @@ share one parent. A dedicated method makes one model per width instead.
 import contextlib
 import dataclasses
 import datetime
-import hashlib
-import importlib.metadata
-import importlib.util
 import logging
-import math
-import platform
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +21,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from matquant import machine, plan, report
-from matquant.config import Config, MethodConfig, TextConfig
+from matquant import machine, outcome, plan, report
+from matquant.config import Config, TextConfig
 from matquant.data import texts
 from matquant.errors import UserError
-from matquant.evaluate.metrics import Metrics
 from matquant.evaluate.slices import evaluate_slices, steps
-from matquant.evaluate.tasks import Scores, Tasks, evaluate_tasks, recovery
+from matquant.evaluate.tasks import Scores, Tasks, evaluate_tasks
 from matquant.evaluate.variants import Variant
 from matquant.models.activations import Place, choose_place
 from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.inventory import left_alone
 from matquant.models.load import open_model
 from matquant.models.shapes import measure
+from matquant.options import as_json, own_options, solver_options
 from matquant.plan import Calibrating, Plan
 from matquant.progress import Bars
 from matquant.quantize.driver import CalibrationOptions, Driver, check_layers, layers_to_quantize
@@ -49,14 +44,12 @@ from matquant.search import allocation
 from matquant.search.allocation import Allocation
 from matquant.search.stage import Setting
 from matquant.search.stage import search as run_search
-from matquant.store import Artifact, Draft, Store
+from matquant.store import Draft, Store
 
 log = logging.getLogger(__name__)
 
 # Part of a parent's key: raised when the same settings would give other codes than before.
 _SOLVER_VERSION = 2
-
-_VERSIONS = ("matquant", "torch", "transformers", "numpy", "numba", "datasets", "hydra-core")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +85,7 @@ def run_job(config: Config, job: Job) -> float | None:
     console = Console()
     report.print_table(results, console)
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
-    return _figure(results, config.metric)
+    return outcome.figure(results, config.metric)
 
 
 def _write_allocations(results: Mapping[str, Any], folder: Path) -> None:
@@ -133,7 +126,7 @@ class _Run:
         self.warnings: list[str] = []
         self.store = Store(Path(config.store.path))
         with self._timed("load"):
-            self.device = _device(config.runtime.device)
+            self.device = machine.device(config.runtime.device)
             self.loaded = open_model(config.model)
             self.warnings += self.loaded.warnings
             self.blocks = BlockModel(self.loaded.model, self.loaded.checkpoint)
@@ -225,14 +218,14 @@ class _Run:
             return [
                 Variant(name=str(b), parent=self._open_parent(options, windows), widths=b)
                 for b in widths
-                for options in [_options(method, {b: 1.0}, b, self.loaded.dtype)]
+                for options in [solver_options(method, {b: 1.0}, b, self.loaded.dtype)]
             ]
-        options = _options(method, self.config.objective.lambdas, method.master_bits, self.loaded.dtype)
+        options = solver_options(method, self.config.objective.lambdas, method.master_bits, self.loaded.dtype)
         parent = self.parent = self._open_parent(options, windows)
         variants = [Variant(name=str(b), parent=parent, widths=b) for b in widths]
         for path, found in self.allocations.items():
             variants.append(Variant(name=path, parent=parent, widths=found.widths, allocation=found))
-            self.warnings += _changes(variants[-1])
+            self.warnings += outcome.changes(variants[-1])
         return variants
 
     def _open_parent(self, options: SolverOptions, windows: Tensor | None) -> Parent:
@@ -248,14 +241,14 @@ class _Run:
             "model": self.loaded.fingerprint,
             "dtype": str(self.loaded.dtype),
             "calibration": None if windows is None else texts.fingerprint(windows),
-            "options": _plain(options),
+            "options": as_json(options),
             "streams": None if windows is None else [list(calibration.streams), method.asymmetric, method.staged],
             "layers": names,
             "solver": _SOLVER_VERSION,
         }
-        own = _own_options(method, names, options)
+        own = own_options(method, names, options)
         if own:
-            inputs["overrides"] = {name: _plain(chosen) for name, chosen in own.items()}
+            inputs["overrides"] = {name: as_json(chosen) for name, chosen in own.items()}
         width = f" at {options.master_bits} bits" if method.dedicated else ""
 
         def build(draft: Draft) -> dict[str, Any]:
@@ -270,7 +263,7 @@ class _Run:
             with self.bars.bar(f"quantize{width}", len(names)) as progress:
                 driver = Driver(
                     self.blocks, self.layers, options, calibration, device=self.device,
-                    solver_device=_solver_device(self.device, self.warnings), dtype=self.dtype, place=place,
+                    solver_device=machine.solver_device(self.device, self.warnings), dtype=self.dtype, place=place,
                     overrides=own.get, progress=progress,
                 )  # fmt: skip
                 blocks = driver.run(draft, windows)
@@ -291,11 +284,11 @@ class _Run:
             blocks=self.blocks, parent=self.parent, windows=self.search_windows, device=self.device, dtype=self.dtype
         )
         with self.bars.bar(f"search {search.name}", len(search.budgets) + 1) as progress:
-            outcome = run_search(search, setting, self.store, progress)
-        self.search_record = outcome.record
+            searched = run_search(search, setting, self.store, progress)
+        self.search_record = searched.record
         return [
             Variant(name=row["file"], parent=self.parent, widths=found.widths, allocation=found)
-            for row, found in zip(outcome.record["front"], outcome.allocations, strict=True)
+            for row, found in zip(searched.record["front"], searched.allocations, strict=True)
         ]
 
     def _evaluate(self, variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
@@ -382,13 +375,13 @@ class _Run:
             "command": self.job.command,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "config": self.job.resolved,
-            "parent": _describe(variants),
+            "parent": outcome.describe_parents(variants),
             "baseline": {
                 "bytes": self._dense_bytes(),
-                "perplexity": {name: _finite(m["full"].perplexity) for name, m in measured.items()},
+                "perplexity": {name: outcome.finite(m["full"].perplexity) for name, m in measured.items()},
                 "tasks": scores.get("full", {}),
             },
-            "slices": [_slice(variant, measured, scores) for variant in variants],
+            "slices": [outcome.slice_entry(variant, measured, scores) for variant in variants],
             "search": self.search_record,
             "seconds": self.seconds,
             "resources": {
@@ -399,9 +392,9 @@ class _Run:
             },
             "left_alone": self._left_alone(),
             "experts": [row for parent in dict.fromkeys(v.parent for v in variants) for row in parent.poor_experts()],
-            "layers": _layer_rows(variants),
+            "layers": outcome.layer_rows(variants),
             "warnings": list(dict.fromkeys(self.warnings)),
-            "versions": _versions(),
+            "versions": outcome.versions(),
         }
 
     def _left_alone(self) -> list[dict[str, Any]]:
@@ -412,157 +405,3 @@ class _Run:
     def _dense_bytes(self) -> int:
         """Bytes of the quantized layers in the model's own dtype."""
         return sum(m.weight.numel() for block in self.layers for m in block.values()) * self.loaded.dtype.itemsize
-
-
-def _solver_device(device: torch.device, warnings: list[str]) -> torch.device:
-    """Where layers are solved: on the GPU that runs the model, if CuPy can compile the solver's kernels for it."""
-    if device.type == "cuda" and importlib.util.find_spec("cupy") is None:
-        warnings.append(
-            "Layers were solved on the CPU, which takes far longer, since CuPy is not installed. Install the extra gpu13 "
-            "(CUDA 13) or gpu (CUDA 12): pip install '.[gpu13]'."
-        )
-        return torch.device("cpu")
-    return device
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"runtime.device={name} is no device; use auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"runtime.device={name}: this machine has {torch.cuda.device_count()} CUDA devices. Use cpu or auto."
-        )
-    return device
-
-
-def _options(method: MethodConfig, weights: Mapping[int, float], master_bits: int, dtype: torch.dtype) -> SolverOptions:
-    """Solver options; only the ratios of the weights matter, so the largest is made 1."""
-    largest = max(weights.values())
-    return SolverOptions(
-        weights={bits: weight / largest for bits, weight in sorted(weights.items()) if weight > 0},
-        master_bits=master_bits,
-        slicing=method.slicing,
-        feedback=method.feedback,
-        group_size=method.group_size,
-        symmetric=method.symmetric,
-        offset=method.offset * 2.0 ** (master_bits - 8) if method.symmetric else 0.0,
-        scale=method.scale,
-        act_order=method.act_order,
-        sweeps=method.sweeps,
-        damp=method.damp,
-        block_size=method.block_size,
-        scale_dtype=torch.float16 if dtype == torch.float32 else dtype,
-    )
-
-
-def _own_options(method: MethodConfig, names: Iterable[str], options: SolverOptions) -> dict[str, SolverOptions]:
-    """The options of the layers that have some of their own; layers of one pattern share the object."""
-    made: dict[int, SolverOptions] = {}
-    found = {}
-    for name in names:
-        layer = method.of_layer(name)
-        if (layer.group_size, layer.weights) == (None, None):
-            continue
-        if id(layer) not in made:
-            weights = dict(options.weights)
-            if layer.weights is not None and not method.dedicated:
-                largest = max(layer.weights.values())
-                weights = {bits: weight / largest for bits, weight in sorted(layer.weights.items()) if weight > 0}
-            group_size = layer.group_size or options.group_size
-            made[id(layer)] = dataclasses.replace(options, weights=weights, group_size=group_size)
-        found[name] = made[id(layer)]
-    return found
-
-
-def _plain(options: SolverOptions) -> dict[str, Any]:
-    """The options as JSON can hold them."""
-    plain = dataclasses.asdict(options)
-    return plain | {"weights": {str(b): w for b, w in options.weights.items()}, "scale_dtype": str(options.scale_dtype)}
-
-
-def _describe(variants: Sequence[Variant]) -> dict[str, Any]:
-    """The parent as results name it; for a dedicated method the sum of its models, and each of them."""
-    described = {variant.name: _describe_artifact(variant.parent.artifact) for variant in variants}
-    models = list({d["sha256"]: d for d in described.values()}.values())
-    if len(models) == 1:
-        return models[0]
-    together = hashlib.sha256("".join(sorted(m["sha256"] for m in models)).encode()).hexdigest()
-    return {
-        "path": str(Path(models[0]["path"]).parent),
-        "sha256": together,
-        "bytes": sum(m["bytes"] for m in models),
-        "reused": all(m["reused"] for m in models),
-        "models": described,
-    }
-
-
-def _describe_artifact(artifact: Artifact) -> dict[str, Any]:
-    return {"path": str(artifact.path), "sha256": artifact.sha256, "bytes": artifact.bytes, "reused": artifact.reused}
-
-
-def _slice(
-    variant: Variant, measured: Mapping[str, Mapping[str, Metrics]], scores: Mapping[str, Scores]
-) -> dict[str, Any]:
-    found = {name: metrics[variant.name] for name, metrics in measured.items()}
-    entry: dict[str, Any] = {"bits": variant.widths if isinstance(variant.widths, int) else report.ALLOCATION}
-    if variant.allocation is not None:
-        entry["name"] = variant.name
-        entry["allocation"] = {**variant.allocation.about, "widths": dict(variant.allocation.widths)}
-    return entry | {
-        "average_bits": variant.average_bits(),
-        "bytes": variant.bytes_read(),
-        "perplexity": {name: _finite(m.perplexity) for name, m in found.items()},
-        "kl": {name: _finite(m.kl) for name, m in found.items()},
-        "top1_agreement": {name: m.top1_agreement for name, m in found.items()},
-        "tasks": scores.get(variant.name, {}),
-        "recovery": recovery(scores[variant.name], scores["full"]) if scores else {},
-    }
-
-
-def _changes(variant: Variant) -> list[str]:
-    """What an allocation's file says of itself and what no longer holds, because it was edited or for another parent."""
-    recorded, notes = variant.allocation, []
-    if recorded is None:
-        return []
-    average, parent = variant.average_bits(), recorded.about.get("parent")
-    if recorded.average_bits is not None and abs(recorded.average_bits - average) > 1e-4:
-        notes.append(
-            f"{variant.name} says {recorded.average_bits:g} bits on average, but its widths make {average:g}: it was edited, "
-            "and the losses that it records are of what it was."
-        )
-    if parent is not None and parent != variant.parent.artifact.sha256:
-        notes.append(f"{variant.name} was found for another parent ({str(parent)[:12]}); it is measured on this one.")
-    return notes
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity: what overflowed counts as not measurable."""
-    return value if math.isfinite(value) else None
-
-
-def _layer_rows(variants: Sequence[Variant]) -> list[dict[str, Any]]:
-    """A row per layer, with the errors of all models that were made for different widths."""
-    rows: dict[str, dict[str, Any]] = {}
-    for parent in dict.fromkeys(variant.parent for variant in variants):
-        for row in parent.layer_errors():
-            known = rows.setdefault(row["name"], row | {"error": {}})
-            known["error"] |= row["error"]
-    return list(rows.values())
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _VERSIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def _figure(results: Mapping[str, Any], metric: str) -> float | None:
-    """The mean of one metric over slices and datasets, for a sweeper to minimise."""
-    values = [value for entry in results["slices"] for value in entry[metric].values()]
-    return sum(math.inf if v is None else v for v in values) / len(values) if values else None

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numba
 import psutil
 import torch
 
@@ -75,6 +76,15 @@ def host_peak() -> int:
 def device_peak(device: torch.device) -> int:
     """The most memory that torch has held on a CUDA device so far; 0 for the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch and the compiled solver use so many threads of the CPU; None: as many as torch uses by itself."""
+    threads = threads or torch.get_num_threads()
+    most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(min(threads, most))
+    # Last, since the two share an OpenMP runtime, and numba sets its number of threads when it is first used.
+    torch.set_num_threads(threads)
 
 
 def cores() -> int:

@@ -16,8 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numba
-import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -107,10 +105,7 @@ def compute(config: Config, job: Job) -> dict[str, Any]:
     Raises:
         UserError: something in the config, model or text cannot be worked with.
     """
-    if config.runtime.threads is not None:
-        torch.set_num_threads(config.runtime.threads)
-        most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-        numba.set_num_threads(min(config.runtime.threads, most))
+    machine.use_threads(config.runtime.threads)
     return _Run(config, job).results()
 
 

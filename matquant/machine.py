@@ -19,16 +19,26 @@ _USED = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in
 
 
 def device(name: str) -> torch.device:
-    """The device that ``runtime.device`` names. Raises UserError when there is no such one."""
+    """The device that ``runtime.device`` names; under torchrun each process of a machine has a GPU of its own.
+
+    Raises:
+        UserError: there is no such device, or not one for each process.
+    """
+    processes, number = _processes(), int(os.environ.get("LOCAL_RANK", "0"))
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"runtime.device={name} is no device; use auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and processes > 1 and device.index is None:
+        device = torch.device("cuda", number)
+    elif device.type == "cuda" and processes > 1:
+        raise UserError(f"runtime.device={name} names one device for {processes} processes; give cuda, cpu or auto.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"runtime.device={name}: this machine has {torch.cuda.device_count()} CUDA devices. Use cpu or auto."
+            f"runtime.device={name}: this machine has {torch.cuda.device_count()} CUDA devices. Use cpu or auto, or start "
+            "fewer processes."
         )
     return device
 
@@ -45,14 +55,15 @@ def solver_device(device: torch.device, warnings: list[str]) -> torch.device:
 
 
 def host_free() -> int:
-    """Memory that this process may still take: what the system has available, or what its container is still allowed."""
+    """Memory that this process may still take: what the system has available, or what its container is still allowed, or its
+    part of that when torchrun started several."""
     free = psutil.virtual_memory().available
     for limit, used in zip(_LIMITS, _USED, strict=True):
         try:
             free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
         except (OSError, ValueError):  # no container, or one without a limit ("max")
             continue
-    return max(free, 0)
+    return max(free, 0) // _processes()
 
 
 def device_free(device: torch.device) -> int:
@@ -90,3 +101,8 @@ def use_threads(threads: int | None) -> None:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processes() -> int:
+    """How many of this job's processes torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

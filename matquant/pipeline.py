@@ -14,12 +14,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
-from matquant import machine, outcome, plan, report
+from matquant import machine, outcome, plan, ranks, report
 from matquant.config import Config, TextConfig
 from matquant.data import texts
 from matquant.errors import UserError
@@ -37,12 +38,14 @@ from matquant.progress import Bars
 from matquant.quantize.driver import CalibrationOptions, Driver, check_layers, layers_to_quantize
 from matquant.quantize.parent import Parent
 from matquant.quantize.solver import SolverOptions, compile_row_solver
+from matquant.ranks import Ranks
 from matquant.report.files import write_atomic
 from matquant.search import allocation
 from matquant.search.allocation import Allocation
 from matquant.search.stage import Setting
 from matquant.search.stage import search as run_search
-from matquant.store import Draft, Store
+from matquant.store import Store
+from matquant.store.together import AnyDraft, open_or_build
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +68,15 @@ def run_job(config: Config, job: Job) -> float | None:
     """Run all stages of one job.
 
     Returns:
-        The mean over the measured slices of ``config.metric``, or None without evaluation.
+        The mean over the measured slices of ``config.metric``, or None without evaluation; of several processes the first
+        one alone has it, and writes.
 
     Raises:
         UserError: something in the config, model or text cannot be worked with.
     """
     results = compute(config, job)
+    if ranks.number() > 0:
+        return None
     report.write(results, job.folder)
     _write_allocations(results, job.folder)
     page = report.write_report(results, job.folder)
@@ -102,26 +108,31 @@ def _write_allocations(results: Mapping[str, Any], folder: Path) -> None:
 def compute(config: Config, job: Job) -> dict[str, Any]:
     """The results of all stages, as they stand in results.json; writes nothing but to the store.
 
+    Of several processes the first one alone gets results.
+
     Raises:
         UserError: something in the config, model or text cannot be worked with.
     """
     machine.use_threads(config.runtime.threads)
-    return _Run(config, job).results()
+    device = machine.device(config.runtime.device)
+    with ranks.joined(device) as together:
+        return _Run(config, job, device, together).results()
 
 
 class _Run:
     """The state that the stages of one job share."""
 
-    def __init__(self, config: Config, job: Job) -> None:
+    def __init__(self, config: Config, job: Job, device: torch.device, ranks: Ranks) -> None:
         self.config = config
         self.job = job
-        self.bars = Bars(config.runtime.progress)
+        self.device = device
+        self.ranks = ranks
+        self.bars = Bars(config.runtime.progress if ranks.first else False)
         self.seconds: dict[str, float] = {}
         self.phases: Counter[str] = Counter()  # seconds of quantizing by what was done
         self.warnings: list[str] = []
         self.store = Store(Path(config.store.path))
         with self._timed("load"):
-            self.device = machine.device(config.runtime.device)
             self.loaded = open_model(config.model)
             self.warnings += self.loaded.warnings
             self.blocks = BlockModel(self.loaded.model, self.loaded.checkpoint)
@@ -141,7 +152,7 @@ class _Run:
             self.search_windows = None
             if self.config.search.wanted:
                 search_text = self._search_text()
-                self.search_windows = texts.windows(search_text, "calibration", self.loaded.tokenizer, self.store)
+                self.search_windows = self._windows(search_text, "calibration")
             self.search_record: dict[str, Any] | None = None
 
     def results(self) -> dict[str, Any]:
@@ -153,6 +164,8 @@ class _Run:
         with self._timed("evaluate"):
             if "evaluate" in self.config.stages:
                 measured = self._evaluate(variants)
+        if not self.ranks.first:
+            return {}
         with self._timed("tasks"):
             scores = self._evaluate_tasks(variants)
         return self._assemble(variants, measured, scores)
@@ -177,6 +190,8 @@ class _Run:
                     f"{name}.sequence_length={text.sequence_length} is longer than the {longest} tokens that "
                     f"{self.loaded.label} was made for."
                 )
+            if text.sequences < self.ranks.count:
+                raise UserError(f"{name}.sequences={text.sequences} cannot be shared by {self.ranks.count} processes.")
 
     def _search_text(self) -> TextConfig:
         """Other windows of the calibration text than those that the parent is calibrated on."""
@@ -192,8 +207,10 @@ class _Run:
             return {}
         if self.config.method.solver != "rtn":
             texts.check_apart(self.config.calibration, dict(self.config.eval.datasets))
-        tokenizer = self.loaded.tokenizer
-        return {n: texts.windows(t, "evaluation", tokenizer, self.store) for n, t in self.config.eval.datasets.items()}
+        return {name: self._windows(text, "evaluation") for name, text in self.config.eval.datasets.items()}
+
+    def _windows(self, text: TextConfig, split: Literal["calibration", "evaluation"]) -> Tensor:
+        return self.ranks.in_turn(lambda: texts.windows(text, split, self.loaded.tokenizer, self.store))
 
     def _read_allocations(self) -> dict[str, Allocation]:
         """The files among ``bits``, by path, held against the layers before any long work."""
@@ -208,7 +225,7 @@ class _Run:
         method, widths = self.config.method, self.config.widths
         windows = None
         if method.solver != "rtn":
-            windows = texts.windows(self.config.calibration, "calibration", self.loaded.tokenizer, self.store)
+            windows = self._windows(self.config.calibration, "calibration")
         if method.dedicated:
             return [
                 Variant(name=str(b), parent=self._open_parent(options, windows), widths=b)
@@ -246,7 +263,7 @@ class _Run:
             inputs["overrides"] = {name: as_json(chosen) for name, chosen in own.items()}
         width = f" at {options.master_bits} bits" if method.dedicated else ""
 
-        def build(draft: Draft) -> dict[str, Any]:
+        def build(draft: AnyDraft) -> dict[str, Any]:
             if "quantize" not in self.config.stages:
                 raise UserError(
                     f"The store has no such parent{width} yet; add quantize to stages, or check the settings."
@@ -259,13 +276,13 @@ class _Run:
                 driver = Driver(
                     self.blocks, self.layers, options, calibration, device=self.device,
                     solver_device=machine.solver_device(self.device, self.warnings), dtype=self.dtype, place=place,
-                    overrides=own.get, progress=progress,
+                    overrides=own.get, ranks=self.ranks, progress=progress,
                 )  # fmt: skip
                 blocks = driver.run(draft, windows)
                 self.phases.update(driver.seconds)
             return {"label": f"{self.loaded.label} {method.name}{width}", "blocks": blocks}
 
-        artifact = self.store.open_or_build("parent", inputs, build)
+        artifact = open_or_build(self.store, self.ranks, "parent", inputs, build)
         parent = Parent(artifact)
         self.warnings += [*artifact.notes, *parent.notes()]
         return parent
@@ -279,7 +296,7 @@ class _Run:
             blocks=self.blocks, parent=self.parent, windows=self.search_windows, device=self.device, dtype=self.dtype
         )
         with self.bars.bar(f"search {search.name}", len(search.budgets) + 1) as progress:
-            searched = run_search(search, setting, self.store, progress)
+            searched = self.ranks.in_turn(lambda: run_search(search, setting, self.store, progress))
         self.search_record = searched.record
         return [
             Variant(name=row["file"], parent=self.parent, widths=found.widths, allocation=found)
@@ -301,7 +318,7 @@ class _Run:
             with self.bars.bar(f"evaluate on {name}", steps(self.blocks, windows, list(by_name))) as progress:
                 measured[name] = evaluate_slices(
                     self.blocks, windows, weights_of, list(by_name), batch_size, self.device, progress,
-                    self._place(windows, 1 + len(by_name)),
+                    self._place(windows, 1 + len(by_name)), self.ranks,
                 )  # fmt: skip
         return measured
 
@@ -316,7 +333,7 @@ class _Run:
         if calibration is not None and options is not None:
             compile_row_solver()  # before memory is measured
             job = Calibrating(
-                tokens=0 if windows is None else windows.numel(),
+                tokens=self._own_tokens(windows),
                 batch=calibration.batch_size * (1 if windows is None else windows.shape[1]),
                 streams=0 if windows is None else len(calibration.streams), widths=len(options.widths),
                 asymmetric=calibration.asymmetric, staged=calibration.staged, group_size=options.group_size,
@@ -328,9 +345,11 @@ class _Run:
         for name, text in self.evaluation.items():
             batch, waiting = self.config.eval.datasets[name].batch_size, self._place(text, 1 + variants)
             needs.append(
-                plan.measuring(self.shapes, text.numel(), text.shape[1], batch, variants, on_gpu=on_gpu, place=waiting)
+                plan.measuring(
+                    self.shapes, self._own_tokens(text), text.shape[1], batch, variants, on_gpu=on_gpu, place=waiting
+                )
             )
-            total += plan.operations(self.shapes, None, text.numel(), variants)
+            total += plan.operations(self.shapes, None, self._own_tokens(text), variants)
         self.plan = plan.make_plan(
             self.shapes, needs, total, device=self.device, place=place, store=self.store.path,
             group_size=self.config.method.group_size,
@@ -342,8 +361,12 @@ class _Run:
     def _place(self, windows: Tensor | None, models: int) -> Place:
         """Where the hidden states of so many models wait between two blocks."""
         width = self.loaded.model.config.get_text_config().hidden_size
-        needed = 0 if windows is None else models * windows.numel() * width * self.dtype.itemsize
+        needed = models * self._own_tokens(windows) * width * self.dtype.itemsize
         return choose_place(needed, self.device, self.store.path / "scratch")
+
+    def _own_tokens(self, windows: Tensor | None) -> int:
+        """How many tokens of these windows go through this process."""
+        return 0 if windows is None else windows[self.ranks.share(len(windows))].numel()
 
     def _evaluate_tasks(self, variants: Sequence[Variant]) -> dict[str, Scores]:
         """The tasks' scores of ``full`` and of every variant; empty without tasks."""

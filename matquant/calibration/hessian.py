@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from matquant.ranks import Ranks
+
 
 class Moments:
     """Running H = 2 X_b^T X_b / n, and for asymmetric calibration C = 2 (X - X_b)^T X_b / n, in float32.
@@ -33,6 +35,19 @@ class Moments:
         self._square += other._square
         self.tokens += other.tokens
         self._cross = None if self._cross is None or other._cross is None else self._cross + other._cross
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Make it what all processes have seen together."""
+        if ranks.count == 1:
+            return
+        counts = torch.tensor([self.tokens, int(self._cross is None)])
+        ranks.add(counts)
+        self.tokens = int(counts[0])
+        ranks.add(self._square)
+        if counts[1]:
+            self._cross = None
+        if self._cross is not None:
+            ranks.add(self._cross)
 
     def fill(self, others: "Moments", tokens: int) -> None:
         """Add as much of what others saw on average as makes ``tokens`` in all."""

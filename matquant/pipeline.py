@@ -50,7 +50,7 @@ from matquant.store.together import AnyDraft, open_or_build
 log = logging.getLogger(__name__)
 
 # Part of a parent's key: raised when the same settings would give other codes than before.
-_SOLVER_VERSION = 2
+_SOLVER_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

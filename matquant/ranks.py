@@ -47,6 +47,15 @@ class Ranks:
         start = rank * items // self.count
         return slice(start, max(start + 1, (rank + 1) * items // self.count))
 
+    def share_windows(self, sequences: int, batch_size: int) -> slice:
+        """This process's part of calibration windows: whole batches, if there are enough, so that sums are over the same ones
+        whatever the number of processes."""
+        batches = -(-sequences // batch_size)
+        if batches < self.count:
+            return self.share(sequences)
+        part = self.share(batches)
+        return slice(part.start * batch_size, min(part.stop * batch_size, sequences))
+
     def add(self, tensor: Tensor) -> None:
         """Make a tensor the sum of those of all processes."""
         if self.count > 1:

@@ -212,15 +212,10 @@ class BlockSolver:
         ranks = self.driver.ranks
         own = weight[ranks.share(len(weight))]
         solved = solve(own, calibration, options)
-        widths = options.widths if hessians else ()
-        energies = torch.zeros(len(widths), 2, dtype=torch.float64)  # lost, and in all
-        for k, bits in enumerate(widths):
+        lost = {}
+        for k, bits in enumerate(options.widths if hessians else ()):
             hessian = hessians[k % len(hessians)]
-            energies[k, 0] = output_energy(own - solved.decode(bits), hessian)
-            energies[k, 1] = output_energy(own, hessian)
-        ranks.add(energies)
-        errors = {
-            str(bits): lost / whole if whole > 0 else 0.0
-            for bits, (lost, whole) in zip(widths, energies.tolist(), strict=True)
-        }
+            energies = [output_energy(w, hessian) for w in (own - solved.decode(bits), own)]
+            lost[str(bits)] = ranks.join(torch.stack(energies, 1), len(weight)).sum(0).tolist()
+        errors = {bits: error / whole if whole > 0 else 0.0 for bits, (error, whole) in lost.items()}
         return solved.with_tensors(lambda tensor: ranks.join(tensor, len(weight))), errors

@@ -121,8 +121,9 @@ class Driver:
     def _start(self, windows: Tensor) -> Streams:
         names = [FULL] * self.calibration.asymmetric + [str(bits) for bits in self.calibration.streams]
         with self.timed("prepare"):
-            share = windows[self.ranks.share(len(windows))]
-            return Streams(self.blocks, share, names, self.calibration.batch_size, self.device, self.dtype, self.place)
+            batch_size = self.calibration.batch_size
+            share = windows[self.ranks.share_windows(len(windows), batch_size)]
+            return Streams(self.blocks, share, names, batch_size, self.device, self.dtype, self.place)
 
     def _block(self, index: int, draft: AnyDraft, streams: Streams | None) -> dict:
         name = block_file(index)

@@ -216,13 +216,13 @@ def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
         weight, quantized: [out_features, in_features].
         hessian: float32 [in_features, in_features].
     """
-    whole = output_energy(weight.float(), hessian)
-    return output_energy(weight.float() - quantized, hessian) / whole if whole > 0 else 0.0
+    lost, whole = (output_energy(w, hessian).sum() for w in (weight.float() - quantized, weight.float()))
+    return float(lost / whole) if whole > 0 else 0.0
 
 
-def output_energy(weight: Tensor, hessian: Tensor) -> float:
-    """tr(W H W^T) of a float32 weight; those of parts of its rows add up."""
-    return float(torch.einsum("ij,ij->", weight @ hessian, weight))
+def output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
+    """w H w^T of each row w of a float32 weight [out_features, in_features]: float64 [out_features]."""
+    return (weight @ hessian).mul_(weight).sum(1).double()
 
 
 def _trials(options: SolverOptions, device: torch.device) -> Trials:

@@ -125,7 +125,7 @@ class _Run:
     def __init__(self, config: Config, job: Job, device: torch.device, ranks: Ranks) -> None:
         self.config = config
         self.job = job
-        self.device = device
+        self.device = self.solver_device = device
         self.ranks = ranks
         self.bars = Bars(config.runtime.progress if ranks.first else False)
         self.seconds: dict[str, float] = {}
@@ -269,13 +269,14 @@ class _Run:
                     f"The store has no such parent{width} yet; add quantize to stages, or check the settings."
                 )
             place = self._place(windows, 1 + len(calibration.streams))
+            self.solver_device = machine.solver_device(self.device, self.warnings)
             self._make_plan(calibration, options, windows)
             if draft.resumed:
                 log.info("resuming an unfinished parent%s from its last finished block", width)
             with self.bars.bar(f"quantize{width}", len(names)) as progress:
                 driver = Driver(
                     self.blocks, self.layers, options, calibration, device=self.device,
-                    solver_device=machine.solver_device(self.device, self.warnings), dtype=self.dtype, place=place,
+                    solver_device=self.solver_device, dtype=self.dtype, place=place,
                     overrides=own.get, ranks=self.ranks, progress=progress,
                 )  # fmt: skip
                 blocks = driver.run(draft, windows)
@@ -339,7 +340,11 @@ class _Run:
                 asymmetric=calibration.asymmetric, staged=calibration.staged, group_size=options.group_size,
             )  # fmt: skip
             place = self._place(windows, 1 + len(calibration.streams))
-            needs.append(plan.quantizing(self.shapes, job, on_gpu=on_gpu, place=place))
+            needs.append(
+                plan.quantizing(
+                    self.shapes, job, on_gpu=on_gpu, solver_on_gpu=self.solver_device.type == "cuda", place=place
+                )
+            )
             total += plan.operations(self.shapes, job, 0, 0)
         variants = len(self.config.widths) + len(self.allocations)
         for name, text in self.evaluation.items():

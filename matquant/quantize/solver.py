@@ -26,7 +26,7 @@ _CLIPS = torch.linspace(1.0, 0.4, 25)
 
 # Weights that are solved at once; a larger matrix is taken in parts of its rows. While one is solved there are up to three
 # float32 arrays of its size for each width: compensated targets, their start, gradients.
-_MOST_WEIGHTS = 2**26
+MOST_WEIGHTS = 2**26
 
 # Zero points about the middle of 8-bit codes that the search tries besides the one that fits the range.
 _ZERO_STEPS = (0, 8, -8, 16, -16, 24, -24)
@@ -170,7 +170,7 @@ def solve(weight: Tensor, calibration: Calibration | None, options: SolverOption
     columns = weight.shape[1]
     group_size = columns if options.group_size == -1 else options.group_size
     _check_shapes(columns, group_size, options)
-    rows_at_once = max(1, _MOST_WEIGHTS // columns)
+    rows_at_once = max(1, MOST_WEIGHTS // columns)
     return _joined(
         [_solve_rows(part, calibration, group_size, options) for part in weight.detach().split(rows_at_once)]
     )

@@ -128,13 +128,15 @@ def _inputs(stage: Sequence[Layer]) -> list[int]:
 
 
 def _gathering(shapes: Shapes, job: Calibrating, stage: Sequence[Layer]) -> int:
-    """A stage's moments, one product that is added to them, a batch on its way, and each stream's layers of earlier stages."""
+    """A stage's moments, one product that is added to them, a batch on its way with what was caught of it in each stream, and
+    each stream's layers of earlier stages."""
     if not job.streams:
         return 0
     before = sum(layer.rows * layer.columns for layer in shapes.layers if layer.stage < min(one.stage for one in stage))
     decoded = job.streams * before * shapes.computing if job.staged else 0
     product = max(_inputs(stage)) ** 2 * _FLOAT
-    return _moments(job, _inputs(stage)) + product + decoded + _activations(shapes, job.batch)
+    caught = (job.streams + job.asymmetric) * job.batch * sum(_inputs(stage)) * shapes.computing
+    return _moments(job, _inputs(stage)) + product + decoded + caught + _activations(shapes, job.batch)
 
 
 def _moments(job: Calibrating, inputs: Sequence[int]) -> int:

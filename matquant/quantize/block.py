@@ -201,6 +201,11 @@ class BlockSolver:
                 f"The weights of {name} hold NaN or Inf; mend the checkpoint or leave it alone with method.skip."
             )
         solved, errors = self._solve_rows(weight, calibration, hessians, options)
+        if not torch.isfinite(solved.scales).all():
+            raise UserError(
+                f"The weights of {name} reach {weight.abs().max():.3g}, too much for scales in {options.scale_dtype}. Leave it "
+                "alone with method.skip, or set model.dtype=bfloat16."
+            )
         self.weights[name] = solved.to("cpu")
         self.record["layers"][name] = {"shape": list(weight.shape), "errors": errors}
         self.driver.progress(1)

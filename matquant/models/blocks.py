@@ -242,16 +242,24 @@ class BlockModel:
         for index, call in enumerate(calls):
             with self.on_device(index, device, dtype):
                 hidden = self.run_block(index, hidden, call)
-            if not torch.isfinite(hidden).all():
-                raise UserError(
-                    f"{self.block_names[index]} puts out NaN or Inf in {str(dtype).removeprefix('torch.')}: its weights are "
-                    "damaged, or its activations are too large for that dtype, in which case model.dtype=bfloat16 may help."
-                )
+                self._check_finite(index, hidden)
         if not torch.allclose(hidden, expected, rtol=1e-3, atol=1e-3):
             raise UserError(
                 f"{type(self.model).__name__} cannot be run block by block: its blocks exchange more than hidden "
                 "states. This architecture is not supported."
             )
+
+    def _check_finite(self, index: int, hidden: Tensor) -> None:
+        """Refuse what block ``index``, which is on the device, puts out if it is not finite, and say what is to blame."""
+        if torch.isfinite(hidden).all():
+            return
+        for name, layer in self.linears(index).items():
+            if not torch.isfinite(layer.weight).all():
+                raise UserError(f"The weights of {name} hold NaN or Inf. Copy or download the checkpoint again.")
+        raise UserError(
+            f"{self.block_names[index]} puts out NaN or Inf in {str(hidden.dtype).removeprefix('torch.')}: other weights of it "
+            "are damaged, or its activations are too large for that dtype, in which case model.dtype=bfloat16 may help."
+        )
 
     # Placing
 

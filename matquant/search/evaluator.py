@@ -1,7 +1,8 @@
 """The loss of candidates on some text, with one model in memory whose layers change width in place.
 
 What makes it fast:
-  - a layer changes width by taking another tensor, which is decoded once and kept within a memory limit;
+  - a layer changes width by taking another tensor, which is decoded once and kept within a memory limit, or by reading
+    another number of bit planes (``matquant.search.slices``);
   - candidates are put in order so that neighbours agree on their first blocks, and what leaves those blocks is computed once;
   - of the full-precision model only what leaves its last block is kept (exact, and small whatever the vocabulary), or
     its k likeliest tokens.
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from matquant.models.blocks import BlockModel
 from matquant.models.calls import Calls
 from matquant.search.problem import Candidate, Unit
-from matquant.search.slices import DecodedSlices
+from matquant.search.slices import Slices
 
 Fitness = Literal["kl", "sparse_kl", "perplexity"]
 FULL = 0  # the "width" of a layer that is left in full precision
@@ -58,7 +59,7 @@ class Evaluator:
         self,
         blocks: BlockModel,
         units: Sequence[Unit],
-        slices: DecodedSlices,
+        slices: Slices,
         windows: Tensor,
         *,
         batch_size: int,
@@ -79,7 +80,7 @@ class Evaluator:
             [u for u, unit in enumerate(units) if unit.block == index] for index in range(len(blocks) + 1)
         ]
         self._names = [unit.layers for unit in units]
-        self._own = {name: layer._parameters["weight"] for name, layer in self._layers.items()}
+        self._own: dict[str, nn.Parameter] = {name: layer.weight for name, layer in self._layers.items()}
         self._installed = dict.fromkeys(self._layers, FULL)
         self._full: Candidate = (FULL,) * len(units)
         self._targets: list[Tensor | tuple[Tensor, Tensor]] = []
@@ -158,10 +159,18 @@ class Evaluator:
         for unit in self._units_of_block[index]:
             bits = candidate[unit]
             for name in self._names[unit]:
-                if self._installed[name] != bits:
-                    weight = self._own[name] if bits == FULL else self.slices.get(name, bits)
-                    self._layers[name]._parameters["weight"] = weight
-                    self._installed[name] = bits
+                if self._installed[name] == bits:
+                    continue
+                if bits == FULL:
+                    self.slices.remove(name, self._layers[name], self._own[name])
+                else:
+                    self.slices.install(name, self._layers[name], bits)
+                self._installed[name] = bits
+
+    def restore(self) -> None:
+        """Give every layer its own weight again."""
+        for index in range(len(self.blocks) + 1):
+            self._install(self._full, index)
 
     # Targets and scores
 
@@ -209,7 +218,7 @@ class Evaluator:
 def open_evaluator(
     blocks: BlockModel,
     units: Sequence[Unit],
-    slices: DecodedSlices,
+    slices: Slices,
     windows: Tensor,
     *,
     batch_size: int,
@@ -222,10 +231,11 @@ def open_evaluator(
         stack.enter_context(blocks.outside_on_device(device, slices.dtype))
         for index in range(len(blocks)):
             stack.enter_context(blocks.on_device(index, device, slices.dtype))
-        # Leaving the contexts puts every layer's own tensor back, whichever one it holds by then.
-        yield Evaluator(
+        evaluator = Evaluator(
             blocks, units, slices, windows, batch_size=batch_size, fitness=fitness, top_k=top_k, device=device
         )
+        stack.callback(evaluator.restore)
+        yield evaluator
 
 
 def _layers_of_blocks(blocks: BlockModel, units: Sequence[Unit]) -> dict[str, nn.Linear]:

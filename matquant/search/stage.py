@@ -7,6 +7,7 @@ the knapsack's optimum and the allocation of the budget below with bits added, s
 """
 
 import dataclasses
+import importlib.util
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -27,13 +28,13 @@ from matquant.search.knapsack import Losses
 from matquant.search.mutation import random_start, uniform_start
 from matquant.search.problem import Budget, Candidate, Layer, Problem, make_problem
 from matquant.search.settings import SearchConfig
-from matquant.search.slices import DecodedSlices
+from matquant.search.slices import DecodedSlices, PlaneSlices, Slices
 from matquant.search.surrogate import Surrogate
 from matquant.store import Draft, Store
 
 # Part of a search's key: raised when the same settings would find other allocations than before.
-_VERSION = 1
-_NO_PART_OF_KEY = ("name", "batch_size", "cache_gigabytes")
+_VERSION = 2
+_NO_PART_OF_KEY = ("name", "batch_size", "cache_gigabytes", "serve")
 _NEVER = 1e9  # a loss that no sum of losses reaches
 
 
@@ -84,7 +85,7 @@ def search(config: SearchConfig, setting: Setting, store: Store, progress: Calla
         "computed": [setting.device.type, str(setting.dtype)],
         "version": _VERSION,
     }
-    speed: dict[str, float] = {}
+    speed: dict[str, Any] = {}
 
     def build(draft: Draft) -> dict[str, Any]:
         return _Search(config, setting, asked, draft, progress).run(speed)
@@ -137,12 +138,10 @@ class _Search:
         self.spent = {"evaluations": 0, "tokens": 0, "skipped": 0}
         self.history: list[dict[str, Any]] = []
 
-    def run(self, speed: dict[str, float]) -> dict[str, Any]:
+    def run(self, speed: dict[str, Any]) -> dict[str, Any]:
         """Search for every budget; ``speed`` is filled, as it is no part of what was found."""
-        config, parent = self.config, self.setting.parent
-        codes = {n: w for i in range(len(parent.blocks)) for n, w in parent.block(i).items()}
-        limit = int(config.cache_gigabytes * 1e9)
-        slices = DecodedSlices(codes, self.setting.device, self.setting.dtype, limit)
+        config = self.config
+        slices = _slices(config, self.setting)
         start = time.perf_counter()
         with open_evaluator(
             self.setting.blocks, self.asked[0].units, slices, self.setting.windows, batch_size=config.batch_size,
@@ -152,6 +151,7 @@ class _Search:
                 self._measure_alone(evaluator)
             self.progress(1)
             front = self._front(evaluator)
+        speed["served"] = "planes" if isinstance(slices, PlaneSlices) else "decoded"
         speed["seconds"] = round(time.perf_counter() - start, 3)
         speed["evaluations_per_second"] = round(evaluator.counts.evaluations / speed["seconds"], 3)
         speed["tokens_per_second"] = round(evaluator.counts.tokens / speed["seconds"], 1)
@@ -178,7 +178,11 @@ class _Search:
         if saved is None:
             sample = evaluator.draw(config.sensitivity_tokens, random.Random(f"{config.seed} sensitivity"))
             before = dataclasses.replace(evaluator.counts)
-            losses = sensitivity.measure(problem, evaluator, sample)
+            if config.sensitivity == "shared":
+                anchors = sorted(set[int]().union(*(sensitivity.anchors_of(p) for p in self.asked)))
+                losses = sensitivity.measure_shares(problem, evaluator, sample, anchors)
+            else:
+                losses = sensitivity.measure(problem, evaluator, sample)
             saved = {
                 "losses": [[unit[bits] for bits in problem.widths] for unit in losses],
                 "evaluations": evaluator.counts.evaluations - before.evaluations,
@@ -317,6 +321,16 @@ def _allocation(
             "parent": parent.artifact.sha256,
         },
     )
+
+
+def _slices(config: SearchConfig, setting: Setting) -> Slices:
+    """What serves the candidates. The kernels need half precision, and CuPy to be compiled with."""
+    parent, device, dtype = setting.parent, setting.device, setting.dtype
+    codes = {n: w for i in range(len(parent.blocks)) for n, w in parent.block(i).items()}
+    able = device.type == "cuda" and dtype != torch.float32 and importlib.util.find_spec("cupy") is not None
+    if config.serve == "planes" or (config.serve == "auto" and able):
+        return PlaneSlices(codes, device, dtype)
+    return DecodedSlices(codes, device, dtype, int(config.cache_gigabytes * 1e9))
 
 
 def _layers(parent: Parent, widths: tuple[int, ...]) -> list[Layer]:

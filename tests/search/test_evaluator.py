@@ -10,7 +10,7 @@ from matquant.evaluate.slices import FULL as FULL_NAME
 from matquant.evaluate.slices import evaluate_slices
 from matquant.search.evaluator import FULL, open_evaluator
 from matquant.search.problem import Budget, Layer, exact, make_problem
-from matquant.search.slices import DecodedSlices
+from matquant.search.slices import DecodedSlices, PlaneSlices
 
 WINDOWS = torch.randint(64, (5, 12), generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
@@ -22,8 +22,8 @@ def units_of(blocks, codes, fused=()):
     return make_problem(layers, (2, 3, 4, 8), Budget(kind="average_bits", value=exact(3)), fused).units
 
 
-def evaluator(blocks, units, codes, fitness="kl", top_k=64, limit=2**30, batch_size=2):
-    slices = DecodedSlices(codes, CPU, torch.float32, limit)
+def evaluator(blocks, units, codes, fitness="kl", top_k=64, limit=2**30, batch_size=2, planes=False):
+    slices = PlaneSlices(codes, CPU, torch.float32) if planes else DecodedSlices(codes, CPU, torch.float32, limit)
     return open_evaluator(
         blocks, units, slices, WINDOWS, batch_size=batch_size, fitness=fitness, top_k=top_k, device=CPU
     )
@@ -57,6 +57,18 @@ def test_kl_is_that_of_the_evaluation_whatever_the_cache_holds(make_model, limit
         again = it.losses(candidates[::-1], it.everything())
     assert found == pytest.approx([expected[str(i)].kl for i in range(12)], rel=1e-4, abs=1e-6)
     assert again[::-1] == pytest.approx(found, rel=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_nested_layers_serve_the_same_candidates(make_model, bias):
+    blocks, codes = make_model(2, bias)
+    units = units_of(blocks, codes)
+    candidates = random_candidates(units, 6)
+    expected = reference(blocks, units, codes, candidates)
+    with evaluator(blocks, units, codes, planes=True) as it:
+        found = it.losses(candidates, it.everything())
+    assert found == pytest.approx([expected[str(i)].kl for i in range(6)], rel=1e-4, abs=1e-6)
+    assert reference(blocks, units, codes, candidates)["0"].kl == expected["0"].kl  # the layers are their own again
 
 
 def test_perplexity_and_sparse_kl(make_model):

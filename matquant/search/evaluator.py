@@ -80,7 +80,7 @@ class Evaluator:
             [u for u, unit in enumerate(units) if unit.block == index] for index in range(len(blocks) + 1)
         ]
         self._names = [unit.layers for unit in units]
-        self._own: dict[str, nn.Parameter] = {name: layer.weight for name, layer in self._layers.items()}
+        self._own = {name: layer.weight for name, layer in self._layers.items()}
         self._installed = dict.fromkeys(self._layers, FULL)
         self._full: Candidate = (FULL,) * len(units)
         self._targets: list[Tensor | tuple[Tensor, Tensor]] = []

@@ -21,8 +21,8 @@ class SearchConfig:
     fused: bool  # layers that share their input (q, k, v; gate, up) share a width, for runtimes that fuse them
     fitness: Literal["kl", "sparse_kl", "perplexity"]
     top_k: int  # tokens that sparse_kl looks at
-    # Each layer's loss alone: measured at every width; its share of the uniform slices' losses, measured at the widths next to the
-    # budget; or its relative second-order error.
+    # Each layer's loss alone, measured at every width; its share of the uniform slices' losses, measured at the widths next
+    # to the budget; or its relative second-order error.
     sensitivity: Literal["measured", "shared", "error"]
     sensitivity_tokens: int
     generations: int

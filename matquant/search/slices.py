@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from matquant.inference.linear import NestedLinear
 from matquant.inference.planes import NestedPlanes
@@ -27,7 +27,7 @@ class Slices(Protocol):
         """Give a layer, which may have any width by now, another one."""
         ...
 
-    def remove(self, name: str, layer: nn.Linear, own: nn.Parameter) -> None:
+    def remove(self, name: str, layer: nn.Linear, own: Tensor) -> None:
         """Give a layer its own dense weight again."""
         ...
 
@@ -53,8 +53,8 @@ class DecodedSlices:
     def install(self, name: str, layer: nn.Linear, bits: int) -> None:
         layer._parameters["weight"] = self.get(name, bits)
 
-    def remove(self, name: str, layer: nn.Linear, own: nn.Parameter) -> None:
-        layer._parameters["weight"] = own
+    def remove(self, name: str, layer: nn.Linear, own: Tensor) -> None:
+        layer._parameters["weight"] = own  # type: ignore[assignment]
 
     def get(self, layer: str, bits: int) -> nn.Parameter:
         """The dense weight [out_features, in_features] of one layer at ``bits`` bits."""
@@ -91,7 +91,7 @@ class PlaneSlices:
         nested.bias = layer.bias
         layer.__dict__["forward"] = functools.partial(nested.forward, bits=bits)
 
-    def remove(self, name: str, layer: nn.Linear, own: nn.Parameter) -> None:
+    def remove(self, name: str, layer: nn.Linear, own: Tensor) -> None:
         layer.__dict__.pop("forward", None)
 
 

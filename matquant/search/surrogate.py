@@ -40,7 +40,8 @@ class Surrogate:
             + _OF_WIDTH**2 * np.kron(np.ones((units, units)), np.eye(widths))
             + _OWN**2 * np.eye(units * widths)
         )
-        self._mean, self._covariance = mean, alike * np.outer(size, size)
+        self._mean: NDArray = mean
+        self._covariance: NDArray = alike * np.outer(size, size)
         self._precision = np.linalg.inv(alike) / np.outer(size, size)
         self._weighted = self._precision @ mean
         self._fresh = True

@@ -20,6 +20,9 @@ from matquant.config import Config, from_hydra
 from matquant.errors import UserError
 from matquant.home import home
 
+# Keeps Hydra from making a folder and a log.
+_SILENT = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+
 
 def register() -> None:
     """Make ``${matquant.home:}`` and the presets in ``experiments/NAME/config.yaml`` known to Hydra."""
@@ -52,6 +55,10 @@ def _run_job(config: Config, cfg: DictConfig) -> float | None:
 
     hydra_config = HydraConfig.get()
     sweeping = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
+    if sweeping and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "torchrun runs one job in several processes; give a sweep (-m) to python run.py, without torchrun."
+        )
     folder = Path(hydra_config.runtime.output_dir)
     overrides = [str(o) for o in hydra_config.overrides.task]
     job = Job(
@@ -74,13 +81,17 @@ def main() -> None:
     # Hydra would print a shortened traceback of its own and exit; this way errors come here.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     signal.signal(signal.SIGTERM, _stop)
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:  # the first process of a job has the folder and the terminal
+        sys.argv += _SILENT
     try:
         run()
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error{f' in process {rank}' if rank else ''}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: finished blocks are kept, and the same command goes on from there", file=sys.stderr)
+        if rank == 0:
+            print("interrupted: finished blocks are kept, and the same command goes on from there", file=sys.stderr)
         sys.exit(130)
 
 

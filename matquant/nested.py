@@ -15,6 +15,7 @@ group takes the side that suits it, for no bytes at all. (An offset of 2^(M-5) a
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -83,8 +84,12 @@ class NestedWeight:
 
     def to(self, device: torch.device | str) -> "NestedWeight":
         """The same with its tensors on that device."""
-        zeros = None if self.zeros is None else self.zeros.to(device)
-        return dataclasses.replace(self, codes=self.codes.to(device), scales=self.scales.to(device), zeros=zeros)
+        return self.with_tensors(lambda tensor: tensor.to(device))
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "NestedWeight":
+        """The same with each of its tensors changed."""
+        zeros = None if self.zeros is None else change(self.zeros)
+        return dataclasses.replace(self, codes=change(self.codes), scales=change(self.scales), zeros=zeros)
 
     def decode(self, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight at ``bits`` bits: [out_features, in_features], computed in float32 and then cast."""

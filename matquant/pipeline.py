@@ -9,54 +9,48 @@ share one parent. A dedicated method makes one model per width instead.
 import contextlib
 import dataclasses
 import datetime
-import hashlib
-import importlib.metadata
-import importlib.util
 import logging
-import math
-import platform
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numba
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from matquant import machine, plan, report
-from matquant.config import Config, MethodConfig, TextConfig
+from matquant import machine, outcome, plan, ranks, report
+from matquant.config import Config, TextConfig
 from matquant.data import texts
 from matquant.errors import UserError
-from matquant.evaluate.metrics import Metrics
 from matquant.evaluate.slices import evaluate_slices, steps
-from matquant.evaluate.tasks import Scores, Tasks, evaluate_tasks, recovery
+from matquant.evaluate.tasks import Scores, Tasks, evaluate_tasks
 from matquant.evaluate.variants import Variant
 from matquant.models.activations import Place, choose_place
 from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.inventory import left_alone
 from matquant.models.load import open_model
 from matquant.models.shapes import measure
+from matquant.options import as_json, own_options, solver_options
 from matquant.plan import Calibrating, Plan
 from matquant.progress import Bars
 from matquant.quantize.driver import CalibrationOptions, Driver, check_layers, layers_to_quantize
 from matquant.quantize.parent import Parent
 from matquant.quantize.solver import SolverOptions, compile_row_solver
+from matquant.ranks import Ranks
 from matquant.report.files import write_atomic
 from matquant.search import allocation
 from matquant.search.allocation import Allocation
 from matquant.search.stage import Setting
 from matquant.search.stage import search as run_search
-from matquant.store import Artifact, Draft, Store
+from matquant.store import Store
+from matquant.store.together import AnyDraft, open_or_build
 
 log = logging.getLogger(__name__)
 
 # Part of a parent's key: raised when the same settings would give other codes than before.
-_SOLVER_VERSION = 2
-
-_VERSIONS = ("matquant", "torch", "transformers", "numpy", "numba", "datasets", "hydra-core")
+_SOLVER_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,12 +68,15 @@ def run_job(config: Config, job: Job) -> float | None:
     """Run all stages of one job.
 
     Returns:
-        The mean over the measured slices of ``config.metric``, or None without evaluation.
+        The mean over the measured slices of ``config.metric``, or None without evaluation; of several processes the first
+        one alone has it, and writes.
 
     Raises:
         UserError: something in the config, model or text cannot be worked with.
     """
     results = compute(config, job)
+    if ranks.number() > 0:
+        return None
     report.write(results, job.folder)
     _write_allocations(results, job.folder)
     page = report.write_report(results, job.folder)
@@ -92,7 +89,7 @@ def run_job(config: Config, job: Job) -> float | None:
     console = Console()
     report.print_table(results, console)
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
-    return _figure(results, config.metric)
+    return outcome.figure(results, config.metric)
 
 
 def _write_allocations(results: Mapping[str, Any], folder: Path) -> None:
@@ -111,29 +108,31 @@ def _write_allocations(results: Mapping[str, Any], folder: Path) -> None:
 def compute(config: Config, job: Job) -> dict[str, Any]:
     """The results of all stages, as they stand in results.json; writes nothing but to the store.
 
+    Of several processes the first one alone gets results.
+
     Raises:
         UserError: something in the config, model or text cannot be worked with.
     """
-    if config.runtime.threads is not None:
-        torch.set_num_threads(config.runtime.threads)
-        most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-        numba.set_num_threads(min(config.runtime.threads, most))
-    return _Run(config, job).results()
+    machine.use_threads(config.runtime.threads)
+    device = machine.device(config.runtime.device)
+    with ranks.joined(device) as together:
+        return _Run(config, job, device, together).results()
 
 
 class _Run:
     """The state that the stages of one job share."""
 
-    def __init__(self, config: Config, job: Job) -> None:
+    def __init__(self, config: Config, job: Job, device: torch.device, ranks: Ranks) -> None:
         self.config = config
         self.job = job
-        self.bars = Bars(config.runtime.progress)
+        self.device = self.solver_device = device
+        self.ranks = ranks
+        self.bars = Bars(config.runtime.progress if ranks.first else False)
         self.seconds: dict[str, float] = {}
         self.phases: Counter[str] = Counter()  # seconds of quantizing by what was done
         self.warnings: list[str] = []
         self.store = Store(Path(config.store.path))
         with self._timed("load"):
-            self.device = _device(config.runtime.device)
             self.loaded = open_model(config.model)
             self.warnings += self.loaded.warnings
             self.blocks = BlockModel(self.loaded.model, self.loaded.checkpoint)
@@ -153,7 +152,7 @@ class _Run:
             self.search_windows = None
             if self.config.search.wanted:
                 search_text = self._search_text()
-                self.search_windows = texts.windows(search_text, "calibration", self.loaded.tokenizer, self.store)
+                self.search_windows = self._windows(search_text, "calibration")
             self.search_record: dict[str, Any] | None = None
 
     def results(self) -> dict[str, Any]:
@@ -165,6 +164,8 @@ class _Run:
         with self._timed("evaluate"):
             if "evaluate" in self.config.stages:
                 measured = self._evaluate(variants)
+        if not self.ranks.first:
+            return {}
         with self._timed("tasks"):
             scores = self._evaluate_tasks(variants)
         return self._assemble(variants, measured, scores)
@@ -189,6 +190,8 @@ class _Run:
                     f"{name}.sequence_length={text.sequence_length} is longer than the {longest} tokens that "
                     f"{self.loaded.label} was made for."
                 )
+            if text.sequences < self.ranks.count:
+                raise UserError(f"{name}.sequences={text.sequences} cannot be shared by {self.ranks.count} processes.")
 
     def _search_text(self) -> TextConfig:
         """Other windows of the calibration text than those that the parent is calibrated on."""
@@ -204,8 +207,10 @@ class _Run:
             return {}
         if self.config.method.solver != "rtn":
             texts.check_apart(self.config.calibration, dict(self.config.eval.datasets))
-        tokenizer = self.loaded.tokenizer
-        return {n: texts.windows(t, "evaluation", tokenizer, self.store) for n, t in self.config.eval.datasets.items()}
+        return {name: self._windows(text, "evaluation") for name, text in self.config.eval.datasets.items()}
+
+    def _windows(self, text: TextConfig, split: Literal["calibration", "evaluation"]) -> Tensor:
+        return self.ranks.in_turn(lambda: texts.windows(text, split, self.loaded.tokenizer, self.store))
 
     def _read_allocations(self) -> dict[str, Allocation]:
         """The files among ``bits``, by path, held against the layers before any long work."""
@@ -220,19 +225,19 @@ class _Run:
         method, widths = self.config.method, self.config.widths
         windows = None
         if method.solver != "rtn":
-            windows = texts.windows(self.config.calibration, "calibration", self.loaded.tokenizer, self.store)
+            windows = self._windows(self.config.calibration, "calibration")
         if method.dedicated:
             return [
                 Variant(name=str(b), parent=self._open_parent(options, windows), widths=b)
                 for b in widths
-                for options in [_options(method, {b: 1.0}, b, self.loaded.dtype)]
+                for options in [solver_options(method, {b: 1.0}, b, self.loaded.dtype)]
             ]
-        options = _options(method, self.config.objective.lambdas, method.master_bits, self.loaded.dtype)
+        options = solver_options(method, self.config.objective.lambdas, method.master_bits, self.loaded.dtype)
         parent = self.parent = self._open_parent(options, windows)
         variants = [Variant(name=str(b), parent=parent, widths=b) for b in widths]
         for path, found in self.allocations.items():
             variants.append(Variant(name=path, parent=parent, widths=found.widths, allocation=found))
-            self.warnings += _changes(variants[-1])
+            self.warnings += outcome.changes(variants[-1])
         return variants
 
     def _open_parent(self, options: SolverOptions, windows: Tensor | None) -> Parent:
@@ -248,36 +253,37 @@ class _Run:
             "model": self.loaded.fingerprint,
             "dtype": str(self.loaded.dtype),
             "calibration": None if windows is None else texts.fingerprint(windows),
-            "options": _plain(options),
+            "options": as_json(options),
             "streams": None if windows is None else [list(calibration.streams), method.asymmetric, method.staged],
             "layers": names,
             "solver": _SOLVER_VERSION,
         }
-        own = _own_options(method, names, options)
+        own = own_options(method, names, options)
         if own:
-            inputs["overrides"] = {name: _plain(chosen) for name, chosen in own.items()}
+            inputs["overrides"] = {name: as_json(chosen) for name, chosen in own.items()}
         width = f" at {options.master_bits} bits" if method.dedicated else ""
 
-        def build(draft: Draft) -> dict[str, Any]:
+        def build(draft: AnyDraft) -> dict[str, Any]:
             if "quantize" not in self.config.stages:
                 raise UserError(
                     f"The store has no such parent{width} yet; add quantize to stages, or check the settings."
                 )
             place = self._place(windows, 1 + len(calibration.streams))
+            self.solver_device = machine.solver_device(self.device, self.warnings)
             self._make_plan(calibration, options, windows)
             if draft.resumed:
                 log.info("resuming an unfinished parent%s from its last finished block", width)
             with self.bars.bar(f"quantize{width}", len(names)) as progress:
                 driver = Driver(
                     self.blocks, self.layers, options, calibration, device=self.device,
-                    solver_device=_solver_device(self.device, self.warnings), dtype=self.dtype, place=place,
-                    overrides=own.get, progress=progress,
+                    solver_device=self.solver_device, dtype=self.dtype, place=place,
+                    overrides=own.get, ranks=self.ranks, progress=progress,
                 )  # fmt: skip
                 blocks = driver.run(draft, windows)
                 self.phases.update(driver.seconds)
             return {"label": f"{self.loaded.label} {method.name}{width}", "blocks": blocks}
 
-        artifact = self.store.open_or_build("parent", inputs, build)
+        artifact = open_or_build(self.store, self.ranks, "parent", inputs, build)
         parent = Parent(artifact)
         self.warnings += [*artifact.notes, *parent.notes()]
         return parent
@@ -291,11 +297,11 @@ class _Run:
             blocks=self.blocks, parent=self.parent, windows=self.search_windows, device=self.device, dtype=self.dtype
         )
         with self.bars.bar(f"search {search.name}", len(search.budgets) + 1) as progress:
-            outcome = run_search(search, setting, self.store, progress)
-        self.search_record = outcome.record
+            searched = self.ranks.in_turn(lambda: run_search(search, setting, self.store, progress))
+        self.search_record = searched.record
         return [
             Variant(name=row["file"], parent=self.parent, widths=found.widths, allocation=found)
-            for row, found in zip(outcome.record["front"], outcome.allocations, strict=True)
+            for row, found in zip(searched.record["front"], searched.allocations, strict=True)
         ]
 
     def _evaluate(self, variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
@@ -313,7 +319,7 @@ class _Run:
             with self.bars.bar(f"evaluate on {name}", steps(self.blocks, windows, list(by_name))) as progress:
                 measured[name] = evaluate_slices(
                     self.blocks, windows, weights_of, list(by_name), batch_size, self.device, progress,
-                    self._place(windows, 1 + len(by_name)),
+                    self._place(windows, 1 + len(by_name)), self.ranks,
                 )  # fmt: skip
         return measured
 
@@ -328,21 +334,27 @@ class _Run:
         if calibration is not None and options is not None:
             compile_row_solver()  # before memory is measured
             job = Calibrating(
-                tokens=0 if windows is None else windows.numel(),
+                tokens=self._own_tokens(windows),
                 batch=calibration.batch_size * (1 if windows is None else windows.shape[1]),
                 streams=0 if windows is None else len(calibration.streams), widths=len(options.widths),
                 asymmetric=calibration.asymmetric, staged=calibration.staged, group_size=options.group_size,
             )  # fmt: skip
             place = self._place(windows, 1 + len(calibration.streams))
-            needs.append(plan.quantizing(self.shapes, job, on_gpu=on_gpu, place=place))
+            needs.append(
+                plan.quantizing(
+                    self.shapes, job, on_gpu=on_gpu, solver_on_gpu=self.solver_device.type == "cuda", place=place
+                )
+            )
             total += plan.operations(self.shapes, job, 0, 0)
         variants = len(self.config.widths) + len(self.allocations)
         for name, text in self.evaluation.items():
             batch, waiting = self.config.eval.datasets[name].batch_size, self._place(text, 1 + variants)
             needs.append(
-                plan.measuring(self.shapes, text.numel(), text.shape[1], batch, variants, on_gpu=on_gpu, place=waiting)
+                plan.measuring(
+                    self.shapes, self._own_tokens(text), text.shape[1], batch, variants, on_gpu=on_gpu, place=waiting
+                )
             )
-            total += plan.operations(self.shapes, None, text.numel(), variants)
+            total += plan.operations(self.shapes, None, self._own_tokens(text), variants)
         self.plan = plan.make_plan(
             self.shapes, needs, total, device=self.device, place=place, store=self.store.path,
             group_size=self.config.method.group_size,
@@ -354,8 +366,12 @@ class _Run:
     def _place(self, windows: Tensor | None, models: int) -> Place:
         """Where the hidden states of so many models wait between two blocks."""
         width = self.loaded.model.config.get_text_config().hidden_size
-        needed = 0 if windows is None else models * windows.numel() * width * self.dtype.itemsize
+        needed = models * self._own_tokens(windows) * width * self.dtype.itemsize
         return choose_place(needed, self.device, self.store.path / "scratch")
+
+    def _own_tokens(self, windows: Tensor | None) -> int:
+        """How many tokens of these windows go through this process."""
+        return 0 if windows is None else windows[self.ranks.share(len(windows))].numel()
 
     def _evaluate_tasks(self, variants: Sequence[Variant]) -> dict[str, Scores]:
         """The tasks' scores of ``full`` and of every variant; empty without tasks."""
@@ -382,13 +398,13 @@ class _Run:
             "command": self.job.command,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "config": self.job.resolved,
-            "parent": _describe(variants),
+            "parent": outcome.describe_parents(variants),
             "baseline": {
                 "bytes": self._dense_bytes(),
-                "perplexity": {name: _finite(m["full"].perplexity) for name, m in measured.items()},
+                "perplexity": {name: outcome.finite(m["full"].perplexity) for name, m in measured.items()},
                 "tasks": scores.get("full", {}),
             },
-            "slices": [_slice(variant, measured, scores) for variant in variants],
+            "slices": [outcome.slice_entry(variant, measured, scores) for variant in variants],
             "search": self.search_record,
             "seconds": self.seconds,
             "resources": {
@@ -399,9 +415,9 @@ class _Run:
             },
             "left_alone": self._left_alone(),
             "experts": [row for parent in dict.fromkeys(v.parent for v in variants) for row in parent.poor_experts()],
-            "layers": _layer_rows(variants),
+            "layers": outcome.layer_rows(variants),
             "warnings": list(dict.fromkeys(self.warnings)),
-            "versions": _versions(),
+            "versions": outcome.versions(),
         }
 
     def _left_alone(self) -> list[dict[str, Any]]:
@@ -412,157 +428,3 @@ class _Run:
     def _dense_bytes(self) -> int:
         """Bytes of the quantized layers in the model's own dtype."""
         return sum(m.weight.numel() for block in self.layers for m in block.values()) * self.loaded.dtype.itemsize
-
-
-def _solver_device(device: torch.device, warnings: list[str]) -> torch.device:
-    """Where layers are solved: on the GPU that runs the model, if CuPy can compile the solver's kernels for it."""
-    if device.type == "cuda" and importlib.util.find_spec("cupy") is None:
-        warnings.append(
-            "Layers were solved on the CPU, which takes far longer, since CuPy is not installed. Install the extra gpu13 "
-            "(CUDA 13) or gpu (CUDA 12): pip install '.[gpu13]'."
-        )
-        return torch.device("cpu")
-    return device
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"runtime.device={name} is no device; use auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"runtime.device={name}: this machine has {torch.cuda.device_count()} CUDA devices. Use cpu or auto."
-        )
-    return device
-
-
-def _options(method: MethodConfig, weights: Mapping[int, float], master_bits: int, dtype: torch.dtype) -> SolverOptions:
-    """Solver options; only the ratios of the weights matter, so the largest is made 1."""
-    largest = max(weights.values())
-    return SolverOptions(
-        weights={bits: weight / largest for bits, weight in sorted(weights.items()) if weight > 0},
-        master_bits=master_bits,
-        slicing=method.slicing,
-        feedback=method.feedback,
-        group_size=method.group_size,
-        symmetric=method.symmetric,
-        offset=method.offset * 2.0 ** (master_bits - 8) if method.symmetric else 0.0,
-        scale=method.scale,
-        act_order=method.act_order,
-        sweeps=method.sweeps,
-        damp=method.damp,
-        block_size=method.block_size,
-        scale_dtype=torch.float16 if dtype == torch.float32 else dtype,
-    )
-
-
-def _own_options(method: MethodConfig, names: Iterable[str], options: SolverOptions) -> dict[str, SolverOptions]:
-    """The options of the layers that have some of their own; layers of one pattern share the object."""
-    made: dict[int, SolverOptions] = {}
-    found = {}
-    for name in names:
-        layer = method.of_layer(name)
-        if (layer.group_size, layer.weights) == (None, None):
-            continue
-        if id(layer) not in made:
-            weights = dict(options.weights)
-            if layer.weights is not None and not method.dedicated:
-                largest = max(layer.weights.values())
-                weights = {bits: weight / largest for bits, weight in sorted(layer.weights.items()) if weight > 0}
-            group_size = layer.group_size or options.group_size
-            made[id(layer)] = dataclasses.replace(options, weights=weights, group_size=group_size)
-        found[name] = made[id(layer)]
-    return found
-
-
-def _plain(options: SolverOptions) -> dict[str, Any]:
-    """The options as JSON can hold them."""
-    plain = dataclasses.asdict(options)
-    return plain | {"weights": {str(b): w for b, w in options.weights.items()}, "scale_dtype": str(options.scale_dtype)}
-
-
-def _describe(variants: Sequence[Variant]) -> dict[str, Any]:
-    """The parent as results name it; for a dedicated method the sum of its models, and each of them."""
-    described = {variant.name: _describe_artifact(variant.parent.artifact) for variant in variants}
-    models = list({d["sha256"]: d for d in described.values()}.values())
-    if len(models) == 1:
-        return models[0]
-    together = hashlib.sha256("".join(sorted(m["sha256"] for m in models)).encode()).hexdigest()
-    return {
-        "path": str(Path(models[0]["path"]).parent),
-        "sha256": together,
-        "bytes": sum(m["bytes"] for m in models),
-        "reused": all(m["reused"] for m in models),
-        "models": described,
-    }
-
-
-def _describe_artifact(artifact: Artifact) -> dict[str, Any]:
-    return {"path": str(artifact.path), "sha256": artifact.sha256, "bytes": artifact.bytes, "reused": artifact.reused}
-
-
-def _slice(
-    variant: Variant, measured: Mapping[str, Mapping[str, Metrics]], scores: Mapping[str, Scores]
-) -> dict[str, Any]:
-    found = {name: metrics[variant.name] for name, metrics in measured.items()}
-    entry: dict[str, Any] = {"bits": variant.widths if isinstance(variant.widths, int) else report.ALLOCATION}
-    if variant.allocation is not None:
-        entry["name"] = variant.name
-        entry["allocation"] = {**variant.allocation.about, "widths": dict(variant.allocation.widths)}
-    return entry | {
-        "average_bits": variant.average_bits(),
-        "bytes": variant.bytes_read(),
-        "perplexity": {name: _finite(m.perplexity) for name, m in found.items()},
-        "kl": {name: _finite(m.kl) for name, m in found.items()},
-        "top1_agreement": {name: m.top1_agreement for name, m in found.items()},
-        "tasks": scores.get(variant.name, {}),
-        "recovery": recovery(scores[variant.name], scores["full"]) if scores else {},
-    }
-
-
-def _changes(variant: Variant) -> list[str]:
-    """What an allocation's file says of itself and what no longer holds, because it was edited or for another parent."""
-    recorded, notes = variant.allocation, []
-    if recorded is None:
-        return []
-    average, parent = variant.average_bits(), recorded.about.get("parent")
-    if recorded.average_bits is not None and abs(recorded.average_bits - average) > 1e-4:
-        notes.append(
-            f"{variant.name} says {recorded.average_bits:g} bits on average, but its widths make {average:g}: it was edited, "
-            "and the losses that it records are of what it was."
-        )
-    if parent is not None and parent != variant.parent.artifact.sha256:
-        notes.append(f"{variant.name} was found for another parent ({str(parent)[:12]}); it is measured on this one.")
-    return notes
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity: what overflowed counts as not measurable."""
-    return value if math.isfinite(value) else None
-
-
-def _layer_rows(variants: Sequence[Variant]) -> list[dict[str, Any]]:
-    """A row per layer, with the errors of all models that were made for different widths."""
-    rows: dict[str, dict[str, Any]] = {}
-    for parent in dict.fromkeys(variant.parent for variant in variants):
-        for row in parent.layer_errors():
-            known = rows.setdefault(row["name"], row | {"error": {}})
-            known["error"] |= row["error"]
-    return list(rows.values())
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _VERSIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def _figure(results: Mapping[str, Any], metric: str) -> float | None:
-    """The mean of one metric over slices and datasets, for a sweeper to minimise."""
-    values = [value for entry in results["slices"] for value in entry[metric].values()]
-    return sum(math.inf if v is None else v for v in values) / len(values) if values else None

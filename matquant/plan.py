@@ -19,12 +19,16 @@ from matquant.errors import UserError
 from matquant.evaluate.slices import LOGITS_AT_ONCE
 from matquant.models.activations import Place
 from matquant.models.shapes import Layer, Shapes
+from matquant.quantize.solver import MOST_WEIGHTS
 
 _FLOAT = 4  # bytes of a float32
 _GB = 1e9
 
 # Square matrices alive in a factorisation: the damped Hessian, its factor, the inverse and the factor of that.
 _FACTORING = 4
+
+# Arrays of a matrix's size while its codes are decoded: indices, values, and what is made of them.
+_DECODING = 4
 
 # Side of the matrices whose product tells the speed of a device.
 _PROBE = 1024
@@ -55,19 +59,22 @@ class Need:
     disk: int
 
 
-def quantizing(shapes: Shapes, job: Calibrating, *, on_gpu: bool, place: Place) -> Need:
+def quantizing(shapes: Shapes, job: Calibrating, *, on_gpu: bool, solver_on_gpu: bool, place: Place) -> Need:
     """The need of making one parent; ``place`` is where hidden states wait."""
-    copy, entry = _loading(shapes, shapes.block), _loading(shapes, shapes.embeddings)
+    stages = _stages(shapes, job)
     waiting = (job.streams + job.asymmetric) * job.tokens * shapes.hidden * shapes.computing
-    moving = _activations(shapes, job.batch)
-    decoded = job.streams * sum(layer.rows * layer.columns for layer in shapes.layers) * shapes.computing
-    solving = max((_solving(shapes, job, stage) for stage in _stages(shapes, job)), default=0)
-    gathered = max((_gathered(job, stage) for stage in _stages(shapes, job)), default=0)
+    copy = shapes.block * shapes.computing
+    gathering = max((_gathering(shapes, job, stage) for stage in stages), default=0)
+    solving = max((_solving(job, stage) for stage in stages), default=0)
     parent = _parent_bytes(shapes, job.group_size)
-    written = 3 * parent // max(1, shapes.blocks)
-    running = max(entry, copy + decoded + max(gathered + moving, 0 if on_gpu else solving, 0 if on_gpu else written))
+    writing = 3 * parent // max(1, shapes.blocks)
     disk = parent + (waiting if isinstance(place, Path) else 0)
-    return _split(running, waiting, max(solving, written), disk, on_gpu=on_gpu, place=place)
+    loading = max(_loading(shapes, shapes.embeddings), _loading(shapes, shapes.block))
+    if not on_gpu:
+        running = max(loading, copy + max(gathering, solving, writing))
+        return _split(running, waiting, 0, disk, on_gpu=False, place=place)
+    running = max(loading, copy + max(gathering, solving if solver_on_gpu else 0))
+    return _split(running, waiting, max(writing, 0 if solver_on_gpu else solving), disk, on_gpu=True, place=place)
 
 
 def measuring(
@@ -81,8 +88,9 @@ def measuring(
     variant = decoded + 3 * largest * _FLOAT + decoded // _FLOAT
     rows = max(1, min(batch, LOGITS_AT_ONCE // (length * shapes.vocabulary)))
     logits = 2 * rows * length * shapes.vocabulary * shapes.computing
-    block = _loading(shapes, shapes.block) + max(variant, _activations(shapes, batch * length))
-    running = max(_loading(shapes, shapes.embeddings), block, _loading(shapes, shapes.head) + logits)
+    block = shapes.block * shapes.computing + max(variant, _activations(shapes, batch * length))
+    head = max(_loading(shapes, shapes.head), shapes.head * shapes.computing + logits)
+    running = max(_loading(shapes, shapes.embeddings), _loading(shapes, shapes.block), block, head)
     disk = waiting if isinstance(place, Path) else 0
     return _split(running, waiting, variant, disk, on_gpu=on_gpu, place=place)
 
@@ -96,8 +104,8 @@ def _split(running: int, waiting: int, on_host: int, disk: int, *, on_gpu: bool,
 
 
 def _loading(shapes: Shapes, parameters: int) -> int:
-    """Tensors are converted one by one; what is stored as it is computed with is mapped, not copied."""
-    return parameters * shapes.computing
+    """Tensors are mapped from their file, and copied when they are computed with in another dtype than they are stored in."""
+    return parameters * (shapes.computing + (shapes.stored if shapes.stored != shapes.computing else 0))
 
 
 def _activations(shapes: Shapes, tokens: int) -> int:
@@ -119,23 +127,40 @@ def _inputs(stage: Sequence[Layer]) -> list[int]:
     return list({layer.input: layer.columns for layer in stage}.values())
 
 
-def _gathered(job: Calibrating, stage: Sequence[Layer]) -> int:
-    return sum(job.streams * (1 + job.asymmetric) * n * n * _FLOAT for n in _inputs(stage))
-
-
-def _solving(shapes: Shapes, job: Calibrating, stage: Sequence[Layer]) -> int:
-    """Moments of the stage, and of its widest input all that the solver makes of them, for one layer at a time."""
-    n = max(_inputs(stage))
-    matrix = max(layer.rows * layer.columns for layer in stage if layer.columns == n) * _FLOAT
+def _gathering(shapes: Shapes, job: Calibrating, stage: Sequence[Layer]) -> int:
+    """A stage's moments, one product that is added to them, a batch on its way, and each stream's layers of earlier stages."""
     if not job.streams:
-        return 6 * matrix
+        return 0
+    before = sum(layer.rows * layer.columns for layer in shapes.layers if layer.stage < min(one.stage for one in stage))
+    decoded = job.streams * before * shapes.computing if job.staged else 0
+    product = max(_inputs(stage)) ** 2 * _FLOAT
+    return _moments(job, _inputs(stage)) + product + decoded + _activations(shapes, job.batch)
+
+
+def _moments(job: Calibrating, inputs: Sequence[int]) -> int:
+    """Sums in float64 for each stream, of squares and for asymmetric calibration of products."""
+    return sum(job.streams * (1 + job.asymmetric) * columns**2 * 2 * _FLOAT for columns in inputs)
+
+
+def _solving(job: Calibrating, stage: Sequence[Layer]) -> int:
+    """What is alive while the layers of a stage are solved, of which those with the widest input need most."""
+    inputs = _inputs(stage)
+    n = max(inputs)
+    weights = max(layer.rows * layer.columns for layer in stage if layer.columns == n)
+    part = min(weights, MOST_WEIGHTS)
+    # Of each width its targets and, without calibration, nothing else; else their start, if it is shifted, and gradients.
+    arrays = job.widths * (2 + job.asymmetric if job.streams else 1) + _DECODING
+    solver = (weights + arrays * part) * _FLOAT
+    if not job.streams:
+        return solver
+    others = list(inputs)
+    others.remove(n)
     square = n * n * _FLOAT
-    kinds = 2 + job.asymmetric  # damped Hessian, factor, shift
-    # While they are made, each stream's are there beside the stack of each width's.
-    made = (job.streams + job.widths) * kinds if job.streams > 1 else 2 * kinds
-    held = job.widths * kinds if job.streams > 1 else kinds
-    solving = held * square + (3 * job.widths + 3) * matrix
-    return _gathered(job, stage) + max(made * square + _FACTORING * square, solving)
+    given = job.streams * (1 + job.asymmetric) * square
+    made = job.streams * (2 + job.asymmetric) * square  # damped Hessian, factor, shift
+    # The last stream's are only being made while its Hessian is factored.
+    factoring = made + (_FACTORING - 2 - job.asymmetric) * square
+    return _moments(job, others) + given + max(factoring, made + solver)
 
 
 def _parent_bytes(shapes: Shapes, group_size: int) -> int:

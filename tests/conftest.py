@@ -9,6 +9,12 @@ import pytest
 import torch
 from shared import ROOT, TINY
 
+from matquant import machine
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads of theirs would mostly wait for one another
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+    machine.use_threads(1)
+
 # Before anything reads them: no test may look for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")

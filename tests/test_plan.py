@@ -33,7 +33,7 @@ JOB = Calibrating(tokens=4096, batch=512, streams=4, widths=5, asymmetric=True, 
 
 
 def test_memory_does_not_grow_with_depth_and_the_disk_does() -> None:
-    needs = [plan.quantizing(shapes(blocks), JOB, on_gpu=False, place=CPU) for blocks in (2, 32)]
+    needs = [plan.quantizing(shapes(blocks), JOB, on_gpu=False, solver_on_gpu=False, place=CPU) for blocks in (2, 32)]
     assert needs[0].host == needs[1].host
     assert needs[1].disk == 16 * needs[0].disk
     measured = [plan.measuring(shapes(blocks), 4096, 512, 8, 5, on_gpu=False, place=CPU) for blocks in (2, 32)]
@@ -42,11 +42,13 @@ def test_memory_does_not_grow_with_depth_and_the_disk_does() -> None:
 
 def test_hidden_states_count_where_they_wait() -> None:
     waiting = 5 * 4096 * 1024 * 4
-    in_memory = plan.quantizing(shapes(), JOB, on_gpu=False, place=CPU)
-    in_a_file = plan.quantizing(shapes(), JOB, on_gpu=False, place=Path("scratch"))
+    in_memory = plan.quantizing(shapes(), JOB, on_gpu=False, solver_on_gpu=False, place=CPU)
+    in_a_file = plan.quantizing(shapes(), JOB, on_gpu=False, solver_on_gpu=False, place=Path("scratch"))
     assert in_memory.host - in_a_file.host == waiting == in_a_file.disk - in_memory.disk
     gpu = torch.device("cuda")
-    there, beside = (plan.quantizing(shapes(), JOB, on_gpu=True, place=place) for place in (gpu, CPU))
+    there, beside = (
+        plan.quantizing(shapes(), JOB, on_gpu=True, solver_on_gpu=True, place=place) for place in (gpu, CPU)
+    )
     assert there.device - beside.device == waiting == beside.host - there.host
 
 
@@ -54,13 +56,24 @@ def test_hidden_states_count_where_they_wait() -> None:
     "change", [{"streams": 1}, {"asymmetric": False}, {"widths": 2}, {"tokens": 1024}, {"streams": 0, "tokens": 0}]
 )
 def test_what_the_sentence_advises_helps(change: dict) -> None:
-    less = plan.quantizing(shapes(), dataclasses.replace(JOB, **change), on_gpu=False, place=CPU)
-    assert less.host < plan.quantizing(shapes(), JOB, on_gpu=False, place=CPU).host
+    less = plan.quantizing(shapes(), dataclasses.replace(JOB, **change), on_gpu=False, solver_on_gpu=False, place=CPU)
+    assert less.host < plan.quantizing(shapes(), JOB, on_gpu=False, solver_on_gpu=False, place=CPU).host
 
 
 def test_the_hessians_of_the_widest_input_are_in_it() -> None:
     square = 4096**2 * 4
-    assert plan.quantizing(shapes(), JOB, on_gpu=False, place=CPU).host > 4 * 2 * square + 5 * 3 * square
+    assert (
+        plan.quantizing(shapes(), JOB, on_gpu=False, solver_on_gpu=False, place=CPU).host
+        > 4 * 2 * square + 5 * 3 * square
+    )
+
+
+def test_the_solver_counts_where_it_runs() -> None:
+    with_solver, without = (
+        plan.quantizing(shapes(), JOB, on_gpu=True, solver_on_gpu=on_gpu, place=CPU) for on_gpu in (True, False)
+    )
+    assert with_solver.device > without.device
+    assert with_solver.host < without.host
 
 
 def make(host: int, **free: int) -> plan.Plan:

@@ -1,15 +1,16 @@
-"""Makes a random Llama of any shape, shard by shard, so that a model larger than memory can be made.
+"""Makes a random Llama of any shape, several shards at a time, so that a model larger than memory can be made.
 
     python experiments/scale/make_llama.py FOLDER                       # the shape of Llama 3.1 8B, 32 blocks, 16 GB
     python experiments/scale/make_llama.py FOLDER --blocks 4            # the same, cut to 4 blocks
     python experiments/scale/make_llama.py FOLDER --width 0.25          # every width a quarter
 
-Weights are normal, scaled so that activations keep their size; norms are 1. The tokenizer is that of the shipped model.
+Weights are normal, scaled so that activations keep their size; norms are 1. The tokenizer is that of the shipped model. The
+same seed gives the same model on the same kind of device.
 """
 
 import argparse
+import concurrent.futures
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,9 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig
 
+from matquant import machine
 from matquant.home import home
 
 INDEX = "model.safetensors.index.json"
+AT_ONCE = 8  # shards, each of at most 1 GB
 
 
 def shape(blocks: int, width: float, vocabulary: int) -> LlamaConfig:
@@ -32,40 +35,47 @@ def shape(blocks: int, width: float, vocabulary: int) -> LlamaConfig:
     )  # fmt: skip
 
 
-def shards(config: LlamaConfig, seed: int) -> Iterator[dict[str, Tensor]]:
-    """What each file holds: the embeddings, each block, then the last norm and the head."""
-    generator = torch.Generator().manual_seed(seed)
+def shard(config: LlamaConfig, number: int, seed: int, device: str) -> dict[str, Tensor]:
+    """What the file of this number holds: the embeddings (0), a block, or the last norm and the head."""
+    generator = torch.Generator(device).manual_seed(seed * 1000 + number)
 
-    def matrix(rows: int, columns: int) -> Tensor:
-        return torch.empty(rows, columns, dtype=torch.bfloat16).normal_(0, columns**-0.5, generator=generator)
+    def matrix(rows: int, columns: int, size: float) -> Tensor:
+        empty = torch.empty(rows, columns, dtype=torch.bfloat16, device=device)
+        return empty.normal_(0, size, generator=generator).cpu()
 
     hidden, inner, keys = config.hidden_size, config.intermediate_size, config.hidden_size // 4
     ones = torch.ones(hidden, dtype=torch.bfloat16)
-    yield {"model.embed_tokens.weight": matrix(config.vocab_size, hidden) * hidden**0.5}
-    for index in range(config.num_hidden_layers):
-        rows = {"self_attn.q_proj": hidden, "self_attn.k_proj": keys, "self_attn.v_proj": keys, "self_attn.o_proj": hidden,
-                "mlp.gate_proj": inner, "mlp.up_proj": inner}  # fmt: skip
-        block = {f"{name}.weight": matrix(count, hidden) for name, count in rows.items()}
-        block |= {"mlp.down_proj.weight": matrix(hidden, inner)}
-        block |= {f"{name}.weight": ones.clone() for name in ("input_layernorm", "post_attention_layernorm")}
-        yield {f"model.layers.{index}.{name}": tensor for name, tensor in block.items()}
-    yield {"model.norm.weight": ones, "lm_head.weight": matrix(config.vocab_size, hidden)}
+    if number == 0:
+        return {"model.embed_tokens.weight": matrix(config.vocab_size, hidden, 1.0)}
+    if number > config.num_hidden_layers:
+        return {"model.norm.weight": ones, "lm_head.weight": matrix(config.vocab_size, hidden, hidden**-0.5)}
+    rows = {"self_attn.q_proj": hidden, "self_attn.k_proj": keys, "self_attn.v_proj": keys, "self_attn.o_proj": hidden,
+            "mlp.gate_proj": inner, "mlp.up_proj": inner}  # fmt: skip
+    block = {f"{name}.weight": matrix(count, hidden, hidden**-0.5) for name, count in rows.items()}
+    block |= {"mlp.down_proj.weight": matrix(hidden, inner, inner**-0.5)}
+    block |= {f"{name}.weight": ones.clone() for name in ("input_layernorm", "post_attention_layernorm")}
+    return {f"model.layers.{number - 1}.{name}": tensor for name, tensor in block.items()}
 
 
-def make(folder: Path, blocks: int, width: float, vocabulary: int, seed: int = 0) -> None:
-    """Write the checkpoint; never more than one shard is in memory."""
+def make(folder: Path, blocks: int, width: float, vocabulary: int, seed: int = 0, device: str = "cpu") -> None:
+    """Write the checkpoint, its numbers drawn on ``device``; never more than a few shards are in memory."""
     folder.mkdir(parents=True, exist_ok=True)
     config = shape(blocks, width, vocabulary)
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(home() / "experiments" / "tiny" / "model").save_pretrained(folder)
     files: dict[str, str] = {}
-    size = 0
-    for number, tensors in enumerate(shards(config, seed), 1):
-        name = f"model-{number:05d}-of-{blocks + 2:05d}.safetensors"
+
+    def write(number: int) -> int:
+        tensors = shard(config, number, seed, device)
+        name = f"model-{number + 1:05d}-of-{blocks + 2:05d}.safetensors"
         save_file(tensors, folder / name, {"format": "pt"})
-        files |= dict.fromkeys(tensors, name)
-        size += sum(tensor.nbytes for tensor in tensors.values())
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": files}, indent=2))
+        files.update(dict.fromkeys(tensors, name))
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    with concurrent.futures.ThreadPoolExecutor(min(AT_ONCE, machine.cores())) as pool:
+        size = sum(pool.map(write, range(blocks + 2)))
+    content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
+    (folder / INDEX).write_text(json.dumps(content, indent=2))
 
 
 def main() -> None:
@@ -75,8 +85,9 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    make(arguments.folder, arguments.blocks, arguments.width, arguments.vocabulary, arguments.seed)
+    make(arguments.folder, arguments.blocks, arguments.width, arguments.vocabulary, arguments.seed, arguments.device)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,19 @@
 import torch
 from torch import Tensor
 
+from matquant.ranks import Ranks
+
 
 class Moments:
-    """Running H = 2 X_b^T X_b / n, and for asymmetric calibration C = 2 (X - X_b)^T X_b / n, in float32.
+    """Running H = 2 X_b^T X_b / n, and for asymmetric calibration C = 2 (X - X_b)^T X_b / n.
 
     X_b [n, columns] are the inputs that a quantized model gives, X those of the full-precision model for the same tokens.
+    Products of a batch are float32, the sums over batches float64: so the order of batches, and with it the number of processes
+    that share them, changes nothing once they are rounded to float32.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu", *, asymmetric: bool = False) -> None:
-        self._square = torch.zeros(columns, columns, device=device)
+        self._square = torch.zeros(columns, columns, dtype=torch.float64, device=device)
         self._cross = torch.zeros_like(self._square) if asymmetric else None
         self.tokens = 0
 
@@ -34,6 +38,19 @@ class Moments:
         self.tokens += other.tokens
         self._cross = None if self._cross is None or other._cross is None else self._cross + other._cross
 
+    def add_up(self, ranks: Ranks) -> None:
+        """Make it what all processes have seen together."""
+        if ranks.count == 1:
+            return
+        counts = torch.tensor([self.tokens, int(self._cross is None)])
+        ranks.add(counts)
+        self.tokens = int(counts[0])
+        ranks.add(self._square)
+        if counts[1]:
+            self._cross = None
+        if self._cross is not None:
+            ranks.add(self._cross)
+
     def fill(self, others: "Moments", tokens: int) -> None:
         """Add as much of what others saw on average as makes ``tokens`` in all."""
         if self.tokens < tokens and others.tokens:
@@ -44,23 +61,23 @@ class Moments:
     @property
     def hessian(self) -> Tensor:
         """float32 [columns, columns]."""
-        return self._square * (2 / self.tokens)
+        return self._square.float().mul_(2 / self.tokens)
 
     @property
     def cross(self) -> Tensor | None:
         """float32 [columns, columns], or None when not asymmetric or given up."""
-        return None if self._cross is None else self._cross * (2 / self.tokens)
+        return None if self._cross is None else self._cross.float().mul_(2 / self.tokens)
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left^T right, for [n, columns] of any float dtype.
+    """total += left^T right, for [n, columns] of any float dtype and a float64 total.
 
     A GPU multiplies half-precision inputs many times faster than float32 ones and loses nothing: their products are exact
     in float32, in which they are summed. Where only ``right`` is half, ``left`` is brought into its range by a power of two
     and rounded, to a relative error of 2^-9 (bfloat16) or 2^-11 of each number.
     """
     if right.device.type != "cuda" or right.dtype == torch.float32:
-        total.addmm_(left.float().T, right.float())
+        total.add_(left.float().T @ right.float())
     elif left.dtype == right.dtype:
         total.add_(torch.mm(left.T, right, out_dtype=torch.float32))
     else:

@@ -17,6 +17,7 @@ from torch import Tensor
 from matquant.evaluate.metrics import Metrics, Totals, compare, likelihood
 from matquant.models.activations import Activations, Place
 from matquant.models.blocks import BlockModel, Prepared, compute_dtype
+from matquant.ranks import ALONE, Ranks
 
 FULL = "full"
 
@@ -41,6 +42,7 @@ def evaluate_slices(
     device: torch.device | str,
     progress: Callable[[int], None] | None = None,
     place: Place | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Metrics]:
     """Perplexity, KL to the full-precision model and top-1 agreement of every variant.
 
@@ -56,6 +58,7 @@ def evaluate_slices(
         device: where blocks and head are computed.
         progress: called with the number of windows that went through a block or the head; ``steps`` of them in all.
         place: where hidden states wait between two blocks; ``device`` when None.
+        ranks: the processes that share the windows; each calls this with the same arguments and gets the same figures.
 
     Returns:
         For ``"full"`` and each variant. Every window predicts its tokens but the first.
@@ -69,6 +72,7 @@ def evaluate_slices(
     advance = progress or (lambda _: None)
     device = torch.device(device)
     dtype = compute_dtype(blocks.dtype, device)
+    windows = windows[ranks.share(len(windows))]
     # Not inference mode: what weights_of makes may be kept by its owner, and must stay an ordinary tensor.
     with torch.no_grad():
         start = blocks.prepare_windows(windows, batch_size, device, dtype, place)
@@ -82,7 +86,15 @@ def evaluate_slices(
         heads = {name: weights_of(len(blocks), name) for name in variants}
         with blocks.outside_on_device(device, dtype):
             totals = _score(blocks, windows, hidden, heads, batch_size, device, advance)
-    return {name: total.metrics() for name, total in totals.items()}
+    return {name: _added_up(total, ranks).metrics() for name, total in totals.items()}
+
+
+def _added_up(totals: Totals, ranks: Ranks) -> Totals:
+    """The sums of all processes."""
+    sums = torch.tensor([totals.nll, totals.kl, totals.agreeing, totals.tokens], dtype=torch.float64)
+    ranks.add(sums)
+    nll, kl, agreeing, tokens = sums.tolist()
+    return Totals(nll, kl, int(agreeing), int(tokens))
 
 
 def _through_block(

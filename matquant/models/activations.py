@@ -12,8 +12,9 @@ from matquant.store.files import explained
 
 Place = torch.device | Path  # a device, or the folder of a file
 
-# Of what is free, hidden states may take so much: blocks, Hessians and their factors come on top.
-_SHARE = 0.4
+# Of what is free, hidden states may take so much: blocks, Hessians and their factors come on top where blocks run. The memory
+# of the host beside a GPU holds little else.
+_SHARE, _SHARE_BESIDE = 0.4, 0.8
 
 
 def choose_place(needed: int, device: torch.device, scratch: Path) -> Place:
@@ -24,7 +25,7 @@ def choose_place(needed: int, device: torch.device, scratch: Path) -> Place:
         scratch: folder for a file, when neither the device nor the host has the room.
     """
     for place in dict.fromkeys((device, torch.device("cpu"))):
-        if needed < _SHARE * machine.device_free(place):
+        if needed < (_SHARE if place == device else _SHARE_BESIDE) * machine.device_free(place):
             return place
     return scratch
 

@@ -11,6 +11,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -29,6 +30,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from matquant import machine
 from matquant.config import ModelConfig
 from matquant.errors import UserError
 from matquant.models.blocks import compute_dtype
@@ -58,6 +60,7 @@ TOKENIZERS = (
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_READERS = 8  # files that are hashed side by side
 _NAMED = 5  # names of tensors or files in one sentence
 
 
@@ -377,12 +380,17 @@ def _fingerprint(model: ModelConfig, folder: Path, files: Sequence[str]) -> dict
     names = ["config.json", *files, *(n for n in (*TOKENIZERS, *TOKENIZER_SETTINGS) if (folder / n).is_file())]
     if model.trust_remote_code:
         names += sorted(file.name for file in folder.glob("*.py"))
-    if model.path is not None:
-        return {"source": "folder", "files": {name: _sha256(folder / name) for name in sorted(names)}}
-    # The cache names a blob by its content already (where it can link), so gigabytes need not be hashed again.
-    paths = {name: folder / name for name in sorted(names)}
-    blobs = {name: path.resolve().name if path.is_symlink() else _sha256(path) for name, path in paths.items()}
-    return {"source": "hub", "name": model.name, "commit": folder.name, "files": blobs}
+    paths = [folder / name for name in sorted(names)]
+    hub = model.path is None
+
+    def content(path: Path) -> str:
+        # The hub's cache names a blob by its content already (where it can link): gigabytes need not be hashed again.
+        return path.resolve().name if hub and path.is_symlink() else _sha256(path)
+
+    with ThreadPoolExecutor(min(_READERS, machine.cores())) as pool:
+        contents = dict(zip(sorted(names), pool.map(content, paths), strict=True))
+    source = {"source": "hub", "name": model.name, "commit": folder.name} if hub else {"source": "folder"}
+    return source | {"files": contents}
 
 
 def _sha256(file: Path) -> str:

@@ -9,14 +9,15 @@ from typing import Any
 
 from matquant.errors import UserError
 from matquant.nested import NestedWeight
-from matquant.store import Artifact, Draft
+from matquant.store import Artifact
+from matquant.store.together import AnyDraft
 
 
 def block_file(index: int) -> str:
     return f"block-{index:04d}.safetensors"
 
 
-def write_block(draft: Draft, name: str, weights: dict[str, NestedWeight], record: dict[str, Any]) -> None:
+def write_block(draft: AnyDraft, name: str, weights: dict[str, NestedWeight], record: dict[str, Any]) -> None:
     """Commit one block; ``record`` is kept beside the tensors and comes back from ``read_block``."""
     tensors = {f"{layer}.{part}": t for layer, weight in weights.items() for part, t in weight.tensors().items()}
     layers = {
@@ -28,7 +29,7 @@ def write_block(draft: Draft, name: str, weights: dict[str, NestedWeight], recor
     draft.write_tensors(name, tensors, {"matquant": header})
 
 
-def read_block(source: Draft | Artifact, name: str) -> tuple[dict[str, NestedWeight], dict[str, Any]]:
+def read_block(source: AnyDraft | Artifact, name: str) -> tuple[dict[str, NestedWeight], dict[str, Any]]:
     """The layers of one block by full name, and its record.
 
     Raises:

@@ -10,7 +10,7 @@ keeps a single target and feeds back the unweighted mean of the widths' errors (
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -26,7 +26,7 @@ _CLIPS = torch.linspace(1.0, 0.4, 25)
 
 # Weights that are solved at once; a larger matrix is taken in parts of its rows. While one is solved there are up to three
 # float32 arrays of its size for each width: compensated targets, their start, gradients.
-_MOST_WEIGHTS = 2**26
+MOST_WEIGHTS = 2**26
 
 # Zero points about the middle of 8-bit codes that the search tries besides the one that fits the range.
 _ZERO_STEPS = (0, 8, -8, 16, -16, 24, -24)
@@ -98,12 +98,40 @@ class Calibration:
     notes: tuple[str, ...]
 
 
-def calibrate(inputs: Sequence[Inputs], options: SolverOptions, layer: str = "this layer") -> Calibration:
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Factored:
+    """One entry of ``Calibration``: what its fields hold, for one set of inputs."""
+
+    hessian: Tensor
+    factor: Tensor
+    shift: Tensor | None
+    note: str | None
+
+
+def factored(given: Inputs, order: Tensor | None, damp: float, layer: str) -> Factored:
+    """Factor the Hessian of some inputs, in the order in which columns are solved.
+
+    Raises:
+        UserError: it is not finite, or no damping makes it positive definite.
+    """
+    hessian = _ordered(given.hessian, order)
+    factor = inverse_factor(hessian, damp, layer)
+    shift = None if given.cross is None else _ordered(given.cross, order) @ factor.upper.T @ factor.upper
+    return Factored(hessian=damped(hessian, factor.damp), factor=factor.upper, shift=shift, note=factor.note)
+
+
+def calibrate(
+    inputs: Sequence[Inputs],
+    options: SolverOptions,
+    layer: str = "this layer",
+    share: Callable[[int, Callable[[int], Factored]], list[Factored]] = lambda count, work: [*map(work, range(count))],
+) -> Calibration:
     """Factor the Hessians of a layer's inputs.
 
     Args:
         inputs: one for all widths, or one per width of ``options.widths``; the same object where widths share it.
         layer: its name, for sentences.
+        share: gives what the work makes of 0 .. count - 1; for those who have more than one process for it.
 
     Raises:
         UserError: a Hessian is not finite, or no damping makes it positive definite.
@@ -115,20 +143,15 @@ def calibrate(inputs: Sequence[Inputs], options: SolverOptions, layer: str = "th
         columns = len(inputs[0].hessian)
         group_size = columns if options.group_size == -1 else options.group_size
         order = _column_order(torch.stack([i.hessian.diagonal() for i in inputs]).mean(0), group_size)
-    done: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
-    notes = []
-    for given in inputs:
-        if id(given) in done:
-            continue
-        hessian = _ordered(given.hessian, order)
-        factor = inverse_factor(hessian, options.damp, layer)
-        shift = None if given.cross is None else _ordered(given.cross, order) @ factor.upper.T @ factor.upper
-        done[id(given)] = damped(hessian, factor.damp), factor.upper, shift
-        notes += [factor.note] if factor.note else []
-    hessians, factors, shifts = zip(*(done[id(given)] for given in inputs), strict=True)
+    different = {id(given): given for given in inputs}
+    distinct = list(different.values())
+    made = share(len(distinct), lambda index: factored(distinct[index], order, options.damp, layer))
+    done = dict(zip(different, made, strict=True))
+    each = [done[id(given)] for given in inputs]
+    shifts = tuple(one.shift for one in each if one.shift is not None)
     return Calibration(
-        hessians=hessians, factors=factors, shifts=None if shifts[0] is None else shifts, order=order,
-        notes=tuple(dict.fromkeys(notes)),
+        hessians=tuple(one.hessian for one in each), factors=tuple(one.factor for one in each), shifts=shifts or None,
+        order=order, notes=tuple(dict.fromkeys(one.note for one in made if one.note)),
     )  # fmt: skip
 
 
@@ -147,7 +170,7 @@ def solve(weight: Tensor, calibration: Calibration | None, options: SolverOption
     columns = weight.shape[1]
     group_size = columns if options.group_size == -1 else options.group_size
     _check_shapes(columns, group_size, options)
-    rows_at_once = max(1, _MOST_WEIGHTS // columns)
+    rows_at_once = max(1, MOST_WEIGHTS // columns)
     return _joined(
         [_solve_rows(part, calibration, group_size, options) for part in weight.detach().split(rows_at_once)]
     )
@@ -193,11 +216,13 @@ def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
         weight, quantized: [out_features, in_features].
         hessian: float32 [in_features, in_features].
     """
-    weight = weight.float()
-    error = weight - quantized
-    lost = torch.einsum("ij,ij->", error @ hessian, error)
-    whole = torch.einsum("ij,ij->", weight @ hessian, weight)
+    lost, whole = (output_energy(w, hessian).sum() for w in (weight.float() - quantized, weight.float()))
     return float(lost / whole) if whole > 0 else 0.0
+
+
+def output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
+    """w H w^T of each row w of a float32 weight [out_features, in_features]: float64 [out_features]."""
+    return (weight @ hessian).mul_(weight).sum(1).double()
 
 
 def _trials(options: SolverOptions, device: torch.device) -> Trials:

@@ -81,6 +81,14 @@ class Store:
             commit(draft, folder, plain, to_plain(dict(build(draft))))
             return dataclasses.replace(read_artifact(folder, deep=False), reused=False, notes=notes + draft.notes)
 
+    def open(self, kind: str, inputs: Mapping[str, Any]) -> Artifact:
+        """The artifact that ``inputs`` determine and that another process has just built or verified.
+
+        Raises:
+            UserError: it is not there.
+        """
+        return read_artifact(self.path / kind / artifact_key(kind, to_plain(dict(inputs))), deep=False)
+
     def ls(self) -> list[Entry]:
         """What is in the store, complete and partial, in the order of kinds and keys. Reads manifests only."""
         drafts = [path for path in children(self.path / "partial") if re.fullmatch(LABEL, path.name)]

@@ -424,7 +424,7 @@ def test_a_matrix_in_parts_of_its_rows_is_the_same(monkeypatch, symmetric):
     weight, hessian = layer(70, 128)
     options = SolverOptions(weights=BALANCED, group_size=32, symmetric=symmetric, sweeps=1)
     whole = solve(weight, hessian, options)
-    monkeypatch.setattr(solver, "_MOST_WEIGHTS", 33 * 128)
+    monkeypatch.setattr(solver, "MOST_WEIGHTS", 33 * 128)
     parts = solve(weight, hessian, options)
     assert parts.codes.shape == whole.codes.shape
     # A product of fewer rows may be summed in another order, and one other choice changes the rest of its row.

@@ -1,0 +1,221 @@
+"""Solves the layers of one block: gathers what reaches them, factors it, and chooses their codes."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from matquant.calibration.hessian import Moments
+from matquant.calibration.stream import FULL, Streams
+from matquant.errors import UserError
+from matquant.nested import NestedWeight
+from matquant.quantize.solver import (
+    Calibration,
+    Factored,
+    Inputs,
+    SolverOptions,
+    calibrate,
+    output_energy,
+    solve,
+)
+
+if TYPE_CHECKING:
+    from matquant.quantize.driver import Driver
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationOptions:
+    """How a block's inputs are made.
+
+    Attributes:
+        streams: widths whose slices are followed through the model. Each width of the objective is calibrated on the
+            nearest of them, the higher one of two as near.
+        asymmetric: aim at the outputs that the full-precision inputs give, instead of those of the quantized model's.
+        staged: let later layers of a block see the earlier ones quantized.
+        batch_size: windows in one forward pass.
+    """
+
+    streams: tuple[int, ...]
+    asymmetric: bool
+    staged: bool
+    batch_size: int
+
+    def stream_of(self, bits: int) -> int:
+        return min(self.streams, key=lambda stream: (abs(stream - bits), -stream))
+
+
+class BlockSolver:
+    """Solves the layers of one block, stage by stage."""
+
+    def __init__(self, driver: "Driver", index: int, streams: Streams | None) -> None:
+        self.driver = driver
+        self.index = index
+        self.streams = streams
+        self.layers = driver.layers[index]
+        self.pools = {} if index == len(driver.blocks) else driver.blocks.expert_pools(index)
+        self.weights: dict[str, NestedWeight] = {}
+        self.record: dict = {"layers": {}, "notes": []}
+
+    def solve(self) -> tuple[dict[str, NestedWeight], dict]:
+        if self.streams is None:
+            for name in self.layers:
+                self._solve_layer(name, None, [])
+            return self.weights, self.record
+        for stage in self._stages():
+            with self.driver.timed("forward"):
+                moments = self._moments(stage, self.streams)
+            self._fill_experts(stage, moments)
+            for group in stage:
+                with self.driver.timed("solve"):
+                    self._solve_group(group, moments.pop(0))
+        for name in self.layers:
+            if name not in self.weights:  # a layer that the model never calls
+                self._solve_group([name], {})
+        return self.weights, self.record
+
+    def _stages(self) -> list[list[list[str]]]:
+        """Stages of groups of layers that share an input, in order of execution; what experts do alike is one stage."""
+        if self.index == len(self.driver.blocks):
+            return [[[name] for name in self.layers]]
+        found = self.driver.blocks.input_groups(self.index)
+        stages: dict[str, list[list[str]]] = {}
+        for group in [*found.groups, *([name] for name in found.uncalled if name in self.pools)]:
+            if kept := [name for name in group if name in self.layers]:
+                stages.setdefault(self.pools.get(kept[0], kept[0]), []).append(kept)
+        staged = list(stages.values())
+        return staged if self.driver.calibration.staged else [[group for stage in staged for group in stage]]
+
+    def _moments(self, stage: Sequence[Sequence[str]], streams: Streams) -> list[dict[int, Moments]]:
+        """For each group of the stage the moments of its input in every stream."""
+        firsts = [self.layers[group[0]] for group in stage]
+        calibration = self.driver.calibration
+        moments = [
+            {
+                # A router sends other tokens to an expert in each stream: those cannot be compared.
+                bits: Moments(
+                    self.layers[name].in_features, streams.device,
+                    asymmetric=calibration.asymmetric and name not in self.pools,
+                )
+                for bits in calibration.streams
+            }
+            for name, *_ in stage
+        ]  # fmt: skip
+        weights = {name: self.driver.decoded(name, self.weights) for name in streams.hidden}
+        for batch in streams.inputs(self.index, firsts, weights):
+            full = batch.get(FULL, [None] * len(firsts))
+            for bits in calibration.streams:
+                for i, inputs in enumerate(batch[str(bits)]):
+                    if inputs is not None:
+                        moments[i][bits].add(inputs, full[i])
+        for of_group in moments:
+            for bits in calibration.streams:
+                of_group[bits].add_up(self.driver.ranks)
+        return moments
+
+    def _fill_experts(self, stage: Sequence[Sequence[str]], moments: Sequence[dict[int, Moments]]) -> None:
+        """Give experts that saw fewer tokens than they have inputs the rest from what all experts saw on average.
+
+        Each of them is recorded by name, with the tokens that it saw.
+        """
+        pools: dict[str, list[int]] = {}
+        for i, group in enumerate(stage):
+            if group[0] in self.pools:
+                pools.setdefault(self.pools[group[0]], []).append(i)
+        for members in pools.values():
+            columns = self.layers[stage[members[0]][0]].in_features
+            for bits in self.driver.calibration.streams:
+                together = Moments(columns, self.driver.device)
+                for i in members:
+                    together.merge(moments[i][bits])
+                poor = {i: moments[i][bits].tokens for i in members if moments[i][bits].tokens < columns}
+                for i, tokens in poor.items():
+                    moments[i][bits].fill(together, columns)
+                    if bits == self.driver.calibration.streams[-1]:
+                        found = [{"name": n, "tokens": tokens, "inputs": columns} for n in stage[i]]
+                        self.record.setdefault("experts", []).extend(found)
+
+    def _solve_group(self, names: Sequence[str], moments: dict[int, Moments]) -> None:
+        """Solve layers that share their input."""
+        if not moments or any(m.tokens == 0 for m in moments.values()):
+            for name in names:
+                self.record["notes"].append(f"{name} saw no calibration data; it was rounded to nearest.")
+                self._solve_layer(name, None, [])
+            return
+        given = self._inputs(names[0], moments)
+        options = {name: self.driver.overrides(name) or self.driver.options for name in names}
+        for chosen in dict.fromkeys(id(o) for o in options.values()):
+            alike = [name for name in names if id(options[name]) == chosen]
+            self._solve_alike(alike, given, options[alike[0]])
+
+    def _solve_alike(self, names: Sequence[str], given: Mapping[int, Inputs], options: SolverOptions) -> None:
+        """Solve layers that share their input and their options."""
+        inputs = list(given.values())
+        if len(given) > 1:
+            inputs = [given[self.driver.calibration.stream_of(bits)] for bits in options.widths]
+        calibration = calibrate(inputs, options, names[0], self._shared)
+        self.record["notes"] += calibration.notes
+        for name in names:
+            self._solve_layer(name, calibration, [i.hessian for i in inputs])
+
+    def _shared(self, count: int, work: Callable[[int], Factored]) -> list[Factored]:
+        """The factored inputs of so many streams, of which each process makes some."""
+        ranks = self.driver.ranks
+        if ranks.count == 1:
+            return [work(index) for index in range(count)]
+        made = {index: work(index) for index in range(ranks.rank, count, ranks.count)}
+        return [self._copied(made.get(index), index % ranks.count) for index in range(count)]
+
+    def _copied(self, made: Factored | None, source: int) -> Factored:
+        """What the process ``source`` made, which is ``made`` there, in every process."""
+        ranks = self.driver.ranks
+        columns, shifted, note = ranks.tell(
+            None if made is None else [len(made.factor), made.shift is not None, made.note], source
+        )
+        if made is None:
+            hessian, factor, *shift = torch.empty(2 + shifted, columns, columns, device=self.driver.solver_device)
+            made = Factored(hessian=hessian, factor=factor, shift=shift[0] if shifted else None, note=note)
+        for tensor in (made.hessian, made.factor, *((made.shift,) if made.shift is not None else ())):
+            ranks.copy(tensor, source)
+        return made
+
+    def _inputs(self, name: str, moments: dict[int, Moments]) -> dict[int, Inputs]:
+        """The moments of each stream as the solver takes them; ``moments`` is empty afterwards."""
+        asymmetric = self.driver.calibration.asymmetric and name not in self.pools
+        if asymmetric and any(m.cross is None for m in moments.values()):
+            self.record["notes"].append(f"{name} sees other tokens in each slice; it was calibrated symmetrically.")
+            asymmetric = False
+        given, place = {}, self.driver.solver_device
+        for bits in list(moments):  # one after the other, so that no second copy of all is held
+            of_stream = moments.pop(bits)
+            cross = of_stream.cross.to(place) if asymmetric and of_stream.cross is not None else None
+            given[bits] = Inputs(hessian=of_stream.hessian.to(place), cross=cross)
+        return given
+
+    def _solve_layer(self, name: str, calibration: Calibration | None, hessians: Sequence[Tensor]) -> None:
+        options = self.driver.overrides(name) or self.driver.options
+        weight = self.layers[name].weight.detach().to(self.driver.solver_device).float()
+        if not torch.isfinite(weight).all():
+            raise UserError(
+                f"The weights of {name} hold NaN or Inf; mend the checkpoint or leave it alone with method.skip."
+            )
+        solved, errors = self._solve_rows(weight, calibration, hessians, options)
+        self.weights[name] = solved.to("cpu")
+        self.record["layers"][name] = {"shape": list(weight.shape), "errors": errors}
+        self.driver.progress(1)
+
+    def _solve_rows(
+        self, weight: Tensor, calibration: Calibration | None, hessians: Sequence[Tensor], options: SolverOptions
+    ) -> tuple[NestedWeight, dict[str, float]]:
+        """The whole solution and its relative errors; each process solves a part of the rows."""
+        ranks = self.driver.ranks
+        own = weight[ranks.share(len(weight))]
+        solved = solve(own, calibration, options)
+        lost = {}
+        for k, bits in enumerate(options.widths if hessians else ()):
+            hessian = hessians[k % len(hessians)]
+            energies = [output_energy(w, hessian) for w in (own - solved.decode(bits), own)]
+            lost[str(bits)] = ranks.join(torch.stack(energies, 1), len(weight)).sum(0).tolist()
+        errors = {bits: error / whole if whole > 0 else 0.0 for bits, (error, whole) in lost.items()}
+        return solved.with_tensors(lambda tensor: ranks.join(tensor, len(weight))), errors

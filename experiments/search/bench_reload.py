@@ -23,8 +23,9 @@ from compare import Bench, config_of
 from matquant.nested import NestedWeight
 from matquant.search.evaluator import open_evaluator
 from matquant.search.mutation import breed, switch_levels
+from matquant.search.running import Setting
 from matquant.search.slices import DecodedSlices
-from matquant.search.stage import Setting, problems
+from matquant.search.stage import problems
 
 CANDIDATES = 32
 

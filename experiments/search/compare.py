@@ -28,9 +28,10 @@ from matquant.models.load import load
 from matquant.pipeline import Job, compute
 from matquant.quantize.parent import Parent
 from matquant.search.evaluator import open_evaluator
+from matquant.search.running import Setting
 from matquant.search.settings import SearchConfig
 from matquant.search.slices import DecodedSlices
-from matquant.search.stage import Setting, problems, search
+from matquant.search.stage import problems, search
 from matquant.store import Store
 from matquant.store.artifact import read_artifact
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from matquant.models.blocks import BlockModel
 from matquant.models.calls import Calls
+from matquant.ranks import ALONE, Ranks
 from matquant.search.problem import Candidate, Unit
 from matquant.search.slices import Slices
 
@@ -66,6 +67,7 @@ class Evaluator:
         fitness: Fitness,
         top_k: int,
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.blocks = blocks
         self.slices = slices
@@ -74,6 +76,7 @@ class Evaluator:
         self.fitness = fitness
         self.top_k = top_k
         self.device = device
+        self.ranks = ranks
         self.counts = Counts()
         self._layers = _layers_of_blocks(blocks, units)
         self._units_of_block = [
@@ -106,6 +109,8 @@ class Evaluator:
     def losses(self, candidates: Sequence[Candidate], sample: Sample) -> list[float]:
         """The mean loss over the predicted tokens of a sample, for each candidate.
 
+        Several processes share the candidates; what one of them finds for a candidate does not depend on the others.
+
         Args:
             candidates: a width, or ``FULL``, for each unit.
             sample: of the text.
@@ -115,9 +120,13 @@ class Evaluator:
             mean negative log-likelihood, which puts candidates in the same order.
         """
         order = sorted(range(len(candidates)), key=lambda c: self._key(candidates[c]))
-        sums = [0.0] * len(candidates)
+        order = order[self._share(len(order), self.ranks.rank) : self._share(len(order), self.ranks.rank + 1)]
+        sums = torch.zeros(len(candidates), dtype=torch.float64)
         predicted = 0
         for numbers, length in self._batches(sample):
+            predicted += len(numbers) * (length - 1)
+            if not order:
+                continue
             ids = self.windows[numbers, :length].to(self.device)
             hidden, calls = self.blocks.prepare(ids)
             score = self._scorer(ids, numbers, length)
@@ -127,10 +136,14 @@ class Evaluator:
                 self._run(candidates[c], last, path, calls)
                 last = candidates[c]
                 sums[c] += score(self.blocks.head(ids, path[-1]))
-            predicted += ids.shape[0] * (length - 1)
+        self.ranks.add(sums)
         self.counts.evaluations += len(candidates)
         self.counts.tokens += len(candidates) * self.size(sample)
-        return [total / predicted for total in sums]
+        return (sums / predicted).tolist()
+
+    def _share(self, candidates: int, rank: int) -> int:
+        """Where a process's part of the candidates begins."""
+        return rank * candidates // self.ranks.count
 
     # A candidate's forward pass
 
@@ -225,6 +238,7 @@ def open_evaluator(
     fitness: Fitness,
     top_k: int,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Evaluator]:
     """An evaluator whose model is on ``device`` in the slices' dtype; the model is as before afterwards."""
     with contextlib.ExitStack() as stack:
@@ -232,7 +246,15 @@ def open_evaluator(
         for index in range(len(blocks)):
             stack.enter_context(blocks.on_device(index, device, slices.dtype))
         evaluator = Evaluator(
-            blocks, units, slices, windows, batch_size=batch_size, fitness=fitness, top_k=top_k, device=device
+            blocks,
+            units,
+            slices,
+            windows,
+            batch_size=batch_size,
+            fitness=fitness,
+            top_k=top_k,
+            device=device,
+            ranks=ranks,
         )
         stack.callback(evaluator.restore)
         yield evaluator

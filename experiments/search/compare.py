@@ -3,8 +3,8 @@
     python experiments/search/compare.py --jobs 8                  # five seeds, four budgets; for a GPU
     python experiments/search/compare.py --jobs 8 --published 1    # also the published settings, for so many seeds
 
-Searches on windows of the calibration split and measures on the evaluation split, which no search has seen. What is finished
-is kept in the store and in results.json, so that a killed run goes on from there.
+Searches on windows of the calibration split and measures on the evaluation split, which no search has seen. What results.json
+has for the same parent is not done again.
 """
 
 import argparse
@@ -51,6 +51,7 @@ PUBLISHED_TEXT = (
     "search.sequences=256", "search.sequence_length=512", "search.batch_size=64", "search.serve=decoded",
 )  # fmt: skip
 PUBLISHED = ("search=evopress", "search.widths=[2,3,4,5,6,7,8]")
+OF_PUBLISHED = ("hybrid, a tenth", "evolve, published")
 # A tenth of the evaluations that those settings take.
 TENTH = ("search=hybrid", "search.sensitivity_tokens=16384", "search.generations=90", "search.tokens=[2048,16384]")
 
@@ -147,7 +148,7 @@ def compare(seed: int, bits: float, published: bool) -> list[dict[str, Any]]:
     budget = (f"search.average_bits={bits}", f"search.seed={seed}")
     if published:
         evolve = bench.find(*PUBLISHED, *PUBLISHED_TEXT, *budget)
-        found = {"hybrid, a tenth": bench.find(*TENTH, *PUBLISHED_TEXT, *budget), "evolve, published": evolve}
+        found = dict(zip(OF_PUBLISHED, (bench.find(*TENTH, *PUBLISHED_TEXT, *budget), evolve), strict=True))
     else:
         hybrid = bench.find(*HYBRID, *TEXT, *budget)
         evolve = bench.find(*EVOLVE, *TEXT, *budget, f"search.max_tokens={hybrid['tokens']}")
@@ -168,17 +169,22 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = Bench()
     uniform = dict(zip(WIDTHS, bench.measure([[b] * 42 for b in WIDTHS]), strict=True))
+    parent = bench.parent.artifact.sha256
+    known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    rows: list[dict[str, Any]] = known["rows"] if known.get("parent") == parent else []
+    done = {(row["seed"], row["budget"], row["method"] in OF_PUBLISHED) for row in rows}
     tasks = [(seed, bits, True) for seed in range(arguments.published) for bits in BUDGETS]
     tasks += [(seed, bits, False) for seed in range(arguments.seeds) for bits in BUDGETS]
-    rows: list[dict[str, Any]] = []
+    tasks = [task for task in tasks if task not in done]
     start = time.time()
     running = Parallel(arguments.jobs, return_as="generator_unordered", batch_size=1)
     for found in running(delayed(compare)(*task) for task in tasks):
         rows += found
         rows.sort(key=lambda row: (row["method"], row["budget"], row["seed"]))
-        arguments.output.write_text(json.dumps({"uniform": uniform, "rows": rows}) + "\n")
-        done = found[0]
-        print(f"{done['method']}, seed {done['seed']}, {done['budget']} bits: {time.time() - start:.0f} s", flush=True)
+        text = json.dumps({"parent": parent, "uniform": uniform, "rows": rows})
+        arguments.output.write_text(text.replace(', {"method"', ',\n{"method"') + "\n")
+        one = found[0]
+        print(f"{one['method']}, seed {one['seed']}, {one['budget']} bits: {time.time() - start:.0f} s", flush=True)
     print(table(rows, uniform), flush=True)
 
 

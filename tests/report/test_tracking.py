@@ -2,6 +2,7 @@ import json
 import logging
 import os
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,9 @@ def read_run(folder: Path):
         kind = record.WhichOneof("record_type")
         if kind == "history":
             run["history"].append(items(record.history.item))
+        elif kind == "environment":
+            run["cores"] = record.environment.cpu_count_logical or run.get("cores", 0)
+            run["commit"] = record.environment.git.commit or run.get("commit")
         elif kind == "summary":
             run["summary"] |= items(record.summary.update)
         elif kind == "metric":
@@ -61,6 +65,25 @@ def read_run(folder: Path):
             run |= {"group": record.run.run_group, "name": record.run.display_name, "tags": list(record.run.tags)}
             run |= {"project": record.run.project, "id": record.run.run_id}
     return run
+
+
+def git(*arguments: str) -> str:
+    flags = ("-c", "user.name=A", "-c", "user.email=a@example.com")
+    return subprocess.run(["git", *flags, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_commit_the_machine_and_what_the_job_took_are_in_the_run(make_results, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "first")
+    search = {"method": "hybrid", "seconds": 2.5, "evaluations_per_second": 40.0, "tokens_per_second": 9000.0}
+    results = make_results(bits=(2,), layers=[], search=search, resources={"host_peak": 7, "device_peak": None})
+    assert track(results, CONFIG, tmp_path / "run", None, "x") is None
+    run = read_run(tmp_path / "run")
+    assert run["commit"] == git("rev-parse", "HEAD")
+    assert run["cores"] == os.cpu_count()
+    assert (run["summary"]["memory/host_peak"], run["summary"]["search/evaluations_per_second"]) == (7, 40.0)
+    assert "memory/device_peak" not in run["summary"]
 
 
 def test_a_run_reads_back(make_results, tmp_path, capfd):

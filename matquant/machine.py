@@ -1,5 +1,6 @@
 """What this machine has: devices, their memory and that of the host, and room on a disk. All sizes in bytes."""
 
+import ctypes
 import importlib.util
 import os
 import resource
@@ -12,6 +13,9 @@ import psutil
 import torch
 
 from matquant.errors import UserError
+
+# M_MMAP_THRESHOLD of the GNU C library's <malloc.h>: from this size on a block is mapped by itself, and unmapped when freed.
+_MMAP_THRESHOLD = -3
 
 # Where Linux tells the memory limit of a container, new and old.
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -96,6 +100,16 @@ def use_threads(threads: int | None) -> None:
     numba.set_num_threads(min(threads, most))
     # Last, since the two share an OpenMP runtime, and numba sets its number of threads when it is first used.
     torch.set_num_threads(threads)
+
+
+def give_back_memory() -> None:
+    """Have large tensors that are freed go back to the system at once.
+
+    The C library keeps blocks of up to 32 MB for itself once some were freed; between tensors of a calibration batch they
+    leave holes, so that a process may hold half as much again as it uses.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_MMAP_THRESHOLD, 2**23)
 
 
 def cores() -> int:

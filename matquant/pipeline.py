@@ -115,6 +115,7 @@ def compute(config: Config, job: Job) -> dict[str, Any]:
         UserError: something in the config, model or text cannot be worked with.
     """
     machine.use_threads(config.runtime.threads)
+    machine.give_back_memory()
     device = machine.device(config.runtime.device)
     with ranks.joined(device) as together:
         return _Run(config, job, device, together).results()

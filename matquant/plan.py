@@ -19,6 +19,7 @@ from matquant.errors import UserError
 from matquant.evaluate.slices import LOGITS_AT_ONCE
 from matquant.models.activations import Place
 from matquant.models.shapes import Layer, Shapes
+from matquant.quantize.block import MOST_MOMENTS
 from matquant.quantize.solver import MOST_WEIGHTS
 
 _FLOAT = 4  # bytes of a float32
@@ -128,18 +129,23 @@ def _inputs(stage: Sequence[Layer]) -> list[int]:
 
 
 def _gathering(shapes: Shapes, job: Calibrating, stage: Sequence[Layer]) -> int:
-    """A stage's moments, one product that is added to them, a batch on its way, and each stream's layers of earlier stages."""
+    """A stage's moments, what was caught of a batch in each stream, each stream's layers of earlier stages, and what is there
+    for a moment: the batch's way through the block, or a product that is added to the moments."""
     if not job.streams:
         return 0
     before = sum(layer.rows * layer.columns for layer in shapes.layers if layer.stage < min(one.stage for one in stage))
     decoded = job.streams * before * shapes.computing if job.staged else 0
     product = max(_inputs(stage)) ** 2 * _FLOAT
-    return _moments(job, _inputs(stage)) + product + decoded + _activations(shapes, job.batch)
+    caught = (job.streams + job.asymmetric) * job.batch * sum(_inputs(stage)) * shapes.computing
+    difference = job.asymmetric * job.batch * max(_inputs(stage)) * _FLOAT
+    passing = max(_activations(shapes, job.batch), difference + product)
+    return _moments(job, _inputs(stage)) + decoded + caught + passing
 
 
 def _moments(job: Calibrating, inputs: Sequence[int]) -> int:
     """Sums in float64 for each stream, of squares and for asymmetric calibration of products."""
-    return sum(job.streams * (1 + job.asymmetric) * columns**2 * 2 * _FLOAT for columns in inputs)
+    each = [job.streams * (1 + job.asymmetric) * columns**2 * 2 * _FLOAT for columns in inputs]
+    return min(sum(each), max(MOST_MOMENTS, *each)) if each else 0
 
 
 def _solving(job: Calibrating, stage: Sequence[Layer]) -> int:

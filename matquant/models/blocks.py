@@ -232,7 +232,8 @@ class BlockModel:
             dtype: in which they run; the stored one when None.
 
         Raises:
-            UserError: the results differ, so that an architecture passes more between its blocks than hidden states.
+            UserError: the results differ, so that an architecture passes more between its blocks than hidden states; or a
+                block puts out what is not finite.
         """
         device, dtype = torch.device(device), dtype or self.dtype
         expected = self._whole(device, dtype)
@@ -240,7 +241,12 @@ class BlockModel:
         for index, call in enumerate(calls):
             with self.on_device(index, device, dtype):
                 hidden = self.run_block(index, hidden, call)
-        if not torch.allclose(hidden, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
+            if not torch.isfinite(hidden).all():
+                raise UserError(
+                    f"{self.block_names[index]} puts out NaN or Inf in {str(dtype).removeprefix('torch.')}: its weights are "
+                    "damaged, or its activations are too large for that dtype, in which case model.dtype=bfloat16 may help."
+                )
+        if not torch.allclose(hidden, expected, rtol=1e-3, atol=1e-3):
             raise UserError(
                 f"{type(self.model).__name__} cannot be run block by block: its blocks exchange more than hidden "
                 "states. This architecture is not supported."

@@ -24,6 +24,9 @@ from matquant.quantize.solver import (
 if TYPE_CHECKING:
     from matquant.quantize.driver import Driver
 
+# Bytes of moments that are held at once. More experts are taken one part after another, which costs a pass for each.
+MOST_MOMENTS = 2**33
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationOptions:
@@ -64,12 +67,18 @@ class BlockSolver:
                 self._solve_layer(name, None, [])
             return self.weights, self.record
         for stage in self._stages():
-            with self.driver.timed("forward"):
-                moments = self._moments(stage, self.streams)
-            self._fill_experts(stage, moments)
-            for group in stage:
-                with self.driver.timed("solve"):
-                    self._solve_group(group, moments.pop(0))
+            decoded = {name: self.driver.decoded(name, self.weights) for name in self.streams.hidden}
+            parts = self._parts(stage)
+            pooled = self._pooled(stage, decoded) if len(parts) > 1 else {}
+            for part in parts:
+                moments = [self._new_moments(group[0]) for group in part]
+                self._gather(part, moments, decoded)
+                if part is parts[-1]:
+                    decoded = {}  # its memory is the solver's
+                self._fill_experts(part, moments, pooled or self._merged(part, moments))
+                for group in part:
+                    with self.driver.timed("solve"):
+                        self._solve_group(group, moments.pop(0))
         for name in self.layers:
             if name not in self.weights:  # a layer that the model never calls
                 self._solve_group([name], {})
@@ -87,54 +96,97 @@ class BlockSolver:
         staged = list(stages.values())
         return staged if self.driver.calibration.staged else [[group for stage in staged for group in stage]]
 
-    def _moments(self, stage: Sequence[Sequence[str]], streams: Streams) -> list[dict[int, Moments]]:
-        """For each group of the stage the moments of its input in every stream."""
-        firsts = [self.layers[group[0]] for group in stage]
+    def _parts(self, stage: Sequence[list[str]]) -> list[list[list[str]]]:
+        """A stage in parts whose moments fit in ``MOST_MOMENTS`` bytes: many experts' would not be held at once."""
         calibration = self.driver.calibration
-        moments = [
-            {
-                # A router sends other tokens to an expert in each stream: those cannot be compared.
-                bits: Moments(
-                    self.layers[name].in_features, streams.device,
-                    asymmetric=calibration.asymmetric and name not in self.pools,
-                )
-                for bits in calibration.streams
-            }
-            for name, *_ in stage
-        ]  # fmt: skip
-        weights = {name: self.driver.decoded(name, self.weights) for name in streams.hidden}
-        for batch in streams.inputs(self.index, firsts, weights):
-            full = batch.get(FULL, [None] * len(firsts))
-            for bits in calibration.streams:
-                for i, inputs in enumerate(batch[str(bits)]):
-                    if inputs is not None:
-                        moments[i][bits].add(inputs, full[i])
-        for of_group in moments:
-            for bits in calibration.streams:
-                of_group[bits].add_up(self.driver.ranks)
-        return moments
+        parts: list[list[list[str]]] = [[]]
+        held = 0
+        for group in stage:
+            needed = (
+                8 * self.layers[group[0]].in_features ** 2 * len(calibration.streams) * (1 + calibration.asymmetric)
+            )
+            if parts[-1] and held + needed > MOST_MOMENTS:
+                parts.append([])
+                held = 0
+            parts[-1].append(group)
+            held += needed
+        return parts
 
-    def _fill_experts(self, stage: Sequence[Sequence[str]], moments: Sequence[dict[int, Moments]]) -> None:
+    def _new_moments(self, name: str) -> dict[int, Moments]:
+        """Of the input of a layer in every stream. A router sends an expert other tokens in each: those cannot be compared."""
+        asymmetric = self.driver.calibration.asymmetric and name not in self.pools
+        columns = self.layers[name].in_features
+        return {
+            bits: Moments(columns, self.driver.device, asymmetric=asymmetric)
+            for bits in self.driver.calibration.streams
+        }
+
+    def _gather(
+        self,
+        stage: Sequence[list[str]],
+        moments: Sequence[dict[int, Moments]],
+        decoded: Mapping[str, Mapping[str, Tensor]],
+    ) -> None:
+        """Add what reaches each group of the stage, in every stream, to its moments.
+
+        Args:
+            moments: of each group; groups may have the same ones.
+            decoded: the weights that were solved before, as each stream reads them.
+        """
+        assert self.streams is not None
+        firsts = [self.layers[group[0]] for group in stage]
+        with self.driver.timed("forward"):
+            for batch in self.streams.inputs(self.index, firsts, decoded):
+                full = batch.get(FULL, [None] * len(firsts))
+                for bits in self.driver.calibration.streams:
+                    for i, inputs in enumerate(batch[str(bits)]):
+                        if inputs is not None:
+                            moments[i][bits].add(inputs, full[i])
+            for of_group in {id(m): m for m in moments}.values():
+                for of_stream in of_group.values():
+                    of_stream.add_up(self.driver.ranks)
+
+    def _pooled(
+        self, stage: Sequence[list[str]], decoded: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, dict[int, Moments]]:
+        """What all experts of each pool see together, in every stream, in a pass of its own."""
+        experts = [group for group in stage if group[0] in self.pools]
+        pooled = {self.pools[group[0]]: self._new_moments(group[0]) for group in experts}
+        if experts:
+            self._gather(experts, [pooled[self.pools[group[0]]] for group in experts], decoded)
+        return pooled
+
+    def _merged(
+        self, stage: Sequence[list[str]], moments: Sequence[dict[int, Moments]]
+    ) -> dict[str, dict[int, Moments]]:
+        """What all experts of each pool saw together, from what each of them saw."""
+        pooled: dict[str, dict[int, Moments]] = {}
+        for group, of_group in zip(stage, moments, strict=True):
+            if group[0] in self.pools:
+                together = pooled.setdefault(self.pools[group[0]], self._new_moments(group[0]))
+                for bits, seen in of_group.items():
+                    together[bits].merge(seen)
+        return pooled
+
+    def _fill_experts(
+        self,
+        stage: Sequence[list[str]],
+        moments: Sequence[dict[int, Moments]],
+        pooled: Mapping[str, dict[int, Moments]],
+    ) -> None:
         """Give experts that saw fewer tokens than they have inputs the rest from what all experts saw on average.
 
-        Each of them is recorded by name, with the tokens that it saw.
+        Each of them is recorded by name, with the fewest tokens that it saw in any stream.
         """
-        pools: dict[str, list[int]] = {}
-        for i, group in enumerate(stage):
-            if group[0] in self.pools:
-                pools.setdefault(self.pools[group[0]], []).append(i)
-        for members in pools.values():
-            columns = self.layers[stage[members[0]][0]].in_features
-            for bits in self.driver.calibration.streams:
-                together = Moments(columns, self.driver.device)
-                for i in members:
-                    together.merge(moments[i][bits])
-                poor = {i: moments[i][bits].tokens for i in members if moments[i][bits].tokens < columns}
-                for i, tokens in poor.items():
-                    moments[i][bits].fill(together, columns)
-                    if bits == self.driver.calibration.streams[-1]:
-                        found = [{"name": n, "tokens": tokens, "inputs": columns} for n in stage[i]]
-                        self.record.setdefault("experts", []).extend(found)
+        for group, of_group in zip(stage, moments, strict=True):
+            columns = self.layers[group[0]].in_features
+            fewest = min(seen.tokens for seen in of_group.values())
+            if group[0] not in self.pools or fewest >= columns:
+                continue
+            for bits, seen in of_group.items():
+                seen.fill(pooled[self.pools[group[0]]][bits], columns)
+            found = [{"name": name, "tokens": fewest, "inputs": columns} for name in group]
+            self.record.setdefault("experts", []).extend(found)
 
     def _solve_group(self, names: Sequence[str], moments: dict[int, Moments]) -> None:
         """Solve layers that share their input."""
@@ -201,6 +253,11 @@ class BlockSolver:
                 f"The weights of {name} hold NaN or Inf; mend the checkpoint or leave it alone with method.skip."
             )
         solved, errors = self._solve_rows(weight, calibration, hessians, options)
+        if not torch.isfinite(solved.scales).all():
+            raise UserError(
+                f"The weights of {name} reach {weight.abs().max():.3g}, too much for scales in {options.scale_dtype}. Leave it "
+                "alone with method.skip, or set model.dtype=bfloat16."
+            )
         self.weights[name] = solved.to("cpu")
         self.record["layers"][name] = {"shape": list(weight.shape), "errors": errors}
         self.driver.progress(1)

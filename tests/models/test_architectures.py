@@ -150,3 +150,13 @@ def test_experts_with_too_few_tokens_are_filled_and_named(tmp_path: Path) -> Non
         for name in poor & block["layers"].keys():
             assert block["layers"][name]["errors"]["8"] < 0.01
     assert not any("rounded to nearest" in note for note in parent.notes())
+
+
+def test_experts_in_parts_are_the_same_as_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = quantize(BlockModel(make_model("qwen3_moe")), tmp_path / "at_once")
+    monkeypatch.setattr(
+        "matquant.quantize.block.MOST_MOMENTS", 3 * 2 * 2 * 64**2 * 8
+    )  # of three experts, or two streams
+    parts = quantize(BlockModel(make_model("qwen3_moe")), tmp_path / "parts")
+    assert at_once.poor_experts()
+    assert parts.artifact.sha256 == at_once.artifact.sha256

@@ -1,0 +1,98 @@
+"""Hidden states on a device, in memory or in a file are the same hidden states."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from matquant import machine
+from matquant.errors import UserError
+from matquant.evaluate.slices import evaluate_slices
+from matquant.models.activations import Activations, Place, choose_place
+from matquant.models.blocks import BlockModel
+from matquant.quantize.driver import CalibrationOptions, Driver, layers_to_quantize
+from matquant.quantize.parent import Parent
+from matquant.quantize.solver import SolverOptions
+from matquant.store import Store
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def blocks() -> BlockModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    return BlockModel(LlamaForCausalLM(config).eval().requires_grad_(False))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    folder = tmp_path_factory.mktemp("scratch")
+    shape = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3)))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    both = [Activations(shape, dtype, place) for place in (CPU, folder)]
+    for states in both:
+        states[0 : shape[0]] = torch.zeros(shape, dtype=dtype)
+    for number in range(data.draw(st.integers(0, 4))):
+        start = data.draw(st.integers(0, shape[0] - 1))
+        rows = slice(start, data.draw(st.integers(start + 1, shape[0])))
+        values = torch.randn((rows.stop - rows.start, *shape[1:]), generator=torch.Generator().manual_seed(number))
+        for states in both:
+            states[rows] = values.to(dtype)
+    copies = [states.clone() for states in both]
+    both[1][0:1] = torch.ones((1, *shape[1:]), dtype=dtype)  # a copy does not follow
+    assert torch.equal(copies[0][0 : shape[0]], copies[1][0 : shape[0]])
+    assert torch.equal(both[0][1 : shape[0]], both[1][1 : shape[0]])
+    assert not list(folder.iterdir())  # a file without a name, which a crash does not leave behind
+
+
+def test_the_fastest_place_with_room_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"cuda": 1000, "cpu": 2000}
+    monkeypatch.setattr(machine, "device_free", lambda device: free[device.type])
+    gpu = torch.device("cuda")
+    assert [choose_place(needed, gpu, tmp_path) for needed in (300, 1500, 1700)] == [gpu, CPU, tmp_path]
+    assert [choose_place(needed, CPU, tmp_path) for needed in (700, 900)] == [CPU, tmp_path]
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot use"):
+        Activations((1, 2, 3), torch.float32, tmp_path / "file" / "scratch")
+
+
+def quantize(blocks: BlockModel, windows: Tensor, place: Place, folder: Path) -> Parent:
+    driver = Driver(
+        blocks, layers_to_quantize(blocks, lambda _: False, head=False),
+        SolverOptions(weights={2: 1.0, 8: 64.0}, group_size=32, block_size=32),
+        CalibrationOptions(streams=(2, 8), asymmetric=True, staged=True, batch_size=2),
+        device=CPU, dtype=torch.float32, place=place,
+    )  # fmt: skip
+    build = lambda draft: {"blocks": driver.run(draft, windows)}  # noqa: E731
+    return Parent(Store(folder).open_or_build("parent", {}, build))
+
+
+def test_a_job_with_hidden_states_in_a_file_gives_the_same_bytes_and_figures(
+    blocks: BlockModel, tmp_path: Path
+) -> None:
+    windows = torch.randint(64, (5, 12), generator=torch.Generator().manual_seed(1))
+    in_memory = quantize(blocks, windows, CPU, tmp_path / "memory")
+    in_a_file = quantize(blocks, windows, tmp_path / "scratch", tmp_path / "file")
+    assert in_a_file.artifact.sha256 == in_memory.artifact.sha256
+
+    def weights_of(index: int, bits: str) -> dict[str, Tensor]:
+        weights = in_memory.block(index) if index < len(blocks) else {}
+        return {name: weight.decode(int(bits)) for name, weight in weights.items()}
+
+    found = [
+        evaluate_slices(blocks, windows, weights_of, ["2", "8"], 2, CPU, place=place)
+        for place in (CPU, tmp_path / "scratch")
+    ]
+    assert found[0] == found[1]

@@ -3,8 +3,8 @@
     python experiments/pareto/front.py
     python experiments/pareto/front.py model=llama3_8b eval=wikitext2
 
-Two jobs with the overrides given here, and one summary over both in outputs/pareto. A job that is done is not run again; one
-that failed is reported, and the other stands.
+Two jobs with the overrides given here (those of ``search`` for the first alone), and one summary over both in outputs/pareto.
+A job that is done is not run again; one that failed is reported, and the other stands.
 """
 
 import argparse
@@ -30,13 +30,8 @@ def main() -> int:
     failed = []
     for name, own in JOBS.items():
         if not (folder / name / "results.json").exists():
-            command = [
-                sys.executable,
-                str(ROOT / "run.py"),
-                *own,
-                *arguments.overrides,
-                f"hydra.run.dir={folder / name}",
-            ]
+            given = [o for o in arguments.overrides if name == "parent" or not o.startswith("search")]
+            command = [sys.executable, str(ROOT / "run.py"), *own, *given, f"hydra.run.dir={folder / name}"]
             failed += [name] if subprocess.run(command, check=False).returncode else []
     summarize(folder)
     if failed:

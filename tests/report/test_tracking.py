@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import wandb
+from shared import SMALL
 from wandb.proto import wandb_internal_pb2 as pb
 
 from matquant.config import TrackingConfig
@@ -209,3 +210,21 @@ def test_a_search_reads_back_with_its_curve_and_its_allocation(make_results, tmp
     ]  # fmt: skip
     (artifact,) = [a for a in artifacts if a.type == "allocation"]
     assert [entry.path for entry in artifact.manifest.contents] == ["allocation.yaml"]
+
+
+def test_the_runs_of_a_sweep_are_one_group_and_complete(matquant, small_model, tmp_path):
+    job = (*SMALL, f"model.path={small_model}", "method=rtn", "method.dedicated=false", "method.group_size=64")
+    status, out, err = matquant("-m", "bits=2,4", *job, "tracking=wandb", "tracking.tags=[a]")
+    assert status == 0, err
+    assert "summary.html" in out
+    runs = [read_run(tmp_path / "sweep" / number) for number in "01"]
+    assert len({run["group"] for run in runs}) == 1
+    assert runs[0]["group"]
+    assert len({run["id"] for run in runs}) == 2
+    for run, number, bits in zip(runs, "01", (2, 4), strict=True):
+        results = json.loads((tmp_path / "sweep" / number / "results.json").read_text())
+        assert run["config"]["bits"] == bits
+        assert run["tags"] == ["a"]
+        assert run["summary"][f"kl/{bits}"] == results["slices"][0]["kl"]["stdlib"]
+        assert run["summary"]["parent/sha256"] == results["parent"]["sha256"]
+        assert [row["slice/bits"] for row in run["history"] if "slice/bits" in row] == [bits]

@@ -177,6 +177,7 @@ def main() -> None:
     model = arguments.folder / f"llama-{arguments.width:g}-{arguments.vocabulary}-{arguments.blocks}"
     config = configure(model, overrides)
     machine.use_threads(config.runtime.threads)
+    machine.give_back_memory()
     device = machine.device(config.runtime.device)
     about = {
         "overrides": overrides, "date": datetime.date.today().isoformat(),

@@ -21,6 +21,7 @@ from matquant.models.checkpoint import Checkpoint
 from matquant.models.experts import Origin
 from matquant.models.finding import find_blocks, make_linear
 from matquant.models.lending import named_tensors, substituted
+from matquant.models.values import Values
 
 # Long enough that every expert of a small mixture has a chance to be called, short enough to cost nothing.
 _PROBE_TOKENS = 32
@@ -76,15 +77,15 @@ class BlockModel:
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint | None = None) -> None:
         self.model: Any = model
-        self.checkpoint = checkpoint
         self.name, blocks = find_blocks(model)
         self.blocks: list[nn.Module] = list(blocks)
         self.block_names: list[str] = [f"{self.name}.{i}" for i in range(len(self.blocks))]
-        self._origins: dict[str, Origin] = {}
+        origins: dict[str, Origin] = {}
         for block, name in zip(self.blocks, self.block_names, strict=True):
-            self._origins |= make_linear(block, name)
+            origins |= make_linear(block, name)
         first = next(m for m in self.blocks[0].modules() if isinstance(m, nn.Linear))
         self.dtype: torch.dtype = first.weight.dtype
+        self._values = Values(checkpoint, origins, self.dtype)
         # Of the tuple that a block returns; 0 when it returns a tensor, None before it is known.
         self._output_length: int | None = None
         self._probes: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Calls]] = {}
@@ -241,16 +242,24 @@ class BlockModel:
         for index, call in enumerate(calls):
             with self.on_device(index, device, dtype):
                 hidden = self.run_block(index, hidden, call)
-            if not torch.isfinite(hidden).all():
-                raise UserError(
-                    f"{self.block_names[index]} puts out NaN or Inf in {str(dtype).removeprefix('torch.')}: its weights are "
-                    "damaged, or its activations are too large for that dtype, in which case model.dtype=bfloat16 may help."
-                )
+                self._check_finite(index, hidden)
         if not torch.allclose(hidden, expected, rtol=1e-3, atol=1e-3):
             raise UserError(
                 f"{type(self.model).__name__} cannot be run block by block: its blocks exchange more than hidden "
                 "states. This architecture is not supported."
             )
+
+    def _check_finite(self, index: int, hidden: Tensor) -> None:
+        """Refuse what block ``index``, which is on the device, puts out if it is not finite, and say what is to blame."""
+        if torch.isfinite(hidden).all():
+            return
+        for name, layer in self.linears(index).items():
+            if not torch.isfinite(layer.weight).all():
+                raise UserError(f"The weights of {name} hold NaN or Inf. Copy or download the checkpoint again.")
+        raise UserError(
+            f"{self.block_names[index]} puts out NaN or Inf in {str(hidden.dtype).removeprefix('torch.')}: other weights of it "
+            "are damaged, or its activations are too large for that dtype, in which case model.dtype=bfloat16 may help."
+        )
 
     # Placing
 
@@ -267,7 +276,7 @@ class BlockModel:
             with self.outside_on_device(device, dtype):
                 yield
         else:
-            with self._converted(self.blocks[index], self.block_names[index], lambda _: True, device, dtype):
+            with self._values.converted(self.blocks[index], self.block_names[index], lambda _: True, device, dtype):
                 yield
 
     @contextmanager
@@ -298,7 +307,7 @@ class BlockModel:
         for name, tensor in named_tensors(self.model):
             if tensor is without and tensor.is_meta:
                 empty[name] = torch.zeros((), device=device, dtype=dtype).expand(tensor.shape)
-        with substituted(self.model, empty), self._converted(self.model, "", wanted, device, dtype):
+        with substituted(self.model, empty), self._values.converted(self.model, "", wanted, device, dtype):
             yield
 
     def _embedding(self) -> Tensor:
@@ -330,46 +339,6 @@ class BlockModel:
             tensors[f"{name[prefix:]}.weight"] = weight.to(own.device, own.dtype)
         with substituted(owner, tensors):
             yield
-
-    @contextmanager
-    def _converted(
-        self,
-        module: nn.Module,
-        path: str,
-        wanted: Callable[[str], bool],
-        device: torch.device | str,
-        dtype: torch.dtype,
-    ) -> Iterator[None]:
-        """Inside, the wanted tensors of the module are on ``device`` in ``dtype``; ``path`` is its full name."""
-        own = {name: tensor for name, tensor in named_tensors(module) if wanted(name)}
-        memo: dict[int, Tensor] = {}  # tied tensors stay one
-        for name, stored in self._values(own, path):
-            if id(own[name]) not in memo:
-                narrow = dtype == torch.float32 or stored.dtype == self.dtype
-                memo[id(own[name])] = stored.to(
-                    device, dtype if stored.is_floating_point() and narrow else stored.dtype
-                )
-        with substituted(module, {name: memo[id(tensor)] for name, tensor in own.items()}):
-            yield
-
-    def _values(self, own: Mapping[str, Tensor], path: str) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor with its values: itself, or when it is on the meta device what the checkpoint holds of it."""
-        read: dict[str, list[tuple[str, Origin]]] = {}
-        for name, tensor in own.items():
-            if tensor.is_meta:
-                full = f"{path}.{name}" if path else name
-                origin = self._origins.get(full, Origin(full))
-                read.setdefault(origin.name, []).append((name, origin))
-            else:
-                yield name, tensor
-        if read and self.checkpoint is None:
-            raise ValueError(
-                f"{path} has no values: the model was not loaded, and there is no checkpoint to read it from"
-            )
-        if read and self.checkpoint is not None:
-            for source, tensor in self.checkpoint.read(read):
-                for name, origin in read[source]:
-                    yield name, origin.view(tensor)
 
     # The model's own forward, with other blocks
 

@@ -7,13 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from matquant.config import ModelConfig
 from matquant.errors import UserError
 from matquant.home import home
+from matquant.models import files
 from matquant.models import load as loading
 from matquant.models.load import load
 
@@ -62,7 +68,7 @@ def edit_json(file: Path, change: Callable[[dict], Any]) -> None:
 
 
 def shard_with(folder: Path, tensor: str) -> Path:
-    return folder / json.loads((folder / loading.INDEX).read_text())["weight_map"][tensor]
+    return folder / json.loads((folder / files.INDEX).read_text())["weight_map"][tensor]
 
 
 def rewrite(folder: Path, tensor: str, change: Callable[[dict], Any]) -> None:
@@ -152,7 +158,7 @@ def test_a_config_that_is_no_json(folder: Path) -> None:
 
 
 def drop_weights(folder: Path) -> None:
-    for file in (*folder.glob("*.safetensors"), folder / loading.INDEX):
+    for file in (*folder.glob("*.safetensors"), folder / files.INDEX):
         file.unlink()
 
 
@@ -172,12 +178,12 @@ def test_no_safetensors(folder: Path, name: str, message: str) -> None:
 
 @pytest.mark.parametrize("name", ["../other.safetensors", "/etc/other.safetensors", "..\\other.safetensors", "a.bin"])
 def test_an_index_that_points_outside(folder: Path, name: str) -> None:
-    edit_json(folder / loading.INDEX, lambda c: c["weight_map"].update({"lm_head.weight": name}))
+    edit_json(folder / files.INDEX, lambda c: c["weight_map"].update({"lm_head.weight": name}))
     refuse("no safetensors file inside the folder", path=folder)
 
 
 def test_an_index_that_names_nothing(folder: Path) -> None:
-    (folder / loading.INDEX).write_text("{}")
+    (folder / files.INDEX).write_text("{}")
     refuse("names no weights", path=folder)
 
 
@@ -268,7 +274,7 @@ def hub_error(kind: type, status: int) -> Exception:
     [
         (lambda: hub_error(GatedRepoError, 403), "some/model is gated on the hub.*hf auth login.*model.path"),
         (lambda: hub_error(RepositoryNotFoundError, 404), "no model 'some/model' on the hub.*model.path"),
-        (lambda: hub_error(loading.RevisionNotFoundError, 404), "has no revision 'v1'"),
+        (lambda: hub_error(RevisionNotFoundError, 404), "has no revision 'v1'"),
         (lambda: LocalEntryNotFoundError("offline.\nmore"), "could not be reached: offline. Try .*model.path"),
         (lambda: RuntimeError("no proxy"), "could not be reached: no proxy"),
     ],
@@ -279,7 +285,7 @@ def test_what_the_hub_answers_becomes_a_sentence(
     def fail(*_: Any, **__: Any) -> str:
         raise error()
 
-    monkeypatch.setattr(loading, "snapshot_download", fail)
+    monkeypatch.setattr(files, "snapshot_download", fail)
     refuse(message, name="some/model", revision="v1")
 
 
@@ -319,7 +325,7 @@ def test_a_hub_repository_of_pickles_is_refused_before_they_are_fetched(
         asked.extend(allow_patterns)
         return str(folder)
 
-    monkeypatch.setattr(loading, "snapshot_download", snapshot)
-    monkeypatch.setattr(loading, "_hub_files", lambda _: ["config.json", "pytorch_model.bin"])
+    monkeypatch.setattr(files, "snapshot_download", snapshot)
+    monkeypatch.setattr(files, "_hub_files", lambda _: ["config.json", "pytorch_model.bin"])
     refuse("some/model on the hub holds its weights as pickles only", name="some/model")
-    assert not any(pattern.endswith(loading.PICKLES) for pattern in asked)
+    assert not any(pattern.endswith(files.PICKLES) for pattern in asked)

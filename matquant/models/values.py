@@ -1,0 +1,66 @@
+"""The values of a model's tensors, converted and on a device for as long as they are needed there."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from matquant.models.checkpoint import Checkpoint
+from matquant.models.experts import Origin
+from matquant.models.lending import named_tensors, substituted
+
+
+class Values:
+    """Lends the modules of one model their values.
+
+    Args:
+        checkpoint: reads the tensors that are on the meta device.
+        origins: of the layers that have another name or shape than in the checkpoint.
+        dtype: of the blocks' weights. In float32 everything floating is converted, else only what has this one: what a
+            half-precision model keeps in float32 stays so.
+    """
+
+    def __init__(self, checkpoint: Checkpoint | None, origins: Mapping[str, Origin], dtype: torch.dtype) -> None:
+        self.checkpoint = checkpoint
+        self.origins = origins
+        self.dtype = dtype
+
+    @contextmanager
+    def converted(
+        self,
+        module: nn.Module,
+        path: str,
+        wanted: Callable[[str], bool],
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> Iterator[None]:
+        """Inside, the wanted tensors of the module are on ``device`` in ``dtype``; ``path`` is its full name."""
+        own = {name: tensor for name, tensor in named_tensors(module) if wanted(name)}
+        memo: dict[int, Tensor] = {}  # tied tensors stay one
+        for name, stored in self._read(own, path):
+            if id(own[name]) not in memo:
+                narrow = dtype == torch.float32 or stored.dtype == self.dtype
+                converted = dtype if stored.is_floating_point() and narrow else stored.dtype
+                memo[id(own[name])] = stored.to(device, converted)
+        with substituted(module, {name: memo[id(tensor)] for name, tensor in own.items()}):
+            yield
+
+    def _read(self, own: Mapping[str, Tensor], path: str) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor with its values: itself, or when it is on the meta device what the checkpoint holds of it."""
+        read: dict[str, list[tuple[str, Origin]]] = {}
+        for name, tensor in own.items():
+            if tensor.is_meta:
+                full = f"{path}.{name}" if path else name
+                origin = self.origins.get(full, Origin(full))
+                read.setdefault(origin.name, []).append((name, origin))
+            else:
+                yield name, tensor
+        if read and self.checkpoint is None:
+            raise ValueError(
+                f"{path} has no values: the model was not loaded, and there is no checkpoint to read it from"
+            )
+        if read and self.checkpoint is not None:
+            for source, tensor in self.checkpoint.read(read):
+                for name, origin in read[source]:
+                    yield name, origin.view(tensor)

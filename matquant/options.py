@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from matquant.config import MethodConfig
+from matquant.nested import NestedWeight
 from matquant.quantize.solver import SolverOptions
 
 
@@ -49,6 +50,19 @@ def own_options(method: MethodConfig, names: Iterable[str], options: SolverOptio
             made[id(layer)] = dataclasses.replace(options, weights=weights, group_size=group_size)
         found[name] = made[id(layer)]
     return found
+
+
+def planned_weight(shape: torch.Size, options: SolverOptions) -> NestedWeight:
+    """What a layer of this shape [out, in] will be, without values (on the meta device): for its size in bytes."""
+    rows, columns = shape
+    groups = 1 if options.group_size == -1 else columns // options.group_size
+    return NestedWeight(
+        codes=torch.empty(rows, columns, dtype=torch.uint8, device="meta"),
+        scales=torch.empty(rows, groups, dtype=options.scale_dtype, device="meta"),
+        zeros=None if options.symmetric else torch.empty(rows, groups, dtype=torch.uint8, device="meta"),
+        master_bits=options.master_bits,
+        slicing=options.slicing,
+    )
 
 
 def as_json(options: SolverOptions) -> dict[str, Any]:

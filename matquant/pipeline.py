@@ -32,7 +32,7 @@ from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.inventory import left_alone
 from matquant.models.load import open_model
 from matquant.models.shapes import measure
-from matquant.options import as_json, own_options, solver_options
+from matquant.options import as_json, own_options, planned_weight, solver_options
 from matquant.plan import Calibrating, Plan
 from matquant.progress import Bars
 from matquant.quantize.driver import CalibrationOptions, Driver, check_layers, layers_to_quantize
@@ -42,7 +42,8 @@ from matquant.ranks import Ranks
 from matquant.report.files import write_atomic
 from matquant.search import allocation
 from matquant.search.allocation import Allocation
-from matquant.search.stage import Setting
+from matquant.search.running import Setting
+from matquant.search.stage import check_budgets
 from matquant.search.stage import search as run_search
 from matquant.store import Store
 from matquant.store.together import AnyDraft, open_or_build
@@ -152,6 +153,7 @@ class _Run:
             self.tasks = Tasks(asked.tasks, asked.task_folder, asked.fewshot) if wanted else None
             self.search_windows = None
             if self.config.search.wanted:
+                self._check_budgets()
                 search_text = self._search_text()
                 self.search_windows = self._windows(search_text, "calibration")
             self.search_record: dict[str, Any] | None = None
@@ -193,6 +195,18 @@ class _Run:
                 )
             if text.sequences < self.ranks.count:
                 raise UserError(f"{name}.sequences={text.sequences} cannot be shared by {self.ranks.count} processes.")
+
+    def _check_budgets(self) -> None:
+        method = self.config.method
+        options = solver_options(method, self.config.objective.lambdas, method.master_bits, self.loaded.dtype)
+        own = own_options(method, [name for block in self.layers for name in block], options)
+        check_budgets(
+            self.config.search,
+            [
+                {name: planned_weight(layer.weight.shape, own.get(name, options)) for name, layer in block.items()}
+                for block in self.layers
+            ],
+        )
 
     def _search_text(self) -> TextConfig:
         """Other windows of the calibration text than those that the parent is calibrated on."""
@@ -295,10 +309,11 @@ class _Run:
         if self.search_windows is None or self.parent is None:
             return []
         setting = Setting(
-            blocks=self.blocks, parent=self.parent, windows=self.search_windows, device=self.device, dtype=self.dtype
-        )
+            blocks=self.blocks, parent=self.parent, windows=self.search_windows, device=self.device, dtype=self.dtype,
+            ranks=self.ranks,
+        )  # fmt: skip
         with self.bars.bar(f"search {search.name}", len(search.budgets) + 1) as progress:
-            searched = self.ranks.in_turn(lambda: run_search(search, setting, self.store, progress))
+            searched = run_search(search, setting, self.store, progress)
         self.search_record = searched.record
         return [
             Variant(name=row["file"], parent=self.parent, widths=found.widths, allocation=found)

@@ -80,7 +80,9 @@ def test_one_process_keeps_what_it_has():
 
 
 def test_two_processes_make_what_one_makes(start, alone, small_model, tmp_path):
-    job = (*JOB, f"model.path={small_model}")
+    search = ("search.average_bits=3", "search.sequences=2", "search.sequence_length=32", "search.sensitivity_tokens=32",
+              "search.tokens=[32,64]", "search.generations=2", "search.offspring=3", "search.survivors=[2,1]")  # fmt: skip
+    job = (*JOB, f"model.path={small_model}", *search)
     process = start(*job)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -90,6 +92,8 @@ def test_two_processes_make_what_one_makes(start, alone, small_model, tmp_path):
     assert one["parent"]["sha256"] == two["parent"]["sha256"]
     assert Path(one["parent"]["path"]).name == Path(two["parent"]["path"]).name
     assert one["baseline"]["perplexity"] == pytest.approx(two["baseline"]["perplexity"], rel=1e-5)
+    assert one["search"]["history"] == two["search"]["history"]
+    assert [entry.get("allocation") for entry in one["slices"]] == [entry.get("allocation") for entry in two["slices"]]
     for a, b in zip(one["slices"], two["slices"], strict=True):
         assert a["kl"] == pytest.approx(b["kl"], rel=1e-4)
 

@@ -6,6 +6,7 @@ same interpreter always gives the same tasks.
 """
 
 import ast
+import functools
 import json
 import random
 import warnings
@@ -80,7 +81,7 @@ def write_tasks(folder: Path) -> None:
 def choices(split: str) -> list[dict[str, object]]:
     """Questions of one split: ``head`` of a function, four ``choices`` and the number of the right ``answer``."""
     found: dict[str, str] = {}  # by summary: one that several functions share is no question
-    for head, summary in _functions(split):
+    for head, summary in _documented(split)[0]:
         if _SUMMARY[0] <= len(summary) <= _SUMMARY[1]:
             found[summary] = "" if summary in found else head
     pairs = [(head, summary) for summary, head in found.items() if head]
@@ -94,22 +95,27 @@ def choices(split: str) -> list[dict[str, object]]:
 
 
 def _whole(split: str) -> list[str]:
-    texts = []
-    for tree in _trees(split):
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
-                text = ast.get_docstring(node) or ""
-                texts += [text] if _DOCSTRING[0] <= len(text) <= _DOCSTRING[1] else []
+    texts = [text for text in _documented(split)[1] if _DOCSTRING[0] <= len(text) <= _DOCSTRING[1]]
     texts = list(dict.fromkeys(texts))
     return random.Random(split).sample(texts, min(_ITEMS, len(texts)))
 
 
-def _functions(split: str) -> Iterator[tuple[str, str]]:
-    """The head of each documented function up to the opening quotes, and the first line of its documentation."""
+@functools.cache
+def _documented(split: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """Two lists, made once as they take parsing all sources.
+
+    The head of each documented function up to the opening quotes with the first line of its documentation; and the whole
+    documentation of every module, class and function.
+    """
+    functions, texts = [], []
     for tree in _trees(split):
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)):
-                yield f'def {node.name}({ast.unparse(node.args)}):\n    """', text.splitlines()[0].strip()
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and (text := ast.get_docstring(node)):
+                texts.append(text)
+                if isinstance(node, ast.FunctionDef):
+                    head = f'def {node.name}({ast.unparse(node.args)}):\n    """'
+                    functions.append((head, text.splitlines()[0].strip()))
+    return functions, texts
 
 
 def _trees(split: str) -> Iterator[ast.Module]:

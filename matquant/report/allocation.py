@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from matquant.report import formatting
 from matquant.report.drawing import INK, MUTED, PAPER, SERIES, log_ticks, styled
-from matquant.report.heatmap import _label_cells, _new_figure, _projections
+from matquant.report.heatmap import _in_block, _label_cells, _new_figure, _projections
 from matquant.report.results import ALLOCATION, is_number
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def widths_figure(entry: Mapping[str, Any], layers: Sequence[Mapping[str, Any]])
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
-    rows = list(dict.fromkeys(name for _, name in cells))
+    rows = sorted(dict.fromkeys(name for _, name in cells), key=_in_block)
     columns = sorted({block for block, _ in cells})
     with styled():
         figure, axes, bar = _new_figure(rows)

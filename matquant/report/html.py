@@ -121,24 +121,20 @@ def _slices(results: dict[str, Any]) -> tuple[Markup, int]:
     """The table, and its number of columns."""
     names = datasets(results)
     of = (lambda name: f" {name}") if len(names) > 1 else (lambda name: "")
-    entries = [results["baseline"], *results["slices"]]
-    tasks = list(dict.fromkeys(task for entry in entries for task in task_scores(entry)))
     header = ["bits", "average bits", "MB"]
-    header += [f"perplexity{of(name)}" for name in names] + [f"KL{of(name)}" for name in names] + tasks
-    rows = [_slice_row(entry, names, tasks) for entry in [{"bits": "full precision"} | entries[0], *entries[1:]]]
-    return table(header, rows), len(header)
+    header += [f"perplexity{of(name)}" for name in names] + [f"KL{of(name)}" for name in names]
+    entries = [{"bits": "full precision"} | results["baseline"], *results["slices"]]
+    return table(header, [_slice_row(entry, names) for entry in entries]), len(header)
 
 
-def _slice_row(entry: Mapping[str, Any], names: Sequence[str], tasks: Sequence[str]) -> list[str]:
-    scores = task_scores(entry)
+def _slice_row(entry: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     row = [
         str(entry["bits"]),
         formatting.average_bits(entry.get("average_bits")),
         formatting.megabytes(entry.get("bytes")),
     ]
     row += [formatting.perplexity(entry.get("perplexity", {}).get(name)) for name in names]
-    row += [formatting.significant(entry.get("kl", {}).get(name)) for name in names]
-    return row + [formatting.score(scores.get(task)) for task in tasks]
+    return row + [formatting.significant(entry.get("kl", {}).get(name)) for name in names]
 
 
 def _warnings(warnings: Sequence[str]) -> Markup:
@@ -190,19 +186,20 @@ def _search(results: dict[str, Any]) -> Markup:
         parts.append(element("p", _search_words(search), class_="note"))
     drawing = generations_figure(search)
     if drawing is not None:
-        parts.append(figure(to_svg(drawing, "generations", _GENERATIONS), _GENERATIONS))
+        curves = figure(to_svg(drawing, "generations", _GENERATIONS), _GENERATIONS)
+        parts.append(element("div", curves, class_="figures spaced half"))
     for index, entry in enumerate(found[:_MAPS]):
         drawing = widths_figure(entry, results["layers"])
         if drawing is not None:
             average = formatting.average_bits(entry["average_bits"])
             caption = f"Width of each layer, {entry.get('name', 'allocation')}: {average} bits on average."
-            parts.append(figure(to_svg(drawing, f"widths-{index}", caption), caption))
+            parts.append(figure(to_svg(drawing, f"widths-{index}", caption), caption, class_="map"))
     return section("Allocations", *parts)
 
 
 def _search_words(search: Mapping[str, Any]) -> str:
-    words = f"{search['method']}: {search['evaluations']} evaluations on {search['tokens']} tokens together"
-    words += f", {search['skipped']} proposals skipped by the surrogate" if search.get("skipped") else ""
+    words = f"{search['method']}: {search['evaluations']:,} evaluations on {search['tokens']:,} tokens together"
+    words += f", {search['skipped']:,} proposals skipped by the surrogate" if search.get("skipped") else ""
     rate = search.get("evaluations_per_second")
     words += f"; {formatting.significant(rate)} evaluations a second" if is_number(rate) else ""
     return f"{words}. Losses are {search['fitness']} on the search's text."

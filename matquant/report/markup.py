@@ -43,9 +43,9 @@ def table(
     return element("div", inner, class_="scroll", tabindex="0")
 
 
-def figure(svg: str, caption: str) -> Markup:
+def figure(svg: str, caption: str, **attributes: str) -> Markup:
     """A drawing (`matquant.report.plots.to_svg`) and the words beneath it."""
-    return element("figure", Markup(svg), element("figcaption", caption))
+    return element("figure", Markup(svg), element("figcaption", caption), **attributes)
 
 
 def section(title: str, *children: str) -> Markup:

@@ -1,13 +1,13 @@
 """``summary.html``: a sweep's methods side by side, and all of its jobs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
 from matquant.report import formatting
 from matquant.report.html import FILE_NAME as REPORT_NAME
 from matquant.report.markup import Markup, element, figure, page, section, table
-from matquant.report.results import ALLOCATION, is_number
+from matquant.report.results import ALLOCATION, is_number, slice_position
 from matquant.report.sweep import DONE, Job, Line, dataset_names, lines, varying_overrides
 
 _MEASURES: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -47,10 +47,10 @@ def _dataset(compared: Sequence[Line], dataset: str, prefix: str) -> list[Markup
 def _comparison(compared: Sequence[Line], dataset: str, measure: str) -> Markup:
     """A row per line, a column per width, the least figure of each column in bold."""
     title, show = _MEASURES[measure]
-    found = {str(entry["bits"]) for line in compared for entry in line.slices}
-    widths = sorted((b for b in found if b != ALLOCATION), key=int) + [ALLOCATION] * (ALLOCATION in found)
+    found = {_column(entry): entry for line in compared for entry in line.slices}
+    widths = sorted(found, key=lambda column: (found[column]["bits"] == ALLOCATION, slice_position(found[column])))
     values: list[dict[str, Any]] = [
-        {str(e["bits"]): (e.get(measure) or {}).get(dataset) for e in line.slices} for line in compared
+        {_column(e): (e.get(measure) or {}).get(dataset) for e in line.slices} for line in compared
     ]
     numbers: dict[str, list[float]] = {b: [v[b] for v in values if is_number(v.get(b))] for b in widths}
     best = {b: min(several) for b, several in numbers.items() if len(several) > 1}
@@ -59,8 +59,15 @@ def _comparison(compared: Sequence[Line], dataset: str, measure: str) -> Markup:
         cells = [_cell(show(row.get(b)), b in best and row.get(b) == best[b]) for b in widths]
         full = [show((line.baseline.get(measure) or {}).get(dataset))] if measure == "perplexity" else []
         rows.append([line.name, *full, *cells])
-    header = ["method", *(["full precision"] if measure == "perplexity" else []), *map(formatting.width, widths)]
+    header = ["method", *(["full precision"] if measure == "perplexity" else []), *widths]
     return element("div", element("h3", title), table(header, rows))
+
+
+def _column(entry: Mapping[str, Any]) -> str:
+    """A width, or of an allocation its average; allocations of one budget stand in one column."""
+    if entry["bits"] != ALLOCATION or not is_number(entry.get("average_bits")):
+        return formatting.width(entry["bits"])
+    return f"{entry['average_bits']:.2f} on average"
 
 
 def _cell(text: str, best: bool) -> str:

@@ -34,8 +34,9 @@ _MAPS = 6  # drawings of allocations
 def track(results: Results, config: "TrackingConfig", folder: Path, group: str | None, name: str) -> str | None:
     """Record ``results`` as one wandb run under ``folder/wandb``.
 
-    The run holds the config, tables of slices and layers, a history with one step per width (x axis ``slice/bits``),
-    summary figures such as ``kl/2``, the plots, and the report. ``config.group`` goes before ``group``.
+    The run holds the config, the commit and the machine, tables of slices and layers, a history with one step per width
+    (x axis ``slice/bits``), summary figures such as ``kl/2``, the plots, and the report. ``config.group`` goes before
+    ``group``.
 
     Returns:
         None, or one sentence that says why there is no run; it was logged as a warning, and nothing is raised.
@@ -99,7 +100,9 @@ def _record(
         mode=mode,  # type: ignore[arg-type]
         config=results["config"] | {key: results[key] for key in ("command", "versions") if results[key]},
         reinit="create_new",  # a run of the caller's own stays the current one
-        settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True, disable_code=True),
+        settings=wandb.Settings(
+            silent=True, console="off", disable_code=True
+        ),  # the commit and the machine are wandb's to find
     )
     try:
         _log(run, results)
@@ -172,6 +175,11 @@ def summary(results: Results) -> dict[str, Any]:
         figures[f"bytes/{entry['bits']}"] = entry.get("bytes")
     figures |= {f"baseline/perplexity/{name}": v for name, v in results["baseline"].get("perplexity", {}).items()}
     figures |= {f"seconds/{name}": value for name, value in results["seconds"].items()}
+    figures |= {f"memory/{name}": (results.get("resources") or {}).get(name) for name in ("host_peak", "device_peak")}
+    search = results.get("search") or {}
+    figures |= {
+        f"search/{name}": search.get(name) for name in ("seconds", "evaluations_per_second", "tokens_per_second")
+    }
     models = parents(results)
     figures["parent/bytes"] = sum(m["bytes"] for m in models if is_number(m.get("bytes")))
     figures["parent/reused"] = bool(models) and all(bool(m.get("reused")) for m in models)

@@ -1,7 +1,8 @@
 """The loss of candidates on some text, with one model in memory whose layers change width in place.
 
 What makes it fast:
-  - a layer changes width by taking another tensor, which is decoded once and kept within a memory limit;
+  - a layer changes width by taking another tensor, which is decoded once and kept within a memory limit, or by reading
+    another number of bit planes (``matquant.search.slices``);
   - candidates are put in order so that neighbours agree on their first blocks, and what leaves those blocks is computed once;
   - of the full-precision model only what leaves its last block is kept (exact, and small whatever the vocabulary), or
     its k likeliest tokens.
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 
 from matquant.models.blocks import BlockModel
 from matquant.models.calls import Calls
+from matquant.ranks import ALONE, Ranks
 from matquant.search.problem import Candidate, Unit
-from matquant.search.slices import DecodedSlices
+from matquant.search.slices import Slices
 
 Fitness = Literal["kl", "sparse_kl", "perplexity"]
 FULL = 0  # the "width" of a layer that is left in full precision
@@ -58,13 +60,14 @@ class Evaluator:
         self,
         blocks: BlockModel,
         units: Sequence[Unit],
-        slices: DecodedSlices,
+        slices: Slices,
         windows: Tensor,
         *,
         batch_size: int,
         fitness: Fitness,
         top_k: int,
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.blocks = blocks
         self.slices = slices
@@ -73,13 +76,14 @@ class Evaluator:
         self.fitness = fitness
         self.top_k = top_k
         self.device = device
+        self.ranks = ranks
         self.counts = Counts()
         self._layers = _layers_of_blocks(blocks, units)
         self._units_of_block = [
             [u for u, unit in enumerate(units) if unit.block == index] for index in range(len(blocks) + 1)
         ]
         self._names = [unit.layers for unit in units]
-        self._own = {name: layer._parameters["weight"] for name, layer in self._layers.items()}
+        self._own = {name: layer.weight for name, layer in self._layers.items()}
         self._installed = dict.fromkeys(self._layers, FULL)
         self._full: Candidate = (FULL,) * len(units)
         self._targets: list[Tensor | tuple[Tensor, Tensor]] = []
@@ -105,6 +109,8 @@ class Evaluator:
     def losses(self, candidates: Sequence[Candidate], sample: Sample) -> list[float]:
         """The mean loss over the predicted tokens of a sample, for each candidate.
 
+        Several processes share the candidates; what one of them finds for a candidate does not depend on the others.
+
         Args:
             candidates: a width, or ``FULL``, for each unit.
             sample: of the text.
@@ -114,9 +120,13 @@ class Evaluator:
             mean negative log-likelihood, which puts candidates in the same order.
         """
         order = sorted(range(len(candidates)), key=lambda c: self._key(candidates[c]))
-        sums = [0.0] * len(candidates)
+        order = order[self._share(len(order), self.ranks.rank) : self._share(len(order), self.ranks.rank + 1)]
+        sums = torch.zeros(len(candidates), dtype=torch.float64)
         predicted = 0
         for numbers, length in self._batches(sample):
+            predicted += len(numbers) * (length - 1)
+            if not order:
+                continue
             ids = self.windows[numbers, :length].to(self.device)
             hidden, calls = self.blocks.prepare(ids)
             score = self._scorer(ids, numbers, length)
@@ -126,10 +136,14 @@ class Evaluator:
                 self._run(candidates[c], last, path, calls)
                 last = candidates[c]
                 sums[c] += score(self.blocks.head(ids, path[-1]))
-            predicted += ids.shape[0] * (length - 1)
+        self.ranks.add(sums)
         self.counts.evaluations += len(candidates)
         self.counts.tokens += len(candidates) * self.size(sample)
-        return [total / predicted for total in sums]
+        return (sums / predicted).tolist()
+
+    def _share(self, candidates: int, rank: int) -> int:
+        """Where a process's part of the candidates begins."""
+        return rank * candidates // self.ranks.count
 
     # A candidate's forward pass
 
@@ -158,10 +172,18 @@ class Evaluator:
         for unit in self._units_of_block[index]:
             bits = candidate[unit]
             for name in self._names[unit]:
-                if self._installed[name] != bits:
-                    weight = self._own[name] if bits == FULL else self.slices.get(name, bits)
-                    self._layers[name]._parameters["weight"] = weight
-                    self._installed[name] = bits
+                if self._installed[name] == bits:
+                    continue
+                if bits == FULL:
+                    self.slices.remove(name, self._layers[name], self._own[name])
+                else:
+                    self.slices.install(name, self._layers[name], bits)
+                self._installed[name] = bits
+
+    def restore(self) -> None:
+        """Give every layer its own weight again."""
+        for index in range(len(self.blocks) + 1):
+            self._install(self._full, index)
 
     # Targets and scores
 
@@ -209,23 +231,33 @@ class Evaluator:
 def open_evaluator(
     blocks: BlockModel,
     units: Sequence[Unit],
-    slices: DecodedSlices,
+    slices: Slices,
     windows: Tensor,
     *,
     batch_size: int,
     fitness: Fitness,
     top_k: int,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Evaluator]:
     """An evaluator whose model is on ``device`` in the slices' dtype; the model is as before afterwards."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(blocks.outside_on_device(device, slices.dtype))
         for index in range(len(blocks)):
             stack.enter_context(blocks.on_device(index, device, slices.dtype))
-        # Leaving the contexts puts every layer's own tensor back, whichever one it holds by then.
-        yield Evaluator(
-            blocks, units, slices, windows, batch_size=batch_size, fitness=fitness, top_k=top_k, device=device
+        evaluator = Evaluator(
+            blocks,
+            units,
+            slices,
+            windows,
+            batch_size=batch_size,
+            fitness=fitness,
+            top_k=top_k,
+            device=device,
+            ranks=ranks,
         )
+        stack.callback(evaluator.restore)
+        yield evaluator
 
 
 def _layers_of_blocks(blocks: BlockModel, units: Sequence[Unit]) -> dict[str, nn.Linear]:

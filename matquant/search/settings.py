@@ -21,7 +21,9 @@ class SearchConfig:
     fused: bool  # layers that share their input (q, k, v; gate, up) share a width, for runtimes that fuse them
     fitness: Literal["kl", "sparse_kl", "perplexity"]
     top_k: int  # tokens that sparse_kl looks at
-    sensitivity: Literal["measured", "error"]  # each layer's loss alone: measured, or its relative second-order error
+    # Each layer's loss alone, measured at every width; its share of the uniform slices' losses, measured at the widths next
+    # to the budget; or its relative second-order error.
+    sensitivity: Literal["measured", "shared", "error"]
     sensitivity_tokens: int
     generations: int
     offspring: int
@@ -35,6 +37,7 @@ class SearchConfig:
     sequences: int  # of the text: the calibration text, other windows of it
     sequence_length: int
     batch_size: int
+    serve: Literal["auto", "decoded", "planes"]  # candidates by dense weights, or by kernels that read bit planes
     cache_gigabytes: float  # for decoded slices
 
     @property

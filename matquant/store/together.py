@@ -36,6 +36,13 @@ class SharedDraft:
         if self.draft is not None:
             self.draft.write_tensors(name, tensors, metadata)
 
+    def read_json(self, name: str) -> Any:
+        return self.ranks.tell(None if self.draft is None else self.draft.read_json(name))
+
+    def write_json(self, name: str, value: Any) -> None:
+        if self.draft is not None:
+            self.draft.write_json(name, value)
+
 
 AnyDraft = Draft | SharedDraft
 

@@ -2,10 +2,12 @@ import json
 import logging
 import os
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
 import wandb
+from shared import SMALL
 from wandb.proto import wandb_internal_pb2 as pb
 
 from matquant.config import TrackingConfig
@@ -52,6 +54,9 @@ def read_run(folder: Path):
         kind = record.WhichOneof("record_type")
         if kind == "history":
             run["history"].append(items(record.history.item))
+        elif kind == "environment":
+            run["cores"] = record.environment.cpu_count_logical or run.get("cores", 0)
+            run["commit"] = record.environment.git.commit or run.get("commit")
         elif kind == "summary":
             run["summary"] |= items(record.summary.update)
         elif kind == "metric":
@@ -61,6 +66,25 @@ def read_run(folder: Path):
             run |= {"group": record.run.run_group, "name": record.run.display_name, "tags": list(record.run.tags)}
             run |= {"project": record.run.project, "id": record.run.run_id}
     return run
+
+
+def git(*arguments: str) -> str:
+    flags = ("-c", "user.name=A", "-c", "user.email=a@example.com")
+    return subprocess.run(["git", *flags, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_commit_the_machine_and_what_the_job_took_are_in_the_run(make_results, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "first")
+    search = {"method": "hybrid", "seconds": 2.5, "evaluations_per_second": 40.0, "tokens_per_second": 9000.0}
+    results = make_results(bits=(2,), layers=[], search=search, resources={"host_peak": 7, "device_peak": None})
+    assert track(results, CONFIG, tmp_path / "run", None, "x") is None
+    run = read_run(tmp_path / "run")
+    assert run["commit"] == git("rev-parse", "HEAD")
+    assert run["cores"] == os.cpu_count()
+    assert (run["summary"]["memory/host_peak"], run["summary"]["search/evaluations_per_second"]) == (7, 40.0)
+    assert "memory/device_peak" not in run["summary"]
 
 
 def test_a_run_reads_back(make_results, tmp_path, capfd):
@@ -186,3 +210,21 @@ def test_a_search_reads_back_with_its_curve_and_its_allocation(make_results, tmp
     ]  # fmt: skip
     (artifact,) = [a for a in artifacts if a.type == "allocation"]
     assert [entry.path for entry in artifact.manifest.contents] == ["allocation.yaml"]
+
+
+def test_the_runs_of_a_sweep_are_one_group_and_complete(matquant, small_model, tmp_path):
+    job = (*SMALL, f"model.path={small_model}", "method=rtn", "method.dedicated=false", "method.group_size=64")
+    status, out, err = matquant("-m", "bits=2,4", *job, "tracking=wandb", "tracking.tags=[a]")
+    assert status == 0, err
+    assert "summary.html" in out
+    runs = [read_run(tmp_path / "sweep" / number) for number in "01"]
+    assert len({run["group"] for run in runs}) == 1
+    assert runs[0]["group"]
+    assert len({run["id"] for run in runs}) == 2
+    for run, number, bits in zip(runs, "01", (2, 4), strict=True):
+        results = json.loads((tmp_path / "sweep" / number / "results.json").read_text())
+        assert run["config"]["bits"] == bits
+        assert run["tags"] == ["a"]
+        assert run["summary"][f"kl/{bits}"] == results["slices"][0]["kl"]["stdlib"]
+        assert run["summary"]["parent/sha256"] == results["parent"]["sha256"]
+        assert [row["slice/bits"] for row in run["history"] if "slice/bits" in row] == [bits]

@@ -27,11 +27,11 @@ def _nested(weight: torch.Tensor) -> NestedWeight:
 
 @pytest.fixture
 def make_model():
-    def make(blocks: int = 1) -> tuple[BlockModel, dict[str, NestedWeight]]:
+    def make(blocks: int = 1, bias: bool = False) -> tuple[BlockModel, dict[str, NestedWeight]]:
         torch.manual_seed(blocks)
         config = LlamaConfig(
             hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=blocks,
-            vocab_size=64, max_position_embeddings=64, pad_token_id=None,
+            vocab_size=64, max_position_embeddings=64, pad_token_id=None, attention_bias=bias,
         )  # fmt: skip
         model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():

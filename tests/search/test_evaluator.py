@@ -1,5 +1,6 @@
 """The in-memory evaluator against the evaluation of whole models, block by block."""
 
+import dataclasses
 import math
 import random
 
@@ -8,9 +9,10 @@ import torch
 
 from matquant.evaluate.slices import FULL as FULL_NAME
 from matquant.evaluate.slices import evaluate_slices
+from matquant.ranks import ALONE, Ranks
 from matquant.search.evaluator import FULL, open_evaluator
 from matquant.search.problem import Budget, Layer, exact, make_problem
-from matquant.search.slices import DecodedSlices
+from matquant.search.slices import DecodedSlices, PlaneSlices
 
 WINDOWS = torch.randint(64, (5, 12), generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
@@ -22,10 +24,10 @@ def units_of(blocks, codes, fused=()):
     return make_problem(layers, (2, 3, 4, 8), Budget(kind="average_bits", value=exact(3)), fused).units
 
 
-def evaluator(blocks, units, codes, fitness="kl", top_k=64, limit=2**30, batch_size=2):
-    slices = DecodedSlices(codes, CPU, torch.float32, limit)
+def evaluator(blocks, units, codes, fitness="kl", top_k=64, limit=2**30, batch_size=2, planes=False, ranks=ALONE):
+    slices = PlaneSlices(codes, CPU, torch.float32) if planes else DecodedSlices(codes, CPU, torch.float32, limit)
     return open_evaluator(
-        blocks, units, slices, WINDOWS, batch_size=batch_size, fitness=fitness, top_k=top_k, device=CPU
+        blocks, units, slices, WINDOWS, batch_size=batch_size, fitness=fitness, top_k=top_k, device=CPU, ranks=ranks
     )
 
 
@@ -57,6 +59,42 @@ def test_kl_is_that_of_the_evaluation_whatever_the_cache_holds(make_model, limit
         again = it.losses(candidates[::-1], it.everything())
     assert found == pytest.approx([expected[str(i)].kl for i in range(12)], rel=1e-4, abs=1e-6)
     assert again[::-1] == pytest.approx(found, rel=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_nested_layers_serve_the_same_candidates(make_model, bias):
+    blocks, codes = make_model(2, bias)
+    units = units_of(blocks, codes)
+    candidates = random_candidates(units, 6)
+    expected = reference(blocks, units, codes, candidates)
+    with evaluator(blocks, units, codes, planes=True) as it:
+        found = it.losses(candidates, it.everything())
+    assert found == pytest.approx([expected[str(i)].kl for i in range(6)], rel=1e-4, abs=1e-6)
+    assert reference(blocks, units, codes, candidates)["0"].kl == expected["0"].kl  # the layers are their own again
+
+
+class Apart(Ranks):
+    """One of several processes, which keeps what it has instead of adding what the others have."""
+
+    def add(self, tensor):
+        pass
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_several_processes_measure_each_candidate_once_and_the_same(make_model, count):
+    blocks, codes = make_model(2)
+    units = units_of(blocks, codes)
+    candidates = random_candidates(units, 4)
+    with evaluator(blocks, units, codes) as it:
+        expected = it.losses(candidates, it.everything())
+        spent = dataclasses.asdict(it.counts)
+    parts = []
+    for rank in range(count):
+        with evaluator(blocks, units, codes, ranks=Apart(rank, count)) as it:
+            parts.append(it.losses(candidates, it.everything()))
+            assert dataclasses.asdict(it.counts) == spent  # of all processes together
+    assert [sum(values) for values in zip(*parts, strict=True)] == expected
+    assert all(sum(value > 0 for value in values) == 1 for values in zip(*parts, strict=True))
 
 
 def test_perplexity_and_sparse_kl(make_model):

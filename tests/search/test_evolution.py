@@ -179,6 +179,39 @@ def test_errors_between_recorded_widths_are_interpolated():
         sensitivity.from_errors(problem, {"l0": {"2": 1.0}, "l1": {}})
 
 
+class Uneven(Additive):
+    """Each unit has its share of the loss whatever the width, and together they lose less than alone."""
+
+    def losses(self, candidates, sample):
+        sums = super().losses([tuple(b or 99 for b in c) for c in candidates], sample)
+        return [0.5 + s * (0.75 if 0 not in c else 1) for c, s in zip(candidates, sums, strict=True)]
+
+    def __init__(self, problem):
+        super().__init__(problem)
+        fall = {2: 1.0, 3: 0.2, 4: 0.06, 6: 0.005, 8: 0.002, 99: 0.0}
+        self.terms = [{b: unit[4] * f for b, f in fall.items()} for unit in self.terms]
+
+
+def test_shares_of_the_uniform_slices_from_few_measurements():
+    problem = make([4] * 6, 3.5)
+    it = Uneven(problem)
+    assert sensitivity.anchors_of(problem) == {3, 4}
+    sample = Sample(windows=(0,), last=10)
+    found = sensitivity.measure_shares(problem, it, sample, [3, 4])
+    assert it.counts.evaluations == 1 + 5 + 2 * 6
+    assert found == [pytest.approx({b: 0.75 * t[b] for b in problem.widths}) for t in it.terms]
+    assert sensitivity.measure(problem, it, sample) == [
+        pytest.approx({b: t[b] for b in problem.widths}) for t in it.terms
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bits", "widths", "anchors"), [(2, (2, 4), {2, 4}), (8, (2, 8), {8}), (5, (2, 4, 6, 8), {4, 6})]
+)
+def test_anchors_are_the_widths_next_to_the_budget(bits, widths, anchors):
+    assert sensitivity.anchors_of(make([4, 8], bits, widths)) == anchors
+
+
 def test_guided_evolution_is_within_two_percent_of_the_best_of_all_allocations(make_model):
     """Every allocation of a model of 7 layers and 3 widths, measured; the search measures a few of them."""
     blocks, codes = make_model()

@@ -1,66 +1,90 @@
 """Searches through the command line: what they write, that it can be read again, and what they refuse."""
 
 import json
+import sys
 
 import pytest
 import yaml
 from shared import SMALL
 
+from matquant import cli
+
 # Rounded to nearest, as the parent's quality is not what is looked at.
 QUICK = (
     *SMALL, "method=rtn", "method.dedicated=false", "method.group_size=64", "search.sequences=4",
-    "search.sequence_length=32", "search.sensitivity_tokens=32", "search.tokens=[32,64]", "search.generations=2",
+    "search.sequence_length=32", "search.sensitivity_tokens=32", "search.tokens=[32,64]", "search.generations=3",
     "search.offspring=4", "search.survivors=[2,1]", "search.widths=[2,3,4,8]", "bits=[2,3]",
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, small_model):
+    """One search for the whole module: its folder, which holds its store and its run."""
+    folder = tmp_path_factory.mktemp("search")
+    where = (f"store.path={folder}/store", f"hydra.run.dir={folder}/run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["run.py", f"model.path={small_model}", *QUICK, "search.average_bits=2.6", *where])
+        cli.main()
+    return folder
+
+
 @pytest.fixture
-def job(matquant, tmp_path, small_model):
+def job(matquant, tmp_path, small_model, first):
+    """Run a job that must succeed, with the parent that is there; its results."""
+
     def run(*overrides):
-        status, _, err = matquant(f"model.path={small_model}", *QUICK, *overrides)
+        status, _, err = matquant(f"model.path={small_model}", *QUICK, f"store.path={first}/store", *overrides)
         assert status == 0, err
-        return json.loads((tmp_path / "run" / "results.json").read_text())
+        return load(tmp_path)
 
     return run
+
+
+def load(folder):
+    return json.loads((folder / "run" / "results.json").read_text())
 
 
 def found(results):
     return [entry for entry in results["slices"] if entry["bits"] == "allocation"]
 
 
-def test_a_budget_alone_asks_for_the_default_search_and_its_file_measures_the_same(job, tmp_path):
-    results = job("search.average_bits=2.6")
+def test_a_budget_alone_asks_for_the_default_search_and_its_files_measure_the_same(first, job, tmp_path):
+    results = load(first)
     assert results["search"]["method"] == "hybrid"
     assert results["search"]["evaluations_per_second"] > 0
+    assert results["search"]["served"] == "decoded"
     (entry,) = found(results)
     assert entry["average_bits"] <= 2.6
-    path = tmp_path / "run" / "allocation.yaml"
+    path = first / "run" / "allocation.yaml"
     written = yaml.safe_load(path.read_text())
     sizes = {row["name"]: row["parameters"] for row in results["layers"]}
     average = sum(sizes[n] * bits for n, bits in written["widths"].items()) / sum(sizes.values())
     assert entry["average_bits"] == written["average_bits"] == pytest.approx(average)
     assert written["measured"] > 0
     assert written["predicted"] > 0
-    # The files that it wrote, in both formats, are the same model.
-    kept = tmp_path / "kept.yaml"
-    kept.write_text(path.read_text())
-    (tmp_path / "kept.txt").write_text((tmp_path / "run" / "allocation.txt").read_text())
-    for name in ("kept.yaml", "kept.txt"):
-        (again,) = found(job(f"bits={tmp_path / name}"))
-        assert again["kl"] == entry["kl"]
-        assert again["bytes"] == entry["bytes"]
+    # The files that it wrote, in both formats, are the same model; one that was edited is another, and says so.
+    edited = tmp_path / "edited.yaml"
+    edited.write_text(path.read_text().replace("_proj: 2", "_proj: 8", 1))
+    again = job(f"bits=[{path},{path.with_suffix('.txt')},{edited}]")
+    *same, other = found(again)
+    assert [e["kl"] for e in same] == [entry["kl"]] * 2
+    assert [e["bytes"] for e in same] == [entry["bytes"]] * 2
+    assert other["bytes"] > entry["bytes"]
+    assert [warning for warning in again["warnings"] if "it was edited" in warning] != []
+    assert not any(str(path) in warning for warning in again["warnings"])
 
 
-def test_the_same_search_is_found_in_the_store(job):
-    first, second = job("search.average_bits=2.5"), job("search.average_bits=2.5", "search.cache_gigabytes=0")
-    assert (first["search"]["reused"], second["search"]["reused"]) == (False, True)
-    assert found(first) == found(second)
-    other = job("search.average_bits=2.5", "search.seed=1")
+def test_the_same_search_is_found_in_the_store(first, job):
+    again = job("search.average_bits=2.6", "search.cache_gigabytes=0")
+    assert (load(first)["search"]["reused"], again["search"]["reused"]) == (False, True)
+    assert found(again) == found(load(first))
+    other = job("search.average_bits=2.6", "search.seed=1", "search.serve=planes")
     assert other["search"]["reused"] is False
+    assert other["search"]["served"] == "planes"
 
 
-def test_a_byte_budget_counts_scales_and_is_never_exceeded(job):
-    full = {entry["bits"]: entry["bytes"] for entry in job()["slices"]}
+def test_a_byte_budget_counts_scales_and_is_never_exceeded(first, job):
+    full = {entry["bits"]: entry["bytes"] for entry in load(first)["slices"]}
     budget = (full[2] + full[3]) // 2
     (entry,) = found(job(f"search.gigabytes={budget / 1e9:.9f}", "search=sensitivity"))
     assert full[2] < entry["bytes"] <= budget
@@ -88,10 +112,9 @@ def test_fused_layers_get_one_width(job):
         assert widths[f"model.layers.{block}.mlp.gate_proj"] == widths[f"model.layers.{block}.mlp.up_proj"]
 
 
-def test_a_killed_search_goes_on_and_finds_the_same(job, monkeypatch, matquant, small_model, tmp_path):
+def test_a_killed_search_goes_on_and_finds_the_same(first, matquant, small_model, monkeypatch, tmp_path):
     from matquant.search import evolution
 
-    expected = job("search.average_bits=2.5", "search.generations=3", f"store.path={tmp_path}/undisturbed")
     measured = evolution._generation
     calls = []
 
@@ -102,19 +125,12 @@ def test_a_killed_search_goes_on_and_finds_the_same(job, monkeypatch, matquant, 
         return measured(*args)
 
     monkeypatch.setattr(evolution, "_generation", dies)
-    status, _, err = matquant(f"model.path={small_model}", *QUICK, "search.average_bits=2.5", "search.generations=3")
-    assert status == 130, err
-    results = job("search.average_bits=2.5", "search.generations=3")
+    same = (f"model.path={small_model}", *QUICK, "search.average_bits=2.6")  # in a store of its own
+    assert matquant(*same)[0] == 130
+    assert matquant(*same)[0] == 0
     assert len(calls) == 4
-    assert found(results) == found(expected)
-    assert results["search"]["history"] == expected["search"]["history"]
-
-
-def test_an_edited_file_says_so(job, tmp_path):
-    job("search.average_bits=2.5", "search=sensitivity")
-    text = (tmp_path / "run" / "allocation.yaml").read_text()
-    (tmp_path / "edited.yaml").write_text(text.replace("_proj: 2", "_proj: 8", 1))
-    assert any("it was edited" in warning for warning in job(f"bits={tmp_path}/edited.yaml")["warnings"])
+    assert found(load(tmp_path)) == found(load(first))
+    assert load(tmp_path)["search"]["history"] == load(first)["search"]["history"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from matquant.search.allocation import MAX_BITS, MIN_BITS, is_file_name
 class PackConfig:
     """What is exported, and where to."""
 
-    name: Literal["none", "nested"] = "none"
+    name: Literal["none", "nested", "matgptq_v1"] = "none"
     path: str | None = None  # of the folder that is made; null: `packed` in the run's folder
     overwrite: bool = False  # replace a folder that is there
     bits: str | None = (

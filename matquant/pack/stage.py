@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from matquant.config import MethodConfig
 from matquant.errors import UserError
 from matquant.evaluate.variants import Variant
 from matquant.models.blocks import BlockModel
 from matquant.models.load import LoadedModel
-from matquant.pack import card, companions, nested
+from matquant.pack import card, companions, nested, published_writer
 from matquant.pack.settings import PackConfig
 from matquant.pack.source import Source
 from matquant.quantize.parent import Parent
@@ -82,7 +83,18 @@ def _write_nested(order: Order) -> Written:
     )
 
 
-WRITERS: dict[str, Writer] = {"nested": _write_nested}
+def _write_published(order: Order) -> Written:
+    spec = published_writer.write(
+        order.source, order.folder, bits=order.bits, prefill_bits=order.prefill_bits, limit=order.limit,
+        progress=order.progress,
+    )  # fmt: skip
+    return Written(quantization_config=spec.to_json(), record={"bits": spec.bits})
+
+
+WRITERS: dict[str, Writer] = {"nested": _write_nested, "matgptq_v1": _write_published}
+
+# What a format cannot hold whatever the model, refused before any long work.
+CHECKS: dict[str, Callable[[PackConfig, MethodConfig], None]] = {"matgptq_v1": published_writer.check}
 
 
 class Packing:
@@ -91,20 +103,22 @@ class Packing:
     Args:
         config: of a format, not ``none``.
         layers: names of the layers that the parent has, or will have.
-        master_bits: of its codes.
+        method: that makes it.
         job_folder: where the run writes.
 
     Raises:
         UserError: the target is there already, or ``pack.bits`` does not fit the layers.
     """
 
-    def __init__(self, config: PackConfig, layers: Sequence[str], master_bits: int, job_folder: Path) -> None:
+    def __init__(self, config: PackConfig, layers: Sequence[str], method: MethodConfig, job_folder: Path) -> None:
         self.config = config
         self.folder = _target(config, job_folder)
+        if config.name in CHECKS:
+            CHECKS[config.name](config, method)
         self.allocated: Mapping[str, int] | None = None
         if config.allocation_file is not None:
             found = allocation.read(Path(config.allocation_file))
-            allocation.check(found, layers, master_bits, config.allocation_file)
+            allocation.check(found, layers, method.master_bits, config.allocation_file)
             self.allocated = found.widths
 
     def run(

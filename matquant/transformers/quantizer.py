@@ -25,7 +25,7 @@ from matquant.errors import UserError
 from matquant.pack import published
 from matquant.pack import spec as nested
 from matquant.pack.published import PublishedSpec
-from matquant.pack.spec import NestedSpec, check_bits, index_name
+from matquant.pack.spec import INDEX, NestedSpec, check_bits, index_name
 from matquant.search import allocation
 from matquant.transformers.conversion import nested_converters, published_converters
 from matquant.transformers.layers import dense_tensors, dispensable, place_layers
@@ -71,7 +71,7 @@ class PublishedConfig(QuantizationConfigMixin):
 class Asked:
     """What the caller of ``from_pretrained`` wants; None leaves it to the checkpoint."""
 
-    bits: int | Mapping[str, int] | str | None
+    bits: int | Mapping[str, int] | str | Path | None
     prefill_bits: int | None
     max_bits: int | None
 
@@ -102,10 +102,14 @@ class NestedQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         self.asked = Asked.take(config)
+        config.transformers_weights = None
+        index = INDEX
         if self.whole is not None:
             self.spec = _reduced(self.whole, self.asked)
             if (planes := _planes(self.spec)) in self.whole.plane_indices and planes < _planes(self.whole):
-                config.transformers_weights = index_name(planes)
+                index = config.transformers_weights = index_name(planes)
+        if (folder := Path(config.name_or_path)).is_dir():
+            _check_index(folder, index)
         return config
 
     def _process_model_before_weight_loading(
@@ -118,7 +122,6 @@ class NestedQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files or ()]
         if not files:
             raise UserError("A packed model is loaded from its folder; it cannot be made from a state dict.")
-        model.config.transformers_weights = None
         check_files(files, {} if self.whole is None else self.whole.files)
         stored = read_headers(files[0].parent, [file.name for file in files])
         unused = {*(model._keys_to_ignore_on_load_unexpected or ())}  # patterns of what may be there and is not needed
@@ -177,13 +180,23 @@ def set_bits(model: Any, bits: int | Mapping[str, int] | str | Path, prefill: in
     Raises:
         UserError: a layer is not there, or has not the planes of a width; nothing has changed then.
     """
-    widths = inference.set_bits(model, bits if isinstance(bits, int) else _by_layer(bits), prefill)
+    widths = inference.set_bits(model, _by_layer(bits) if isinstance(bits, str | Path) else bits, prefill)
     same = len(set(widths.values())) == 1
     config = model.config.quantization_config
     config.spec = dataclasses.replace(
         config.spec, bits=max(widths.values()), layer_bits={} if same else widths, prefill_bits=prefill
     )
     return widths
+
+
+def _check_index(folder: Path, name: str) -> None:
+    """Refuse a damaged index in a sentence, before Transformers stumbles over it; there may be none."""
+    from matquant.models.load import index_names
+
+    if (folder / name).is_file():
+        for file in index_names(folder, name):
+            if not (folder / file).is_file():
+                raise UserError(f"{folder} is not complete: {file}, which {name} names, is missing. Download it again.")
 
 
 def _by_layer(bits: Mapping[str, int] | str | Path) -> Mapping[str, int]:
@@ -203,6 +216,8 @@ def _reduced(spec: NestedSpec, asked: Asked) -> NestedSpec:
     bits, layer_bits = min(spec.bits, most), dict(spec.layer_bits)
     if isinstance(asked.bits, int):
         bits, layer_bits = check_bits(asked.bits, "bits", most), {}
+    elif not isinstance(asked.bits, Mapping | str | Path | None):
+        raise UserError(f"bits is a width, a width for layers by name, or an allocation's file; found {asked.bits!r}.")
     elif asked.bits is not None:
         layer_bits = {**layer_bits, **_by_layer(asked.bits)}
     if unknown := [name for name in layer_bits if name not in spec.layers]:

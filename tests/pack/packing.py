@@ -47,7 +47,9 @@ class Opened:
         calibration = CalibrationOptions(streams=(8,), asymmetric=False, staged=False, batch_size=1)
         cpu = torch.device("cpu")
         driver = Driver(self.blocks, self.layers, self.options, calibration, device=cpu, dtype=torch.float32)
-        self.parent = Parent(Store(store).open_or_build("parent", {}, lambda draft: {"blocks": driver.run(draft, None)}))
+        self.parent = Parent(
+            Store(store).open_or_build("parent", {}, lambda draft: {"blocks": driver.run(draft, None)})
+        )
 
     def names(self) -> list[str]:
         return [name for block in self.layers for name in block]
@@ -55,7 +57,10 @@ class Opened:
     def pack(self, folder: Path, widths: Any = 8, **config: Any) -> Path:
         settings = PackConfig(**{"name": "nested", "path": str(folder)} | config)
         made = dataclasses.replace(
-            method(), slicing=self.options.slicing, symmetric=self.options.symmetric, master_bits=self.options.master_bits
+            method(),
+            slicing=self.options.slicing,
+            symmetric=self.options.symmetric,
+            master_bits=self.options.master_bits,
         )
         packing = Packing(settings, self.names(), made, folder)
         packing.run(self.loaded, self.blocks, [Variant(name="v", parent=self.parent, widths=widths)], RESULTS)

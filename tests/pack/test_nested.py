@@ -1,5 +1,6 @@
 """Nested checkpoints: whatever a parent holds is packed, and loads in Transformers as the same model, bit for bit."""
 
+import itertools
 import json
 import shutil
 import weakref
@@ -156,7 +157,7 @@ def test_files_are_as_large_as_the_original_s_and_ordered_by_plane(tmp_path: Pat
     assert all(file.stat().st_size <= limit + 16384 for file in folder.glob("*.safetensors"))  # headers are longer
     of_plane = [{places[n] for n in places if n.endswith(f".plane{d}")} for d in range(8)]
     assert of_plane[0] & of_plane[1]
-    for lower, higher in zip(of_plane[1:], of_plane[2:], strict=False):
+    for lower, higher in itertools.pairwise(of_plane[1:]):
         assert max(lower) < min(higher)
     dense = {places[n] for n in places if ".plane" not in n}
     assert max(dense) < min(of_plane[2])

@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint sweep format bench-solver bench-solver-gpu bench-kernels clean
+.PHONY: run test lint sweep format bench-solver bench-solver-gpu bench-kernels bench-e2e clean
 
 run: $(VENV)/.ready
 	$(BIN)/python run.py
@@ -30,6 +30,9 @@ bench-solver-gpu: $(VENV)/.ready
 
 bench-kernels: $(VENV)/.ready
 	$(BIN)/python experiments/bench_kernels.py
+
+bench-e2e: $(VENV)/.ready
+	$(BIN)/python experiments/bench_e2e.py
 
 # The environment, made again when what it is made from changes. `make PYTHON=python3.12 run` chooses the interpreter.
 $(VENV)/.ready: pyproject.toml constraints.txt

@@ -15,13 +15,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from matquant.errors import UserError
+from matquant.pack import settings as packing
+from matquant.pack.settings import PackConfig
 from matquant.search import settings
 from matquant.search.allocation import is_file_name
 from matquant.search.settings import SearchConfig
 
 MIN_BITS, MAX_BITS = 2, 8
 GROUP_SIZES = (32, 64, 128, -1)
-STAGES = ("quantize", "evaluate")
+STAGES = ("quantize", "evaluate", "pack", "generate")
 
 # What batch_size=auto makes of windows: enough to keep a GPU busy, little enough for a block's activations.
 _TOKENS_AT_ONCE = 4096
@@ -159,12 +161,15 @@ class Config:
     method: MethodConfig
     search: SearchConfig
     eval: EvalConfig
+    pack: PackConfig
     tracking: TrackingConfig
     runtime: RuntimeConfig
     store: StoreConfig
     bits: tuple[int, ...]
     allocations: tuple[str, ...]
     stages: tuple[str, ...]
+    prompt: str | None  # of the stage generate
+    max_new_tokens: int  # likewise
     metric: Literal["kl", "perplexity"]
 
     @property
@@ -179,7 +184,6 @@ def from_hydra(cfg: DictConfig) -> Config:
         UserError: a key is missing or unknown, a value has the wrong type or is out of range.
     """
     tree = typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-    tree.pop("pack", None)
     bits = tree.get("bits")
     _replace_weights(tree.get("objective"))
     _choose_batches(tree)
@@ -290,6 +294,13 @@ def _check(config: Config) -> None:
     for stage in config.stages:
         if stage not in STAGES:
             raise UserError(f"stages: there is no stage {stage!r}; there are {', '.join(STAGES)}.")
+    models = len(config.widths) if config.method.dedicated else 1
+    if "generate" in config.stages and (not config.prompt or config.max_new_tokens < 1 or models > 1):
+        raise UserError(
+            "stages=[generate] needs a text to go on with, prompt='def ', max_new_tokens of at least 1, and a method that "
+            f"makes one parent; found prompt={config.prompt!r}, max_new_tokens={config.max_new_tokens} and {models} models."
+        )
+    packing.check(config.pack, config.stages, models)
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from matquant import machine, outcome, plan, ranks, report
+from matquant import generating, machine, outcome, plan, ranks, report
 from matquant.config import Config, TextConfig
 from matquant.data import texts
 from matquant.errors import UserError
@@ -33,6 +33,7 @@ from matquant.models.inventory import left_alone
 from matquant.models.load import open_model
 from matquant.models.shapes import measure
 from matquant.options import as_json, own_options, planned_weight, solver_options
+from matquant.pack.stage import Packing
 from matquant.plan import Calibrating, Plan
 from matquant.progress import Bars
 from matquant.quantize.driver import CalibrationOptions, Driver, check_layers, layers_to_quantize
@@ -90,6 +91,9 @@ def run_job(config: Config, job: Job) -> float | None:
     console = Console()
     report.print_table(results, console)
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
+    generating.show(results, console)
+    if "pack" in results:
+        console.print(f"packed: {results['pack']['folder']}", soft_wrap=True, highlight=False)
     return outcome.figure(results, config.metric)
 
 
@@ -157,6 +161,9 @@ class _Run:
                 search_text = self._search_text()
                 self.search_windows = self._windows(search_text, "calibration")
             self.search_record: dict[str, Any] | None = None
+            names = [name for block in self.layers for name in block]
+            wanted = config.pack.wanted
+            self.packing = Packing(config.pack, names, config.method, job.folder) if wanted else None
 
     def results(self) -> dict[str, Any]:
         with self._timed("quantize"):
@@ -171,7 +178,16 @@ class _Run:
             return {}
         with self._timed("tasks"):
             scores = self._evaluate_tasks(variants)
-        return self._assemble(variants, measured, scores)
+        results = self._assemble(variants, measured, scores)
+        if self.packing is not None:
+            with self._timed("pack"), self.bars.bar("pack", sum(map(len, self.layers))) as progress:
+                results["pack"] = self.packing.run(self.loaded, self.blocks, variants, results, progress)
+        if "generate" in self.config.stages:
+            with self._timed("generate"):
+                results["generate"] = generating.generate(
+                    self.loaded, self.blocks, variants, str(self.config.prompt), self.config.max_new_tokens, self.device
+                )
+        return results
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -6,7 +6,7 @@ hands in a hidden state that is already known (``head``). So embeddings, masks, 
 soft-capping are the model's own, whatever its architecture.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -80,12 +80,12 @@ class BlockModel:
         self.name, blocks = find_blocks(model)
         self.blocks: list[nn.Module] = list(blocks)
         self.block_names: list[str] = [f"{self.name}.{i}" for i in range(len(self.blocks))]
-        origins: dict[str, Origin] = {}
+        self.origins: dict[str, Origin] = {}  # of weights with a new name or shape, by full name
         for block, name in zip(self.blocks, self.block_names, strict=True):
-            origins |= make_linear(block, name)
+            self.origins |= make_linear(block, name)
         first = next(m for m in self.blocks[0].modules() if isinstance(m, nn.Linear))
         self.dtype: torch.dtype = first.weight.dtype
-        self._values = Values(checkpoint, origins, self.dtype)
+        self._values = Values(checkpoint, self.origins, self.dtype)
         # Of the tuple that a block returns; 0 when it returns a tensor, None before it is known.
         self._output_length: int | None = None
         self._probes: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Calls]] = {}
@@ -262,6 +262,10 @@ class BlockModel:
         )
 
     # Placing
+
+    def fill(self, but: Collection[str], device: torch.device | str, dtype: torch.dtype) -> None:
+        """Give all tensors their values for good, on ``device`` in ``dtype``, except the named ones."""
+        self._values.fill(self.model, but, device, dtype)
 
     @contextmanager
     def on_device(self, index: int, device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:

@@ -1,10 +1,9 @@
 """The files of a checkpoint: found in a folder or fetched from the hub, looked at before any is opened, and fingerprinted."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NoReturn
 
 from huggingface_hub import HfApi, snapshot_download
@@ -21,8 +20,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from matquant import machine
 from matquant.config import ModelConfig
 from matquant.errors import UserError
+from matquant.models.index import INDEX, index_names, read_json
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Files that can hold a tokenizer; one of them is enough. The settings alone are not.
 TOKENIZERS = (
@@ -61,7 +61,7 @@ def from_hub(model: ModelConfig) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(f"{model.name} on the hub has no config.json, so it is no checkpoint of Transformers.")
     read_config(folder, model.trust_remote_code)  # refuse before gigabytes are fetched
-    names = _index_names(folder) if (folder / INDEX).is_file() else [WEIGHTS]
+    names = index_names(folder) if (folder / INDEX).is_file() else [WEIGHTS]
     # By commit, so that a push in between cannot mix two versions.
     folder = _snapshot(model, folder.name, [*small, *names])
     if names == [WEIGHTS] and not (folder / WEIGHTS).is_file():
@@ -102,7 +102,7 @@ def _hub_files(model: ModelConfig) -> list[str]:
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> Any:
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     if "quantization_config" in raw:
         method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
         raise UserError(
@@ -147,7 +147,7 @@ def _check_causal(folder: Path, raw: dict[str, Any], config: Any, remote: bool) 
 def weight_files(folder: Path) -> list[str]:
     """Names of the safetensors that the model is made of, all of which exist."""
     if (folder / INDEX).is_file():
-        names = _index_names(folder)
+        names = index_names(folder)
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise UserError(
                 f"The checkpoint in {folder} is not complete: of {len(names)} weight files that {INDEX} names, these "
@@ -157,22 +157,6 @@ def weight_files(folder: Path) -> list[str]:
     if not (folder / WEIGHTS).is_file():
         _refuse_weights(str(folder), sorted(file.name for file in folder.iterdir()))
     return [WEIGHTS]
-
-
-def _index_names(folder: Path) -> list[str]:
-    weights = _read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weights, dict) or not weights:
-        raise UserError(f"{folder / INDEX} names no weights. Copy or download the checkpoint again.")
-    names = sorted({str(name) for name in weights.values()})
-    for name in names:
-        # Both kinds of slash, since the name may be read on either system.
-        path = PurePosixPath(name.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or ":" in name or path.suffix != ".safetensors":
-            raise UserError(
-                f"{folder / INDEX} names {name!r}, which is no safetensors file inside the folder. "
-                "It is not safe to load: get the checkpoint from where you trust it."
-            )
-    return names
 
 
 def _refuse_weights(where: str, files: Sequence[str]) -> NoReturn:
@@ -210,16 +194,6 @@ def _sha256(file: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"The file {file} cannot be read: {error.strerror or error}.") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is no valid JSON: {error}. Copy or download it again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is no JSON object. Copy or download it again.")
-    return content
 
 
 def some(names: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
 """The values of a model's tensors, converted and on a device for as long as they are needed there."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,21 @@ class Values:
                 memo[id(own[name])] = stored.to(device, converted)
         with substituted(module, {name: memo[id(tensor)] for name, tensor in own.items()}):
             yield
+
+    @torch.no_grad()
+    def fill(self, module: nn.Module, but: Collection[str], device: torch.device | str, dtype: torch.dtype) -> None:
+        """Give all tensors of a whole model their values for good, on ``device`` in ``dtype``, except the named ones."""
+        own = {name: tensor for name, tensor in named_tensors(module) if name not in but}
+        memo: dict[int, Tensor] = {}  # tied tensors stay one
+        for name, stored in self._read(own, ""):
+            path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(path)
+            held: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+            if id(own[name]) not in memo:
+                value = stored.to(device, dtype if stored.is_floating_point() else stored.dtype)
+                is_parameter = leaf in owner._parameters
+                memo[id(own[name])] = nn.Parameter(value, requires_grad=False) if is_parameter else value
+            held[leaf] = memo[id(own[name])]
 
     def _read(self, own: Mapping[str, Tensor], path: str) -> Iterator[tuple[str, Tensor]]:
         """Each tensor with its values: itself, or when it is on the meta device what the checkpoint holds of it."""

@@ -150,7 +150,7 @@ _NARROW = {
 _WIDE = {
     1: ((4, 1, 2, 2, 4, 2, 2), (8, 1, 2, 2, 4, 1, 2), (4, 1, 2, 1, 4, 2, 2), *_SMALL),
     2: ((4, 1, 2, 2, 4, 1, 2), (8, 1, 1, 2, 4, 1, 2), (4, 1, 1, 1, 1, 1, 2), *_SMALL),
-    4: ((4, 2, 2, 2, 1, 1, 2), (4, 1, 2, 2, 1, 1, 2), (8, 1, 1, 2, 2, 1, 2), *_SMALL_MANY),
+    4: ((4, 1, 2, 2, 1, 1, 2), (8, 1, 1, 2, 2, 1, 2), *_SMALL_MANY),
     8: _NARROW[8],
 }
 _LARGE = {
@@ -169,7 +169,8 @@ def choose(problem: Problem, device: Device) -> Variant:
     """The variant for a problem of at most ``TOKENS`` tokens."""
     token_tiles = next(count for count in (1, 2, 4, 8) if problem.tokens <= 8 * count)
     for row_warps, tile_warps, k_warps, units, panel, blocks, least in _shapes(problem, device)[token_tiles]:
-        if token_tiles > 2 and 0 < problem.group < TILE and (units > 1 or tile_warps < token_tiles // 2):
+        small_groups = 0 < problem.group < TILE
+        if small_groups and (units > 2 or (token_tiles > 2 and (units > 1 or tile_warps < token_tiles // 2))):
             continue  # with so many scales in flight it would spill registers
         columns = TILE * units
         if problem.group and problem.group % columns and columns % problem.group:

@@ -15,13 +15,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from matquant.errors import UserError
+from matquant.pack import settings as packing
+from matquant.pack.settings import PackConfig
 from matquant.search import settings
 from matquant.search.allocation import is_file_name
 from matquant.search.settings import SearchConfig
 
 MIN_BITS, MAX_BITS = 2, 8
 GROUP_SIZES = (32, 64, 128, -1)
-STAGES = ("quantize", "evaluate")
+STAGES = ("quantize", "evaluate", "pack")
 
 # What batch_size=auto makes of windows: enough to keep a GPU busy, little enough for a block's activations.
 _TOKENS_AT_ONCE = 4096
@@ -159,6 +161,7 @@ class Config:
     method: MethodConfig
     search: SearchConfig
     eval: EvalConfig
+    pack: PackConfig
     tracking: TrackingConfig
     runtime: RuntimeConfig
     store: StoreConfig
@@ -179,7 +182,6 @@ def from_hydra(cfg: DictConfig) -> Config:
         UserError: a key is missing or unknown, a value has the wrong type or is out of range.
     """
     tree = typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-    tree.pop("pack", None)
     bits = tree.get("bits")
     _replace_weights(tree.get("objective"))
     _choose_batches(tree)
@@ -290,6 +292,7 @@ def _check(config: Config) -> None:
     for stage in config.stages:
         if stage not in STAGES:
             raise UserError(f"stages: there is no stage {stage!r}; there are {', '.join(STAGES)}.")
+    packing.check(config.pack, config.stages)
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -39,6 +39,7 @@ from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.inventory import left_alone
 from matquant.models.load import open_model
 from matquant.models.shapes import measure
+from matquant.pack.stage import Packing
 from matquant.plan import Calibrating, Plan
 from matquant.progress import Bars
 from matquant.quantize.driver import CalibrationOptions, Driver, check_layers, layers_to_quantize
@@ -92,6 +93,8 @@ def run_job(config: Config, job: Job) -> float | None:
     console = Console()
     report.print_table(results, console)
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
+    if "pack" in results:
+        console.print(f"packed: {results['pack']['folder']}", soft_wrap=True, highlight=False)
     return _figure(results, config.metric)
 
 
@@ -155,6 +158,9 @@ class _Run:
                 search_text = self._search_text()
                 self.search_windows = texts.windows(search_text, "calibration", self.loaded.tokenizer, self.store)
             self.search_record: dict[str, Any] | None = None
+            names = [name for block in self.layers for name in block]
+            wanted = config.pack.wanted
+            self.packing = Packing(config.pack, names, config.method, job.folder) if wanted else None
 
     def results(self) -> dict[str, Any]:
         with self._timed("quantize"):
@@ -167,7 +173,11 @@ class _Run:
                 measured = self._evaluate(variants)
         with self._timed("tasks"):
             scores = self._evaluate_tasks(variants)
-        return self._assemble(variants, measured, scores)
+        results = self._assemble(variants, measured, scores)
+        if self.packing is not None:
+            with self._timed("pack"), self.bars.bar("pack", sum(map(len, self.layers))) as progress:
+                results["pack"] = self.packing.run(self.loaded, self.blocks, variants, results, progress)
+        return results
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

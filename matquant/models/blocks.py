@@ -80,9 +80,9 @@ class BlockModel:
         self.name, blocks = find_blocks(model)
         self.blocks: list[nn.Module] = list(blocks)
         self.block_names: list[str] = [f"{self.name}.{i}" for i in range(len(self.blocks))]
-        self._origins: dict[str, Origin] = {}
+        self.origins: dict[str, Origin] = {}  # of weights with a new name or shape, by full name
         for block, name in zip(self.blocks, self.block_names, strict=True):
-            self._origins |= make_linear(block, name)
+            self.origins |= make_linear(block, name)
         first = next(m for m in self.blocks[0].modules() if isinstance(m, nn.Linear))
         self.dtype: torch.dtype = first.weight.dtype
         # Of the tuple that a block returns; 0 when it returns a tensor, None before it is known.
@@ -352,7 +352,7 @@ class BlockModel:
         for name, tensor in own.items():
             if tensor.is_meta:
                 full = f"{path}.{name}" if path else name
-                origin = self._origins.get(full, Origin(full))
+                origin = self.origins.get(full, Origin(full))
                 read.setdefault(origin.name, []).append((name, origin))
             else:
                 yield name, tensor

@@ -107,6 +107,10 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._canonical
 
+    def stored(self) -> dict[str, Tensor]:
+        """What is stored of the model's own state, by name and on the meta device; tied names share an object."""
+        return {name: self._tensors[name] for name in self._skeleton.state_dict() if name in self._canonical}
+
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Each of the named tensors, on the CPU, in the dtype of the loaded model; one at a time, to be dropped at once.
 

@@ -110,7 +110,7 @@ def open_model(model: ModelConfig) -> LoadedModel:
     """
     folder = _local_folder(model) if model.path is not None else _from_hub(model)
     config = _read_config(folder, model.trust_remote_code)
-    files = _weight_files(folder)
+    files = weight_files(folder)
     headers = read_headers(folder, files)
     stored = _stored_dtype(folder, headers)
     tokenizer = _load_tokenizer(folder, model.trust_remote_code)
@@ -232,8 +232,12 @@ def _check_causal(folder: Path, raw: dict[str, Any], config: Any, remote: bool) 
         )
 
 
-def _weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors that the model is made of, all of which exist."""
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors that a checkpoint is made of, all of which exist inside its folder.
+
+    Raises:
+        UserError: there are none, or the index is damaged, or names a file that is missing or not in the folder.
+    """
     if (folder / INDEX).is_file():
         names = _index_names(folder)
         if missing := [name for name in names if not (folder / name).is_file()]:

@@ -1,0 +1,64 @@
+"""The model card: what the folder holds, how it is loaded, and what was measured."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from matquant.report import formatting
+
+_LOADING = """\
+```python
+import matquant  # makes the format known to Transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER{argument})
+{after}```
+"""
+_AFTER = "model.set_bits(2)  # at any time; nothing is loaded again\n"
+
+
+def render(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """The card as Markdown, with the front matter that model hubs read.
+
+    Args:
+        results: of the job.
+        record: of the packed folder: ``format``, ``bytes`` and what its writer recorded.
+    """
+    lines = ["---", "library_name: transformers", "tags: [matquant, quantized]", "---", ""]
+    lines += [f"# {results['model']}, quantized by matquant ({results['method']})", ""]
+    lines += [_about(results, record), "", *_table(results)]
+    return "\n".join(lines)
+
+
+def _about(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    size = f"{record['bytes'] / 1e9:.3g} GB"
+    if record["format"] != "nested":
+        return f"Format `{record['format']}`, {size}. Made by `{results['command']}`."
+    most = record["max_bits"]
+    loading = _LOADING.format(argument=", bits=3", after=_AFTER)
+    return (
+        f"One checkpoint ({size}) whose top 2 to {most} bits of every weight are each a model. Loaded without an argument "
+        f"it has {record['bits']} bits; `bits=` gives another width, `max_bits=` fetches no more planes than that width "
+        f"needs.\n\n{loading}\nMade by `{results['command']}`."
+    )
+
+
+def _table(results: Mapping[str, Any]) -> list[str]:
+    """A row per measured slice; a sentence when nothing was measured."""
+    datasets = list((results.get("baseline") or {}).get("perplexity") or {})
+    if not datasets:
+        return ["Nothing was measured when this folder was written.", ""]
+    head = ["bits", "average bits", "MB read per token"]
+    head += [f"{kind} ({name})" for name in datasets for kind in ("perplexity", "KL")]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    baseline = results["baseline"]
+    full = ["full precision", "", formatting.megabytes(baseline.get("bytes"))]
+    for name in datasets:
+        full += [formatting.significant(baseline["perplexity"][name]), "0"]
+    lines.append("| " + " | ".join(full) + " |")
+    for entry in results["slices"]:
+        row = [str(entry.get("name", entry["bits"])), formatting.average_bits(entry["average_bits"])]
+        row.append(formatting.megabytes(entry["bytes"]))
+        for name in datasets:
+            row += [formatting.significant(entry[kind][name]) for kind in ("perplexity", "kl")]
+        lines.append("| " + " | ".join(row) + " |")
+    return [*lines, "", "KL is the mean over tokens of KL(full precision ‖ slice) in nats.", ""]

@@ -1,0 +1,49 @@
+"""The config group ``pack``, typed and checked."""
+
+import dataclasses
+from typing import Literal
+
+from matquant.errors import UserError
+from matquant.search.allocation import MAX_BITS, MIN_BITS, is_file_name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PackConfig:
+    """What is exported, and where to."""
+
+    name: Literal["none", "nested"] = "none"
+    path: str | None = None  # of the folder that is made; null: `packed` in the run's folder
+    overwrite: bool = False  # replace a folder that is there
+    bits: str | None = (
+        None  # what a reader begins with: a width, or an allocation's file; null: see `stage.chosen_widths`
+    )
+    prefill_bits: int | None = None  # the width for many tokens; null: the same
+    max_bits: int | None = None  # write only the planes of widths up to this one; null: all
+    shard_gigabytes: float | None = None  # of a weight file; null: as large as the original's largest
+
+    @property
+    def wanted(self) -> bool:
+        return self.name != "none"
+
+    @property
+    def allocation_file(self) -> str | None:
+        return self.bits if is_file_name(self.bits) else None
+
+    @property
+    def width(self) -> int | None:
+        return int(self.bits) if self.bits is not None and self.bits.isdecimal() else None
+
+
+def check(config: PackConfig, stages: tuple[str, ...]) -> None:
+    """Raises UserError for a value out of range."""
+    if "pack" in stages and not config.wanted:
+        raise UserError("stages names pack, but pack=none; choose a format, for example pack=nested.")
+    if config.bits is not None and config.width is None and config.allocation_file is None:
+        raise UserError(f"pack.bits is a width or an allocation's file (.yaml, .txt); found {config.bits!r}.")
+    for name in ("width", "prefill_bits", "max_bits"):
+        value = getattr(config, name)
+        if value is not None and not MIN_BITS <= value <= MAX_BITS:
+            shown = "bits" if name == "width" else name
+            raise UserError(f"pack.{shown}: a width must lie in {MIN_BITS}..{MAX_BITS} bits; found {value}.")
+    if config.shard_gigabytes is not None and not config.shard_gigabytes > 0:
+        raise UserError(f"pack.shard_gigabytes must be more than 0; found {config.shard_gigabytes:g}.")

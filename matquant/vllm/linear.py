@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.linear import LinearMethodBase, ReplicatedLinear
 from vllm.model_executor.utils import set_weight_attrs
 
 from matquant.errors import UserError
@@ -78,29 +78,29 @@ def _loader(parts: Sequence[Part], kind: str) -> Callable[..., None]:
     return load
 
 
-def _cuts(
-    layer: Any, count: int, columns_held: int, rows_held: Sequence[int], in_features: int
-) -> list[Cut]:
+def _cuts(layer: Any, count: int, columns_held: int, rows_held: Sequence[int], in_features: int) -> list[Cut]:
     """What a layer of vLLM holds of each of the ``count`` stored layers that it is made of.
 
     Args:
         columns_held, rows_held: sizes on this device; rows for each part that vLLM knows of.
         in_features: of the whole.
     """
-    rank, size = getattr(layer, "tp_rank", 0), getattr(layer, "tp_size", 1)
+    rank, size = (0, 1) if isinstance(layer, ReplicatedLinear) else (layer.tp_rank, layer.tp_size)
     columns = (0, in_features)
     if columns_held != in_features:  # cut by columns, and so not by rows
         columns, rank, size = (rank * columns_held, (rank + 1) * columns_held), 0, 1
+    # Where there are fewer heads of keys and values than devices, several devices hold the same ones.
     replicas = [getattr(layer, "num_kv_head_replicas", 1) if i else 1 for i in range(len(rows_held))]
-    if not getattr(layer, "gather_output", None) and type(layer).__name__ == "ReplicatedLinear":
-        rank, size = 0, 1
-    starts = [rank // replica * rows for replica, rows in zip(replicas, rows_held, strict=True)]
-    totals = [rows * size // replica for replica, rows in zip(replicas, rows_held, strict=True)]
-    ranges = [(start, start + rows) for start, rows in zip(starts, rows_held, strict=True)]
+    ranges = [(rank // r * rows, (rank // r + 1) * rows) for r, rows in zip(replicas, rows_held, strict=True)]
+    totals = [rows * size // r for r, rows in zip(replicas, rows_held, strict=True)]
+    if hasattr(layer, "org_vocab_size"):  # an output head, whose rows are filled up
+        totals = [layer.org_vocab_size]
     if count == len(rows_held):
-        return [Cut(total, in_features, (r,), columns) for total, r in zip(totals, ranges, strict=True)]
+        return [Cut(total, in_features, (held,), columns) for total, held in zip(totals, ranges, strict=True)]
     if count != 1:
-        raise UserError(f"vLLM fuses {count} layers into {len(rows_held)} parts; this is not known here.")
+        raise UserError(
+            f"vLLM makes {len(rows_held)} parts of {count} layers at {layer.prefix}; this is not known here."
+        )
     offsets = [sum(totals[:i]) for i in range(len(totals))]  # one stored layer that vLLM divides, as in Phi-3
-    rows = tuple((o + a, o + b) for o, (a, b) in zip(offsets, ranges, strict=True))
-    return [Cut(sum(totals), in_features, rows, columns)]
+    held = tuple((offset + a, offset + b) for offset, (a, b) in zip(offsets, ranges, strict=True))
+    return [Cut(sum(totals), in_features, held, columns)]

@@ -8,7 +8,7 @@ from matquant.inference.cut import Cut
 from matquant.inference.layout import tiles
 from matquant.inference.planes import check_bits, group_count
 from matquant.pack.spec import LayerSpec, TensorSpec
-from matquant.vllm import ops  # noqa: F401 - defines the operator
+from matquant.vllm import ops
 
 
 class DensePart(nn.Module):
@@ -56,7 +56,15 @@ class NestedPart(nn.Module):
     widths: Tensor
 
     def __init__(
-        self, name: str, spec: LayerSpec, stored: dict[str, TensorSpec], cut: Cut, *, planes: int, bits: int, prefill: int
+        self,
+        name: str,
+        spec: LayerSpec,
+        stored: dict[str, TensorSpec],
+        cut: Cut,
+        *,
+        planes: int,
+        bits: int,
+        prefill: int,
     ) -> None:
         super().__init__()
         self.name, self.spec, self.cut = name, spec, cut

@@ -160,7 +160,7 @@ class _Run:
             self.search_record: dict[str, Any] | None = None
             names = [name for block in self.layers for name in block]
             wanted = config.pack.wanted
-            self.packing = Packing(config.pack, names, config.method, job.folder) if wanted else None
+            self.packing = Packing(config.pack, names, config.method.master_bits, job.folder) if wanted else None
 
     def results(self) -> dict[str, Any]:
         with self._timed("quantize"):

@@ -8,19 +8,19 @@ from pathlib import Path
 
 from matquant.errors import UserError
 from matquant.models.checkpoint import DTYPES, Stored
-from matquant.pack.spec import NestedSpec, TensorSpec
+from matquant.pack.spec import TensorSpec
 from matquant.store.files import Record
 
 _NAMED = 3  # names in one sentence
 _THREADS = 8  # that hash files side by side
 
 
-def check_files(files: Sequence[Path], spec: NestedSpec) -> None:
+def check_files(files: Sequence[Path], records: Mapping[str, Record]) -> None:
     """Make sure that the files lie in one folder and have the bytes that the checkpoint's config records.
 
     Args:
         files: weight files, those that are to be read.
-        spec: one without records checks the folder only.
+        records: by file name, as in ``NestedSpec.files``; without any only the folder is checked.
 
     Raises:
         UserError: names the first file that is missing, outside of the folder, or damaged.
@@ -31,13 +31,13 @@ def check_files(files: Sequence[Path], spec: NestedSpec) -> None:
             f"The checkpoint's index names files outside of its folder: {', '.join(sorted(map(str, files))[:_NAMED])}. It is "
             "not safe to load: get the checkpoint from where you trust it."
         )
-    if not spec.files:
+    if not records:
         return
     for file in files:
-        if Path(file).name not in spec.files:
+        if Path(file).name not in records:
             raise UserError(f"{file} is no weight file of this checkpoint: its config.json does not name it.")
     with ThreadPoolExecutor(_THREADS) as pool:
-        for found in pool.map(lambda file: _damage(Path(file), spec.files[Path(file).name]), files):
+        for found in pool.map(lambda file: _damage(Path(file), records[Path(file).name]), files):
             if found is not None:
                 raise UserError(f"{found}. Copy or download the checkpoint again.")
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from matquant.config import MethodConfig
 from matquant.errors import UserError
 from matquant.evaluate.variants import Variant
 from matquant.models.blocks import BlockModel
@@ -92,20 +91,20 @@ class Packing:
     Args:
         config: of a format, not ``none``.
         layers: names of the layers that the parent has, or will have.
-        method: that makes it.
+        master_bits: of its codes.
         job_folder: where the run writes.
 
     Raises:
         UserError: the target is there already, or ``pack.bits`` does not fit the layers.
     """
 
-    def __init__(self, config: PackConfig, layers: Sequence[str], method: MethodConfig, job_folder: Path) -> None:
+    def __init__(self, config: PackConfig, layers: Sequence[str], master_bits: int, job_folder: Path) -> None:
         self.config = config
         self.folder = _target(config, job_folder)
         self.allocated: Mapping[str, int] | None = None
         if config.allocation_file is not None:
             found = allocation.read(Path(config.allocation_file))
-            allocation.check(found, layers, method.master_bits, config.allocation_file)
+            allocation.check(found, layers, master_bits, config.allocation_file)
             self.allocated = found.widths
 
     def run(

@@ -63,7 +63,7 @@ class NestedConfig(QuantizationConfig):
         mapped = {hf_to_vllm_mapper.map_name(f"{name}.weight"): stored for name, stored in self.names.items()}
         self.names = {name.removesuffix(".weight"): stored for name, stored in mapped.items() if name is not None}
 
-    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Tensors are stored under the names that Transformers' models have; vLLM expects those of the hub."""
         return WeightsMapper(orig_to_new_renaming=self._renamings)
 
@@ -106,7 +106,7 @@ class NestedConfig(QuantizationConfig):
             check_graphs(engine.compilation_config.cudagraph_mode, self.widths)
             self._checked = True
 
-    def get_name(self) -> str:  # type: ignore[override]
+    def get_name(self) -> str:
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:

@@ -107,7 +107,7 @@ class NestedExpertsMethod(FusedMoEMethodBase):
             )
         return part
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         check_complete([part for expert in layer.nested_experts.values() for part in expert.values()])
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:

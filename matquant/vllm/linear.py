@@ -32,7 +32,7 @@ class NestedLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -51,10 +51,10 @@ class NestedLinearMethod(LinearMethodBase):
             set_weight_attrs(door, {"weight_loader": _loader(parts, kind)})
             layer.register_parameter(kind, door)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         check_complete(list(layer.nested_parts))
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         outputs, start = [], 0
         for part in layer.nested_parts:
             rows = part.cut.shape[0]

@@ -23,7 +23,7 @@ from matquant.search.settings import SearchConfig
 
 MIN_BITS, MAX_BITS = 2, 8
 GROUP_SIZES = (32, 64, 128, -1)
-STAGES = ("quantize", "evaluate", "pack")
+STAGES = ("quantize", "evaluate", "pack", "generate")
 
 # What batch_size=auto makes of windows: enough to keep a GPU busy, little enough for a block's activations.
 _TOKENS_AT_ONCE = 4096
@@ -168,6 +168,8 @@ class Config:
     bits: tuple[int, ...]
     allocations: tuple[str, ...]
     stages: tuple[str, ...]
+    prompt: str | None  # of the stage generate
+    max_new_tokens: int  # likewise
     metric: Literal["kl", "perplexity"]
 
     @property
@@ -292,7 +294,13 @@ def _check(config: Config) -> None:
     for stage in config.stages:
         if stage not in STAGES:
             raise UserError(f"stages: there is no stage {stage!r}; there are {', '.join(STAGES)}.")
-    packing.check(config.pack, config.stages)
+    models = len(config.widths) if config.method.dedicated else 1
+    if "generate" in config.stages and (not config.prompt or config.max_new_tokens < 1 or models > 1):
+        raise UserError(
+            "stages=[generate] needs a text to go on with, prompt='def ', max_new_tokens of at least 1, and a method that "
+            f"makes one parent; found prompt={config.prompt!r}, max_new_tokens={config.max_new_tokens} and {models} models."
+        )
+    packing.check(config.pack, config.stages, models)
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from matquant import machine, plan, report
+from matquant import generating, machine, plan, report
 from matquant.config import Config, MethodConfig, TextConfig
 from matquant.data import texts
 from matquant.errors import UserError
@@ -93,6 +93,7 @@ def run_job(config: Config, job: Job) -> float | None:
     console = Console()
     report.print_table(results, console)
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
+    generating.show(results, console)
     if "pack" in results:
         console.print(f"packed: {results['pack']['folder']}", soft_wrap=True, highlight=False)
     return _figure(results, config.metric)
@@ -160,7 +161,7 @@ class _Run:
             self.search_record: dict[str, Any] | None = None
             names = [name for block in self.layers for name in block]
             wanted = config.pack.wanted
-            self.packing = Packing(config.pack, names, config.method.master_bits, job.folder) if wanted else None
+            self.packing = Packing(config.pack, names, config.method, job.folder) if wanted else None
 
     def results(self) -> dict[str, Any]:
         with self._timed("quantize"):
@@ -177,6 +178,11 @@ class _Run:
         if self.packing is not None:
             with self._timed("pack"), self.bars.bar("pack", sum(map(len, self.layers))) as progress:
                 results["pack"] = self.packing.run(self.loaded, self.blocks, variants, results, progress)
+        if "generate" in self.config.stages:
+            with self._timed("generate"):
+                results["generate"] = generating.generate(
+                    self.loaded, self.blocks, variants, str(self.config.prompt), self.config.max_new_tokens, self.device
+                )
         return results
 
     @contextlib.contextmanager

@@ -6,7 +6,7 @@ hands in a hidden state that is already known (``head``). So embeddings, masks, 
 soft-capping are the model's own, whatever its architecture.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -247,6 +247,20 @@ class BlockModel:
             )
 
     # Placing
+
+    @torch.no_grad()
+    def fill(self, but: Collection[str], device: torch.device | str, dtype: torch.dtype) -> None:
+        """Give all tensors their values for good, on ``device`` in ``dtype``, except the named ones."""
+        own = {name: tensor for name, tensor in named_tensors(self.model) if name not in but}
+        memo: dict[int, Tensor] = {}  # tied tensors stay one
+        for name, stored in self._values(own, ""):
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            if id(own[name]) not in memo:
+                value = stored.to(device, dtype if stored.is_floating_point() else stored.dtype)
+                is_parameter = leaf in module._parameters
+                memo[id(own[name])] = nn.Parameter(value, requires_grad=False) if is_parameter else value
+            (module._parameters if leaf in module._parameters else module._buffers)[leaf] = memo[id(own[name])]
 
     @contextmanager
     def on_device(self, index: int, device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:

@@ -146,7 +146,7 @@ def _from_hub(model: ModelConfig) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(f"{model.name} on the hub has no config.json, so it is no checkpoint of Transformers.")
     _read_config(folder, model.trust_remote_code)  # refuse before gigabytes are fetched
-    names = _index_names(folder) if (folder / INDEX).is_file() else [WEIGHTS]
+    names = index_names(folder) if (folder / INDEX).is_file() else [WEIGHTS]
     # By commit, so that a push in between cannot mix two versions.
     folder = _snapshot(model, folder.name, [*small, *names])
     if names == [WEIGHTS] and not (folder / WEIGHTS).is_file():
@@ -239,7 +239,7 @@ def weight_files(folder: Path) -> list[str]:
         UserError: there are none, or the index is damaged, or names a file that is missing or not in the folder.
     """
     if (folder / INDEX).is_file():
-        names = _index_names(folder)
+        names = index_names(folder)
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise UserError(
                 f"The checkpoint in {folder} is not complete: of {len(names)} weight files that {INDEX} names, these "
@@ -251,17 +251,22 @@ def weight_files(folder: Path) -> list[str]:
     return [WEIGHTS]
 
 
-def _index_names(folder: Path) -> list[str]:
-    weights = _read_json(folder / INDEX).get("weight_map")
+def index_names(folder: Path, index: str = INDEX) -> list[str]:
+    """The files that an index names, sorted, all of them inside the folder; whether they exist is not looked at.
+
+    Raises:
+        UserError: the index is damaged, or names a file outside of the folder.
+    """
+    weights = _read_json(folder / index).get("weight_map")
     if not isinstance(weights, dict) or not weights:
-        raise UserError(f"{folder / INDEX} names no weights. Copy or download the checkpoint again.")
+        raise UserError(f"{folder / index} names no weights. Copy or download the checkpoint again.")
     names = sorted({str(name) for name in weights.values()})
     for name in names:
         # Both kinds of slash, since the name may be read on either system.
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or ":" in name or path.suffix != ".safetensors":
             raise UserError(
-                f"{folder / INDEX} names {name!r}, which is no safetensors file inside the folder. "
+                f"{folder / index} names {name!r}, which is no safetensors file inside the folder. "
                 "It is not safe to load: get the checkpoint from where you trust it."
             )
     return names

@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from matquant.config import MethodConfig
 from matquant.errors import UserError
 from matquant.evaluate.variants import Variant
 from matquant.models.blocks import BlockModel
 from matquant.models.load import LoadedModel
-from matquant.pack import card, companions, nested, stock
+from matquant.pack import card, companions, nested, published_writer, stock
 from matquant.pack.formats import Format
-from matquant.pack.settings import PackConfig
+from matquant.pack.settings import PackConfig, check_widths
 from matquant.pack.source import Source
-from matquant.quantize.parent import Parent
+from matquant.pack.spec import STOCK_INDEX
 from matquant.search import allocation
 from matquant.store.files import delete, explained, size_of
 
@@ -82,9 +83,17 @@ def _write_nested(order: Order) -> Written:
     # Null here, so that from_pretrained(folder, bits=3) finds a setting of that name.
     return Written(
         quantization_config=spec.to_json(),
-        config={"bits": None, "prefill_bits": None, "max_bits": None},
+        config={"bits": None, "prefill_bits": None, "max_bits": None, "transformers_weights": STOCK_INDEX},
         record={"max_bits": spec.max_bits, "bits": order.bits if isinstance(order.bits, int) else "allocation"},
     )
+
+
+def _write_published(order: Order) -> Written:
+    spec = published_writer.write(
+        order.source, order.folder, bits=order.bits, prefill_bits=order.prefill_bits, limit=order.limit,
+        progress=order.progress,
+    )  # fmt: skip
+    return Written(quantization_config=spec.to_json(), record={"bits": spec.bits})
 
 
 def _stock(form: Format) -> Writer:
@@ -97,7 +106,11 @@ def _stock(form: Format) -> Writer:
     return write
 
 
-WRITERS: dict[str, Writer] = {"nested": _write_nested} | {name: _stock(form) for name, form in stock.FORMATS.items()}
+WRITERS: dict[str, Writer] = {"nested": _write_nested, "matgptq_v1": _write_published}
+WRITERS |= {name: _stock(form) for name, form in stock.FORMATS.items()}
+
+# What a format cannot hold whatever the model, refused before any long work.
+CHECKS: dict[str, Callable[[PackConfig, MethodConfig], None]] = {"matgptq_v1": published_writer.check}
 
 
 class Packing:
@@ -106,21 +119,24 @@ class Packing:
     Args:
         config: of a format, not ``none``.
         layers: names of the layers that the parent has, or will have.
-        master_bits: of its codes.
+        method: that makes it.
         job_folder: where the run writes.
 
     Raises:
         UserError: the target is there already, or ``pack.bits`` does not fit the layers.
     """
 
-    def __init__(self, config: PackConfig, layers: Sequence[str], master_bits: int, job_folder: Path) -> None:
+    def __init__(self, config: PackConfig, layers: Sequence[str], method: MethodConfig, job_folder: Path) -> None:
         self.config = config
         self.folder = _target(config, job_folder)
+        if config.name in CHECKS:
+            CHECKS[config.name](config, method)
         self.allocated: Mapping[str, int] | None = None
         if config.allocation_file is not None:
             found = allocation.read(Path(config.allocation_file))
-            allocation.check(found, layers, master_bits, config.allocation_file)
+            allocation.check(found, layers, method.master_bits, config.allocation_file)
             self.allocated = found.widths
+            _check_allocation(found.widths, min(config.max_bits or method.master_bits, method.master_bits))
 
     def run(
         self,
@@ -133,7 +149,7 @@ class Packing:
         """Write the folder.
 
         Args:
-            variants: what the job measures.
+            variants: what the job measures, all of one parent.
             results: for the model card.
             progress: called with 1 after each layer.
 
@@ -144,11 +160,11 @@ class Packing:
             UserError: the format cannot hold the parent or the widths, or the disk is full.
         """
         config = self.config
-        source = Source(loaded, blocks, _parent(variants))
+        source = Source(loaded, blocks, variants[0].parent)
         master = max(layer.master_bits for layer in source.layers.values())
         max_bits = min(config.max_bits or master, master)
         bits = self.allocated or _chosen_widths(config, variants, max_bits)
-        _check_widths(bits, config.prefill_bits, max_bits)
+        _check_allocation(bits, max_bits)
         limit = source.original_shard() if config.shard_gigabytes is None else int(config.shard_gigabytes * _GIGABYTE)
         with _replacing(self.folder) as folder:
             order = Order(
@@ -190,15 +206,9 @@ def _replacing(folder: Path) -> Iterator[Path]:
         delete(temporary)
 
 
-def _parent(variants: Sequence[Variant]) -> Parent:
-    """The one parent of what the job measures."""
-    parents = list(dict.fromkeys(variant.parent for variant in variants))
-    if len(parents) != 1:
-        raise UserError(
-            f"The method makes a model for each width, and one folder holds one of them: give one width with bits=, not "
-            f"{len(parents)}; or a nested method, such as method=matgptq."
-        )
-    return parents[0]
+def _check_allocation(bits: int | Mapping[str, int], max_bits: int) -> None:
+    widest = {"pack.bits": bits} if isinstance(bits, int) else {f"pack.bits, {name}": b for name, b in bits.items()}
+    check_widths(max_bits, widest)
 
 
 def _chosen_widths(config: PackConfig, variants: Sequence[Variant], max_bits: int) -> int | Mapping[str, int]:
@@ -210,12 +220,3 @@ def _chosen_widths(config: PackConfig, variants: Sequence[Variant], max_bits: in
         if len(only) == 1:
             return only[0].widths
     return max_bits
-
-
-def _check_widths(bits: int | Mapping[str, int], prefill_bits: int | None, max_bits: int) -> None:
-    widest = max([bits] if isinstance(bits, int) else bits.values())
-    for where, width in (("pack.bits", widest), ("pack.prefill_bits", prefill_bits or 0)):
-        if width > max_bits:
-            raise UserError(
-                f"{where}: {width} bits need more planes than are written, for {max_bits} bits. Raise pack.max_bits."
-            )

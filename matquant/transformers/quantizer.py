@@ -25,7 +25,7 @@ from matquant.errors import UserError
 from matquant.pack import published
 from matquant.pack import spec as nested
 from matquant.pack.published import PublishedSpec
-from matquant.pack.spec import NestedSpec, check_bits, index_name
+from matquant.pack.spec import INDEX, NestedSpec, check_bits, index_name
 from matquant.search import allocation
 from matquant.transformers.conversion import nested_converters, published_converters
 from matquant.transformers.layers import dense_tensors, dispensable, place_layers
@@ -71,7 +71,7 @@ class PublishedConfig(QuantizationConfigMixin):
 class Asked:
     """What the caller of ``from_pretrained`` wants; None leaves it to the checkpoint."""
 
-    bits: int | Mapping[str, int] | str | None
+    bits: int | Mapping[str, int] | str | Path | None
     prefill_bits: int | None
     max_bits: int | None
 
@@ -88,7 +88,9 @@ class NestedQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.published = isinstance(quantization_config, PublishedConfig)
+        own = quantization_config.spec
+        self.whole: NestedSpec | None = own if isinstance(own, NestedSpec) else None  # the nested checkpoint
+        self.published: PublishedSpec | None = own if isinstance(own, PublishedSpec) else None  # or the published one
         self.asked = Asked(bits=None, prefill_bits=None, max_bits=None)
         self.spec: NestedSpec  # of what is loaded; of a published checkpoint known when its files are
 
@@ -100,11 +102,14 @@ class NestedQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         self.asked = Asked.take(config)
-        if not self.published:
-            whole = self.quantization_config.spec
-            self.spec = _reduced(whole, self.asked)
-            if (planes := _planes(self.spec)) in whole.plane_indices and planes < _planes(whole):
-                config.transformers_weights = index_name(planes)
+        config.transformers_weights = None
+        index = INDEX
+        if self.whole is not None:
+            self.spec = _reduced(self.whole, self.asked)
+            if (planes := _planes(self.spec)) in self.whole.plane_indices and planes < _planes(self.whole):
+                index = config.transformers_weights = index_name(planes)
+        if (folder := Path(config.name_or_path)).is_dir():
+            _check_index(folder, index)
         return config
 
     def _process_model_before_weight_loading(
@@ -117,25 +122,27 @@ class NestedQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files or ()]
         if not files:
             raise UserError("A packed model is loaded from its folder; it cannot be made from a state dict.")
-        model.config.transformers_weights = None
-        check_files(files, {} if self.published else self.quantization_config.spec.files)
+        check_files(files, {} if self.whole is None else self.whole.files)
         stored = read_headers(files[0].parent, [file.name for file in files])
-        if self.published:
-            self.spec = _reduced(self.quantization_config.spec.nested(stored), self.asked)
-            needed = self.quantization_config.spec.tensors(self.spec.layers)
-        else:
+        unused = {*(model._keys_to_ignore_on_load_unexpected or ())}  # patterns of what may be there and is not needed
+        if self.published is not None:
+            self.spec = _reduced(self.published.nested(stored), self.asked)
+            needed = self.published.tensors(self.spec.layers)
+            unused |= {r"rotary_emb\.inv_freq$"}  # that old checkpoints hold
+        elif self.whole is not None:
             needed = self.spec.tensors()
-            unread = stored.keys() & (self.quantization_config.spec.tensors().keys() - needed.keys())
-            stored = {name: found for name, found in stored.items() if name not in unread}
-            own = set(model._keys_to_ignore_on_load_unexpected or ())
-            model._keys_to_ignore_on_load_unexpected = own | {rf"^{re.escape(name)}$" for name in unread}
+            unused |= {rf"\.plane{d}$" for d in range(_planes(self.spec), _planes(self.whole))}
+        model._keys_to_ignore_on_load_unexpected = unused
         place_layers(model, self.spec)
         dense = dense_tensors(model, self.spec)
+        for name in stored.keys() - needed.keys() - dense.keys():
+            if any(re.search(pattern, name) for pattern in unused):
+                del stored[name]
         check_tensors(stored, needed, dense, dispensable(model, stored, dense))
         self.quantization_config = NestedConfig.of(self.spec)
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
-        if self.published:  # under the names of the original checkpoint
+        if self.published is not None:  # under the names of the original checkpoint
             return [*weight_conversions, *published_converters(self.spec, _planes(self.spec))]
         return nested_converters(_planes(self.spec))  # under the names of the model: nothing is to be renamed
 
@@ -173,7 +180,7 @@ def set_bits(model: Any, bits: int | Mapping[str, int] | str | Path, prefill: in
     Raises:
         UserError: a layer is not there, or has not the planes of a width; nothing has changed then.
     """
-    widths = inference.set_bits(model, _widths(bits), prefill)
+    widths = inference.set_bits(model, _by_layer(bits) if isinstance(bits, str | Path) else bits, prefill)
     same = len(set(widths.values())) == 1
     config = model.config.quantization_config
     config.spec = dataclasses.replace(
@@ -182,7 +189,17 @@ def set_bits(model: Any, bits: int | Mapping[str, int] | str | Path, prefill: in
     return widths
 
 
-def _widths(bits: int | Mapping[str, int] | str | Path) -> int | Mapping[str, int]:
+def _check_index(folder: Path, name: str) -> None:
+    """Refuse a damaged index in a sentence, before Transformers stumbles over it; there may be none."""
+    from matquant.models.load import index_names
+
+    if (folder / name).is_file():
+        for file in index_names(folder, name):
+            if not (folder / file).is_file():
+                raise UserError(f"{folder} is not complete: {file}, which {name} names, is missing. Download it again.")
+
+
+def _by_layer(bits: Mapping[str, int] | str | Path) -> Mapping[str, int]:
     return allocation.read(Path(bits)).widths if isinstance(bits, str | Path) else bits
 
 
@@ -199,8 +216,10 @@ def _reduced(spec: NestedSpec, asked: Asked) -> NestedSpec:
     bits, layer_bits = min(spec.bits, most), dict(spec.layer_bits)
     if isinstance(asked.bits, int):
         bits, layer_bits = check_bits(asked.bits, "bits", most), {}
+    elif not isinstance(asked.bits, Mapping | str | Path | None):
+        raise UserError(f"bits is a width, a width for layers by name, or an allocation's file; found {asked.bits!r}.")
     elif asked.bits is not None:
-        layer_bits = dict(_widths(asked.bits))
+        layer_bits = {**layer_bits, **_by_layer(asked.bits)}
     if unknown := [name for name in layer_bits if name not in spec.layers]:
         raise UserError(f"bits gives a width to {unknown[0]!r}, which is no nested layer of this checkpoint.")
     for name, width in layer_bits.items():

@@ -1,15 +1,21 @@
 """Small parents, rounded to nearest, and folders packed from them."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
+from shared import ROOT
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from matquant.config import ModelConfig
+from matquant.cli import register
+from matquant.config import ModelConfig, from_hydra
 from matquant.evaluate.variants import Variant
+from matquant.inference import replace_linears
 from matquant.models.blocks import BlockModel
-from matquant.models.load import open_model
+from matquant.models.load import load, open_model
 from matquant.pack.settings import PackConfig
 from matquant.pack.stage import Packing
 from matquant.quantize.driver import CalibrationOptions, Driver, layers_to_quantize
@@ -18,38 +24,69 @@ from matquant.quantize.solver import SolverOptions
 from matquant.store import Store
 
 RESULTS: dict[str, Any] = {"model": "m", "method": "rtn", "command": "", "baseline": {}, "slices": []}
+IDS = torch.arange(12)[None] * 7 % 128
 
 
 class Opened:
     """A checkpoint that is opened for quantizing, and its parent.
 
     Args:
+        skip: part of the names of layers that stay as they are.
         options: of the solver, in place of 8 bits in groups of 32.
     """
 
-    def __init__(self, folder: Path, store: Path, skip: str | None = None, head: bool = False, **options: Any) -> None:
-        config = ModelConfig(
+    def __init__(self, folder: Path, store: Path, skip: str = "-", head: bool = False, **options: Any) -> None:
+        self.config = ModelConfig(
             label=None, name=None, path=str(folder), revision=None, dtype="auto", trust_remote_code=False
         )
-        self.folder, self.loaded = folder, open_model(config)
+        self.loaded = open_model(self.config)
         self.blocks = BlockModel(self.loaded.model, self.loaded.checkpoint)
-        self.layers = layers_to_quantize(self.blocks, lambda name: skip is not None and skip in name, head=head)
-        solver = SolverOptions(**{"weights": {8: 1.0}, "group_size": 32, "block_size": 32} | options)
+        self.layers = layers_to_quantize(self.blocks, lambda name: skip in name, head=head)
+        self.head = head
+        self.options = SolverOptions(**{"weights": {8: 1.0}, "group_size": 32, "block_size": 32} | options)
         calibration = CalibrationOptions(streams=(8,), asymmetric=False, staged=False, batch_size=1)
-        driver = Driver(self.blocks, self.layers, solver, calibration, device=torch.device("cpu"), dtype=torch.float32)
-        build = lambda draft: {"blocks": driver.run(draft, None)}  # noqa: E731
+        cpu = torch.device("cpu")
+        driver = Driver(self.blocks, self.layers, self.options, calibration, device=cpu, dtype=torch.float32)
         self.parent = Parent(
-            Store(store).open_or_build("parent", {"folder": str(folder), "o": str(options), "s": skip}, build)
+            Store(store).open_or_build("parent", {}, lambda draft: {"blocks": driver.run(draft, None)})
         )
 
+    def names(self) -> list[str]:
+        return [name for block in self.layers for name in block]
+
     def pack(self, folder: Path, widths: Any = 8, **config: Any) -> Path:
-        names = [name for block in self.layers for name in block]
         settings = PackConfig(**{"name": "nested", "path": str(folder)} | config)
-        packing = Packing(settings, names, 8, folder)
+        made = dataclasses.replace(
+            method(),
+            slicing=self.options.slicing,
+            symmetric=self.options.symmetric,
+            master_bits=self.options.master_bits,
+        )
+        packing = Packing(settings, self.names(), made, folder)
         packing.run(self.loaded, self.blocks, [Variant(name="v", parent=self.parent, widths=widths)], RESULTS)
         return folder
+
+    def in_memory(self) -> Any:
+        """The model with the parent's layers put in by ``replace_linears``, nothing packed."""
+        model = load(self.config).model
+        BlockModel(model)
+        if self.head:  # a head that is tied to the embeddings becomes a layer of its own
+            model.lm_head = torch.nn.Linear(*model.lm_head.weight.shape[::-1], bias=False)
+        replace_linears(model, self.parent)
+        return model.float().requires_grad_(False)
+
+
+def method() -> Any:
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return from_hydra(compose("config")).method
 
 
 def read(folder: Path, **asked: Any) -> Any:
     """As a user loads it, in float32."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **asked)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(input_ids=IDS, use_cache=False).logits

@@ -4,6 +4,8 @@ Importing this module registers it. Widths are those of the checkpoint's config,
 ``{"bits": 3, "prefill_bits": 8, "max_bits": 4}``; ``bits`` may also be the path of an allocation's file.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,9 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from matquant.errors import UserError
 from matquant.inference.cut import Cut
-from matquant.pack.spec import QUANT_METHOD, NestedSpec, parse
+from matquant.pack import published, spec
+from matquant.pack.checking import check_files
+from matquant.pack.spec import LayerSpec, TensorSpec
 from matquant.vllm import ops
 from matquant.vllm.experts import NestedExpertsMethod
 from matquant.vllm.linear import NestedLinearMethod
@@ -27,7 +31,7 @@ from matquant.vllm.parts import NestedPart
 from matquant.vllm.widths import Widths, check_graphs, chosen
 
 
-@register_quantization_config(QUANT_METHOD)
+@register_quantization_config(spec.QUANT_METHOD)
 class NestedConfig(QuantizationConfig):
     """The quantization of one nested checkpoint.
 
@@ -37,7 +41,7 @@ class NestedConfig(QuantizationConfig):
         names: of the checkpoint's layers, by the name that vLLM gives them.
     """
 
-    def __init__(self, spec: NestedSpec) -> None:
+    def __init__(self, spec: spec.NestedSpec) -> None:
         super().__init__()
         self.spec = spec
         self.widths: Widths = chosen(spec, {})
@@ -47,12 +51,14 @@ class NestedConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NestedConfig":
-        return cls(parse(config))
+        return cls(spec.parse(config))
 
     def maybe_update_config(
         self, model_name: str, hf_config: PretrainedConfig | None = None, revision: str | None = None
     ) -> None:
         """Take what ``--hf-overrides`` says of widths, and the names that the model's files would have on the hub."""
+        if Path(model_name).is_dir():
+            check_files([Path(model_name) / name for name in self.spec.files], self.spec.files)
         if hf_config is not None:
             self.widths = chosen(self.spec, {key: getattr(hf_config, key, None) for key in Widths.KEYS})
             self._renamings = _hub_renamings(hf_config.model_type)
@@ -76,27 +82,33 @@ class NestedConfig(QuantizationConfig):
         owner, _, last = prefix.rpartition(".")
         fused = [f"{owner}.{name}" if owner else name for name in self.packed_modules_mapping.get(last, [last])]
         names = [prefix] if prefix in self.names else fused
-        if any(name in self.names for name in names):
+        if any(self._is_nested(name) for name in names):
             return NestedLinearMethod(names, self._part)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
+    def _is_nested(self, name: str) -> bool:
+        return name in self.names
+
+    def _layer(self, name: str, cut: Cut) -> tuple[str, LayerSpec, dict[str, TensorSpec]]:
+        """A nested layer's name in the checkpoint, what it is, and what is stored of it by the last part of its name."""
+        stored = self.names[name]
+        layer = self.spec.layers[stored]
+        tensors = layer.tensors(stored, self.spec.max_bits)
+        return stored, layer, {key.removeprefix(f"{stored}."): tensor for key, tensor in tensors.items()}
+
     def _part(self, name: str, cut: Cut) -> NestedPart | None:
         """The part of a layer by vLLM's name for it; None for one that is not nested."""
-        if name not in self.names:
+        if not self._is_nested(name):
             return None
-        stored = self.names[name]
-        spec = self.spec.layers[stored]
-        if (cut.out_features, cut.in_features) != (spec.out_features, spec.in_features):
+        stored, layer, tensors = self._layer(name, cut)
+        if (cut.out_features, cut.in_features) != (layer.out_features, layer.in_features):
             raise UserError(
-                f"{stored} is [{spec.out_features}, {spec.in_features}] in the checkpoint, and vLLM's model has "
+                f"{stored} is [{layer.out_features}, {layer.in_features}] in the checkpoint, and vLLM's model has "
                 f"[{cut.out_features}, {cut.in_features}] there. Its config belongs to another model."
             )
-        tensors = {
-            key.removeprefix(f"{stored}."): tensor for key, tensor in spec.tensors(stored, self.spec.max_bits).items()
-        }
         decode, prefill = self.widths.of(stored)
-        planes = spec.planes(self.widths.max_bits)
-        return NestedPart(stored, spec, tensors, cut, planes=planes, bits=decode, prefill=prefill)
+        planes = layer.planes(self.widths.max_bits)
+        return NestedPart(stored, layer, tensors, cut, planes=planes, bits=decode, prefill=prefill)
 
     def _check_engine(self) -> None:
         """Once, when the model is made: what the engine can do at these widths."""
@@ -107,7 +119,7 @@ class NestedConfig(QuantizationConfig):
             self._checked = True
 
     def get_name(self) -> str:
-        return QUANT_METHOD
+        return spec.QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16, torch.float32]
@@ -119,6 +131,33 @@ class NestedConfig(QuantizationConfig):
     @staticmethod
     def get_config_filenames() -> list[str]:
         return []
+
+
+@register_quantization_config(published.QUANT_METHOD)
+class PublishedConfig(NestedConfig):
+    """The quantization of a published MatGPTQ checkpoint, which does not name its layers: all linear ones but a few."""
+
+    def __init__(self, about: published.PublishedSpec, skipped: Sequence[str]) -> None:
+        super().__init__(spec.NestedSpec(layers={}, bits=about.bits, max_bits=published.MASTER_BITS))
+        self._about, self._skipped = about, skipped
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "PublishedConfig":
+        return cls(published.parse(config), [str(name) for name in config.get("modules_to_not_convert") or ()])
+
+    def get_name(self) -> str:
+        return published.QUANT_METHOD
+
+    def _is_nested(self, name: str) -> bool:
+        return not any(part in name for part in ("lm_head", *self._skipped))
+
+    def _layer(self, name: str, cut: Cut) -> tuple[str, LayerSpec, dict[str, TensorSpec]]:
+        size = cut.in_features if self._about.group_size == -1 else self._about.group_size
+        if cut.in_features % size:
+            raise UserError(f"{name}: groups of {size} do not divide its {cut.in_features} input features.")
+        layer = published.layer(cut.out_features, cut.in_features, size, self._about.scale_dtype)
+        tensors = self._about.tensors({name: layer})
+        return name, layer, {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items()}
 
 
 def _hub_renamings(model_type: str) -> list[Any]:

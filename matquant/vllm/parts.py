@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from matquant.errors import UserError
 from matquant.inference.cut import Cut
 from matquant.inference.layout import tiles
-from matquant.inference.planes import check_bits, group_count
+from matquant.inference.planes import NestedPlanes, check_bits, group_count
+from matquant.nested import NestedWeight
 from matquant.pack.spec import LayerSpec, TensorSpec
 from matquant.vllm import ops
 
@@ -39,7 +40,8 @@ class NestedPart(nn.Module):
     Args:
         name: of the layer in the checkpoint.
         spec: of the whole layer.
-        stored: its tensors in the checkpoint by the end of their name: ``scales``, ``zeros``, ``plane0``, ...
+        stored: its tensors in the checkpoint by the end of their name: ``scales``, ``zeros``, ``plane0``, ...; or
+            ``qweight`` and plain ``scales`` of a published one.
         cut: what is held.
         planes: how many planes are kept; stored ones beyond them are passed over.
         bits, prefill: the widths to begin with.
@@ -93,11 +95,24 @@ class NestedPart(nn.Module):
                 f"{self.name}.{kind} is {found.dtype} {list(found.shape)}, and the checkpoint's config says "
                 f"{self.stored.get(kind)}. The folder is damaged; copy or download it again."
             )
-        if kind in ("scales", "zeros"):
+        if kind == "qweight":
+            self._load_codes(tensor)
+        elif tensor.ndim == 2:
+            self.scales.copy_(self.cut.pack_plain_groups(tensor, self.spec.group_size))
+        elif kind in ("scales", "zeros"):
             getattr(self, kind).copy_(self.cut.groups(tensor, self.spec.group_size))
         elif (index := self._plane(kind)) < self.planes.shape[0]:
             self.planes[index].copy_(self.cut.plane(tensor, index))
         self.expected.discard(kind)
+
+    def _load_codes(self, codes: Tensor) -> None:
+        """Take the codes of a published checkpoint: uint8 [out_features, in_features] of the whole layer."""
+        part = self.cut.codes(codes)
+        weight = NestedWeight(
+            codes=part, scales=torch.zeros(self.rows, part.shape[1] // self.group_size), zeros=None,
+            master_bits=self.spec.master_bits, slicing=self.spec.slicing,
+        )  # fmt: skip
+        self.planes.copy_(NestedPlanes.pack(weight).planes[: self.planes.shape[0]])
 
     def set_bits(self, bits: int, prefill: int) -> None:
         """Set the widths. Raises UserError, and changes nothing, when the planes of one are not there."""

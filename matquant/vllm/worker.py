@@ -39,7 +39,7 @@ class WidthExtension:
                 part.check_bits(width)
                 part.check_bits(width if prefill is None else prefill)
         before = self.get_bits()
-        widths = Widths(decode=wanted, prefill=prefill, max_bits=8)
+        widths = Widths(bits=max(wanted.values()), decode=wanted, prefill=prefill, max_bits=8)
         check_graphs(self.model_runner.compilation_config.cudagraph_mode, widths)
         for name, width in wanted.items():
             for part in parts[name]:

@@ -60,6 +60,6 @@ def main() -> None:
 if __name__ == "__main__":
     os.environ |= {
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": "",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }  # fmt: skip
     main()

@@ -77,7 +77,8 @@ def load(
     job = {"folders": list(map(str, folders)), "prompts": PROMPTS, "tokens": TOKENS, "dtype": dtype}
     (tmp_path / "job.json").write_text(json.dumps(job))
     command = [str(python), Path(__file__).with_name("loaders.py"), program, tmp_path / "job.json"]
-    done = subprocess.run(command, text=True, capture_output=True, cwd=tmp_path)
+    alone = os.environ | {"PYTHONPATH": ""}
+    done = subprocess.run(command, text=True, capture_output=True, cwd=tmp_path, env=alone)
     lines = [line.removeprefix("FOUND ") for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     assert len(lines) == len(folders), done.stderr[-3000:]
     return dict(map(json.loads, lines))

@@ -112,6 +112,8 @@ class NestedQuantizer(HfQuantizer):
             _check_index(folder, index)
         return config
 
+    update_tp_plan = update_attn_implementation  # the name of the first call with a config before Transformers 5.19
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
@@ -141,7 +143,7 @@ class NestedQuantizer(HfQuantizer):
         check_tensors(stored, needed, dense, dispensable(model, stored, dense))
         self.quantization_config = NestedConfig.of(self.spec)
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
         if self.published is not None:  # under the names of the original checkpoint
             return [*weight_conversions, *published_converters(self.spec, _planes(self.spec))]
         return nested_converters(_planes(self.spec))  # under the names of the model: nothing is to be renamed

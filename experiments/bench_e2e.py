@@ -1,0 +1,261 @@
+"""Times a whole model in Transformers at each width, against the unquantized model in the same run: prompts and decoding.
+
+    make bench-e2e                                                      # the shipped model's shape on this machine
+    .venv/bin/python experiments/bench_e2e.py --model llama-8b --device cuda --batch 1,4,16,64
+    .venv/bin/python experiments/bench_e2e.py --model llama-8b --device cuda --compile
+
+Weights are random, as speed does not depend on them, so that no checkpoint is needed. On a GPU decoding is a replayed CUDA
+graph of one step over a static cache, with --compile of what torch.compile makes of it; on a CPU it is the plain loop. The
+floor is what a step must read (planes and scales of its width, the head, the cache) at the bandwidth of a device-to-device
+copy measured in the same run. Writes results.json into ``--out``.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers.cache_utils import DynamicCache, StaticCache
+
+from matquant.inference import nested_layers, set_bits
+from matquant.pack.spec import LayerSpec, NestedSpec
+from matquant.transformers.layers import place_layers
+
+TINY = Path(__file__).resolve().parent / "tiny" / "model"
+REPEATS = 5
+GROUP_SIZE = 128
+COPIED = 2**31  # bytes of the copy that the bandwidth is measured with
+
+
+def config_of(name: str) -> Any:
+    """The config of a folder, or of the shape ``llama-8b``."""
+    if name != "llama-8b":
+        return AutoConfig.from_pretrained(name)
+    return LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def make_model(config: Any, dtype: torch.dtype, device: torch.device, nested: bool) -> Any:
+    """Random weights; all linear layers but the head as codes of 8 bits, if ``nested``."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    scale_dtype = torch.float16 if dtype == torch.float32 else dtype
+    if nested:
+        layers = {
+            name: LayerSpec(
+                out_features=module.out_features, in_features=module.in_features, group_size=GROUP_SIZE, master_bits=8,
+                slicing="msb", offset=0.0, zeros=False, scale_dtype=scale_dtype,
+            )
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+        }  # fmt: skip
+        place_layers(model, NestedSpec(layers=layers, bits=8, max_bits=8))
+    model.to_empty(device=device)
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.initialize_weights()  # also what is computed, such as rotary frequencies
+    model.tie_weights()
+    for layer in nested_layers(model).values():
+        layer.planes.random_(-(2**31), 2**31 - 1)
+        layer.scales.uniform_(-1e-4, 1e-4)
+    return model.eval().requires_grad_(False)
+
+
+def step_bytes(model: Any, cache: int) -> int:
+    """What one step of decoding reads: the layers at their widths, all dense weights but the embeddings, the cache."""
+    embeddings = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    dense = sum(p.numel() * p.element_size() for p in model.parameters() if p is not embeddings or p is head)
+    return dense + sum(layer.bytes_read() for layer in nested_layers(model).values()) + cache
+
+
+def cache_bytes(model: Any, batch: int, length: int) -> int:
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * width * length * batch * model.dtype.itemsize
+
+
+def seconds(call: Callable[[], Any], device: torch.device, repeats: int = REPEATS) -> float:
+    """The median time of a call."""
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second that a copy on the device reads and writes."""
+    size = COPIED if device.type == "cuda" else COPIED // 16
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * size / seconds(lambda: target.copy_(source), device)
+
+
+@torch.no_grad()
+def measure(model: Any, batch: int, prompt: int, steps: int, compiled: bool) -> dict[str, float]:
+    """Tokens a second of prompts and of decoding, over the whole batch."""
+    device = model.device
+    ids = torch.arange(batch * prompt, device=device).view(batch, prompt) % model.config.vocab_size
+    length = prompt + steps + 8
+    on_gpu = device.type == "cuda"
+    cache = StaticCache(config=model.config, max_cache_len=length) if on_gpu else None
+
+    def read_prompt() -> tuple[Any, Tensor]:
+        if cache is not None:
+            cache.reset()
+        kept = cache if cache is not None else DynamicCache(config=model.config)
+        logits = model(input_ids=ids, past_key_values=kept, use_cache=True, logits_to_keep=1).logits
+        return kept, logits[:, -1:].argmax(-1)
+
+    read_prompt()  # kernels are compiled here
+    prompt_seconds = seconds(read_prompt, device, 3)
+    decode = replayed if on_gpu else looped
+    step_seconds = decode(torch.compile(model, fullgraph=True) if compiled else model, read_prompt, steps)
+    return {
+        "prompt_tokens_per_second": batch * prompt / prompt_seconds,
+        "decode_tokens_per_second": batch / step_seconds,
+        "step_ms": step_seconds * 1000,
+        "bytes": step_bytes(model, cache_bytes(model, batch, length if on_gpu else prompt + steps // 2)),
+    }
+
+
+def looped(model: Any, read_prompt: Callable[[], tuple[Any, Tensor]], steps: int) -> float:
+    """Seconds of a step, the plain way."""
+    kept, token = read_prompt()
+    start = time.perf_counter()
+    for _ in range(steps):
+        token = model(input_ids=token, past_key_values=kept, use_cache=True).logits[:, -1:].argmax(-1)
+    return (time.perf_counter() - start) / steps
+
+
+def replayed(model: Any, read_prompt: Callable[[], tuple[Any, Tensor]], steps: int) -> float:
+    """Seconds of a step that a CUDA graph holds."""
+    kept, first = read_prompt()
+    token = first.clone()
+
+    def step() -> None:
+        token.copy_(model(input_ids=token, past_key_values=kept, use_cache=True).logits[:, -1:].argmax(-1))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    times = []
+    for _ in range(REPEATS):
+        read_prompt()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            graph.replay()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / steps)
+    return statistics.median(times)
+
+
+def run(
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    widths: Sequence[int],
+    batches: Sequence[int],
+    prompt: int,
+    steps: int,
+    compiled: bool,
+) -> list[dict[str, Any]]:
+    """A row for the unquantized model and each width, at each batch size."""
+    rate = bandwidth(device)
+    print(
+        f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}: a copy moves {rate / 1e9:.0f} GB/s"
+    )
+    print(
+        f"{'bits':>6} {'batch':>6} {'prompt tok/s':>13} {'decode tok/s':>13} {'ms a step':>10} {'of the floor':>13} {'x':>6}"
+    )
+    rows: list[dict[str, Any]] = []
+    full: dict[int, float] = {}
+    for nested in (False, True):
+        model = make_model(config, dtype, device, nested)
+        for bits in widths if nested else [None]:
+            if bits is not None:
+                set_bits(model, bits)
+            for batch in batches:
+                row = {"bits": bits or str(dtype).removeprefix("torch."), "batch": batch}
+                row |= measure(model, batch, prompt, steps, compiled)
+                full.setdefault(batch, row["step_ms"])
+                row |= {"floor_ms": row["bytes"] / rate * 1000, "speedup": full[batch] / row["step_ms"]}
+                rows.append(row)
+                print(line(row), flush=True)
+        del model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    speeds = (
+        f"{row['prompt_tokens_per_second']:>13.1f} {row['decode_tokens_per_second']:>13.1f} {row['step_ms']:>10.2f}"
+    )
+    return (
+        f"{row['bits']:>6} {row['batch']:>6} {speeds} {row['floor_ms'] / row['step_ms']:>13.2f} {row['speedup']:>6.2f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(TINY), help="a folder with a config.json, or llama-8b")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default=None, help="float16 on a GPU, float32 on a CPU")
+    parser.add_argument("--widths", default="2,3,4,8")
+    parser.add_argument("--batch", default="1")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
+    parser.add_argument("--steps", type=int, default=64, help="tokens that are decoded")
+    parser.add_argument("--compile", action="store_true", help="decode with what torch.compile makes of the model")
+    parser.add_argument("--out", default="outputs/bench_e2e")
+    asked = parser.parse_args()
+    device = torch.device(asked.device)
+    dtype = getattr(torch, asked.dtype or ("float16" if device.type == "cuda" else "float32"))
+    widths, batches = ([int(n) for n in text.split(",")] for text in (asked.widths, asked.batch))
+    rows = run(config_of(asked.model), dtype, device, widths, batches, asked.prompt, asked.steps, asked.compile)
+    about = {
+        "model": asked.model if asked.model == "llama-8b" else Path(asked.model).parent.name, "dtype": str(dtype),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__, "prompt": asked.prompt,
+        "steps": asked.steps, "compile": asked.compile, "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+    out = Path(asked.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    print(f"written: {out / 'results.json'}")
+
+
+if __name__ == "__main__":
+    main()

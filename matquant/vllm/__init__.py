@@ -12,7 +12,22 @@ imported by the rest of the package, and only this package needs vLLM.
     endpoint.py     the same over HTTP
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def register() -> None:
     """Make the formats known to vLLM; may be called any number of times."""
     from matquant.vllm import config  # noqa: F401 - registers when imported
+
+
+def set_bits(llm: Any, bits: int | str | Mapping[str, int], prefill: int | None = None) -> None:
+    """Set the widths of a ``vllm.LLM`` that was made with ``worker_extension_cls="matquant.vllm.worker.WidthExtension"``.
+
+    What was cached of earlier prompts is dropped, since it is of other widths.
+
+    Args:
+        bits, prefill: as in ``WidthExtension.set_bits``.
+    """
+    llm.collective_rpc("set_bits", args=(bits, prefill))
+    llm.reset_prefix_cache()

@@ -24,7 +24,6 @@ from matquant.inference.cut import Cut
 from matquant.pack import published, spec
 from matquant.pack.checking import check_files
 from matquant.pack.spec import LayerSpec, TensorSpec
-from matquant.vllm import ops
 from matquant.vllm.experts import NestedExpertsMethod
 from matquant.vllm.linear import NestedLinearMethod
 from matquant.vllm.parts import NestedPart
@@ -47,7 +46,7 @@ class NestedConfig(QuantizationConfig):
         self.widths: Widths = chosen(spec, {})
         self.names = {name: name for name in spec.layers}
         self._renamings: list[Any] = []
-        self._checked = False
+        self._checked, self._decode_tokens = False, 1
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NestedConfig":
@@ -108,13 +107,15 @@ class NestedConfig(QuantizationConfig):
             )
         decode, prefill = self.widths.of(stored)
         planes = layer.planes(self.widths.max_bits)
-        return NestedPart(stored, layer, tensors, cut, planes=planes, bits=decode, prefill=prefill)
+        return NestedPart(
+            stored, layer, tensors, cut, planes=planes, bits=decode, prefill=prefill, decode_tokens=self._decode_tokens
+        )
 
     def _check_engine(self) -> None:
         """Once, when the model is made: what the engine can do at these widths."""
         if not self._checked:
             engine = get_current_vllm_config()
-            ops.set_decode_tokens(1 + getattr(engine, "num_speculative_tokens", 0))
+            self._decode_tokens = 1 + getattr(engine, "num_speculative_tokens", 0)
             check_graphs(engine.compilation_config.cudagraph_mode, self.widths)
             self._checked = True
 

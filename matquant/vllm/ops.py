@@ -10,7 +10,7 @@ import sys
 import torch
 from torch import Tensor
 
-from matquant.inference import ops
+from matquant.inference import ops  # noqa: F401 - defines nested_linear
 from matquant.inference.checks import check_x
 from matquant.nested import Slicing
 
@@ -21,43 +21,36 @@ _library.define(
 )
 
 
-def new_widths(decode: int, prefill: int) -> Tensor:
-    """The widths of one weight: int64 [2] on the host, of steps that only decode and of all others."""
-    return torch.tensor([decode, prefill], dtype=torch.int64, device="cpu")
+def new_widths(decode: int, prefill: int, decode_tokens: int = 1) -> Tensor:
+    """The widths of one weight, on the host: int64 [3].
+
+    Args:
+        decode: of steps that only decode.
+        prefill: of all others.
+        decode_tokens: how many tokens of a sequence one step decodes, at most.
+    """
+    return torch.tensor([decode, prefill, decode_tokens], dtype=torch.int64, device="cpu")
 
 
 def width_now(widths: Tensor) -> int:
     """The width of the step that is under way."""
-    decode, prefill = widths.tolist()
-    return decode if decode == prefill or only_decodes() else prefill
+    decode, prefill, decode_tokens = widths.tolist()
+    return decode if decode == prefill or _only_decodes(decode_tokens) else prefill
 
 
-def only_decodes() -> bool:
-    """Whether each sequence of vLLM's current step has one new token (or what speculative decoding adds to it)."""
+def _only_decodes(decode_tokens: int) -> bool:
+    """Whether no sequence of vLLM's current step has more new tokens than that."""
     context_module = sys.modules.get("vllm.forward_context")
     if context_module is None or not context_module.is_forward_context_available():
         return False
     context = context_module.get_forward_context()
     mode = context.cudagraph_runtime_mode.name
-    if mode != "NONE":  # graphs of whole steps are of decoding, see worker.check_graphs; pieces are of everything else
+    if mode != "NONE":  # graphs of whole steps are of decoding, see widths.check_graphs; pieces are of everything else
         return mode == "FULL"
     metadata = context.attn_metadata
     every = metadata if isinstance(metadata, list) else [metadata]
     longest = [_longest(layers) for layers in every]
-    return all(length is not None and length <= decode_tokens() for length in longest)
-
-
-def decode_tokens() -> int:
-    """How many tokens of a sequence vLLM decodes in one step."""
-    return _decode_tokens
-
-
-_decode_tokens = 1
-
-
-def set_decode_tokens(count: int) -> None:
-    global _decode_tokens
-    _decode_tokens = count
+    return all(length is not None and length <= decode_tokens for length in longest)
 
 
 def _longest(layers: object) -> int | None:
@@ -84,7 +77,6 @@ def _fake_linear_at(
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-assert ops is not None  # defines nested_linear
 for _key in ("CPU", "CUDA"):
     _library.impl("nested_linear_at", _linear_at, _key)
 torch.library.register_fake("matquant::nested_linear_at", _fake_linear_at, lib=_library)

@@ -45,10 +45,11 @@ class NestedPart(nn.Module):
         cut: what is held.
         planes: how many planes are kept; stored ones beyond them are passed over.
         bits, prefill: the widths to begin with.
+        decode_tokens: see ``ops.new_widths``.
 
     Attributes:
         planes, scales, zeros: as in ``NestedPlanes``, for the part.
-        widths: int64 [2] on the host, see ``ops.new_widths``. Setting a width writes numbers here and moves nothing.
+        widths: int64 [3] on the host, see ``ops.new_widths``. Setting a width writes numbers here and moves nothing.
         expected: tensors that have not come yet.
     """
 
@@ -58,16 +59,9 @@ class NestedPart(nn.Module):
     widths: Tensor
 
     def __init__(
-        self,
-        name: str,
-        spec: LayerSpec,
-        stored: dict[str, TensorSpec],
-        cut: Cut,
-        *,
-        planes: int,
-        bits: int,
-        prefill: int,
-    ) -> None:
+        self, name: str, spec: LayerSpec, stored: dict[str, TensorSpec], cut: Cut, *, planes: int, bits: int, prefill: int,
+        decode_tokens: int = 1,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.name, self.spec, self.cut = name, spec, cut
         self.stored = stored
@@ -79,7 +73,7 @@ class NestedPart(nn.Module):
         self.register_buffer("planes", torch.empty(grid, dtype=torch.int32), persistent=False)
         self.register_buffer("scales", torch.empty(side, dtype=spec.scale_dtype), persistent=False)
         self.register_buffer("zeros", zeros, persistent=False)
-        self.register_buffer("widths", ops.new_widths(bits, prefill), persistent=False)
+        self.register_buffer("widths", ops.new_widths(bits, prefill, decode_tokens), persistent=False)
         self.set_bits(bits, prefill)
         self.expected = {kind for kind in stored if self._plane(kind) < planes}
 

@@ -50,7 +50,7 @@ class WidthExtension:
 
     def get_bits(self) -> dict[str, list[int]]:
         """The widths of this worker's layers, for decoding and for all else."""
-        return {name: parts[0].widths.tolist() for name, parts in _parts(self.model_runner.get_model()).items()}
+        return {name: parts[0].widths[:2].tolist() for name, parts in _parts(self.model_runner.get_model()).items()}
 
 
 def _parts(model: nn.Module) -> dict[str, list[NestedPart]]:

@@ -20,6 +20,8 @@ def main(job: dict) -> None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     from vllm import LLM, SamplingParams
 
+    from matquant.vllm import set_bits
+
     extension = "matquant.vllm.worker.WidthExtension"
     llm = LLM(job["model"], max_model_len=128, max_num_seqs=4, worker_extension_cls=extension, **job["engine"])
     sampling = SamplingParams(max_tokens=job["tokens"], temperature=0, ignore_eos=True)
@@ -27,8 +29,7 @@ def main(job: dict) -> None:
     found = []
     for step in job["steps"]:
         if step is not None:
-            llm.collective_rpc("set_bits", args=tuple(step))
-            llm.reset_prefix_cache()
+            set_bits(llm, *step)
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
         found.append([list(output.outputs[0].token_ids) for output in outputs])
     print("TOKENS " + json.dumps(found), flush=True)

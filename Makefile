@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 STOCK := .venv-stock
 
-.PHONY: run test lint sweep format bench-solver bench-solver-gpu bench-kernels test-vllm test-exports clean
+.PHONY: run test lint sweep format bench-solver bench-solver-gpu bench-kernels bench-e2e test-vllm test-exports clean
 
 run: $(VENV)/.ready
 	$(BIN)/python run.py
@@ -40,6 +40,9 @@ bench-solver-gpu: $(VENV)/.ready
 
 bench-kernels: $(VENV)/.ready
 	$(BIN)/python experiments/bench_kernels.py
+
+bench-e2e: $(VENV)/.ready
+	$(BIN)/python experiments/bench_e2e.py
 
 # The environment, made again when what it is made from changes. `make PYTHON=python3.12 run` chooses the interpreter.
 $(VENV)/.ready: pyproject.toml constraints.txt

@@ -135,6 +135,7 @@ def measure(model: Any, batch: int, prompt: int, steps: int, compiled: bool) -> 
     read_prompt()  # kernels are compiled here
     prompt_seconds = seconds(read_prompt, device, 3)
     decode = replayed if on_gpu else looped
+    torch._dynamo.reset()  # a graph for each width and batch would be too many
     step_seconds = decode(torch.compile(model, fullgraph=True) if compiled else model, read_prompt, steps)
     return {
         "prompt_tokens_per_second": batch * prompt / prompt_seconds,

@@ -6,7 +6,6 @@ by block while they are needed (``open_model``).
 """
 
 import hashlib
-import json
 import logging
 import math
 from collections import Counter
@@ -42,8 +41,9 @@ from matquant.models.checkpoint import (
     read_headers,
     tie_equal,
 )
+from matquant.models.index import INDEX, index_names, read_json
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Files that can hold a tokenizer; one of them is enough. The settings alone are not.
 TOKENIZERS = (
@@ -190,7 +190,7 @@ def _hub_files(model: ModelConfig) -> list[str]:
 
 
 def _read_config(folder: Path, trust_remote_code: bool) -> Any:
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     if "quantization_config" in raw:
         method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
         raise UserError(
@@ -249,27 +249,6 @@ def weight_files(folder: Path) -> list[str]:
     if not (folder / WEIGHTS).is_file():
         _refuse_weights(str(folder), sorted(file.name for file in folder.iterdir()))
     return [WEIGHTS]
-
-
-def index_names(folder: Path, index: str = INDEX) -> list[str]:
-    """The files that an index names, sorted, all of them inside the folder; whether they exist is not looked at.
-
-    Raises:
-        UserError: the index is damaged, or names a file outside of the folder.
-    """
-    weights = _read_json(folder / index).get("weight_map")
-    if not isinstance(weights, dict) or not weights:
-        raise UserError(f"{folder / index} names no weights. Copy or download the checkpoint again.")
-    names = sorted({str(name) for name in weights.values()})
-    for name in names:
-        # Both kinds of slash, since the name may be read on either system.
-        path = PurePosixPath(name.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or ":" in name or path.suffix != ".safetensors":
-            raise UserError(
-                f"{folder / index} names {name!r}, which is no safetensors file inside the folder. "
-                "It is not safe to load: get the checkpoint from where you trust it."
-            )
-    return names
 
 
 def _refuse_weights(where: str, files: Sequence[str]) -> NoReturn:
@@ -400,16 +379,6 @@ def _sha256(file: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"The file {file} cannot be read: {error.strerror or error}.") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is no valid JSON: {error}. Copy or download it again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is no JSON object. Copy or download it again.")
-    return content
 
 
 def _some(names: Sequence[str]) -> str:

@@ -17,7 +17,6 @@ from matquant.errors import UserError
 from matquant.nested import NestedWeight, Slicing, slice_codes
 
 _FACTORS = tuple(2**i for i in range(9))  # k; finer steps than 2^8 fit in no code
-_TRIED = 41  # scales of a group that ``nearest`` tries
 _CHUNK = 2**22  # weights of which ``nearest`` holds float32 values at a time
 
 
@@ -163,18 +162,21 @@ def _fit(values: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     middle = 2 ** (bits - 1)
     low, high = values.amin(-1), values.amax(-1)
     reach = torch.maximum(-low, high) / middle * torch.where(high > -low, -1.0, 1.0)
-    best_error = torch.full_like(reach, torch.inf)
-    best_codes, best_scales = torch.zeros_like(values, dtype=torch.uint8), torch.zeros_like(reach, dtype=dtype)
-    for part in torch.linspace(1.02, 0.6 if bits < 4 else 0.9, _TRIED).tolist():
+    least = torch.full_like(reach, torch.inf)
+    best = torch.zeros_like(reach, dtype=dtype)
+    smallest, tried = (0.6, 41) if bits < 4 else (0.9, 13)
+    for part in torch.linspace(1.02, smallest, tried).tolist():
         scales = (reach * part).to(dtype)
-        divisor = torch.where(scales == 0, 1, scales).float()[:, :, None]
-        codes = (values / divisor).round().clamp(-middle, middle - 1)
-        error = (codes * scales.float()[:, :, None] - values).square().sum(-1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_codes = torch.where(better[:, :, None], (codes + middle).to(torch.uint8), best_codes)
-        best_scales = torch.where(better, scales, best_scales)
-    return best_codes, best_scales
+        error = (_rounded(values, scales, middle) * scales.float()[:, :, None] - values).square_().sum(-1)
+        best = torch.where(error < least, scales, best)
+        least = torch.minimum(error, least)
+    return (_rounded(values, best, middle) + middle).to(torch.uint8), best
+
+
+def _rounded(values: Tensor, scales: Tensor, middle: int) -> Tensor:
+    """The whole multiples of the scales nearest to values [rows, groups, group_size], in -middle..middle - 1."""
+    divisor = torch.where(scales == 0, 1, scales).float()[:, :, None]
+    return (values / divisor).round_().clamp_(-middle, middle - 1)
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from matquant.inference.planes import NestedPlanes
+from matquant.models.index import INDEX
 from matquant.pack.shards import Section, ShardWriter, aligned
 from matquant.pack.source import Source
-from matquant.pack.spec import INDEX, NestedSpec, TensorSpec, index_name
+from matquant.pack.spec import NestedSpec, TensorSpec, index_name
 
 _FIRST = 2  # planes that are in the first section: no width needs fewer
 

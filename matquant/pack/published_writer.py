@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matquant.config import MethodConfig
 from matquant.errors import UserError
-from matquant.models.load import INDEX
+from matquant.models.index import INDEX
 from matquant.pack.published import CODES, DTYPES, MASTER_BITS, SCALES, PublishedSpec
 from matquant.pack.settings import PackConfig
 from matquant.pack.shards import ShardWriter, aligned

@@ -32,7 +32,6 @@ from matquant.store.files import Record, hash_json
 
 QUANT_METHOD = "matquant"
 FORMAT_VERSION = 1
-INDEX = "model.safetensors.index.json"
 # Named by config.json as what Transformers shall read: without this package it would fill the model with random numbers.
 STOCK_INDEX = "import_matquant_first.safetensors.index.json"
 CHOSEN = ("bits", "layer_bits", "prefill_bits")  # what the seal leaves out

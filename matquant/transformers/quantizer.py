@@ -22,10 +22,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from matquant import inference
 from matquant.errors import UserError
+from matquant.models.index import INDEX, index_names
 from matquant.pack import published
 from matquant.pack import spec as nested
 from matquant.pack.published import PublishedSpec
-from matquant.pack.spec import INDEX, NestedSpec, check_bits, index_name
+from matquant.pack.spec import NestedSpec, check_bits, index_name
 from matquant.search import allocation
 from matquant.transformers.conversion import nested_converters, published_converters
 from matquant.transformers.layers import dense_tensors, dispensable, place_layers
@@ -193,8 +194,6 @@ def set_bits(model: Any, bits: int | Mapping[str, int] | str | Path, prefill: in
 
 def _check_index(folder: Path, name: str) -> None:
     """Refuse a damaged index in a sentence, before Transformers stumbles over it; there may be none."""
-    from matquant.models.load import index_names
-
     if (folder / name).is_file():
         for file in index_names(folder, name):
             if not (folder / file).is_file():

@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -237,8 +238,9 @@ def precompile(defines: Sequence[dict[str, int]]) -> None:
 class Bench:
     """Weights of one shape and width, in as many copies as exceed the cache."""
 
-    def __init__(self, rows: int, depth: int, bits: int, group: int, device: Device) -> None:
-        self.rows, self.depth, self.bits, self.group, self.device = rows, depth, bits, group, device
+    def __init__(self, rows: int, depth: int, bits: int, group: int, device: Device, *, overlap: bool) -> None:
+        self.rows, self.depth, self.bits, self.group = rows, depth, bits, group
+        self.device, self.overlap = device, overlap
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         copies = max(3, -(-4 * cache // (rows * depth * bits // 8)))
         shape = (copies, bits, -(-rows // 64), -(-depth // 64), 32, 4)
@@ -247,7 +249,7 @@ class Bench:
 
     def launches(self, plan: Plan, tokens: int) -> tuple[list[Callable[[], None]], int, int]:
         """(one launch for each copy, registers, bytes of local memory)."""
-        kernel = load("gemm.cu", "nested_gemm", defines=plan.defines)
+        kernel = load("gemm.cu", "nested_gemm", defines=plan.defines, prefer_shared=True, overlap=self.overlap)
         x, y = (
             activations(tokens, self.depth, torch.float16),
             torch.empty(tokens, self.rows, device="cuda", dtype=torch.float16),
@@ -305,6 +307,31 @@ class Bench:
         return replay([functools.partial(ops.linear, x, w, self.bits) for w in weights])
 
 
+def call_overhead() -> dict[str, float]:
+    """Microseconds of the host for one call outside graphs, of the operator and of ``F.linear``: the median of 20 rounds."""
+    x, dense = activations(1, 1024, torch.float16), torch.randn(1024, 1024, device="cuda").half()
+    codes = torch.randint(0, 256, (1024, 1024), dtype=torch.uint8, device="cuda")
+    scales = torch.rand(1024, 8, device="cuda").half()
+    packed = NestedPlanes.pack(
+        NestedWeight(codes=codes, scales=scales, zeros=None, master_bits=8, slicing="msb", offset=8.0)
+    )
+    calls = {
+        "nested_linear": lambda: ops.linear(x, packed, 4),
+        "F.linear": lambda: torch.nn.functional.linear(x, dense),
+    }
+    found = {}
+    for name, call in calls.items():
+        rounds = []
+        for _ in range(20):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(200):  # fewer than the driver lets wait in line
+                call()
+            rounds.append((time.perf_counter() - start) / 200 * 1e6)
+        found[name] = statistics.median(rounds)
+    return found
+
+
 def fp16_times(rows: int, depth: int, batches: Sequence[int]) -> dict[int, float]:
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     copies = max(3, -(-4 * cache // (rows * depth * 2)))
@@ -320,7 +347,7 @@ def measure(args: argparse.Namespace, device: Device, bandwidth: float) -> Itera
     for rows, depth in args.shapes:
         fp16 = fp16_times(rows, depth, args.tokens)
         for bits in args.bits:
-            bench = Bench(rows, depth, bits, args.group, device)
+            bench = Bench(rows, depth, bits, args.group, device, overlap=not args.no_overlap)
             for tokens in args.tokens:
                 for variant, us, registers in timed_variants(bench, tokens, candidates=args.candidates):
                     yield bench.timing(tokens, us, fp16[tokens], bandwidth, variant, registers)
@@ -367,6 +394,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", default=BATCHES)
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--candidates", action="store_true", help="time other variants of the kernel too")
+    parser.add_argument("--no-overlap", action="store_true", help="a launch begins when the one in front has ended")
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench-kernels"))
@@ -409,6 +437,8 @@ def main() -> None:
     if args.check_only:
         return
     bandwidth = copy_bandwidth()
+    overhead = call_overhead()
+    print("a call takes the host " + ", ".join(f"{us:.1f} µs ({name})" for name, us in overhead.items()))
     print(f"{properties.name}: a copy moves {bandwidth / 1e12:.2f} TB/s\n")
     print("       shape  bits tokens       us    GB/s  floor  x fp16", flush=True)
     timings: list[Timing] = []
@@ -427,6 +457,8 @@ def main() -> None:
             "nvrtc": nvrtc_version(),
             "group_size": args.group,
             "copy_bytes_per_s": bandwidth,
+            "overlap": not args.no_overlap,
+            "call_us": overhead,
             "largest_error": worst,
             "timings": [dataclasses.asdict(t) for t in timings],
         }

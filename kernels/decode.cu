@@ -14,13 +14,33 @@
 typedef Fragments<BITS, false> Fragment; // subnormals: the code itself, shifted
 constexpr int row_bytes = 128 + 16;      // 16 more than a row of a tile, against bank conflicts
 
-DEVICE float value_of(u16 bits) { return SCALE_BFLOAT ? bfloat_to_float(bits) : half_to_float(bits); }
-DEVICE u32 rounded(float f) { return BFLOAT ? float_to_bfloat(f) : float_to_half(f); }
+DEVICE float value_of(u32 bits) { return SCALE_BFLOAT ? bfloat_to_float((u16)bits) : half_to_float((u16)bits); }
+DEVICE u32 rounded(float low, float high) { return BFLOAT ? floats_to_bfloats(low, high) : floats_to_halves(low, high); }
 
-// The value of half h of a fragment's register.
+// The value of half h of a fragment's register. The field, code << low, becomes the mantissa of 2^23 + field: a conversion would
+// take four times as long.
 DEVICE float weight(u32 fragment, int h, int c, int p, float scale, float distance) {
-    const u32 code = (fragment >> (16 * h) & 0xFFFF) >> Fragment::low(c, p);
-    return ((float)code + distance) * scale;
+    const u32 bits = h ? fragment >> 16 | 0x4B000000u : and_or(fragment, 0xFFFFu, 0x4B000000u);
+    return fmaf(__uint_as_float(bits) - 8388608.0f, 1.0f / (1 << Fragment::low(c, p)), distance) * scale;
+}
+
+// What the rows of one lane have in common over a group: scale and distance of rows 16c + 8p + lane / 4.
+struct Group {
+    float scale[4][2], distance[4][2];
+};
+
+DEVICE Group load_group(const u16* scales, const u8* zeros, u64 place, float offset, float zero_step, float gain) {
+    const uint4 packed = *(const uint4*)(scales + place);
+    const u32 pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+    Group group;
+    UNROLL
+    for (int c = 0; c < 4; c++)
+        UNROLL
+        for (int p = 0; p < 2; p++) {
+            group.scale[c][p] = value_of(pairs[c] >> (16 * p)) * gain;
+            group.distance[c][p] = ZEROS ? offset - zero_step * zeros[place + 2 * c + p] : offset;
+        }
+    return group;
 }
 
 // Copies a tile from shared memory to its place in out; pieces of 16 bytes where out's rows allow it.
@@ -56,6 +76,7 @@ void nested_decode(const uint4* planes, u64 plane_stride, const u16* scales, con
     uint4 words[PLANES];
     UNROLL
     for (int d = 0; d < PLANES; d++) words[d] = load_streaming(planes + d * plane_stride + ((u64)row_block * units + unit) * 32 + lane);
+    Group group;
     UNROLL
     for (int r = 0; r < 4; r++) {
         u32 bits[PLANES];
@@ -66,18 +87,19 @@ void nested_decode(const uint4* planes, u64 plane_stride, const u16* scales, con
 #endif
         u32 fragment[1][4][4];
         Fragment::decode<4>((const u32(&)[BITS])bits, fragment);
-        const int group = GROUP ? (unit * 64 + r * 16) / max(GROUP, 1) : 0;
-        const u64 place = (((u64)group * row_blocks + row_block) * 8 + lane / 4) * 8;
+        if (r == 0 || GROUP == 32 && r == 2) {
+            const int index = GROUP ? (unit * 64 + r * 16) / max(GROUP, 1) : 0;
+            group = load_group(scales, zeros, (((u64)index * row_blocks + row_block) * 8 + lane / 4) * 8, offset, zero_step, gain);
+        }
         UNROLL
         for (int c = 0; c < 4; c++)
             UNROLL
             for (int p = 0; p < 2; p++) {
-                const float scale = value_of(scales[place + 2 * c + p]) * gain;
-                const float distance = ZEROS ? offset - zero_step * zeros[place + 2 * c + p] : offset;
+                const float scale = group.scale[c][p], distance = group.distance[c][p];
                 UNROLL
                 for (int u = 0; u < 2; u++) {
                     const u32 pair = fragment[0][c][p + 2 * u];
-                    const u32 both = rounded(weight(pair, 0, c, p, scale, distance)) | rounded(weight(pair, 1, c, p, scale, distance)) << 16;
+                    const u32 both = rounded(weight(pair, 0, c, p, scale, distance), weight(pair, 1, c, p, scale, distance));
                     *(u32*)(tile + (16 * c + 8 * p + lane / 4) * row_bytes + (16 * r + 8 * u + 2 * (lane % 4)) * 2) = both;
                 }
             }

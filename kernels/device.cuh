@@ -67,6 +67,19 @@ DEVICE u16 float_to_bfloat(float f) {
     return bits;
 }
 
+// Two at once, the first in the low half.
+DEVICE u32 floats_to_halves(float low, float high) {
+    u32 bits;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+
+DEVICE u32 floats_to_bfloats(float low, float high) {
+    u32 bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+
 // ---- memory
 
 // An address within shared memory, as the instructions below take it. Made once and then added to: each conversion of a pointer
@@ -112,6 +125,26 @@ DEVICE float4 load_from_other_blocks(const float4* p) {
                  : "memory");
     return v;
 }
+
+// ---- launches that overlap: matquant/cuda/overlap.py, from sm_90 on; elsewhere these do nothing, as a launch waits by itself
+
+// A kernel that is launched so calls this before it reads what an earlier kernel may have written, and before it writes. All
+// that ran before it is then complete and to be seen.
+DEVICE void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel's blocks may come in as this one's make room. After the wait, so that no more than two kernels are under way.
+DEVICE void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Brings the line of an address to the second-level cache, which is right to do at any time: nothing is read.
+DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // ---- tensor cores (PTX ISA, "Matrix fragments for mma.m16n8k16 with .f16 and .bf16")
 

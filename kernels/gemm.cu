@@ -146,6 +146,23 @@ DEVICE void copy_weights(const Problem& a, const Place& at, Cursor& next) {
     }
 }
 
+// Brings the first chunks of this block's run, as far as they are of its first tile, on their way from memory while earlier
+// kernels end. A lane takes one of the four lines of a unit.
+DEVICE void prefetch_weights(const Problem& a, const Place& at, const Cursor& first, int count) {
+    const int row_block = (int)first.tile * ROW_WARPS + at.row_warp;
+    if (row_block >= a.row_blocks) return;
+    for (int i = at.lane / 4; i < count * UNITS; i += 8) {
+        const int unit = (((int)first.chunk + i / UNITS) * K_WARPS + at.k_warp) * UNITS + i % UNITS;
+        if (unit >= a.units) return;
+        const uint4* line = a.planes + ((u64)row_block * a.units + unit) * 32 + at.lane % 4 * 8;
+        UNROLL
+        for (int plane = 0; plane < PLANES; plane++)
+            if (TILE_WARPS == 1 || plane % TILE_WARPS == at.tile_warp) prefetch(line + plane * a.plane_stride);
+        const int group = GROUP ? unit * 64 / max(GROUP, 1) : 0;
+        if (at.tile_warp == 0) prefetch(a.scales + ((u64)group * a.row_blocks + row_block) * 64);
+    }
+}
+
 // The activations of `count` chunks from `chunk` on; after a tile's last chunk comes the next tile's first one. More than a
 // panel of them only before the first.
 DEVICE void copy_x(const Problem& a, SharedAddress to, int chunk, int count) {
@@ -438,6 +455,9 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words],
     const Weights(&ring)[STAGES] = shared.ring[at.k_warp][at.row_warp];
     Cursor next = {nullptr, tile, chunk, 0, shared_address(ring)};
     point_at_tile(a, at, next);
+    prefetch_weights(a, at, next, (int)min(count, (u32)(STAGES - 1)));
+    wait_for_earlier_kernels();
+    let_next_kernel_begin();
     const SharedAddress x_first = shared_address(shared.x);
     copy_x(a, x_first, chunk, min(count, (u32)(panels_ahead * PANEL)));
     copy_async_commit();

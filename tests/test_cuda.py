@@ -1,9 +1,11 @@
 """Compiling, keeping and launching CUDA kernels, with the compiler and the driver played by the tests where there is no GPU."""
 
 import ctypes
+import struct
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 import matquant.cuda
 from matquant.cuda import CACHE_VARIABLE, Kernel, read_source
 from matquant.cuda.driver import architecture, nvrtc_compile, nvrtc_version
+from matquant.cuda.overlap import Overlap
 from matquant.cuda.source import cache_folder, compile_options, cubin
 from matquant.errors import UserError
 
@@ -37,7 +40,7 @@ class RecordingDriver:
             raise RuntimeError("CUDA_ERROR_INVALID_VALUE")
         self.allowed.append(size)
 
-    def launch(self, function: int, device: int, *rest: int) -> None:
+    def launch(self, function: int, device: int, overlap: bool, *rest: int) -> None:
         *shape, shared, stream, address, extra = rest
         pointers = (ctypes.c_void_p * self.arguments).from_address(address)
         slots = [ctypes.string_at(pointer, 8) for pointer in pointers]
@@ -77,6 +80,24 @@ def test_a_launch_passes_each_kind_of_argument_as_the_kernel_reads_it():
             77,
             0,
         )
+
+
+def test_an_overlapping_launch_hands_the_driver_what_its_header_asks_for(monkeypatch):
+    """Offsets as in cuda.h: CUlaunchConfig is grid, block, shared bytes, stream, attributes and their number."""
+    seen = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
+    def launch_kernel_ex(config, function, arguments, extra):
+        *sizes, stream, attributes, count = struct.unpack("@7I4xQQI", ctypes.string_at(config, 52))
+        seen.append((sizes, stream, count, function, arguments, extra))
+        seen.append(struct.unpack("@i4xi", ctypes.string_at(attributes, 12)))
+        return 201
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace(cuLaunchKernelEx=launch_kernel_ex))
+    overlap = Overlap()
+    for stream in (77, 2**40):
+        assert overlap.launch(5, 3, 4, 1, 128, 1, 1, 1000, stream, 4096, 0) == 201
+        assert seen[-2:] == [([3, 4, 1, 128, 1, 1, 1000], stream, 1, 5, 4096, None), (6, 1)]
 
 
 def test_a_parameter_and_none_may_take_turns_as_addresses():

@@ -8,24 +8,25 @@ import types
 import pytest
 import torch
 from standin import compile_kernel, have_compiler, read_source
-from test_planes import make_weight
+from weights import make_weight
 
 from matquant.errors import UserError
-from matquant.inference import NestedPlanes, gpu, tickets
+from matquant.inference import NestedPlanes, gpu, scratch
+from matquant.inference import plan as inference_plan
 from matquant.inference.plan import TOKENS, Device, Problem, choose, plan, supported
 
 pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
 
 
-class Tickets:
+class KeptScratch:
     """Keeps the counters of all launches, so that they can be looked at."""
 
     def __init__(self, device=None) -> None:
         self.held = torch.zeros(4096, dtype=torch.int32)
 
-    def now(self, count: int) -> torch.Tensor:
-        assert count <= self.held.numel()
-        return self.held
+    def now(self, counters: int, workspace: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert counters <= self.held.numel()
+        return self.held, torch.full((workspace,), torch.nan)
 
 
 @pytest.fixture
@@ -46,12 +47,10 @@ def device(monkeypatch):
         multi_processor_count=3, L2_cache_size=2 * 64 * 128 * 2,
         shared_memory_per_multiprocessor=100 * 1024,
     )  # fmt: skip
-    monkeypatch.setattr(
-        gpu, "load", lambda source, name, *, defines, device, prefer_shared=False: Launcher(source, name, defines)
-    )
-    monkeypatch.setattr(gpu, "Tickets", Tickets)
+    monkeypatch.setattr(gpu, "load", lambda source, name, *, defines, device, **how: Launcher(source, name, defines))
+    monkeypatch.setattr(gpu, "Scratch", KeptScratch)
     monkeypatch.setattr(gpu, "_launches", {})
-    monkeypatch.setattr(gpu, "_tickets", {})
+    monkeypatch.setattr(gpu, "_scratch", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     return launched
@@ -96,7 +95,7 @@ def test_a_call_reaches_the_kernel_with_what_it_expects(device, about, bits, tok
     assert_close(call(x, weight, bits, bias), x, weight, bits, bias)
     assert_close(call(x, weight, bits), x, weight, bits)
     assert len(device) == 2
-    assert not gpu._tickets[x.get_device()].held.any()
+    assert not gpu._scratch[x.get_device()].held.any()
 
 
 def test_a_launch_is_planned_once_for_all_calls_like_it(device):
@@ -160,6 +159,14 @@ def test_what_the_kernels_do_not_take_is_computed_by_torch_and_said(device, capl
     assert caplog.text.count("is computed by torch, slowly") == 1
 
 
+def test_large_matrices_meet_up_to_128_tokens_in_two_launches(device, monkeypatch):
+    monkeypatch.setattr(inference_plan, "_TWICE_WEIGHTS", 64 * 128)
+    weight, bias = make_weight(64, 128, 128), activations(64)
+    x = activations(9, 11, 128)  # 99 tokens: 50 and 49
+    assert_close(call(x, weight, 3, bias), x, weight, 3, bias)
+    assert len(device) == 2
+
+
 def test_a_first_call_within_a_capture_is_refused(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(UserError, match="Run the model once at this width and batch size before the capture"):
@@ -199,16 +206,18 @@ def streams(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: state.stream, raising=False)
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(tickets, "_SLAB", 100)
+    monkeypatch.setattr(scratch, "_SLAB", 100)
     return state
 
 
 def test_a_stream_keeps_its_counters_and_captured_launches_share_none(streams):
-    held = tickets.Tickets(torch.device("cpu", 0))
+    held = scratch.Scratch(torch.device("cpu", 0))
     places = set()
 
     def take(count, new):
-        found = held.now(count)
+        found, room = held.now(count, 3 * count)
+        assert (room.dtype, room.numel() >= 3 * count) == (torch.float32, True)
+        workspaces.append(room)
         assert found.dtype == torch.int32
         assert found.numel() >= count
         assert not found.any()
@@ -217,9 +226,10 @@ def test_a_stream_keeps_its_counters_and_captured_launches_share_none(streams):
         places.update(mine)
         kept.append(found)
 
-    kept = []
+    kept, workspaces = [], []
     take(10, new=True)
     take(7, new=False)
+    assert workspaces[0].data_ptr() == workspaces[1].data_ptr()
     streams.stream = 2
     take(10, new=True)
     streams.stream = 1

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from shared import TINY
-from test_planes import make_weight
 from torch import nn
+from weights import make_weight
 
 from matquant.errors import UserError
 from matquant.inference import NestedLinear, NestedPlanes, nested_layers, replace_linears, set_bits

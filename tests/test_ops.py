@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from test_planes import make_weight
+from weights import make_weight
 
 from matquant.errors import UserError
 from matquant.inference import NestedPlanes, decode, linear, ops

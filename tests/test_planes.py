@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from weights import make_weight
 
 from matquant.errors import UserError
 from matquant.inference import NestedPlanes
@@ -13,23 +14,6 @@ from matquant.inference import planes as planes_module
 from matquant.nested import NestedWeight, planes_read
 
 GROUP_SIZES = (16, 32, 48, 64, 128, 5)
-
-
-def make_weight(
-    rows, columns, group_size, master_bits=8, slicing="msb", zeros=False, offset=8.0, dtype=torch.float16, seed=0
-) -> NestedWeight:
-    """Random codes, scales of both signs and some zero points."""
-    generator = torch.Generator().manual_seed(seed)
-    groups = columns // group_size
-    top = 2**master_bits
-    return NestedWeight(
-        codes=torch.randint(top, (rows, columns), generator=generator).to(torch.uint8),
-        scales=(torch.randn(rows, groups, generator=generator) * 0.01).to(dtype),
-        zeros=torch.randint(top, (rows, groups), generator=generator).to(torch.uint8) if zeros else None,
-        master_bits=master_bits,
-        slicing=slicing,
-        offset=0.0 if zeros else offset,
-    )
 
 
 @st.composite

@@ -111,6 +111,10 @@ void copy_async(SharedAddress shared, const void* source, int valid = 16);
 void copy_async_commit();
 template <int pending> static inline void copy_async_wait() { standin::wait_for_copies(pending); }
 
+static inline void prefetch(const void*) {}
+static inline void wait_for_earlier_kernels() {} // one launch at a time here
+static inline void let_next_kernel_begin() {}
+
 template <class T> static inline T atomicAdd(T* p, T v) {
     standin::maybe_yield();
     T old = *p;
@@ -167,3 +171,6 @@ static inline u16 float_to_bfloat(float f) {
     if (f != f) return 0x7FFF;
     return (u16)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
+
+static inline u32 floats_to_halves(float low, float high) { return float_to_half(low) | (u32)float_to_half(high) << 16; }
+static inline u32 floats_to_bfloats(float low, float high) { return float_to_bfloat(low) | (u32)float_to_bfloat(high) << 16; }

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from matquant.cuda.overlap import FIRST_CAPABILITY, Overlap
 from matquant.errors import UserError
 
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not used the device yet
@@ -28,6 +29,7 @@ class Driver:
         from cupy_backends.cuda.api import driver, runtime
 
         self._driver, self._runtime = driver, runtime
+        self._overlap = Overlap()
         self.current_stream = torch._C._cuda_getCurrentRawStream
         self.current_device = torch._C._cuda_getDevice
 
@@ -48,19 +50,29 @@ class Driver:
         """All that L1 can give to shared memory: left to itself the driver makes room for one block of a kernel only."""
         self._driver.funcSetAttribute(function, self._driver.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
 
+    def can_overlap(self, device: int) -> bool:
+        """Whether a launch there may begin before the kernel in front of it has ended."""
+        return torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
+
     def use(self, device: int) -> None:
         """Make the device's primary context, which torch works in, current on this thread."""
         torch.cuda.init()
         self._runtime.setDevice(device)
 
-    def launch(self, function: int, device: int, *launch: int) -> None:
-        """``cuLaunchKernel``; raises RuntimeError when the driver refuses it."""
+    def launch(self, function: int, device: int, overlap: bool, *launch: int) -> None:
+        """``cuLaunchKernel``, or with ``overlap`` the like of it; raises RuntimeError when the driver refuses it."""
         try:
-            self._driver.launchKernel(function, *launch)
+            self._launch(function, overlap, launch)
         except self._driver.CUDADriverError as error:
             if error.status != _INVALID_CONTEXT:
                 raise RuntimeError(str(error)) from error
             self.use(device)
+            self._launch(function, overlap, launch)
+
+    def _launch(self, function: int, overlap: bool, launch: tuple[int, ...]) -> None:
+        if overlap:
+            self._driver.check_status(self._overlap.launch(function, *launch))
+        else:
             self._driver.launchKernel(function, *launch)
 
     def allow_shared(self, function: int, bytes_: int) -> None:

@@ -27,6 +27,7 @@ def load(
     device: torch.device | str | int | None = None,
     options: Sequence[str] = (),
     prefer_shared: bool = False,
+    overlap: bool = False,
 ) -> "Kernel":
     """The kernel ``name`` (``extern "C"``) of ``kernels/source``, compiled and loaded when it is first asked for.
 
@@ -35,6 +36,8 @@ def load(
         device: None is torch's current CUDA device.
         options: more of NVRTC's, such as ``--maxrregcount=128``.
         prefer_shared: leave L1 as small as it gets, so that several blocks with much shared memory fit a multiprocessor.
+        overlap: the kernel waits itself for the one in front of it on the stream, so its launches may begin before that has
+            ended, on devices that can do so.
 
     Raises:
         UserError: CuPy or NVRTC is not installed, there is no CUDA device, or no such source.
@@ -43,7 +46,8 @@ def load(
     driver = _driver()
     index = _device_index(device, driver)
     key = (source, tuple(sorted((defines or {}).items())), tuple(options), index)
-    kernel = _kernels.get((name, *key))
+    overlap = overlap and driver.can_overlap(index)
+    kernel = _kernels.get((name, overlap, *key))
     if kernel is None:
         with _loading:
             module = _modules.get(key)
@@ -54,7 +58,7 @@ def load(
             function = driver.function(module, name)
             if prefer_shared:
                 driver.prefer_shared(function)
-            kernel = _kernels.setdefault((name, *key), Kernel(name, function, index, driver))
+            kernel = _kernels.setdefault((name, overlap, *key), Kernel(name, function, index, driver, overlap))
     return kernel
 
 
@@ -66,9 +70,9 @@ class Kernel:
         device: index of the CUDA device.
     """
 
-    def __init__(self, name: str, function: int, device: int, driver: Driver) -> None:
+    def __init__(self, name: str, function: int, device: int, driver: Driver, overlap: bool = False) -> None:
         self.name, self.device = name, device
-        self._function, self._driver = function, driver
+        self._function, self._driver, self._overlap = function, driver, overlap
         self._shared_bytes = FREE_SHARED_BYTES
         self._signature: Signature | None = None
         self._thread = threading.local()  # its frame; two threads must not write the same one
@@ -102,10 +106,10 @@ class Kernel:
         launch = (*_three(grid), *_three(block), shared_bytes, driver.current_stream(device), frame.address, 0)
         try:
             if driver.current_device() == device:
-                driver.launch(self._function, device, *launch)
+                driver.launch(self._function, device, self._overlap, *launch)
             else:
                 with torch.cuda.device(device):
-                    driver.launch(self._function, device, *launch)
+                    driver.launch(self._function, device, self._overlap, *launch)
         except RuntimeError as error:
             raise RuntimeError(
                 f"The launch of {self.name} with grid {grid}, block {block} and {shared_bytes} bytes of shared memory "

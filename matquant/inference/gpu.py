@@ -1,7 +1,7 @@
 """The operators on CUDA devices: launches of ``kernels/gemm.cu``, and strips through cuBLAS for many tokens.
 
 Everything that follows from shapes, dtypes and numbers alone is checked and planned once and kept; a call then looks its
-launch up. The workspace comes from torch's allocator in each call, so that it belongs to the call's stream or CUDA graph.
+launch up.
 """
 
 import ctypes
@@ -17,9 +17,9 @@ from matquant.errors import UserError
 from matquant.inference import blocked
 from matquant.inference.checks import check_x
 from matquant.inference.layout import TILE
-from matquant.inference.plan import TOKENS, Device, Plan, Problem, decode_launch, plan, strip_weights, supported
+from matquant.inference.plan import TOKENS, Device, Plan, Problem, decode_launch, in_two, plan, strip_weights, supported
 from matquant.inference.planes import NestedPlanes
-from matquant.inference.tickets import Tickets
+from matquant.inference.scratch import Scratch
 from matquant.nested import Slicing
 
 _ALIGNMENT = 16  # bytes, of x's rows
@@ -35,7 +35,7 @@ class _Launch(NamedTuple):
 
 
 _launches: dict[tuple, _Launch] = {}
-_tickets: dict[int, Tickets] = {}
+_scratch: dict[int, Scratch] = {}
 
 
 def linear(
@@ -46,6 +46,10 @@ def linear(
     shape, device = x.shape, x.get_device()
     tokens = x.numel() // shape[-1] if shape and shape[-1] else 0
     about = (bits, out_features, group_size, master_bits, slicing, offset)
+    if tokens > TOKENS and in_two(tokens, out_features, shape[-1]):
+        parts = x.reshape(tokens, -1).split(-(-tokens // 2))
+        halves = [linear(part, planes, scales, zeros, bias, *about) for part in parts]
+        return torch.cat(halves).view(*shape[:-1], out_features)
     key = (
         min(tokens, TOKENS + 1), shape[-1:], x.dtype, device, planes.shape, planes.dtype, planes.get_device(),
         scales.shape, scales.dtype, None if zeros is None else (zeros.shape, zeros.dtype),
@@ -64,8 +68,7 @@ def linear(
     rows = _aligned(x, tokens)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    workspace = x.new_empty(launch.plan.workspace, dtype=torch.float32)
-    tickets = _tickets[device].now(launch.plan.tickets)
+    tickets, workspace = _scratch[device].now(launch.plan.tickets, launch.plan.workspace)
     arguments = launch.plan.arguments(planes, scales, zeros, rows, bias, y, workspace, tickets, tokens)
     launch.kernel.launch(launch.plan.grid, launch.plan.block, arguments, launch.plan.shared_bytes)
     return y
@@ -102,14 +105,14 @@ def _prepare(
         )
     device = x.get_device()
     if tokens > TOKENS:
-        load("decode.cu", "nested_decode", defines=problem.defines(), device=device)
+        _load_decode(problem, device)
         return _Launch(None, None)
     about_device = torch.cuda.get_device_properties(device)
     multiprocessors, shared = about_device.multi_processor_count, about_device.shared_memory_per_multiprocessor
     launch = plan(problem, Device(multiprocessors=multiprocessors, shared_bytes=shared))
-    kernel = load("gemm.cu", "nested_gemm", defines=launch.defines, device=device, prefer_shared=True)
-    if device not in _tickets:
-        _tickets[device] = Tickets(x.device)
+    kernel = load("gemm.cu", "nested_gemm", defines=launch.defines, device=device, prefer_shared=True, overlap=True)
+    if device not in _scratch:
+        _scratch[device] = Scratch(x.device)
     return _Launch(kernel, launch)
 
 
@@ -145,10 +148,14 @@ def decode(
     return dense
 
 
+def _load_decode(problem: Problem, device: int) -> Kernel:
+    return load("decode.cu", "nested_decode", defines=problem.defines(), device=device, prefer_shared=True)
+
+
 def _decode_rows(weight: NestedPlanes, bits: int, first_tile: int, out: Tensor) -> None:
     """The rows from a tile of 64 on, as many as ``out`` has."""
     problem = _problem(weight, bits, out.dtype, 1)
-    kernel = load("decode.cu", "nested_decode", defines=problem.defines(), device=out.get_device())
+    kernel = _load_decode(problem, out.get_device())
     grid, block, shared_bytes, numbers = decode_launch(problem, out.shape[0], first_tile)
     planes = weight.planes.contiguous()
     stride = ctypes.c_uint64(planes.stride(0) * planes.element_size() // _ALIGNMENT)

@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from matquant.inference.layout import TILE, tiles
 from matquant.nested import Slicing, planes_read
 
-TOKENS = 64  # that one launch of the matmul takes at most; beyond, strips are decoded for cuBLAS
+TOKENS = 64  # that one launch of the matmul takes at most; for more, strips are decoded for cuBLAS
+_TWICE_WEIGHTS = 2**25  # of matrices from which two launches take less time than strips (H200: experiments/kernels)
 _STRIP_OF_CACHE = 0.5  # how much of the second-level cache a decoded strip may fill
 _WARP = 32
 _LOAD = 16  # bytes
@@ -134,9 +136,9 @@ class Device:
 
 
 # (row_warps, tile_warps, k_warps, units, panel, blocks, least stages) by tiles of 8 tokens, the best first, for matrices whose
-# tiles of 64 rows are fewer than half of the device's multiprocessors, and for the others. The first that fits a device's
-# shared memory is taken, with as many stages as there is room for. Measured on an H200: experiments/kernels. The last ones are
-# for devices with less.
+# tiles of 64 rows are fewer than half of the device's multiprocessors, for the others, and for large ones. The first that fits
+# a device's shared memory is taken, with as many stages as there is room for. Measured on an H200: experiments/kernels. The
+# last ones are for devices with less.
 _SMALL = ((1, 1, 4, 1, 1, 2, 2), (1, 1, 2, 1, 1, 2, 2), (1, 1, 1, 1, 1, 1, 2))
 _SMALL_MANY = ((4, 2, 1, 1, 2, 1, 2), (4, 1, 1, 1, 1, 1, 2), (2, 1, 1, 1, 1, 1, 2), (1, 2, 1, 1, 1, 1, 2))
 _NARROW = {
@@ -147,10 +149,17 @@ _NARROW = {
 }
 _WIDE = {
     1: ((4, 1, 2, 2, 4, 2, 2), (8, 1, 2, 2, 4, 1, 2), (4, 1, 2, 1, 4, 2, 2), *_SMALL),
-    2: ((8, 1, 1, 4, 2, 1, 2), (8, 1, 1, 2, 4, 1, 2), (4, 1, 1, 1, 1, 1, 2), *_SMALL),
+    2: ((4, 1, 2, 2, 4, 1, 2), (8, 1, 1, 2, 4, 1, 2), (4, 1, 1, 1, 1, 1, 2), *_SMALL),
+    4: ((4, 2, 2, 2, 1, 1, 2), (4, 1, 2, 2, 1, 1, 2), (8, 1, 1, 2, 2, 1, 2), *_SMALL_MANY),
+    8: _NARROW[8],
+}
+_LARGE = {
+    1: ((16, 1, 1, 4, 4, 1, 2), (16, 1, 1, 2, 8, 1, 2), *_WIDE[1]),
+    2: ((8, 1, 1, 4, 2, 1, 2), (8, 1, 1, 2, 4, 1, 2), *_WIDE[2]),
     4: ((8, 1, 1, 2, 2, 1, 2), *_SMALL_MANY),
     8: _NARROW[8],
 }
+_LARGE_WEIGHTS = 2**27  # from here on
 _MOST_STAGES = 6
 _EVEN = 0.94  # of the blocks that could be resident must be left for every tile to have as many as the others
 _RESERVED = 1024  # bytes of shared memory that each block costs beside its own, from sm_80 on
@@ -159,8 +168,7 @@ _RESERVED = 1024  # bytes of shared memory that each block costs beside its own,
 def choose(problem: Problem, device: Device) -> Variant:
     """The variant for a problem of at most ``TOKENS`` tokens."""
     token_tiles = next(count for count in (1, 2, 4, 8) if problem.tokens <= 8 * count)
-    narrow = 2 * tiles(problem.rows) < device.multiprocessors
-    for row_warps, tile_warps, k_warps, units, panel, blocks, least in (_NARROW if narrow else _WIDE)[token_tiles]:
+    for row_warps, tile_warps, k_warps, units, panel, blocks, least in _shapes(problem, device)[token_tiles]:
         if token_tiles > 2 and 0 < problem.group < TILE and (units > 1 or tile_warps < token_tiles // 2):
             continue  # with so many scales in flight it would spill registers
         columns = TILE * units
@@ -182,11 +190,22 @@ def choose(problem: Problem, device: Device) -> Variant:
     raise ValueError(f"no variant fits {device.shared_bytes} bytes of shared memory")
 
 
+def _shapes(problem: Problem, device: Device) -> Mapping[int, tuple[tuple[int, ...], ...]]:
+    if 2 * tiles(problem.rows) < device.multiprocessors:
+        return _NARROW
+    return _LARGE if problem.rows * problem.depth >= _LARGE_WEIGHTS else _WIDE
+
+
 def supported(problem: Problem) -> bool:
     """Whether the kernels take the problem; torch computes it otherwise, in strips."""
     halves = (torch.float16, torch.bfloat16)
     group = problem.group == 0 or problem.group == TILE // 2 or problem.group % TILE == 0
     return group and problem.dtype in halves and problem.scale_dtype in halves
+
+
+def in_two(tokens: int, rows: int, depth: int) -> bool:
+    """Whether two launches of the matmul, with half of the tokens each, are the faster way for so many tokens."""
+    return TOKENS < tokens <= 2 * TOKENS and rows * depth >= _TWICE_WEIGHTS
 
 
 def strip_weights(cache_bytes: int) -> int:

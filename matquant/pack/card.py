@@ -10,10 +10,10 @@ _LOADING = """\
 import matquant  # makes the format known to Transformers
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained(FOLDER{argument})
-{after}```
+model = AutoModelForCausalLM.from_pretrained(FOLDER, bits=3)
+model.set_bits(2)  # at any time; nothing is loaded again
+```
 """
-_AFTER = "model.set_bits(2)  # at any time; nothing is loaded again\n"
 
 
 def render(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
@@ -30,11 +30,11 @@ def render(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
 
 
 def _about(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    size = f"{record['bytes'] / 1e9:.3g} GB"
+    size = formatting.size(record["bytes"])
     if record["format"] != "nested":
         return f"Format `{record['format']}`, {size}. Made by `{results['command']}`."
     most = record["max_bits"]
-    loading = _LOADING.format(argument=", bits=3", after=_AFTER)
+    loading = _LOADING
     return (
         f"One checkpoint ({size}) whose top 2 to {most} bits of every weight are each a model. Loaded without an argument "
         f"it has {record['bits']} bits; `bits=` gives another width, `max_bits=` fetches no more planes than that width "

@@ -1,0 +1,148 @@
+"""What only a GPU shows: the kernels as torch calls them there. Skipped without an NVIDIA GPU and CuPy."""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from weights import make_weight
+
+from matquant.inference import NestedLinear, NestedPlanes, ops, set_bits
+from matquant.nested import NestedWeight
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("cupy") is None, reason="no NVIDIA GPU, or no CuPy"
+)
+TINY = Path(__file__).parent.parent / "experiments" / "tiny" / "model"
+
+
+def activations(*shape, dtype=torch.float16):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(3)) + 0.3).to("cuda", dtype)
+
+
+def times_rounding(made, exact, dtype):
+    return ((made.double() - exact).norm() / (exact.to(dtype).double() - exact).norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_few_tokens_are_as_good_as_rounding_the_exact_result(bits, dtype):
+    weight = make_weight(200, 1024, 128, offset=8.0, dtype=dtype)
+    packed = NestedPlanes.pack(weight).to("cuda")
+    for tokens in (1, 2, 5, 13, 64):
+        x = activations(tokens, 1024, dtype=dtype)
+        exact = x.double() @ weight.decode(bits).double().T.cuda()
+        assert times_rounding(ops.linear(x, packed, bits), exact, dtype) <= 1.2
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_many_tokens_are_multiplied_with_the_rounded_weight(bits):
+    weight = make_weight(4100, 1024, 128, offset=8.0)
+    packed = NestedPlanes.pack(weight).to("cuda")
+    x, bias = activations(300, 1024), activations(4100)
+    exact = x.double() @ weight.decode(bits, torch.float16).double().T.cuda() + bias.double()
+    # The bias is added to a rounded product: twice the error of rounding at most.
+    assert times_rounding(ops.linear(x, packed, bits, bias), exact, torch.float16) <= 2
+
+
+@pytest.mark.parametrize("about", [{}, {"zeros": True}, {"slicing": "round"}, {"master_bits": 6}, {"group_size": 32}])
+def test_packing_and_decoding_are_those_of_the_cpu(about):
+    weight = make_weight(**({"rows": 130, "columns": 512, "group_size": 128} | about))
+    packed, there = NestedPlanes.pack(weight), NestedPlanes.pack(weight.to("cuda"))
+    assert torch.equal(packed.planes, there.planes.cpu())
+    assert torch.equal(packed.scales, there.scales.cpu())
+    for bits in range(2, weight.master_bits + 1):
+        assert torch.equal(ops.decode(there, bits, torch.float16).cpu(), weight.decode(bits, torch.float16))
+
+
+def test_a_layer_that_was_just_packed_is_read_whole():
+    """Launches overlap with the kernel in front of them; they must still see what it wrote."""
+    weights = [make_weight(512, 1024, 128, seed=seed).to("cuda") for seed in range(4)]
+    x = activations(1, 1024)
+    for _ in range(25):
+        for weight in weights:
+            packed = NestedPlanes.pack(weight)
+            made = ops.linear(x, packed, 3)
+            exact = x.double() @ weight.decode(3).double().T
+            assert times_rounding(made, exact, torch.float16) <= 1.2
+
+
+def test_a_chain_of_layers_is_the_same_in_a_graph():
+    """Every layer reads what the one in front has just written."""
+    layers = nn.Sequential(
+        *(
+            NestedLinear.from_planes(NestedPlanes.pack(make_weight(1024, 1024, 128, seed=s)).to("cuda"))
+            for s in range(6)
+        )
+    )
+    for layer in layers:
+        layer.scales *= 0.1
+    x = activations(4, 1024)
+    set_bits(layers, 3)
+    eager = layers(x)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        layers(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layers(x)
+    set_bits(layers, 8)  # moves nothing: the graph stays valid, at its width
+    other = layers(x)
+    for _ in range(50):
+        graph.replay()
+    assert torch.equal(captured, eager)
+    assert not torch.equal(captured, other)
+    x.copy_(activations(8, 1024)[4:])
+    graph.replay()
+    set_bits(layers, 3)
+    assert torch.equal(captured, layers(x))
+
+
+def test_compiled_in_one_graph():
+    layers = nn.Sequential(
+        NestedLinear.from_planes(NestedPlanes.pack(make_weight(256, 512, 128)).to("cuda")), nn.GELU(),
+        NestedLinear.from_planes(NestedPlanes.pack(make_weight(192, 256, 128)).to("cuda")),
+    )  # fmt: skip
+    compiled = torch.compile(layers, fullgraph=True)
+    x = activations(2, 3, 512)
+    for bits in (8, 3):
+        set_bits(layers, bits)
+        torch.testing.assert_close(compiled(x), layers(x), rtol=2e-3, atol=2e-3)
+
+
+def test_a_model_generates_the_same_tokens_as_with_dense_weights():
+    transformers = pytest.importorskip("transformers")
+    dense = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float16).cuda()
+    nested = copy.deepcopy(dense)
+    weights = {}
+    for name, layer in dense.model.layers.named_modules():
+        if isinstance(layer, nn.Linear):
+            weights[name] = _rounded(layer.weight.data)
+            parent, _, child = name.rpartition(".")
+            setattr(
+                nested.model.layers.get_submodule(parent),
+                child,
+                NestedLinear.from_planes(NestedPlanes.pack(weights[name])),
+            )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    prompt = tokenizer("def __init__(self, ", return_tensors="pt").to("cuda")
+    for bits in range(2, 9):
+        for name, weight in weights.items():
+            dense.model.layers.get_submodule(name).weight.data.copy_(weight.decode(bits, torch.float16))
+        set_bits(nested, bits)
+        expected = dense.generate(**prompt, max_new_tokens=24, do_sample=False)
+        assert torch.equal(nested.generate(**prompt, max_new_tokens=24, do_sample=False), expected)
+
+
+def _rounded(weight):
+    """Codes and scales of the nearest 8-bit grid, in groups of 128."""
+    rows, columns = weight.shape
+    grouped = weight.float().view(rows, columns // 128, 128)
+    scales = (grouped.abs().amax(-1) / 127).half()
+    codes = (grouped / scales.float()[:, :, None] + 127.5).round().clamp(0, 255).to(torch.uint8)
+    return NestedWeight(
+        codes=codes.view(rows, columns), scales=scales, zeros=None, master_bits=8, slicing="msb", offset=0.0
+    )

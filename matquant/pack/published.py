@@ -67,13 +67,18 @@ class PublishedSpec:
             size = columns if self.group_size == -1 else self.group_size
             if columns % size:
                 raise UserError(f"{key}: groups of {size} do not divide its {columns} input features.")
-            layers[name] = LayerSpec(
-                out_features=rows, in_features=columns, group_size=size, master_bits=MASTER_BITS, slicing="round",
-                offset=0.0, zeros=False, scale_dtype=self.scale_dtype,
-            )  # fmt: skip
+            layers[name] = layer(rows, columns, size, self.scale_dtype)
         if not layers:
             raise UserError(f"The checkpoint says that it is {QUANT_METHOD}, but holds no codes (*{CODES}).")
         return NestedSpec(layers=layers, bits=self.bits, max_bits=MASTER_BITS)
+
+
+def layer(out_features: int, in_features: int, group_size: int, scale_dtype: torch.dtype) -> LayerSpec:
+    """What a layer of a published checkpoint is."""
+    return LayerSpec(
+        out_features=out_features, in_features=in_features, group_size=group_size, master_bits=MASTER_BITS,
+        slicing="round", offset=0.0, zeros=False, scale_dtype=scale_dtype,
+    )  # fmt: skip
 
 
 def parse(content: Any, where: str = "quantization_config") -> PublishedSpec:

@@ -12,7 +12,7 @@ from matquant.search.allocation import MAX_BITS, MIN_BITS, is_file_name
 class PackConfig:
     """What is exported, and where to."""
 
-    name: Literal["none", "nested", "matgptq_v1"] = "none"
+    name: Literal["none", "nested", "matgptq_v1", "gptq", "compressed_tensors"] = "none"
     path: str | None = None  # of the folder that is made; null: `packed` in the run's folder
     overwrite: bool = False  # replace a folder that is there
     bits: str | None = (
@@ -20,6 +20,10 @@ class PackConfig:
     )
     prefill_bits: int | None = None  # the width for many tokens; null: the same
     max_bits: int | None = None  # write only the planes of widths up to this one; null: all
+    stored_bits: int | None = (
+        None  # of the codes of gptq and compressed_tensors; null: as few as hold the slice exactly
+    )
+    fit: Literal["exact", "nearest"] = "exact"  # nearest: their codes nearest to the slice, where none are exact
     shard_gigabytes: float | None = None  # of a weight file; null: as large as the original's largest
 
     @property
@@ -41,7 +45,7 @@ def check(config: PackConfig, stages: Sequence[str], models: int) -> None:
         raise UserError("stages names pack, but pack=none; choose a format, for example pack=nested.")
     if config.bits is not None and config.width is None and config.allocation_file is None:
         raise UserError(f"pack.bits is a width or an allocation's file (.yaml, .txt); found {config.bits!r}.")
-    for name in ("width", "prefill_bits", "max_bits"):
+    for name in ("width", "prefill_bits", "max_bits", "stored_bits"):
         value = getattr(config, name)
         if value is not None and not MIN_BITS <= value <= MAX_BITS:
             shown = "bits" if name == "width" else name

@@ -16,7 +16,8 @@ from matquant.errors import UserError
 from matquant.evaluate.variants import Variant
 from matquant.models.blocks import BlockModel
 from matquant.models.load import LoadedModel
-from matquant.pack import card, companions, nested, published_writer
+from matquant.pack import card, companions, nested, published_writer, stock
+from matquant.pack.formats import Format
 from matquant.pack.settings import PackConfig, check_widths
 from matquant.pack.source import Source
 from matquant.pack.spec import STOCK_INDEX
@@ -38,6 +39,8 @@ class Order:
         max_bits: the planes that widths up to this one need are written.
         limit: bytes of a file.
         progress: called with 1 after each layer.
+        stored_bits, fit: of formats that hold one slice: the bits of their codes (None for as few as are exact), and
+            whether the nearest codes will do.
     """
 
     source: Source
@@ -47,6 +50,8 @@ class Order:
     max_bits: int
     limit: int
     progress: Callable[[int], None]
+    stored_bits: int | None = None
+    fit: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +96,18 @@ def _write_published(order: Order) -> Written:
     return Written(quantization_config=spec.to_json(), record={"bits": spec.bits})
 
 
+def _stock(form: Format) -> Writer:
+    """The writer of a format that holds one slice."""
+
+    def write(order: Order) -> Written:
+        quantization_config, record = stock.write(order, form)
+        return Written(quantization_config=quantization_config, record=record)
+
+    return write
+
+
 WRITERS: dict[str, Writer] = {"nested": _write_nested, "matgptq_v1": _write_published}
+WRITERS |= {name: _stock(form) for name, form in stock.FORMATS.items()}
 
 # What a format cannot hold whatever the model, refused before any long work.
 CHECKS: dict[str, Callable[[PackConfig, MethodConfig], None]] = {"matgptq_v1": published_writer.check}
@@ -153,7 +169,7 @@ class Packing:
         with _replacing(self.folder) as folder:
             order = Order(
                 source=source, folder=folder, bits=bits, prefill_bits=config.prefill_bits, max_bits=max_bits,
-                limit=limit, progress=progress,
+                limit=limit, progress=progress, stored_bits=config.stored_bits, fit=config.fit == "nearest",
             )  # fmt: skip
             written = WRITERS[config.name](order)
             companions.copy(source.folder, folder)

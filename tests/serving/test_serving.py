@@ -1,0 +1,250 @@
+"""The real vLLM engine on a CPU, with the plugin; ``make test-vllm`` runs it in an environment of its own."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from engine import QUIET
+from shared import ROOT, TINY
+
+from matquant.inference import replace_linears, set_bits
+from matquant.pack import published
+from matquant.quantize.parent import Parent
+from matquant.store.artifact import read_artifact
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: make test-vllm")
+
+WIDTHS = (2, 3, 4, 8)
+MIXED = {"q_proj": 2, "k_proj": 8, "v_proj": 4, "gate_proj": 3, "up_proj": 6, "gate_up_proj": 3}  # all others 5
+PROMPTS = [[5, 9, 100, 7], [1000, 3], [17] * 9]
+TOKENS = 16
+SIZES: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 2048, "max_position_embeddings": 256, "pad_token_id": None,
+    "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+MODELS = {
+    "qwen3": lambda: tf.Qwen3Config(**SIZES),
+    "mixtral": lambda: tf.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+}
+
+
+class Packed:
+    """A model, its parent, and the folder that was packed from it."""
+
+    def __init__(self, source: Path, folder: Path, parent: Path) -> None:
+        self.source, self.folder = source, folder
+        self.parent = Parent(read_artifact(parent))
+        self.names = [name for index in range(len(self.parent.blocks)) for name in self.parent.block(index)]
+        self.mixed = {name: MIXED.get(name.rpartition(".")[2], 5) for name in self.names}
+
+    def greedy(self, bits: int | dict[str, int]) -> list[list[int]]:
+        """What stock Transformers generates with the decoded weights of a slice."""
+        model = tf.AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32)
+        for index in range(len(self.parent.blocks)):
+            for name, weight in self.parent.block(index).items():
+                dense = weight.decode(bits if isinstance(bits, int) else bits[name])
+                owner, _, last = name.rpartition(".")
+                if owner.rpartition(".")[2].isdecimal():  # an expert: one of a stack of matrices
+                    stack, _, expert = owner.rpartition(".")
+                    getattr(model.get_submodule(stack), last).data[int(expert)].copy_(dense)
+                else:
+                    model.get_submodule(name).weight.data.copy_(dense)
+        return generate(model)
+
+
+def generate(model: Any) -> list[list[int]]:
+    found = []
+    for prompt in PROMPTS:
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+        found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
+def run_py(*overrides: str, folder: Path) -> dict[str, Any]:
+    """Run the command line; the results that it wrote."""
+    where = [f"hydra.run.dir={folder}/run", f"store.path={folder}/store", "tracking=none", "stages=[quantize,pack]"]
+    subprocess.run([sys.executable, ROOT / "run.py", *where, *overrides], check=True, cwd=folder)
+    return json.loads((folder / "run" / "results.json").read_text())
+
+
+def packed(source: Path, folder: Path, *overrides: str) -> Packed:
+    small = ("calibration.sequences=4", "calibration.sequence_length=64", "method.sweeps=0", "method.block_size=64")
+    target = folder / "packed"
+    results = run_py(
+        f"model.path={source}",
+        "method.group_size=64",
+        *small,
+        "pack=nested",
+        f"pack.path={target}",
+        *overrides,
+        folder=folder,
+    )
+    return Packed(source, target, Path(results["parent"]["path"]))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Packed:
+    return packed(TINY, tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def random_model(request, tmp_path) -> Packed:
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(MODELS[request.param]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    model.save_pretrained(tmp_path / "source")
+    tf.AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "source")
+    return packed(tmp_path / "source", tmp_path)
+
+
+def run_engine(folder: Path, tmp_path: Path, steps: list[Any], **engine: Any) -> list[list[list[int]]]:
+    """The tokens that vLLM generates at each step, in one engine."""
+    job = {"model": str(folder), "prompts": PROMPTS, "tokens": TOKENS, "steps": steps}
+    (tmp_path / "job.json").write_text(json.dumps(job | {"engine": {"dtype": "float32"} | engine}))
+    command = [sys.executable, Path(__file__).with_name("engine.py"), tmp_path / "job.json"]
+    done = subprocess.run(command, text=True, capture_output=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
+    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("TOKENS "))
+
+
+def check_widths(model: Packed, tmp_path: Path, **engine: Any) -> None:
+    choices = [*WIDTHS, model.mixed]
+    found = run_engine(model.folder, tmp_path, [[bits] for bits in choices], **engine)
+    expected = [model.greedy(bits) for bits in choices]
+    assert found == expected
+    assert len({str(tokens) for tokens in expected}) == len(choices)  # the widths do not all say the same
+
+
+def test_shipped_model_compiled(tiny, tmp_path):
+    """Compiled once, then read at every width; and prompts at another width than the answers."""
+    choices: list[Any] = [[bits] for bits in (*WIDTHS, tiny.mixed)]
+    *found, both = run_engine(tiny.folder, tmp_path, [*choices, [2, 8]])
+    assert found == [tiny.greedy(bits) for bits in (*WIDTHS, tiny.mixed)]
+    model = tf.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    replace_linears(model, tiny.parent)
+    set_bits(model, 2, prefill=8)
+    assert both == generate(model)
+
+
+@pytest.mark.parametrize("random_model", ["qwen3"], indirect=True)
+def test_tensor_parallel_cuts_inside_tiles_and_groups(random_model, tmp_path):
+    """On two ranks the 192 columns of down_proj fall into parts of 96, of which groups of 64 and tiles are no divisors."""
+    check_widths(random_model, tmp_path, enforce_eager=True, tensor_parallel_size=2, distributed_executor_backend="mp")
+
+
+@pytest.mark.parametrize("random_model", ["mixtral"], indirect=True)
+def test_mixture_of_experts(random_model, tmp_path):
+    check_widths(random_model, tmp_path, enforce_eager=True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_and_fewer_planes(tiny, tmp_path, dtype):
+    """Three planes are kept, at the width that the command line asks for."""
+    overrides = {"bits": 3, "max_bits": 3}
+    (found,) = run_engine(tiny.folder, tmp_path, [None], enforce_eager=True, dtype=dtype, hf_overrides=overrides)
+    pairs = [(a, b) for x, y in zip(found, tiny.greedy(3), strict=True) for a, b in zip(x, y, strict=True)]
+    assert sum(a == b for a, b in pairs) > 0.6 * len(pairs)  # a token may tip over once activations are rounded
+
+
+def test_published_checkpoint(tmp_path):
+    model = packed(TINY, tmp_path, "pack=matgptq_v1", "method=matgptq_v1", "method.group_size=64", "pack.bits=4")
+    config = json.loads((model.folder / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == published.QUANT_METHOD
+    found = run_engine(model.folder, tmp_path, [None, [2]], enforce_eager=True)
+    assert found == [model.greedy(4), model.greedy(2)]
+
+
+def test_damaged_checkpoint_is_refused(tiny, tmp_path):
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for file in tiny.folder.iterdir():
+        content = bytearray(file.read_bytes())
+        if file.name.startswith("model-00002"):
+            content[-1] ^= 1
+        (folder / file.name).write_bytes(content)
+    with pytest.raises(AssertionError, match="model-00002.*Copy or download the checkpoint again"):
+        run_engine(folder, tmp_path, [None], enforce_eager=True)
+
+
+class Server:
+    """The OpenAI server of vLLM."""
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "m",
+            "--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--host", "127.0.0.1", "--port", self.port,
+            "--api-key", "secret", "--hf-overrides", '{"bits": 8}',
+            "--worker-extension-cls", "matquant.vllm.worker.WidthExtension",
+            "--middleware", "matquant.vllm.endpoint.WidthEndpoint",
+        ]  # fmt: skip
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                list(map(str, command)), env=os.environ | QUIET, stdout=stream, stderr=subprocess.STDOUT
+            )
+        deadline = time.monotonic() + 300
+        while not self._answers():
+            assert self.process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(1)
+
+    def _answers(self) -> bool:
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    def ask(self, path: str, content: Any = None, key: str = "secret") -> tuple[int, Any]:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
+            data=None if content is None else json.dumps(content).encode(),
+        )  # fmt: skip
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def complete(self, prompt: list[int]) -> list[int]:
+        asked = {"model": "m", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        status, answer = self.ask("/v1/completions", asked | {"return_token_ids": True})
+        assert status == 200, answer
+        return answer["choices"][0]["token_ids"]
+
+
+def test_server_changes_its_width_between_two_requests(tiny, tmp_path):
+    server = Server(tiny.folder, tmp_path / "log")
+    try:
+        assert [server.complete(prompt) for prompt in PROMPTS] == tiny.greedy(8)
+        status, answer = server.ask("/v1/matquant/bits", {"bits": 2})
+        assert status == 200
+        assert answer["bits"] == dict.fromkeys(tiny.names, 2)
+        assert [server.complete(prompt) for prompt in PROMPTS] == tiny.greedy(2)  # nor are prompts of 8 bits cached
+        assert server.ask("/v1/matquant/bits", {"bits": tiny.mixed})[0] == 200
+        assert [server.complete(prompt) for prompt in PROMPTS] == tiny.greedy(tiny.mixed)
+        status, answer = server.ask("/v1/matquant/bits", {"bits": 9})
+        assert status == 400
+        assert "a width is a whole number in 2..8; found 9" in answer
+        assert server.ask("/v1/matquant/bits", {"bits": 8}, key="wrong")[0] == 401
+        assert server.ask("/v1/matquant/bits")[1]["bits"] == tiny.mixed
+    finally:
+        server.process.terminate()
+        server.process.wait(60)

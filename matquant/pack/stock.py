@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matquant.errors import UserError
-from matquant.models.load import INDEX
+from matquant.models.index import INDEX
 from matquant.nested import NestedWeight
 from matquant.pack.compressed_tensors import CompressedTensors
 from matquant.pack.formats import FUSED, Format

@@ -12,7 +12,7 @@ run: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2
 
-# The vLLM engine on the CPU with the plugin, in an environment of its own (3.5 GB): make test leaves it out.
+# The vLLM engine on the CPU with the plugin, in an environment of its own (4.2 GB): make test leaves it out.
 test-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m pytest tests/serving/test_serving.py
 

@@ -181,13 +181,14 @@ def test_killed_three_times_it_ends_with_the_same_bytes(run_py, tmp_path):
 
 def test_a_stopped_run_says_so_and_resumes_to_the_same_bytes(run_py, tmp_path, small_model):
     small = (*SMALL, f"model.path={small_model}", "method.group_size=64", "bits=2", "calibration.sequences=16")
-    process = run_py(*small)
-    wait_for_block(1, tmp_path / "store", process)  # block 0 then stands in the journal
-    process.terminate()  # SIGTERM; Ctrl-C takes the same path
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "finished blocks are kept" in err
-    assert "Traceback" not in err
+    for block, stop in ((1, signal.SIGTERM), (2, signal.SIGINT)):
+        process = run_py(*small)
+        wait_for_block(block, tmp_path / "store", process)  # the one before it then stands in the journal
+        process.send_signal(stop)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 130
+        assert "finished blocks are kept" in err
+        assert "Traceback" not in err
     out, err = run_py(*small).communicate(timeout=300)
     assert "resuming" in out + err
     resumed = load(tmp_path / "run")["parent"]["sha256"]

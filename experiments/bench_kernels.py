@@ -417,6 +417,15 @@ def all_defines(args: argparse.Namespace, device: Device) -> list[dict[str, int]
     return [dict(d) for d in {tuple(sorted(p.defines.items())) for p in plans}]
 
 
+def command(argv: Sequence[str]) -> str:
+    """How the run was started, without the folder that it wrote into."""
+    kept = list(argv)
+    if "--out" in kept:
+        place = kept.index("--out")
+        del kept[place : place + 2]
+    return " ".join(["python", *kept])
+
+
 def line(t: Timing) -> str:
     shape = f"{t.rows}x{t.depth}"
     return f"{shape:>12} {t.bits:5} {t.tokens:6} {t.us:8.1f} {t.gb_per_s:7.0f} {t.floor_share:6.0%} {t.faster:7.2f}"
@@ -450,7 +459,7 @@ def main() -> None:
                 print(line(timing), flush=True)
     finally:  # also of a run that is cut short
         record = {
-            "command": " ".join(["python", *sys.argv]),
+            "command": command(sys.argv),
             "date": datetime.date.today().isoformat(),
             "device": properties.name,
             "torch": torch.__version__,

@@ -196,7 +196,7 @@ class _Run:
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
     def _check_lengths(self) -> None:
-        """Refuse windows that are longer than the model's context; texts that are not read may be as they like."""
+        """Refuse windows and a prompt that are longer than the model's context; texts that are not read may be as they like."""
         named = {} if self.config.method.solver == "rtn" else {"calibration": self.config.calibration}
         if self.config.search.wanted:
             named["search"] = self._search_text()
@@ -211,6 +211,13 @@ class _Run:
                 )
             if text.sequences < self.ranks.count:
                 raise UserError(f"{name}.sequences={text.sequences} cannot be shared by {self.ranks.count} processes.")
+        if "generate" in self.config.stages and longest is not None:
+            prompt, new = len(self.loaded.tokenizer(str(self.config.prompt))["input_ids"]), self.config.max_new_tokens
+            if prompt + new > longest:
+                raise UserError(
+                    f"The prompt has {prompt} tokens; with max_new_tokens={new} that is more than the {longest} tokens that "
+                    f"{self.loaded.label} was made for."
+                )
 
     def _check_budgets(self) -> None:
         method = self.config.method

@@ -45,6 +45,13 @@ DEVICE u32 and_or(u32 a, u32 mask, u32 b) {
 
 DEVICE u32 rotate_right(u32 a, int by) { return __funnelshift_r(a, a, by); }
 
+// 1 / f to two units in the last place; a subnormal f counts as 0.
+DEVICE float reciprocal(float f) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(f));
+    return r;
+}
+
 // ---- 16-bit floats
 
 DEVICE float half_to_float(u16 bits) {

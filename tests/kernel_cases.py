@@ -30,6 +30,7 @@ class Variant:
     units: int = 2
     stages: int = 3
     panel: int = 2
+    wgmma: bool = False
 
     def defines(self) -> dict[str, int]:
         return {
@@ -46,6 +47,7 @@ class Variant:
             "UNITS": self.units,
             "STAGES": self.stages,
             "PANEL": self.panel,
+            "WGMMA": int(self.wgmma),
             "SHARED_BYTES": self.shared_bytes(),
             "BLOCKS_PER_SM": 1,
         }
@@ -61,7 +63,7 @@ class Variant:
         planes = planes_read(self.bits, 8, self.slicing)
         weights = self.units * planes * 512 + groups * 128 + self.zeros * groups * 64
         tokens = 8 * self.token_tiles
-        x = (1 + -(-(self.stages - 1) // self.panel)) * self.panel * tokens * (columns * self.k_warps + 8) * 2
+        x = (1 + -(-(self.stages - 1) // self.panel)) * self.panel * tokens * (columns * self.k_warps + 8 * (not self.wgmma)) * 2
         x_sums = self.panel * self.k_warps * groups * tokens * 4
         total = self.k_warps * self.row_warps * self.stages * weights + x + x_sums
         if self.k_warps > 1:
@@ -128,7 +130,8 @@ def run(
     scales = pack_groups(weight.scales, group_count)
     zeros = None if weight.zeros is None else pack_groups(weight.zeros, group_count)
 
-    row_tiles = -(-tiles(case.rows) // variant.row_warps)
+    token_tiles = -(-case.tokens // (8 * variant.token_tiles))
+    row_tiles = -(-tiles(case.rows) // variant.row_warps) * token_tiles
     chunks = -(-tiles(case.depth) // (variant.units * variant.k_warps))
     blocks = min(case.blocks, row_tiles * chunks)
     y = torch.full((case.tokens, case.rows), torch.nan).to(variant.dtype)

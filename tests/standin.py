@@ -50,13 +50,21 @@ def have_compiler() -> bool:
 
 
 def read_source(name: str) -> str:
-    """The text of ``kernels/name`` with its local headers put in, except for ``device.cuh`` itself."""
+    """The text of ``kernels/name`` with its local headers put in, each once, except for ``device.cuh`` itself."""
+    there: set[str] = set()
 
     def insert(match: re.Match[str]) -> str:
-        return match[0] if match[1] == "device.cuh" else read_source(match[1])
+        header = match[1]
+        if header in there:
+            return ""
+        there.add(header)
+        return match[0] if header == "device.cuh" else inserted(header)
 
-    text = (KERNELS / name).read_text().replace("#pragma once\n", "")
-    return re.sub(r'^#include "([^"]+)"$', insert, text, flags=re.MULTILINE)
+    def inserted(file: str) -> str:
+        text = (KERNELS / file).read_text().replace("#pragma once\n", "")
+        return re.sub(r'^#include "([^"]+)"$', insert, text, flags=re.MULTILINE)
+
+    return inserted(name)
 
 
 class StandinKernel:

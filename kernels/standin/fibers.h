@@ -13,6 +13,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 #if !defined(__x86_64__)
@@ -34,6 +35,30 @@ const u64 never = ~0ull;
 struct PendingStore { void* to; unsigned char bytes[16]; };
 struct PendingCopy { void* to; const void* from; int valid; };
 
+// What the four warps of a wgmma multiply, as far as a warp needs it: its rows of a, and what b was when the product began.
+struct Factors {
+    float a[16][16];
+    WgmmaOperand b;
+    int tiles;
+    bool bfloat;
+    std::vector<u16> b_then; // [token][16]
+};
+
+// A product that was started and not yet waited for, in the eyes of one lane.
+struct Product {
+    std::shared_ptr<const Factors> factors;
+    float (*sums)[4];
+    const u32* a;
+    u32 a_then[4];
+};
+
+// Sums that the tensor cores are adding to: their thread sees NaNs meanwhile.
+struct SumsAtWork {
+    float (*place)[4];
+    int products;
+    std::vector<float> values;
+};
+
 // Where lanes of one warp meet: each leaves its operands, the last to come computes for all, then all go on.
 struct Meeting {
     u32 mask = 0, arrived = 0, generation = 0;
@@ -41,6 +66,7 @@ struct Meeting {
     u32 in[32][10];
     u32 out[32][4];
     const void* address[32];
+    std::shared_ptr<const Factors> factors;
 };
 
 // Where threads of a block wait for each other; they then know of each other's fences and atomics.
@@ -63,6 +89,11 @@ struct Fiber {
     std::vector<PendingStore> stores;
     std::vector<PendingCopy> open_copies;
     std::vector<std::vector<PendingCopy>> copy_groups;
+    bool may_multiply = false; // fenced since its registers were its own
+    std::vector<Product> open_products;
+    std::vector<std::vector<Product>> product_groups;
+    std::vector<SumsAtWork> at_work;
+    std::vector<const void*> arrived; // by its copies, since it last fenced for the tensor cores
     std::unique_ptr<char[]> stack;
 #if defined(__x86_64__)
     void* stack_pointer = nullptr;
@@ -79,7 +110,9 @@ struct Warp {
 struct Block {
     uint3 index;
     u32 alive = 0;
-    Barrier barriers[16]; // 0 is __syncthreads
+    Barrier barriers[16];   // 0 is __syncthreads
+    Barrier warpgroups[8];  // where four warps begin products together
+    std::unordered_set<const void*> unfenced; // 16 bytes each of shared memory that the tensor cores may not see as they are
     unsigned char* shared = nullptr;
     std::vector<Warp> warps;
     std::vector<std::unique_ptr<Fiber>> fibers;
@@ -151,8 +184,7 @@ static void release(Barrier& b, u32 expected) {
     b.generation++;
 }
 
-static void meet_at_barrier(int id, u32 expected, const char* where) {
-    Barrier& b = current->block->barriers[id];
+static void meet_at_barrier(Barrier& b, u32 expected, const char* where) {
     if (b.arrived++ == 0) b.seen = b.asked = 0;
     b.seen = std::max(b.seen, current->seen);
     b.asked = std::max(b.asked, current->asked);
@@ -167,6 +199,7 @@ static void body() {
     Fiber& f = *current;
     entry(entry_arguments);
     if (!f.open_copies.empty() || !f.copy_groups.empty()) fail("ends before its asynchronous copies were waited for");
+    if (!f.open_products.empty() || !f.product_groups.empty()) fail("ends before its products were waited for");
     never_published.insert(never_published.end(), f.stores.begin(), f.stores.end());
     f.finished = true;
     f.block->alive--;
@@ -267,10 +300,11 @@ static std::string run_grid(dim3 grid, dim3 block, size_t shared_bytes, u32 seed
 } // namespace standin
 
 void __syncthreads() {
-    standin::meet_at_barrier(0, standin::current->block->alive, "__syncthreads");
+    standin::Block& block = *standin::current->block;
+    standin::meet_at_barrier(block.barriers[0], block.alive, "__syncthreads");
 }
 
 void named_barrier(int id, int threads) {
     if (id < 1 || id > 15 || threads % 32) standin::fail("a named barrier is one of 1..15, for whole warps");
-    standin::meet_at_barrier(id, (u32)threads, "named_barrier");
+    standin::meet_at_barrier(standin::current->block->barriers[id], (u32)threads, "named_barrier");
 }

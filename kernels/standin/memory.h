@@ -39,6 +39,8 @@ void wait_for_copies(int pending) {
         for (auto& c : groups.front()) {
             memcpy(c.to, c.from, c.valid);
             memset((char*)c.to + c.valid, 0, 16 - c.valid);
+            current->arrived.push_back(c.to);
+            current->block->unfenced.insert(c.to);
         }
         groups.erase(groups.begin());
     }

@@ -1,5 +1,5 @@
 // What is behind standin.h, compiled once and linked to every kernel.
-#include "warp.h"
+#include "warpgroup.h"
 
 #include "launch.h"
 

@@ -3,14 +3,15 @@
 // What it checks beyond results: operations of a warp that not all its lanes reach together, barriers that not all threads
 // reach (deadlock), asynchronous copies read before they were waited for (their destination holds NaNs until then) or never
 // waited for, shared memory read before it was written (NaNs), misaligned 16-byte accesses, a missing fence on
-// either side of an exchange between blocks (store_for_other_blocks), and, built with the address sanitizer, any access
+// either side of an exchange between blocks (store_for_other_blocks), products of four warps whose registers or shared memory are
+// touched before they were waited for, or whose fences are missing, and, built with the address sanitizer, any access
 // outside a buffer. A seed shuffles the order of threads and blocks.
 //
 // What it cannot show: speed; races between plain accesses that no tried order brings to light (a thread runs on until it
 // waits, so interleavings are coarse); the tensor cores' own rounding (sums here are in order, in float32); contraction of
 // a*b+c to fused multiply-add; registers, banks and everything else of the compiler for the device.
 //
-// Kernels see only this header; the runtime behind it (fibers.h, memory.h, warp.h) is compiled once, as runtime.cpp.
+// Kernels see only this header; the runtime behind it (fibers.h, memory.h, warp.h, warpgroup.h) is compiled once, as runtime.cpp.
 #pragma once
 
 #include <cmath>
@@ -100,6 +101,26 @@ void load_matrices(u32 (&r)[4], SharedAddress row);
 void mma_half(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]);
 void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]);
 
+// ---- tensor cores that four warps use together (wgmma.cuh)
+
+struct WgmmaOperand {
+    SharedAddress b;
+    int columns_apart, tokens_apart;
+};
+static inline WgmmaOperand wgmma_operand(SharedAddress b, int columns_apart, int tokens_apart) { return {b, columns_apart, tokens_apart}; }
+void wgmma_fence();
+void wgmma_commit();
+void fence_for_tensor_cores();
+static inline void wgmma_done(float (&)[4]) {}
+namespace standin {
+void wait_for_products(int pending);
+void start_product(float (*d)[4], const u32* a, const WgmmaOperand& operand, int tiles, bool bfloat);
+} // namespace standin
+template <int pending> static inline void wgmma_wait() { standin::wait_for_products(pending); }
+template <int tiles, bool bfloat> static inline void wgmma(float (*d)[4], const u32 (&a)[4], const WgmmaOperand& operand) {
+    standin::start_product(d, a, operand, tiles, bfloat);
+}
+
 // ---- memory
 
 void __threadfence();
@@ -134,6 +155,7 @@ template <class T> static inline T __ldg(const T* p) { return *p; }
 template <class T> static inline T min(T a, T b) { return b < a ? b : a; }
 template <class T> static inline T max(T a, T b) { return a < b ? b : a; }
 
+static inline float reciprocal(float f) { return 1.0f / f; }
 static inline u32 bit_select(u32 mask, u32 a, u32 b) { return (a & mask) | (b & ~mask); }
 static inline u32 and_or(u32 a, u32 mask, u32 b) { return (a & mask) | b; }
 static inline u32 rotate_right(u32 a, int by) { return by & 31 ? a >> (by & 31) | a << (32 - (by & 31)) : a; }

@@ -69,13 +69,14 @@ const float* half_table() {
     return table.data();
 }
 
+static float element_value(u32 bits, bool bfloat) {
+    static const float* half = half_table();
+    return bfloat ? bfloat_to_float((u16)bits) : half[bits & 0xFFFF];
+}
+
 // d = a b + c on the fragments of one warp; sums run over k in order, in float32.
 template <bool bfloat> static void multiply(Meeting& m) {
-    static const float* half = half_table();
-    auto value = [](u32 word, int h) {
-        u32 bits = word >> (16 * h) & 0xFFFF;
-        return bfloat ? bfloat_to_float((u16)bits) : half[bits];
-    };
+    auto value = [](u32 word, int h) { return element_value(word >> (16 * h), bfloat); };
     float a[16][16], b[16][8], d[16][8];
     for (int i = 0; i < 32; i++) {
         int g = i / 4, t = i % 4;

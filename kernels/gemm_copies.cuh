@@ -1,0 +1,105 @@
+// The matmul's copies from global to shared memory: planes and scales into each warp's ring, activations into panels.
+#pragma once
+#include "gemm_shape.cuh"
+
+// Where a warp's next chunk of weights is, and where it goes. Pointers are kept and added to: computed anew for each chunk they
+// would cost a fifth of all instructions.
+struct Cursor {
+    const uint4* planes; // this lane's 16 bytes of the first unit of plane 0
+    u32 tile, chunk, stage;
+    SharedAddress ring;
+};
+
+DEVICE void point_at_tile(const Problem& a, const Place& at, Cursor& next) {
+    const u32 row_block = row_tile_of(a, next.tile) * ROW_WARPS + at.row_warp, unit = (next.chunk * K_WARPS + at.k_warp) * UNITS;
+    next.planes = a.planes + ((u64)row_block * a.units + unit) * 32 + at.lane;
+}
+
+// `whole`: all units of the chunk are there, as they are but in a row's last chunk.
+template <bool whole> DEVICE void copy_planes(const Problem& a, const Place& at, const Cursor& next, SharedAddress to, int units) {
+    const uint4* from = next.planes;
+    UNROLL
+    for (int plane = 0; plane < PLANES; plane++) {
+        UNROLL
+        for (int unit = 0; unit < UNITS; unit++) {
+            const int i = plane * UNITS + unit;
+            // What is in place of units beyond the last one meets activations of 0.
+            if ((TILE_WARPS == 1 || i % TILE_WARPS == at.tile_warp) && (whole || unit < units))
+                copy_async(to + (unit * PLANES + plane) * sizeof(uint4[32]) + at.lane * 16, from + unit * 32);
+        }
+        from += a.plane_stride;
+    }
+}
+
+DEVICE void copy_scales(const Problem& a, const Place& at, SharedAddress to, int row_block, int unit) {
+    if (at.tile_warp != 0) return;
+    const int part = at.lane % 8;
+    const SharedAddress scales = to + sizeof(uint4[UNITS][PLANES][32]);
+    UNROLL
+    for (int i = at.lane / 8; i < groups; i += 4) {
+        const int column = unit * 64 + i * group;
+        const bool inside = column < a.units * 64; // there is no scale beyond, and 0 * NaN is not 0
+        const u32 place = inside ? (GROUP ? column / max(GROUP, 1) : 0) * a.row_blocks + row_block : 0;
+        copy_async(scales + i * 128 + part * 16, a.scales + (u64)place * 64 + part * 8, inside ? 16 : 0);
+#if ZEROS
+        if (part < 4) copy_async(scales + groups * 128 + i * 64 + part * 16, a.zeros + (u64)place * 64 + part * 16, inside ? 16 : 0);
+#endif
+    }
+}
+
+// Copies the chunk at the cursor, which then moves to the following one: of the tile, or of the next tile.
+DEVICE void copy_weights(const Problem& a, const Place& at, Cursor& next) {
+    const int row_block = (int)row_tile_of(a, next.tile) * ROW_WARPS + at.row_warp, unit = ((int)next.chunk * K_WARPS + at.k_warp) * UNITS;
+    const SharedAddress to = next.ring + next.stage * sizeof(Weights);
+    if (row_block < a.row_blocks) {
+        if (unit + UNITS <= a.units) copy_planes<true>(a, at, next, to, UNITS);
+        else copy_planes<false>(a, at, next, to, a.units - unit);
+        copy_scales(a, at, to, row_block, unit);
+    }
+    next.planes += K_WARPS * UNITS * 32;
+    if (++next.stage == STAGES) next.stage = 0;
+    if (++next.chunk == (u32)a.chunks) {
+        next.chunk = 0;
+        next.tile++;
+        point_at_tile(a, at, next);
+    }
+}
+
+// Brings the first chunks of this block's run, as far as they are of its first tile, on their way from memory while earlier
+// kernels end. A lane takes one of the four lines of a unit.
+DEVICE void prefetch_weights(const Problem& a, const Place& at, const Cursor& first, int count) {
+    const int row_block = (int)row_tile_of(a, first.tile) * ROW_WARPS + at.row_warp;
+    if (row_block >= a.row_blocks) return;
+    for (int i = at.lane / 4; i < count * UNITS; i += 8) {
+        const int unit = (((int)first.chunk + i / UNITS) * K_WARPS + at.k_warp) * UNITS + i % UNITS;
+        if (unit >= a.units) return;
+        const uint4* line = a.planes + ((u64)row_block * a.units + unit) * 32 + at.lane % 4 * 8;
+        UNROLL
+        for (int plane = 0; plane < PLANES; plane++)
+            if (TILE_WARPS == 1 || plane % TILE_WARPS == at.tile_warp) prefetch(line + plane * a.plane_stride);
+        const int group = GROUP ? unit * 64 / max(GROUP, 1) : 0;
+        if (at.tile_warp == 0) prefetch(a.scales + ((u64)group * a.row_blocks + row_block) * 64);
+    }
+}
+
+// The activations of `count` chunks from `chunk` of a tile on; after a tile's last chunk comes the next tile's first one. More
+// than a panel of them only before the first.
+DEVICE void copy_x(const Problem& a, SharedAddress to, u32 tile, int chunk, int count) {
+    constexpr int pieces = x_columns / 8;
+    const int token_tile = (int)token_tile_of(a, tile);
+    for (int i = threadIdx.x; i < token_rows * count * pieces; i += threads) {
+        // Neighbouring lanes take a token's columns or, for wgmma, 8 tokens: either way what they write lies side by side.
+        const int slot = i / pieces / token_rows;
+        const int piece = WGMMA ? i / 8 % pieces : i % pieces;
+        const int row = WGMMA ? i / (8 * pieces) * 8 % token_rows + i % 8 : i / pieces % token_rows;
+        int from_chunk = chunk + slot, from_tile = token_tile;
+        while (from_chunk >= a.chunks) {
+            from_chunk -= a.chunks;
+            if (WGMMA && ++from_tile == a.token_tiles) from_tile = 0;
+        }
+        const int token = from_tile * token_rows + row, from = from_chunk * x_columns + piece * 8;
+        if (token >= a.tokens) continue; // such a row only reaches rows of y that nobody keeps
+        const bool inside = from < a.depth;
+        copy_async(to + slot * x_bytes + x_offset(row, piece * 8), a.x + (inside ? (u64)token * a.depth + from : 0), inside ? 16 : 0);
+    }
+}

@@ -1,0 +1,115 @@
+// The tensor cores as four warps use them together: products that go on by themselves until they are waited for.
+//
+// A product is computed when it is waited for, from shared memory as it is then; what has changed since it began is an error. Its
+// sums are NaNs to their thread until then.
+#pragma once
+
+#include "warp.h"
+
+namespace standin {
+
+const u32 in_use = 0xFFFFFFFFu; // of sums at work
+
+static u16 element(const WgmmaOperand& b, int token, int column) {
+    const char* piece = (const char*)b.b + column / 8 * b.columns_apart + token / 8 * b.tokens_apart;
+    u16 bits;
+    memcpy(&bits, piece + token % 8 * 16 + column % 8 * 2, 2);
+    return bits;
+}
+
+// The factors of a warp's part of a product, from its lanes' registers.
+static std::shared_ptr<const Factors> factors(const Meeting& m, const WgmmaOperand& b, int tiles, bool bfloat) {
+    auto made = std::make_shared<Factors>();
+    made->b = b;
+    made->tiles = tiles;
+    made->bfloat = bfloat;
+    for (int i = 0; i < 32; i++)
+        for (int r = 0; r < 4; r++)
+            for (int h = 0; h < 2; h++)
+                made->a[i / 4 + 8 * (r & 1)][2 * (i % 4) + h + 8 * (r >> 1)] = element_value(m.in[i][r] >> (16 * h), bfloat);
+    aligned((const void*)b.b, 16, "operand of wgmma");
+    for (int token = 0; token < 8 * tiles; token++)
+        for (int column = 0; column < 16; column++) {
+            if (column % 8 == 0) {
+                const char* piece = (const char*)b.b + column / 8 * b.columns_apart + token / 8 * b.tokens_apart + token % 8 * 16;
+                if (current->block->unfenced.count(piece)) fail("wgmma reads what was copied without a fence for the tensor cores");
+            }
+            made->b_then.push_back(element(b, token, column));
+        }
+    return made;
+}
+
+static SumsAtWork& sums_at_work(float (*place)[4], int tiles) {
+    for (auto& s : current->at_work)
+        if (s.place == place) return s;
+    current->at_work.push_back({place, 0, std::vector<float>(place[0], place[0] + 4 * tiles)});
+    for (int i = 0; i < 4 * tiles; i++) memcpy(&place[0][i], &in_use, 4);
+    return current->at_work.back();
+}
+
+void start_product(float (*d)[4], const u32* a, const WgmmaOperand& operand, int tiles, bool bfloat) {
+    if (!current->may_multiply) fail("wgmma without a fence after its registers were last free");
+    Meeting& m = meeting_of(~0u);
+    memcpy(m.in[lane()], a, 16);
+    meet(m, "wgmma", [&](Meeting& m) { m.factors = factors(m, operand, tiles, bfloat); });
+    Product p = {m.factors, d, a, {a[0], a[1], a[2], a[3]}};
+    sums_at_work(d, tiles).products++;
+    current->open_products.push_back(p);
+}
+
+static void add(const Product& p, std::vector<float>& sums) {
+    const Factors& f = *p.factors;
+    if (memcmp(p.a, p.a_then, 16)) fail("a fragment was written while the tensor cores read it");
+    for (int j = 0; j < f.tiles; j++)
+        for (int e = 0; e < 4; e++) {
+            const int row = (int)lane() / 4 + 8 * (e >> 1), token = 8 * j + 2 * ((int)lane() % 4) + (e & 1);
+            for (int k = 0; k < 16; k++) {
+                const u16 then = f.b_then[token * 16 + k];
+                if (then != element(f.b, token, k)) fail("shared memory was written while the tensor cores read it");
+                sums[4 * j + e] += f.a[row][k] * element_value(then, f.bfloat);
+            }
+        }
+}
+
+static void give_back(SumsAtWork& s) {
+    for (size_t i = 0; i < s.values.size(); i++) {
+        if (memcmp(&s.place[0][i], &in_use, 4)) fail("sums were written while the tensor cores added to them");
+        s.place[0][i] = s.values[i];
+    }
+}
+
+void wait_for_products(int pending) {
+    Fiber& f = *current;
+    f.may_multiply = false;
+    while ((int)f.product_groups.size() > pending) {
+        for (auto& p : f.product_groups.front()) {
+            SumsAtWork& s = sums_at_work(p.sums, p.factors->tiles);
+            add(p, s.values);
+            if (--s.products == 0) {
+                give_back(s);
+                f.at_work.erase(f.at_work.begin() + (&s - f.at_work.data()));
+            }
+        }
+        f.product_groups.erase(f.product_groups.begin());
+    }
+}
+
+} // namespace standin
+
+void wgmma_fence() {
+    standin::Fiber& f = *standin::current;
+    standin::meet_at_barrier(f.block->warpgroups[f.thread / 128], 128, "wgmma_fence");
+    f.may_multiply = true;
+}
+
+void wgmma_commit() {
+    auto& f = *standin::current;
+    f.product_groups.push_back(std::move(f.open_products));
+    f.open_products.clear();
+}
+
+void fence_for_tensor_cores() {
+    standin::Fiber& f = *standin::current;
+    for (const void* p : f.arrived) f.block->unfenced.erase(p);
+    f.arrived.clear();
+}

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 from matquant.cuda import load
 from matquant.cuda.driver import architecture, nvrtc_compile, nvrtc_version
 from matquant.cuda.source import compile_options, cubin, read_source
+from matquant.cuda.tensor_map import tensor_map
 from matquant.inference import ops
 from matquant.inference.plan import TOKENS, Device, Plan, Problem, Variant, choose, plan
 from matquant.inference.planes import NestedPlanes
@@ -254,11 +255,12 @@ class Bench:
             activations(tokens, self.depth, torch.float16),
             torch.empty(tokens, self.rows, device="cuda", dtype=torch.float16),
         )
+        x_argument = tensor_map(x, plan.tile_tokens) if plan.tile_tokens else None  # does not keep x
         workspace = torch.empty(plan.workspace, device="cuda")
         tickets = torch.zeros(plan.tickets, dtype=torch.int32, device="cuda")
 
         def launch(planes: Tensor, scales: Tensor) -> None:
-            args = plan.arguments(planes, scales, None, x, None, y, workspace, tickets, tokens)
+            args = plan.arguments(planes, scales, None, x_argument or x, None, y, workspace, tickets, tokens)
             kernel.launch(plan.grid, plan.block, args, plan.shared_bytes)
 
         pairs = zip(self.planes, self.scales, strict=True)

@@ -22,7 +22,9 @@ typedef unsigned long long u64;
 #define KERNEL extern "C" __global__
 #define LAUNCH_BOUNDS(threads, blocks_per_sm) __launch_bounds__(threads, blocks_per_sm)
 // The block's dynamic shared memory; there is no static one in this project.
-#define SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
+#define SHARED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
+// Of a structure that is a kernel's argument and whose address is taken.
+#define GRID_CONSTANT __grid_constant__
 
 // Waits for `threads` threads of the block, a multiple of 32, at barrier `id` of 1..15 (0 is __syncthreads).
 DEVICE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
@@ -85,6 +87,19 @@ DEVICE u32 floats_to_bfloats(float low, float high) {
     u32 bits;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
     return bits;
+}
+
+// a * b + c for two at once, rounded once; subnormal numbers count in full.
+DEVICE u32 fma_halves(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+DEVICE u32 fma_bfloats(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
 }
 
 // ---- memory

@@ -12,9 +12,10 @@
 // Planes, scales and zero points are copied to shared memory STAGES - 1 chunks before they are used, into a ring that belongs
 // to one warp (to the TILE_WARPS that share rows), so that warps do not wait for each other. Activations belong to the whole
 // block; they come PANEL chunks at a time, as far ahead as the weights, and the block meets only where a panel begins.
-// Weights stay integers in the tensor cores (see fragments.cuh), which gemm_mma.cuh uses by mma.sync and gemm_wgmma.cuh by wgmma. With t = sum of x * fragment and X = sum of x over a
+//
+// By mma.sync (gemm_mma.cuh) weights stay integers in the tensor cores (see fragments.cuh). With t = sum of x * fragment and X = sum of x over a
 // group, its part of y is  s * unit^-1 * 2^(8 - BITS) * (t + X * (unit * (offset - zero) / 2^(8 - BITS) - bias));  X is
-// computed once per block, by a product with ones.
+// computed once per block, by a product with ones. By wgmma, see gemm_wgmma.cuh.
 //
 // Macros
 //   BITS 2..8, ROUND 0 or 1 (slices are rounded, one plane more is read), GROUP 32, 64, 128 or 0 (a scale per row),
@@ -72,13 +73,20 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words],
                  u64 plane_stride,     // from plane to plane in 16 bytes: row_blocks * units * 32
                  const u16* scales,    // [groups, N / 64, 8, 4, 2]; 0 for rows and groups that are not there
                  const u8* zeros,      // likewise; read if ZEROS
+#if WGMMA
+                 const GRID_CONSTANT TensorMap x_map, // of x, in tiles of 8 * TOKEN_TILES tokens and 64 columns
+#else
                  const u16* x,         // [M, K], 16-byte aligned, K a multiple of 8
+#endif
                  const u16* bias,      // [N] or null
                  u16* y,               // [M, N]
                  float4* workspace, u32* tickets, int tokens, int rows, int depth,
                  float offset,    // offset / 2^(8 - BITS)
                  float zero_step, // of a zero point: 2^(8 - master bits) / 2^(8 - BITS)
                  float gain) {    // gain * 2^(8 - BITS)
+#if WGMMA
+    const TensorMap* x = &x_map;
+#endif
     SHARED_MEMORY(memory);
     Shared& shared = *(Shared*)memory;
     const int warp = threadIdx.x / 32;
@@ -99,8 +107,8 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words],
     prefetch_weights(a, at, next, (int)min(count, (u32)(STAGES - 1)));
     wait_for_earlier_kernels();
     let_next_kernel_begin();
-    const SharedAddress x_first = shared_address(shared.x);
-    copy_x(a, x_first, tile, chunk, min(count, (u32)(panels_ahead * PANEL)));
+    Panels panels;
+    panels.start(a, shared, tile, chunk, count);
     copy_async_commit();
     _Pragma("unroll 1") for (u32 i = 0; i < STAGES - 1; i++) {
         if (i < count) copy_weights(a, at, next);
@@ -110,29 +118,17 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words],
     Sums sums;
     sums.clear();
     u32 stage = 0, slot = 0;
-    SharedAddress panel = x_first, last_panel = x_first + panels_ahead * sizeof(shared.x[0]);
     for (u32 i = 0; i < count; i++) {
         copy_async_wait<STAGES - 2>(); // this thread's copies of this chunk's weights and of its panel
-        if (slot == 0) {
-#if WGMMA
-            fence_for_tensor_cores();
-#endif
-            __syncthreads(); // all threads' copies of the panel are there, and nobody needs the one before it any more
-            const u32 first = i + panels_ahead * PANEL;
-            if (first < count) copy_x(a, last_panel, tile, chunk + panels_ahead * PANEL, min(count - first, (u32)PANEL));
-            sum_x(panel, shared.x_sums, min(count - i, (u32)PANEL), at.lane, warp);
-            __syncthreads();
-        }
+        if (slot == 0) panels.enter(a, shared, at.lane, warp, tile, chunk, count - i);
         meet(at); // this chunk's weights are there, and the last one's are done with
         if (i + STAGES - 1 < count) copy_weights(a, at, next);
         copy_async_commit();
-        const SharedAddress x_of_warp = panel + slot * x_bytes + x_offset(0, at.k_warp * columns);
-        sums.add_chunk(ring[stage], x_of_warp, shared.x_sums[slot][at.k_warp], at, offset, zero_step);
+        sums.add_chunk(ring[stage], shared, panels.now, slot, at, offset, zero_step);
         if (++stage == STAGES) stage = 0;
         if (++slot == PANEL) {
             slot = 0;
-            last_panel = panel;
-            panel = panel == x_first + panels_ahead * sizeof(shared.x[0]) ? x_first : panel + sizeof(shared.x[0]);
+            panels.leave(shared);
         }
         if (++chunk == (u32)a.chunks || i + 1 == count) {
             finish_tile(a, out, shared, at, tile, all, gain, workspace, tickets, sums);

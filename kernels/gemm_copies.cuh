@@ -1,4 +1,4 @@
-// The matmul's copies from global to shared memory: planes and scales into each warp's ring, activations into panels.
+// The matmul's copies of weights from global to shared memory: planes and scales, into each warp's ring.
 #pragma once
 #include "gemm_shape.cuh"
 
@@ -79,27 +79,5 @@ DEVICE void prefetch_weights(const Problem& a, const Place& at, const Cursor& fi
             if (TILE_WARPS == 1 || plane % TILE_WARPS == at.tile_warp) prefetch(line + plane * a.plane_stride);
         const int group = GROUP ? unit * 64 / max(GROUP, 1) : 0;
         if (at.tile_warp == 0) prefetch(a.scales + ((u64)group * a.row_blocks + row_block) * 64);
-    }
-}
-
-// The activations of `count` chunks from `chunk` of a tile on; after a tile's last chunk comes the next tile's first one. More
-// than a panel of them only before the first.
-DEVICE void copy_x(const Problem& a, SharedAddress to, u32 tile, int chunk, int count) {
-    constexpr int pieces = x_columns / 8;
-    const int token_tile = (int)token_tile_of(a, tile);
-    for (int i = threadIdx.x; i < token_rows * count * pieces; i += threads) {
-        // Neighbouring lanes take a token's columns or, for wgmma, 8 tokens: either way what they write lies side by side.
-        const int slot = i / pieces / token_rows;
-        const int piece = WGMMA ? i / 8 % pieces : i % pieces;
-        const int row = WGMMA ? i / (8 * pieces) * 8 % token_rows + i % 8 : i / pieces % token_rows;
-        int from_chunk = chunk + slot, from_tile = token_tile;
-        while (from_chunk >= a.chunks) {
-            from_chunk -= a.chunks;
-            if (WGMMA && ++from_tile == a.token_tiles) from_tile = 0;
-        }
-        const int token = from_tile * token_rows + row, from = from_chunk * x_columns + piece * 8;
-        if (token >= a.tokens) continue; // such a row only reaches rows of y that nobody keeps
-        const bool inside = from < a.depth;
-        copy_async(to + slot * x_bytes + x_offset(row, piece * 8), a.x + (inside ? (u64)token * a.depth + from : 0), inside ? 16 : 0);
     }
 }

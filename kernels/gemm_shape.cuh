@@ -1,6 +1,7 @@
 // What the parts of the matmul share: its macros as numbers, its shared memory, the problem, and a warp's place.
 #pragma once
 #include "fragments.cuh"
+#include "hopper.cuh"
 
 #define PLANES (BITS + (ROUND && BITS < 8))
 
@@ -10,17 +11,11 @@ constexpr int columns = 64 * UNITS;               // of a chunk, for one of the 
 constexpr int group = GROUP && GROUP < columns ? GROUP : columns; // columns after which sums are scaled
 constexpr int groups = columns / group;
 constexpr int token_rows = 8 * TOKEN_TILES;
-constexpr int x_columns = columns * K_WARPS;    // of a chunk
-constexpr int x_stride = x_columns + 8;         // 16 bytes more than a row: ldmatrix then meets every bank once
+constexpr int x_columns = columns * K_WARPS; // of a chunk
+constexpr int x_stride = x_columns + 8;      // 16 bytes more than a row: ldmatrix then meets every bank once
 constexpr int x_bytes = (WGMMA ? x_columns : x_stride) * token_rows * 2; // of a chunk
 constexpr int steps_of_group = group / 16;
 constexpr int panels_ahead = (STAGES - 1 + PANEL - 1) / PANEL, x_panels = panels_ahead + 1;
-
-// Where a chunk's activations lie in shared memory, 8 columns of a token together: a token's columns in a row or, for wgmma, the
-// tokens one after the other for each 8 columns ("core matrices" of 8 tokens). A sum of offsets is the offset of the sums.
-DEVICE constexpr int x_offset(int token, int column) {
-    return WGMMA ? (column / 8 * token_rows + token) * 16 : (token * x_stride + column) * 2;
-}
 
 // What a warp needs of the weights for one chunk.
 struct Weights {
@@ -32,11 +27,16 @@ struct Weights {
 };
 
 struct Shared {
+    // Activations: the panel in work and those that are on their way. At the start, where 1024 bytes begin.
+    alignas(16) u8 x[x_panels][PANEL][x_bytes];
     Weights ring[K_WARPS][ROW_WARPS][STAGES];
-    alignas(16) u8 x[x_panels][PANEL][x_bytes]; // the panel in work and those that are on their way
-    float x_sums[PANEL][K_WARPS][groups][token_rows];
 #if K_WARPS > 1
     float4 sums[K_WARPS][ROW_WARPS * TILE_WARPS][row_tiles_of_warp * TOKEN_TILES][32];
+#endif
+#if WGMMA
+    u64 arrived[x_panels]; // barriers
+#else
+    float x_sums[PANEL][K_WARPS][groups][token_rows];
 #endif
 };
 
@@ -47,12 +47,18 @@ static_assert(sizeof(Shared) == SHARED_BYTES, "the launcher computes the size as
 typedef Fragments<BITS, BFLOAT> Fragment;
 constexpr int accumulators = row_tiles_of_warp * TOKEN_TILES; // of 16 rows and 8 tokens, 4 floats a lane
 
+#if WGMMA
+typedef TensorMap Activations;
+#else
+typedef u16 Activations;
+#endif
+
 struct Problem {
     const uint4* planes;
     u64 plane_stride;
     const u16* scales;
     const u8* zeros;
-    const u16* x;
+    const Activations* x;
     int tokens, rows, depth;    // M, N, K
     int row_blocks, units;      // of 64 rows, of 64 columns
     int chunks;                 // of a tile

@@ -1,13 +1,107 @@
 // The products of a chunk by wgmma, four warps together: each brings 16 of 64 rows at a time, and the tensor cores read the
 // activations from shared memory by themselves, while the warps decode the next step's weights.
 //
-// Sums stay where the tensor cores add to them, and are kept in units of the scale of the group in work: where a group begins,
-// they are multiplied by the old scale over the new one. (A second set of registers, as for mma.sync, there is no room for.)
+// Codes are multiplied with what is added to them, offset and zero point, already added: that is exact in 16 bits for what
+// matquant/inference/plan.py lets through. Sums stay where the tensor cores add to them, in units of the scale of the group in
+// work: where a group begins they are multiplied by the old scale over the new one. (There are no registers for a second set.)
 #pragma once
 #include "gemm_groups.cuh"
-#include "wgmma.cuh"
 
 static_assert(ROW_WARPS * TILE_WARPS % 4 == 0, "wgmma takes four warps that work on the same columns");
+
+constexpr int unit_bytes = token_rows * 128; // of activations, for 64 columns
+static_assert(unit_bytes % tile_alignment == 0, "tiles of activations begin where wgmma can find them");
+
+// The activations' way through shared memory, in tiles of 64 columns that one thread asks for. All threads call its functions
+// together.
+struct Panels {
+    SharedAddress now;
+    u32 index, phase; // of the panel in work, and of its barrier
+
+    DEVICE_MEMBER void start(const Problem& a, Shared& shared, u32 tile, u32 chunk, u32 count) {
+        now = shared_address(shared.x);
+        index = phase = 0;
+        if (threadIdx.x == 0)
+            for (int i = 0; i < x_panels; i++) barrier_set_up(shared_address(shared.arrived + i));
+        __syncthreads();
+        if (threadIdx.x == 0)
+            for (u32 i = 0; i < panels_ahead && i * PANEL < count; i++)
+                ask(a, shared, i, tile, chunk + i * PANEL, min(count - i * PANEL, (u32)PANEL));
+    }
+
+    // Where a panel begins. left: chunks from its first one on.
+    DEVICE_MEMBER void enter(const Problem& a, Shared& shared, int, int, u32 tile, u32 chunk, u32 left) {
+        constexpr u32 ahead = panels_ahead * PANEL;
+        __syncthreads(); // nobody needs the panel before it any more
+        if (threadIdx.x == 0 && ahead < left)
+            ask(a, shared, index == 0 ? x_panels - 1 : index - 1, tile, chunk + ahead, min(left - ahead, (u32)PANEL));
+        barrier_wait(shared_address(shared.arrived + index), phase);
+    }
+
+    DEVICE_MEMBER void leave(Shared& shared) {
+        now += sizeof(shared.x[0]);
+        if (++index < x_panels) return;
+        now = shared_address(shared.x);
+        index = 0;
+        phase ^= 1;
+    }
+
+  private:
+    // Asks for `count` chunks from `chunk` of a tile on; after a tile's last chunk comes the next tile's first one.
+    static DEVICE_MEMBER void ask(const Problem& a, Shared& shared, u32 panel, u32 tile, u32 chunk, u32 count) {
+        const SharedAddress barrier = shared_address(shared.arrived + panel);
+        barrier_expect(barrier, count * x_bytes);
+        u32 token_tile = token_tile_of(a, tile);
+        for (u32 slot = 0; slot < count; slot++, chunk++) {
+            while (chunk >= (u32)a.chunks) {
+                chunk -= a.chunks;
+                if (++token_tile == (u32)a.token_tiles) token_tile = 0;
+            }
+            for (int unit = 0; unit < x_columns / 64; unit++)
+                copy_tile(shared_address(shared.x[panel][slot] + unit * unit_bytes), a.x, (int)token_tile * token_rows,
+                          (int)chunk * x_columns + unit * 64, barrier);
+        }
+    }
+};
+
+// What a code, c, is multiplied as: unit * (c + distance). For bfloat16's codes of 8 bits: of both nibbles together.
+struct Centre {
+    u32 add[Fragment::parts][row_tiles_of_warp][2]; // to a fragment, in both halves
+
+    static constexpr DEVICE_CONSTANT float unit(int c, int p) { return Fragment::unit(c, p) * (BFLOAT ? 1.0f : 32768.0f); }
+
+    DEVICE_MEMBER void set(const Group& group) {
+        UNROLL
+        for (int c = 0; c < row_tiles_of_warp; c++)
+            UNROLL
+            for (int p = 0; p < 2; p++) {
+                const float distance = group.distance[c][p], high = Fragment::parts == 2 ? 16.0f * (int)(distance / 16.0f) : 0.0f;
+                if (!BFLOAT) {
+                    add[0][c][p] = twice(float_to_half(distance * unit(c, p)));
+                } else {
+                    if (Fragment::parts == 2) add[0][c][p] = twice(float_to_bfloat(high * unit(c, p)));
+                    add[Fragment::parts - 1][c][p] = twice(float_to_bfloat((distance - high) * unit(c, p)));
+                }
+            }
+    }
+
+    DEVICE_MEMBER void apply(u32 (&fragment)[Fragment::parts][row_tiles_of_warp][4]) const {
+        UNROLL
+        for (int part = 0; part < Fragment::parts; part++)
+            UNROLL
+            for (int c = 0; c < row_tiles_of_warp; c++)
+                UNROLL
+                for (int r = 0; r < 4; r++) {
+                    u32& f = fragment[part][c][r];
+                    const u32 one = 0x3F803F80u, bias = part + 1 == Fragment::parts ? 0xBF80BF80u : 0xC180C180u; // -1 or -16
+                    if (BFLOAT) f = fma_bfloats(fma_bfloats(f, one, bias), one, add[part][c][r % 2]);
+                    else f = fma_halves(f, 0x78007800u, add[part][c][r % 2]); // times 2^15: no longer subnormal
+                }
+    }
+
+  private:
+    static DEVICE_MEMBER u32 twice(u16 bits) { return bits | (u32)bits << 16; }
+};
 
 // What a warp has summed of a tile.
 struct Sums {
@@ -21,9 +115,11 @@ struct Sums {
         for (int c = 0; c < row_tiles_of_warp; c++) scale[c][0] = scale[c][1] = 1;
     }
 
-    DEVICE_MEMBER void add_chunk(const Weights& weights, SharedAddress x, const float (&x_sums)[groups][token_rows], const Place& at,
-                                 float offset, float zero_step) {
+    // panel: of activations, in which the chunk is number `slot`.
+    DEVICE_MEMBER void add_chunk(const Weights& weights, Shared&, SharedAddress panel, u32 slot, const Place& at, float offset, float zero_step) {
+        const SharedAddress x = panel + slot * x_bytes + at.k_warp * UNITS * unit_bytes;
         u32 fragment[2][Fragment::parts][row_tiles_of_warp][4]; // of a step, and of the one that the tensor cores may still read
+        Centre centre;
         UNROLL
         for (int unit = 0; unit < UNITS; unit++) {
             uint4 words[PLANES];
@@ -32,17 +128,19 @@ struct Sums {
             UNROLL
             for (int r = 0; r < 4; r++) {
                 const int step = unit * 4 + r;
-                decode_step(words, r, at, fragment[step % 2]); // beside the products of the step before
-                if (step % steps_of_group == 0) {
-                    const int i = step / steps_of_group;
-                    const Group group = load_group(weights, at, i, offset, zero_step);
-                    wait();
-                    enter_group(group, x_sums[i], at.lane);
+                const bool begins = step % steps_of_group == 0;
+                Group group;
+                if (begins) {
+                    group = load_group(weights, at, step / steps_of_group, offset, zero_step);
+                    centre.set(group);
                 }
-                multiply_step(x + x_offset(0, step * 16), fragment[step % 2]);
+                decode_step(words, r, at, fragment[step % 2]); // beside the products of the step before
+                centre.apply(fragment[step % 2]);
+                if (begins && (GROUP || step == 0)) enter_group(group);
+                multiply_step(x + unit * unit_bytes + r * 32, fragment[step % 2]);
             }
         }
-        wait(); // the compiler lets products be under way where all threads go one way only, as they do not in copying
+        wait(); // the compiler lets products be under way only where all threads go one way, as they do not in copying
     }
 
     // Every sum times `gain` and in units of y.
@@ -52,7 +150,7 @@ struct Sums {
             UNROLL
             for (int e = 0; e < 4; e++) {
                 const int c = j / TOKEN_TILES, p = e >> 1;
-                total[j][e] *= gain / Fragment::unit(c, p) * scale[c][p];
+                total[j][e] *= gain / Centre::unit(c, p) * scale[c][p];
             }
     }
 
@@ -67,7 +165,7 @@ struct Sums {
     // The products of one step of 16 columns with all tokens. Those of the step before are summed when it returns, so that
     // their fragment may be written again.
     DEVICE_MEMBER void multiply_step(SharedAddress x, const u32 (&step)[Fragment::parts][row_tiles_of_warp][4]) {
-        const WgmmaOperand tokens = wgmma_operand(x, token_rows * 16, 128);
+        const WgmmaOperand tokens = wgmma_operand(x);
         wgmma_fence();
         UNROLL
         for (int part = 0; part < Fragment::parts; part++)
@@ -77,8 +175,8 @@ struct Sums {
         wgmma_wait<1>();
     }
 
-    // Sums in units of the group's scale, and what it adds beside the codes: X * shift.
-    DEVICE_MEMBER void enter_group(const Group& group, const float (&x_sums)[token_rows], int lane) {
+    // Sums in units of the group's scale.
+    DEVICE_MEMBER void enter_group(const Group& group) {
         float ratio[row_tiles_of_warp][2];
         UNROLL
         for (int c = 0; c < row_tiles_of_warp; c++)
@@ -86,19 +184,14 @@ struct Sums {
             for (int p = 0; p < 2; p++) {
                 // A scale of 0, or one so small that no float16 holds it, must leave the sums finite; 2^-60 of it all is nothing.
                 const float least = 0x1p-60f, next = fabsf(group.scale[c][p]) < least ? least : group.scale[c][p];
-                ratio[c][p] = GROUP ? scale[c][p] * reciprocal(next) : 1.0f;
+                ratio[c][p] = scale[c][p] * reciprocal(next);
                 scale[c][p] = next;
             }
+        if (!GROUP) return; // one scale for a whole row
+        wait();
         UNROLL
-        for (int tile = 0; tile < TOKEN_TILES; tile++) {
-            const float2 sum = *(const float2*)&x_sums[tile * 8 + 2 * (lane % 4)];
+        for (int j = 0; j < accumulators; j++)
             UNROLL
-            for (int c = 0; c < row_tiles_of_warp; c++)
-                UNROLL
-                for (int e = 0; e < 4; e++) {
-                    float& t = total[c * TOKEN_TILES + tile][e];
-                    t = fmaf(t, ratio[c][e >> 1], (e & 1 ? sum.y : sum.x) * group.shift[c][e >> 1]);
-                }
-        }
+            for (int e = 0; e < 4; e++) total[j][e] *= ratio[j / TOKEN_TILES][e >> 1];
     }
 };

@@ -4,7 +4,7 @@ import ctypes
 import dataclasses
 
 import torch
-from standin import compile_kernel, read_source
+from standin import TensorMap, compile_kernel, read_source
 from torch import Tensor
 
 from matquant.inference.layout import pack_groups, pack_planes, tiles
@@ -63,9 +63,11 @@ class Variant:
         planes = planes_read(self.bits, 8, self.slicing)
         weights = self.units * planes * 512 + groups * 128 + self.zeros * groups * 64
         tokens = 8 * self.token_tiles
-        x = (1 + -(-(self.stages - 1) // self.panel)) * self.panel * tokens * (columns * self.k_warps + 8 * (not self.wgmma)) * 2
+        panels = 1 + -(-(self.stages - 1) // self.panel)
+        x = panels * self.panel * tokens * (columns * self.k_warps + 8 * (not self.wgmma)) * 2
         x_sums = self.panel * self.k_warps * groups * tokens * 4
-        total = self.k_warps * self.row_warps * self.stages * weights + x + x_sums
+        total = self.k_warps * self.row_warps * self.stages * weights + x
+        total += -(-8 * panels // 16) * 16 if self.wgmma else x_sums
         if self.k_warps > 1:
             total += self.warps * 4 // self.tile_warps * self.token_tiles * 512
         return total
@@ -149,7 +151,7 @@ def run(
                 ctypes.c_uint64(planes[0].numel() // 4),
                 scales.view(torch.int16),
                 zeros,
-                x.view(torch.int16),
+                TensorMap(x.view(torch.int16), 8 * variant.token_tiles) if variant.wgmma else x.view(torch.int16),
                 None if bias is None else bias.view(torch.int16),
                 y.view(torch.int16),
                 workspace,

@@ -7,6 +7,7 @@ What the stand-in checks and what it cannot show is said in ``kernels/standin/st
 """
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import os
@@ -37,7 +38,19 @@ FLAGS = (
 )
 SANITIZE_FLAGS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover=undefined")
 
-Argument = Tensor | int | float | ctypes._SimpleCData | None
+@dataclasses.dataclass(frozen=True)
+class TensorMap:
+    """A matrix [rows, columns] of 16-bit elements that is copied in tiles of ``tile_rows`` rows and 64 columns."""
+
+    matrix: Tensor
+    tile_rows: int
+
+    def packed(self, address: int) -> bytes:
+        """``TensorMap`` of kernels/standin/standin.h."""
+        return struct.pack("<QIII108x", address, *self.matrix.shape, self.tile_rows)
+
+
+Argument = Tensor | TensorMap | int | float | ctypes._SimpleCData | None
 
 
 class StandinError(RuntimeError):
@@ -115,7 +128,7 @@ class StandinKernel:
         if failed:
             raise StandinError(message.value.decode())
 
-    def _check_sizes(self, values: Sequence[ctypes._SimpleCData]) -> None:
+    def _check_sizes(self, values: Sequence[ctypes._SimpleCData | ctypes.Array]) -> None:
         """A launch on a GPU reads past short arguments; here they are refused."""
         assert self._library is not None
         sizes = (ctypes.c_int * self._library.standin_parameters())()
@@ -137,8 +150,13 @@ class StandinKernel:
             _read_back(path.read_bytes(), args)
 
 
-def _value(argument: Argument) -> ctypes._SimpleCData:
+def _value(argument: Argument) -> ctypes._SimpleCData | ctypes.Array:
     match argument:
+        case TensorMap(matrix):
+            room = ctypes.create_string_buffer(192)  # for 128 bytes at a multiple of 64
+            value = (ctypes.c_char * 128).from_buffer(room, -ctypes.addressof(room) % 64)
+            value[:] = argument.packed(matrix.data_ptr())
+            return value
         case None:
             return ctypes.c_void_p(0)
         case Tensor():
@@ -158,6 +176,9 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _packed(argument: Argument) -> bytes:
+    if isinstance(argument, TensorMap):  # the program puts the address of the bytes that follow into it
+        data = argument.packed(0) + _bytes(argument.matrix)
+        return struct.pack("<qq", 2, len(data)) + data
     data = _bytes(argument) if isinstance(argument, Tensor) else bytes(_value(argument))
     return struct.pack("<qq", isinstance(argument, Tensor), len(data)) + data
 

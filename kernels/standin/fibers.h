@@ -13,7 +13,7 @@
 #include <memory>
 #include <random>
 #include <string>
-#include <unordered_set>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 #if !defined(__x86_64__)
@@ -75,6 +75,22 @@ struct Barrier {
     u64 seen = 0, asked = 0;
 };
 
+// A tile on its way to shared memory, which holds NaNs until someone waits for its barrier.
+struct PendingTile {
+    SharedAddress to;
+    const TensorMap* from;
+    int row, column;
+};
+
+// A barrier in shared memory that counts bytes.
+struct BytesBarrier {
+    u32 phases = 0; // that have ended
+    u32 asked = 0;  // counts tiles and expectations
+    bool expecting = false;
+    u64 missing = 0; // bytes, once it expects some
+    std::vector<PendingTile> tiles;
+};
+
 struct Block;
 
 struct Fiber {
@@ -93,7 +109,6 @@ struct Fiber {
     std::vector<Product> open_products;
     std::vector<std::vector<Product>> product_groups;
     std::vector<SumsAtWork> at_work;
-    std::vector<const void*> arrived; // by its copies, since it last fenced for the tensor cores
     std::unique_ptr<char[]> stack;
 #if defined(__x86_64__)
     void* stack_pointer = nullptr;
@@ -112,7 +127,7 @@ struct Block {
     u32 alive = 0;
     Barrier barriers[16];   // 0 is __syncthreads
     Barrier warpgroups[8];  // where four warps begin products together
-    std::unordered_set<const void*> unfenced; // 16 bytes each of shared memory that the tensor cores may not see as they are
+    std::unordered_map<SharedAddress, BytesBarrier> byte_barriers;
     unsigned char* shared = nullptr;
     std::vector<Warp> warps;
     std::vector<std::unique_ptr<Fiber>> fibers;
@@ -214,9 +229,8 @@ static std::unique_ptr<Block> start_block(uint3 index, u32 threads, size_t share
     b->warps.resize((threads + 31) / 32);
     if (shuffled)
         for (Warp& w : b->warps) w.pace = random_bits() % 2 ? 1 : 40;
-    size_t rounded = (shared_bytes + 127) / 128 * 128 + 128;
-    // Allocated to the byte where that can be, so that the address sanitizer sees the end; filled with NaNs.
-    b->shared = (unsigned char*)aligned_alloc(128, shared_bytes % 128 == 0 && shared_bytes ? shared_bytes : rounded);
+    // Allocated to the byte, so that the address sanitizer sees the end; filled with NaNs.
+    if (posix_memalign((void**)&b->shared, 1024, std::max<size_t>(shared_bytes, 1))) abort();
     memset(b->shared, 0xFF, shared_bytes);
     for (u32 i = 0; i < threads; i++) {
         auto f = std::make_unique<Fiber>();

@@ -1,8 +1,6 @@
 // Memory as the kernels use it: asynchronous copies, atomics, and what blocks hand to each other.
 #pragma once
 
-#include <unordered_map>
-
 #include "fibers.h"
 
 namespace standin {
@@ -39,8 +37,6 @@ void wait_for_copies(int pending) {
         for (auto& c : groups.front()) {
             memcpy(c.to, c.from, c.valid);
             memset((char*)c.to + c.valid, 0, 16 - c.valid);
-            current->arrived.push_back(c.to);
-            current->block->unfenced.insert(c.to);
         }
         groups.erase(groups.begin());
     }

@@ -2,21 +2,22 @@
 //
 //     program FILE GRID_X GRID_Y GRID_Z BLOCK_X BLOCK_Y BLOCK_Z SHARED_BYTES SEED
 //
-// FILE holds for each argument two int64 (1 for a buffer or 0 for a value, then the bytes) and the bytes themselves; the
-// buffers are written back to it.
+// FILE holds for each argument two int64 (a kind, then the number of bytes) and the bytes themselves: 0 is a value, 1 a buffer, 2 a
+// TensorMap and the elements that it is to point to. They are written back to it.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
 
 #include "library.cpp"
 
-struct Argument { int64_t buffer, size; char* bytes; };
+struct Argument { int64_t kind, size; char* bytes; };
 
 static std::vector<Argument> read_arguments(FILE* file) {
     std::vector<Argument> all;
     int64_t head[2];
     while (fread(head, 8, 2, file) == 2) {
-        char* bytes = (char*)malloc(head[1]); // aligned to 16, and ends where the data ends
+        // Ends where the data ends.
+        char* bytes = (char*)(head[0] == 2 ? aligned_alloc(64, (head[1] + 63) / 64 * 64) : malloc(head[1]));
         if (fread(bytes, 1, head[1], file) != (size_t)head[1]) exit(3);
         all.push_back({head[0], head[1], bytes});
     }
@@ -28,7 +29,15 @@ int main(int, char** argv) {
     std::vector<Argument> all = read_arguments(file);
     fclose(file);
     std::vector<void*> pointers;
-    for (auto& a : all) pointers.push_back(a.buffer ? (void*)&a.bytes : (void*)a.bytes);
+    for (auto& a : all) {
+        pointers.push_back(a.kind == 1 ? (void*)&a.bytes : (void*)a.bytes);
+        if (a.kind == 2) {
+            const size_t size = a.size - sizeof(TensorMap);
+            u16* elements = (u16*)malloc(size);
+            memcpy(elements, a.bytes + sizeof(TensorMap), size);
+            ((TensorMap*)a.bytes)->elements = elements;
+        }
+    }
     u32 n[8];
     for (int i = 0; i < 8; i++) n[i] = (u32)strtoul(argv[2 + i], nullptr, 10);
     char message[1024];

@@ -1,5 +1,5 @@
 // What is behind standin.h, compiled once and linked to every kernel.
-#include "warpgroup.h"
+#include "hopper.h"
 
 #include "launch.h"
 

@@ -4,14 +4,14 @@
 // reach (deadlock), asynchronous copies read before they were waited for (their destination holds NaNs until then) or never
 // waited for, shared memory read before it was written (NaNs), misaligned 16-byte accesses, a missing fence on
 // either side of an exchange between blocks (store_for_other_blocks), products of four warps whose registers or shared memory are
-// touched before they were waited for, or whose fences are missing, and, built with the address sanitizer, any access
+// touched before they were waited for or whose fences are missing, barriers that get other bytes than they expect, and, built with the address sanitizer, any access
 // outside a buffer. A seed shuffles the order of threads and blocks.
 //
 // What it cannot show: speed; races between plain accesses that no tried order brings to light (a thread runs on until it
 // waits, so interleavings are coarse); the tensor cores' own rounding (sums here are in order, in float32); contraction of
 // a*b+c to fused multiply-add; registers, banks and everything else of the compiler for the device.
 //
-// Kernels see only this header; the runtime behind it (fibers.h, memory.h, warp.h, warpgroup.h) is compiled once, as runtime.cpp.
+// Kernels see only this header; the runtime behind it (fibers.h, memory.h, warp.h, hopper.h) is compiled once, as runtime.cpp.
 #pragma once
 
 #include <cmath>
@@ -31,6 +31,7 @@ typedef uint64_t u64;
 #define DEVICE_CONSTANT
 #define KERNEL static
 #define LAUNCH_BOUNDS(threads, blocks_per_sm)
+#define GRID_CONSTANT
 #define SHARED_MEMORY(name) unsigned char* name = standin::shared_memory()
 #define __restrict__ __restrict
 
@@ -101,23 +102,30 @@ void load_matrices(u32 (&r)[4], SharedAddress row);
 void mma_half(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]);
 void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]);
 
-// ---- tensor cores that four warps use together (wgmma.cuh)
+// ---- what sm_90a alone has (hopper.cuh)
 
-struct WgmmaOperand {
-    SharedAddress b;
-    int columns_apart, tokens_apart;
+constexpr int tile_alignment = 1024;
+
+struct alignas(64) TensorMap {
+    const u16* elements;
+    u32 rows, columns, tile_rows, unused[27];
 };
-static inline WgmmaOperand wgmma_operand(SharedAddress b, int columns_apart, int tokens_apart) { return {b, columns_apart, tokens_apart}; }
+void barrier_set_up(SharedAddress barrier);
+void barrier_expect(SharedAddress barrier, u32 bytes);
+void barrier_wait(SharedAddress barrier, u32 phase);
+void copy_tile(SharedAddress to, const TensorMap* from, int row, int column, SharedAddress barrier);
+
+typedef SharedAddress WgmmaOperand;
+static inline WgmmaOperand wgmma_operand(SharedAddress b) { return b; }
 void wgmma_fence();
 void wgmma_commit();
-void fence_for_tensor_cores();
 static inline void wgmma_done(float (&)[4]) {}
 namespace standin {
 void wait_for_products(int pending);
-void start_product(float (*d)[4], const u32* a, const WgmmaOperand& operand, int tiles, bool bfloat);
+void start_product(float (*d)[4], const u32* a, WgmmaOperand operand, int tiles, bool bfloat);
 } // namespace standin
 template <int pending> static inline void wgmma_wait() { standin::wait_for_products(pending); }
-template <int tiles, bool bfloat> static inline void wgmma(float (*d)[4], const u32 (&a)[4], const WgmmaOperand& operand) {
+template <int tiles, bool bfloat> static inline void wgmma(float (*d)[4], const u32 (&a)[4], WgmmaOperand operand) {
     standin::start_product(d, a, operand, tiles, bfloat);
 }
 
@@ -196,3 +204,11 @@ static inline u16 float_to_bfloat(float f) {
 
 static inline u32 floats_to_halves(float low, float high) { return float_to_half(low) | (u32)float_to_half(high) << 16; }
 static inline u32 floats_to_bfloats(float low, float high) { return float_to_bfloat(low) | (u32)float_to_bfloat(high) << 16; }
+static inline u32 fma_halves(u32 a, u32 b, u32 c) {
+    auto one = [&](int by) { return fmaf(half_to_float((u16)(a >> by)), half_to_float((u16)(b >> by)), half_to_float((u16)(c >> by))); };
+    return floats_to_halves(one(0), one(16));
+}
+static inline u32 fma_bfloats(u32 a, u32 b, u32 c) {
+    auto one = [&](int by) { return fmaf(bfloat_to_float((u16)(a >> by)), bfloat_to_float((u16)(b >> by)), bfloat_to_float((u16)(c >> by))); };
+    return floats_to_bfloats(one(0), one(16));
+}

@@ -1,6 +1,7 @@
 """A kernel's arguments in the form that ``cuLaunchKernel`` takes: an array of addresses, one of each argument's value."""
 
 import ctypes
+import itertools
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -8,25 +9,27 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-_SLOT = 8  # bytes for one argument; no argument is larger
+_SLOT = 8  # bytes for one argument, or several such slots for a structure
 _SCALARS = "?bBhHiIlLqQefd"  # the characters of ``struct`` for what may be passed beside addresses
 
 
 class Signature:
     """How the arguments of one kernel are passed, learnt from the first ones: of a kind each, in the same order ever after.
 
-    A tensor or None is an address, int an int32, float a float32; ctypes and numpy scalars are what their types say.
+    A tensor or None is an address, int an int32, float a float32; ctypes and numpy scalars are what their types say, and
+    bytes a structure.
 
     Raises:
         TypeError: an argument of another type.
     """
 
     def __init__(self, args: Sequence[Any]) -> None:
-        forms = [_form(type(arg)) for arg in args]
-        self.layout = struct.Struct("@" + "".join(f"{form}{_SLOT - struct.calcsize(form)}x" for form in forms))
+        forms = [f"{len(arg)}s" if isinstance(arg, bytes) else _form(type(arg)) for arg in args]
+        self.layout = struct.Struct("@" + "".join(f"{form}{-struct.calcsize(form) % _SLOT}x" for form in forms))
+        sizes = [-(-struct.calcsize(form) // _SLOT) * _SLOT for form in forms]
+        self.offsets = list(itertools.accumulate(sizes, initial=0))[:-1]
         self.pointers = [i for i, form in enumerate(forms) if form == "P"]
         self.boxed = [i for i, arg in enumerate(args) if isinstance(arg, ctypes._SimpleCData)]
-        self.length = len(forms)
 
 
 class Frame:
@@ -40,9 +43,8 @@ class Frame:
         self._signature = signature
         self._slots = ctypes.create_string_buffer(max(signature.layout.size, 1))
         start = ctypes.addressof(self._slots)
-        self._addresses = (ctypes.c_void_p * max(signature.length, 1))(
-            *(start + _SLOT * i for i in range(signature.length))
-        )
+        addresses = [start + offset for offset in signature.offsets]
+        self._addresses = (ctypes.c_void_p * max(len(addresses), 1))(*addresses)
         self.address = ctypes.addressof(self._addresses)
 
     def write(self, args: Sequence[Any], device: int) -> None:
@@ -86,5 +88,5 @@ def _form(type_: type) -> str:
     if issubclass(type_, ctypes._SimpleCData) and type_._type_ in _SCALARS:  # type: ignore[attr-defined]
         return type_._type_  # type: ignore[attr-defined]
     raise TypeError(
-        f"A kernel takes tensors, None, int, float, and ctypes or numpy scalars as arguments, not {type_.__name__}."
+        f"A kernel takes tensors, None, int, float, bytes, and ctypes or numpy scalars as arguments, not {type_.__name__}."
     )

@@ -85,8 +85,8 @@ class Kernel:
         Args:
             grid: blocks, in up to three dimensions.
             block: threads, likewise.
-            args: a tensor becomes its address, None a null pointer, int an int32, float a float32. Other types are given
-                as ``ctypes`` or numpy scalars. Nothing compares them with the source; each must be of the same kind in
+            args: a tensor becomes its address, None a null pointer, int an int32, float a float32, bytes a structure. Other
+                types are given as ``ctypes`` or numpy scalars. Nothing compares them with the source; each must be of the same kind in
                 every launch.
             shared_bytes: dynamic shared memory of a block.
 

@@ -82,6 +82,7 @@ class Variant:
         stages: of a warp's ring of weights in shared memory.
         panel: chunks of activations that are copied at a time.
         blocks: on a multiprocessor.
+        wgmma: how the tensor cores are used (``kernels/gemm_wgmma.cuh``); any number of tokens then.
     """
 
     token_tiles: int
@@ -92,6 +93,7 @@ class Variant:
     stages: int
     panel: int
     blocks: int
+    wgmma: bool = False
 
     @property
     def threads(self) -> int:
@@ -107,6 +109,7 @@ class Variant:
             "STAGES": self.stages,
             "PANEL": self.panel,
             "BLOCKS_PER_SM": self.blocks,
+            "WGMMA": int(self.wgmma),
         }
 
     def shared_bytes(self, problem: Problem) -> int:
@@ -117,10 +120,12 @@ class Variant:
         weights = self.units * problem.planes * _WARP * _LOAD + groups * TILE * (3 if problem.zeros else 2)
         ring = self.k_warps * self.row_warps * self.stages * weights
         panels = 1 + -(-(self.stages - 1) // self.panel)  # of activations: one in work, the others on their way
-        x = panels * self.panel * tokens * (columns * self.k_warps + 8) * 2
-        x_sums = self.panel * self.k_warps * groups * tokens * 4
+        padding = 0 if self.wgmma else 8
+        x = panels * self.panel * tokens * (columns * self.k_warps + padding) * 2
         exchange = self.k_warps * self.row_warps * 4 * self.token_tiles * _WARP * _LOAD if self.k_warps > 1 else 0
-        return ring + x + x_sums + exchange
+        barriers = -(-8 * panels // 16) * 16
+        x_sums = self.panel * self.k_warps * groups * tokens * 4
+        return x + ring + exchange + (barriers if self.wgmma else x_sums)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,10 +134,12 @@ class Device:
 
     Attributes:
         shared_bytes: of shared memory on a multiprocessor.
+        wgmma: whether it has the instructions of that name, as sm_90a alone does.
     """
 
     multiprocessors: int
     shared_bytes: int
+    wgmma: bool = False
 
 
 # (row_warps, tile_warps, k_warps, units, panel, blocks, least stages) by tiles of 8 tokens, the best first, for matrices whose
@@ -232,6 +239,7 @@ class Plan:
     Attributes:
         workspace: float32 numbers that it needs; not initialised.
         tickets: uint32 numbers that it needs; 0 before and after.
+        tile_tokens: of the tensor map that it takes in place of x; 0 where it takes x itself.
     """
 
     problem: Problem
@@ -241,6 +249,7 @@ class Plan:
     shared_bytes: int
     workspace: int
     tickets: int
+    tile_tokens: int
     numbers: tuple[Any, ...]
     plane_stride: ctypes.c_uint64
 
@@ -249,34 +258,35 @@ class Plan:
         planes: Tensor,
         scales: Tensor,
         zeros: Tensor | None,
-        x: Tensor,
+        x: Tensor | bytes,
         bias: Tensor | None,
         y: Tensor,
         workspace: Tensor,
         tickets: Tensor,
         tokens: int,
     ) -> tuple[Any, ...]:
-        """The kernel's arguments, in its order."""
+        """The kernel's arguments, in its order; ``x`` is a tensor map where wgmma is used."""
         return (planes, self.plane_stride, scales, zeros, x, bias, y, workspace, tickets, tokens, *self.numbers)
 
 
-def _blocks(resident: int, row_tiles: int, chunks: int) -> int:
-    """How many blocks share out the chunks of all tiles of rows.
+def _blocks(resident: int, all_tiles: int, chunks: int) -> int:
+    """How many blocks share out the chunks of all tiles.
 
     As many as are resident at once, or a few less, so that every tile has the same number of blocks and none works on two:
     fewer partial sums are exchanged (on an H200 7 % faster with 256 blocks of 264, for 64 tiles).
     """
-    even = resident // row_tiles * row_tiles
-    return min(even if even >= _EVEN * resident else resident, row_tiles * chunks)
+    even = resident // all_tiles * all_tiles
+    return min(even if even >= _EVEN * resident else resident, all_tiles * chunks)
 
 
 def plan(problem: Problem, device: Device, variant: Variant | None = None) -> Plan:
     """The launch of a problem on a device, by the variant of ``choose`` if None is given."""
     variant = choose(problem, device) if variant is None else variant
     shared = variant.shared_bytes(problem)
-    row_tiles = -(-tiles(problem.rows) // variant.row_warps)
+    token_tiles = -(-problem.tokens // (8 * variant.token_tiles))
+    all_tiles = -(-tiles(problem.rows) // variant.row_warps) * token_tiles
     chunks = -(-tiles(problem.depth) // (variant.units * variant.k_warps))
-    grid = _blocks(device.multiprocessors * variant.blocks, row_tiles, chunks)
+    grid = _blocks(device.multiprocessors * variant.blocks, all_tiles, chunks)
     tile = TILE * variant.row_warps * 8 * variant.token_tiles
     return Plan(
         problem=problem,
@@ -284,8 +294,9 @@ def plan(problem: Problem, device: Device, variant: Variant | None = None) -> Pl
         grid=grid,
         block=variant.threads,
         shared_bytes=shared,
-        workspace=(grid + row_tiles) * tile,
-        tickets=row_tiles * (variant.threads // _WARP),
+        workspace=(grid + all_tiles) * tile,
+        tickets=all_tiles * (variant.threads // _WARP),
+        tile_tokens=8 * variant.token_tiles if variant.wgmma else 0,
         numbers=(problem.rows, -(-problem.depth // 8) * 8, *problem.affine()),
         plane_stride=ctypes.c_uint64(tiles(problem.rows) * tiles(problem.depth) * _WARP),
     )

@@ -1,18 +1,57 @@
-// The tensor cores of sm_90a as four warps use them together (PTX ISA, "Asynchronous warpgroup level matrix instructions").
+// What sm_90a alone has: matrix products of four warps together, copies of whole tiles by one thread, and barriers in shared
+// memory that count their bytes (PTX ISA, "Asynchronous warpgroup level matrix instructions", "cp.async.bulk.tensor", "mbarrier").
 //
-// d += a b for a [64, 16] in the registers of the four warps, 16 rows of each in the fragments of mma.m16n8k16, and b [16, N] in
-// shared memory as [N, 16], in pieces of 8 x 8 elements of 128 bytes. The instruction returns at once: until it was waited for,
-// its registers must not be touched and its shared memory must not be written.
+// Products. d += a b for a [64, 16] in the registers of four warps, 16 rows of each in the fragments of mma.m16n8k16, and b [16, N]
+// in shared memory as [N, 64], 128 bytes a row, of which it takes 16 columns. The instruction returns at once: until it was waited
+// for, its registers must not be touched and its shared memory must not be written.
+//
+// In shared memory the eight pieces of 16 bytes of row i are in the order in which copy_tile puts them: piece j at j ^ (i % 8).
 #pragma once
 #include "device.cuh"
 
 #ifndef STANDIN // which declares the same
 
+constexpr int tile_alignment = 1024; // of what copy_tile writes and wgmma reads
+
+// ---- copies of tiles
+
+// A matrix [rows, columns] of 16-bit elements and the size of its tiles, as the driver encodes it (matquant/cuda/tensor_map.py).
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+// A barrier is 8 bytes of shared memory. One thread sets it up; __syncthreads() then lets the others and the copies see it.
+DEVICE void barrier_set_up(SharedAddress barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n fence.mbarrier_init.release.cluster;" ::"r"(barrier) : "memory");
+}
+
+// The barrier's phase ends when so many bytes have arrived.
+DEVICE void barrier_expect(SharedAddress barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Waits for the end of a phase; phases are 0, 1, 0, 1, ...
+DEVICE void barrier_wait(SharedAddress barrier, u32 phase) {
+    asm volatile("{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(barrier),
+                 "r"(phase)
+                 : "memory");
+}
+
+// Starts copying the tile from (row, column) on: rows of 128 bytes. What lies outside the matrix arrives as 0 and counts too.
+DEVICE void copy_tile(SharedAddress to, const TensorMap* from, int row, int column, SharedAddress barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+                 "l"(from), "r"(column), "r"(row), "r"(barrier)
+                 : "memory");
+}
+
+// ---- products
+
 typedef u64 WgmmaOperand;
 
-// Where b is. From piece to piece: `columns_apart` bytes along the 16, `tokens_apart` along the N.
-DEVICE WgmmaOperand wgmma_operand(SharedAddress b, int columns_apart, int tokens_apart) {
-    return (u64)((u32)columns_apart >> 4 << 16 | b >> 4) | (u64)(u32)(tokens_apart >> 4) << 32;
+// 16 columns of rows of 128 bytes from b on, which is a multiple of 32 bytes within a row.
+DEVICE WgmmaOperand wgmma_operand(SharedAddress b) {
+    const u32 eight_rows = 8 * 128, turned_128 = 1;
+    return (u64)(b >> 4 & 0x3FFF | 1 << 16) | (u64)(eight_rows >> 4 | turned_128 << 30) << 32;
 }
 
 // Before the first product, and wherever registers were written since the last ones.
@@ -26,10 +65,6 @@ template <int pending> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group
 
 // After a wait: keeps the compiler from reading sums before it.
 DEVICE void wgmma_done(float (&d)[4]) { asm volatile("" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])::"memory"); }
-
-// By each thread whose copies to shared memory have arrived, before it meets those that multiply them: the tensor cores read past
-// the caches that ordinary accesses go through.
-DEVICE void fence_for_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 #define REGISTERS_4(a, b, c, d) "%" #a ", %" #b ", %" #c ", %" #d
 #define REGISTERS_8 REGISTERS_4(0, 1, 2, 3) ", " REGISTERS_4(4, 5, 6, 7)

@@ -1,4 +1,4 @@
-// The tensor cores as four warps use them together: products that go on by themselves until they are waited for.
+// What sm_90a alone has: products of four warps, and copies of tiles, which go on by themselves until they are waited for.
 //
 // A product is computed when it is waited for, from shared memory as it is then; what has changed since it began is an error. Its
 // sums are NaNs to their thread until then.
@@ -10,15 +10,17 @@ namespace standin {
 
 const u32 in_use = 0xFFFFFFFFu; // of sums at work
 
-static u16 element(const WgmmaOperand& b, int token, int column) {
-    const char* piece = (const char*)b.b + column / 8 * b.columns_apart + token / 8 * b.tokens_apart;
+// Where a byte of rows of 128 bytes really is: the pieces of 16 bytes of row i of eight are in the order j ^ i.
+static char* turned(SharedAddress address) { return (char*)(address ^ (address >> 7 & 7) << 4); }
+
+static u16 element(SharedAddress b, int row, int column) {
     u16 bits;
-    memcpy(&bits, piece + token % 8 * 16 + column % 8 * 2, 2);
+    memcpy(&bits, turned(b + row * 128 + column * 2), 2);
     return bits;
 }
 
 // The factors of a warp's part of a product, from its lanes' registers.
-static std::shared_ptr<const Factors> factors(const Meeting& m, const WgmmaOperand& b, int tiles, bool bfloat) {
+static std::shared_ptr<const Factors> factors(const Meeting& m, WgmmaOperand b, int tiles, bool bfloat) {
     auto made = std::make_shared<Factors>();
     made->b = b;
     made->tiles = tiles;
@@ -27,15 +29,9 @@ static std::shared_ptr<const Factors> factors(const Meeting& m, const WgmmaOpera
         for (int r = 0; r < 4; r++)
             for (int h = 0; h < 2; h++)
                 made->a[i / 4 + 8 * (r & 1)][2 * (i % 4) + h + 8 * (r >> 1)] = element_value(m.in[i][r] >> (16 * h), bfloat);
-    aligned((const void*)b.b, 16, "operand of wgmma");
+    if (b % 128 % 32 || b / 128 % 8) fail("operand of wgmma that does not begin where tiles and steps do");
     for (int token = 0; token < 8 * tiles; token++)
-        for (int column = 0; column < 16; column++) {
-            if (column % 8 == 0) {
-                const char* piece = (const char*)b.b + column / 8 * b.columns_apart + token / 8 * b.tokens_apart + token % 8 * 16;
-                if (current->block->unfenced.count(piece)) fail("wgmma reads what was copied without a fence for the tensor cores");
-            }
-            made->b_then.push_back(element(b, token, column));
-        }
+        for (int column = 0; column < 16; column++) made->b_then.push_back(element(b, token, column));
     return made;
 }
 
@@ -47,7 +43,7 @@ static SumsAtWork& sums_at_work(float (*place)[4], int tiles) {
     return current->at_work.back();
 }
 
-void start_product(float (*d)[4], const u32* a, const WgmmaOperand& operand, int tiles, bool bfloat) {
+void start_product(float (*d)[4], const u32* a, WgmmaOperand operand, int tiles, bool bfloat) {
     if (!current->may_multiply) fail("wgmma without a fence after its registers were last free");
     Meeting& m = meeting_of(~0u);
     memcpy(m.in[lane()], a, 16);
@@ -108,8 +104,65 @@ void wgmma_commit() {
     f.open_products.clear();
 }
 
-void fence_for_tensor_cores() {
-    standin::Fiber& f = *standin::current;
-    for (const void* p : f.arrived) f.block->unfenced.erase(p);
-    f.arrived.clear();
+namespace standin {
+static BytesBarrier& byte_barrier(SharedAddress barrier) {
+    auto found = current->block->byte_barriers.find(barrier);
+    if (found == current->block->byte_barriers.end()) fail("a barrier that nobody has set up");
+    return found->second;
+}
+
+static void copy(const PendingTile& tile) {
+    const TensorMap& from = *tile.from;
+    for (u32 i = 0; i < from.tile_rows; i++)
+        for (u32 j = 0; j < 64; j++) {
+            const u32 row = tile.row + i, column = tile.column + j;
+            const u16 bits = row < from.rows && column < from.columns ? from.elements[(u64)row * from.columns + column] : 0;
+            memcpy(turned(tile.to + i * 128 + j * 2), &bits, 2);
+        }
+}
+
+// All that is on its way arrives.
+static void arrive(BytesBarrier& b) {
+    for (auto& tile : b.tiles) {
+        const u64 bytes = tile.from->tile_rows * 128;
+        if (!b.expecting || bytes > b.missing) fail("more bytes arrived at a barrier than it expects");
+        b.missing -= bytes;
+        copy(tile);
+    }
+    b.tiles.clear();
+    if (!b.expecting || b.missing) return;
+    b.expecting = false;
+    b.phases++;
+}
+} // namespace standin
+
+void barrier_set_up(SharedAddress barrier) {
+    standin::aligned((const void*)barrier, 8, "barrier");
+    standin::current->block->byte_barriers[barrier] = {};
+}
+
+void barrier_expect(SharedAddress barrier, u32 bytes) {
+    standin::BytesBarrier& b = standin::byte_barrier(barrier);
+    if (b.expecting) standin::fail("a barrier expects bytes while it still waits for others");
+    b.expecting = true;
+    b.missing = bytes;
+    b.asked++;
+}
+
+void copy_tile(SharedAddress to, const TensorMap* from, int row, int column, SharedAddress barrier) {
+    if (to % tile_alignment) standin::fail("a tile that does not begin at a multiple of 1024 bytes");
+    memset((void*)to, 0xFF, from->tile_rows * 128);
+    standin::BytesBarrier& b = standin::byte_barrier(barrier);
+    b.tiles.push_back({to, from, row, column});
+    b.asked++;
+}
+
+void barrier_wait(SharedAddress barrier, u32 phase) {
+    standin::maybe_yield();
+    standin::BytesBarrier& b = standin::byte_barrier(barrier);
+    for (;;) {
+        if (b.phases % 2 == phase) standin::arrive(b);
+        if (b.phases % 2 != phase) return;
+        standin::wait(&b.asked, b.asked, "barrier_wait");
+    }
 }

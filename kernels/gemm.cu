@@ -90,7 +90,7 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words],
     SHARED_MEMORY(memory);
     Shared& shared = *(Shared*)memory;
     const int warp = threadIdx.x / 32;
-    const Place at = {(int)threadIdx.x % 32, warp % ROW_WARPS, warp / ROW_WARPS % TILE_WARPS, warp / (ROW_WARPS * TILE_WARPS)};
+    const Place at = {(int)threadIdx.x % 32, warp % ROW_WARPS, warp / ROW_WARPS % TILE_WARPS, K_WARPS > 1 ? warp / (ROW_WARPS * TILE_WARPS) : 0};
     Problem a = {planes, plane_stride, scales, zeros, x, tokens, rows, depth, (rows + 63) / 64, (depth + 63) / 64, 0, 1};
     a.chunks = (a.units + UNITS * K_WARPS - 1) / (UNITS * K_WARPS);
     if (WGMMA) a.token_tiles = (tokens + token_rows - 1) / token_rows;

@@ -36,6 +36,7 @@ DEVICE void share_sums(Shared& shared, const Place& at, const float (&total)[acc
     for (int j = 0; j < accumulators; j++) sums[j] = make_float4(total[j][0], total[j][1], total[j][2], total[j][3]);
 #else
     const int rows = at.row_warp * TILE_WARPS + at.tile_warp;
+    __syncthreads(); // nobody reads the sums of the tile before any more
     UNROLL
     for (int j = 0; j < accumulators; j++)
         shared.sums[at.k_warp][rows][j][at.lane] = make_float4(total[j][0], total[j][1], total[j][2], total[j][3]);

@@ -113,9 +113,19 @@ def run(
     sanitize: bool = False,
     launches: int = 1,
     order: int | None = None,
+    dead_groups: bool = False,
 ):
-    """(y of the kernel, y in float64). The workspace, y and all planes that must not be read are poisoned."""
+    """(y of the kernel, y in float64). The workspace, y and all planes that must not be read are poisoned.
+
+    Args:
+        launches: one after the other, with the same workspace and tickets.
+        order: of threads and blocks; None for the case's seed.
+        dead_groups: every third group has a scale of 0, in each row another one.
+    """
     weight = make_weight(variant, case)
+    if dead_groups:
+        rows, groups = weight.scales.shape
+        weight.scales[(torch.arange(rows)[:, None] + torch.arange(groups)) % 3 == 0] = 0
     g = torch.Generator().manual_seed(case.seed + 1)
     x = torch.randn(case.tokens, case.depth, generator=g) + case.mean
     x[:, 7::97] *= 10  # heavy tails

@@ -38,6 +38,7 @@ FLAGS = (
 )
 SANITIZE_FLAGS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover=undefined")
 
+
 @dataclasses.dataclass(frozen=True)
 class TensorMap:
     """A matrix [rows, columns] of 16-bit elements that is copied in tiles of ``tile_rows`` rows and 64 columns."""

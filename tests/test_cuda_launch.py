@@ -7,13 +7,23 @@ import types
 
 import pytest
 import torch
-from standin import compile_kernel, have_compiler, read_source
+from standin import TensorMap, compile_kernel, have_compiler, read_source
 from weights import make_weight
 
 from matquant.errors import UserError
 from matquant.inference import NestedPlanes, gpu, scratch
 from matquant.inference import plan as inference_plan
-from matquant.inference.plan import TOKENS, Device, Problem, choose, plan, supported
+from matquant.inference.plan import (
+    MOST_TOKENS,
+    TOKENS,
+    Device,
+    Problem,
+    centred_exactly,
+    choose,
+    most_tokens,
+    plan,
+    supported,
+)
 
 pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
 
@@ -30,8 +40,11 @@ class KeptScratch:
 
 
 @pytest.fixture
-def device(monkeypatch):
-    """A CUDA device of 3 multiprocessors that is really the stand-in. Returns what it launched."""
+def device(monkeypatch, request):
+    """A CUDA device of 3 multiprocessors that is really the stand-in. Returns what it launched.
+
+    With ``@pytest.mark.parametrize("device", ["sm_90a"], indirect=True)`` it has wgmma.
+    """
     launched = []
 
     class Launcher:
@@ -44,15 +57,17 @@ def device(monkeypatch):
             self.kernel.launch((grid,), (block,), args, shared_bytes, seed=len(launched))
 
     properties = types.SimpleNamespace(
-        multi_processor_count=3, L2_cache_size=2 * 64 * 128 * 2,
-        shared_memory_per_multiprocessor=100 * 1024,
+        multi_processor_count=3, shared_memory_per_multiprocessor=100 * 1024,
     )  # fmt: skip
+    capability = (9, 0) if getattr(request, "param", None) == "sm_90a" else (8, 6)
     monkeypatch.setattr(gpu, "load", lambda source, name, *, defines, device, **how: Launcher(source, name, defines))
     monkeypatch.setattr(gpu, "Scratch", KeptScratch)
     monkeypatch.setattr(gpu, "_launches", {})
     monkeypatch.setattr(gpu, "_scratch", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(gpu, "tensor_map", lambda rows, tile: TensorMap(rows.view(torch.int16), tile))
     return launched
 
 
@@ -118,14 +133,61 @@ def test_activations_at_odd_addresses_are_moved(device):
     assert_close(call(spread, weight, 4), spread, weight, 4)
 
 
-def test_many_tokens_go_through_decoded_strips(device):
+def test_many_tokens_go_through_decoded_strips(device, monkeypatch):
+    monkeypatch.setattr(gpu, "STRIP_WEIGHTS", 64 * 128)
     weight = make_weight(200, 128, 64, zeros=True)
     x, bias = activations(5, 20, 128, dtype=torch.bfloat16), activations(200, dtype=torch.bfloat16)
     y = call(x, weight, 3, bias)
     exact = x.double() @ weight.decode(3).double().T + bias.double()
-    assert len(device) == 4  # of 64 rows each: half of the cache
+    assert len(device) == 4  # of 64 rows each
     assert ((y.double() - exact).norm() / exact.norm()) < 2**-7
     assert call(activations(0, 128), weight, 3).shape == (0, 200)
+
+
+@pytest.mark.parametrize("device", ["sm_90a"], indirect=True)
+def test_with_wgmma_tokens_by_the_hundred_take_one_launch(device):
+    weight, bias = make_weight(130, 384, 128, offset=8.0), activations(130)
+    for tokens in (16, 17, 70, 300):
+        x = activations(tokens, 384)
+        assert_close(call(x, weight, 3, bias), x, weight, 3, bias)
+    assert [(made["WGMMA"], made["TOKEN_TILES"]) for made, _ in device] == [(0, 2), (1, 4), (1, 16), (1, 16)]
+    x = activations(MOST_TOKENS + 1, 384)
+    exact = x.double() @ weight.decode(3).double().T
+    assert (call(x, weight, 3).double() - exact).norm() / exact.norm() < 1e-3
+    assert "TOKEN_TILES" not in device[-1][0]  # decoded
+
+
+@pytest.mark.parametrize("device", ["sm_90a"], indirect=True)
+def test_offsets_that_16_bits_do_not_hold_go_without_wgmma(device):
+    weight = make_weight(64, 128, 128, offset=7.3)
+    x = activations(40, 128)
+    assert_close(call(x, weight, 4), x, weight, 4)
+    assert device[0][0]["WGMMA"] == 0
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("slicing", ["msb", "round"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_codes_are_called_exact_where_they_are(dtype, slicing, zeros):
+    """Against every code and zero point, in the arithmetic of the dtype."""
+    for bits, offset in itertools.product(range(2, 9), (0.0, 0.5, 3.0, 7.3, 8.0)):
+        problem = Problem(
+            tokens=64, rows=64, depth=128, bits=bits, group_size=128, zeros=zeros, dtype=dtype, scale_dtype=dtype,
+            slicing=slicing, offset=offset,
+        )  # fmt: skip
+        start, step, _ = problem.affine()
+        distances = start - step * torch.arange(256 if zeros else 1, dtype=torch.float64)
+        codes = torch.arange(2**bits, dtype=torch.float64)[:, None]
+        if dtype == torch.bfloat16 and bits == 8:  # in two products
+            codes, distances = codes % 16, distances - 16 * torch.trunc(distances / 16)
+        sums = codes + distances
+        exact = bool((sums.to(dtype).double() == sums).all()) and bool(
+            (distances.to(dtype).double() == distances).all()
+        )
+        if centred_exactly(problem):
+            assert exact
+        elif offset in (0.0, 8.0):
+            raise AssertionError(f"{problem} could use wgmma")
 
 
 @pytest.mark.parametrize(("master_bits", "slicing", "bits"), [(8, "msb", 3), (6, "round", 4)])
@@ -243,23 +305,30 @@ def test_a_stream_keeps_its_counters_and_captured_launches_share_none(streams):
     take(200, new=True)
 
 
-@pytest.mark.parametrize("shared", [100, 164, 228], ids=["sm_86", "sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("shared", "wgmma"),
+    [(100, False), (164, False), (228, False), (228, True)],
+    ids=["sm_86", "sm_80", "sm_90", "sm_90a"],
+)
 @pytest.mark.parametrize(("group_size", "zeros"), [(32, True), (64, False), (128, False), (192, False), (-1, True)])
-def test_every_plan_fits_its_device(shared, group_size, zeros):
+def test_every_plan_fits_its_device(shared, wgmma, group_size, zeros):
     """With the shared memory of a multiprocessor in KiB, of which each block costs one more than it gets."""
-    device = Device(multiprocessors=108, shared_bytes=1024 * shared)
+    device = Device(multiprocessors=108, shared_bytes=1024 * shared, wgmma=wgmma)
     for tokens, (rows, depth), bits in itertools.product(
-        (1, 3, 8, 9, 16, 17, 32, 33, TOKENS), ((4096, 14208), (64, 384), (16384, 16128)), range(2, 9)
+        (1, 3, 8, 9, 16, 17, 32, 33, TOKENS, 65, MOST_TOKENS), ((4096, 14208), (64, 384), (16384, 16128)), range(2, 9)
     ):
         problem = Problem(
             tokens=tokens, rows=rows, depth=depth, bits=bits, zeros=zeros, dtype=torch.float16, slicing="round",
             group_size=depth if group_size == -1 else group_size, scale_dtype=torch.float16,
         )  # fmt: skip
         assert supported(problem)
+        if tokens > most_tokens(problem, device):
+            continue
         launch, variant = plan(problem, device), choose(problem, device)
         assert launch.block <= 1024
         assert variant.blocks * (launch.shared_bytes + 1024) <= device.shared_bytes
-        assert 8 * variant.token_tiles >= tokens
+        assert variant.wgmma == (wgmma and tokens > 16)
+        assert variant.wgmma or 8 * variant.token_tiles >= tokens
         assert 1 <= launch.grid <= 108 * variant.blocks
         columns = 64 * variant.units  # of a chunk: it holds whole groups, or is a whole part of one
         assert not problem.group or problem.group % columns == 0 or columns % problem.group == 0

@@ -12,6 +12,8 @@ pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g+
 SPLIT = Case(tokens=5, rows=192, depth=1024, blocks=5)
 WIDE = Variant(row_warps=2, panel=1)
 SHARED_RING = Variant(row_warps=2, tile_warps=2, panel=8)
+WGMMA = Variant(wgmma=True, token_tiles=4, row_warps=4, panel=2)
+MANY = Case(tokens=40, rows=256, depth=1024, blocks=3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,9 +32,7 @@ BUGS = {
         correct="        __syncthreads(); // all threads' copies of the panel are there,",
         wrong="        //",
     ),
-    "no barrier after the sums of x": Bug(
-        correct="at.lane, warp);\n            __syncthreads();", wrong="at.lane, warp);"
-    ),
+    "no barrier after the sums of x": Bug(correct="lane, warp);\n        __syncthreads();", wrong="lane, warp);"),
     "warps that share a ring do not meet": Bug(correct="meet(at); //", wrong="//", variant=SHARED_RING),
     "waits for one group of copies too few": Bug(
         correct="copy_async_wait<STAGES - 2>();", wrong="copy_async_wait<STAGES - 1>();"
@@ -71,7 +71,7 @@ BUGS = {
         correct="parts == 2 ? 17.0f : 1.0f", wrong="parts == 2 ? 17.0f : 0.0f", variant=Variant(dtype=torch.bfloat16)
     ),
     "sums not set to 0 between tiles": Bug(
-        correct="total[j][0] = total[j][1] = total[j][2] = total[j][3] = 0;", wrong="total[j][0] = 0;"
+        correct="            sums.clear();\n            chunk = 0;", wrong="            chunk = 0;"
     ),
     "writer of partial sums does not fence": Bug(
         correct="    device_fence(); // by each lane, after its stores\n", wrong=""
@@ -85,6 +85,55 @@ BUGS = {
         correct="    __syncthreads();\n    UNROLL\n    for (int i = 0; i < shares; i++) {\n        const int j = at.k_warp",
         wrong="    UNROLL\n    for (int i = 0; i < shares; i++) {\n        const int j = at.k_warp",
         variant=Variant(k_warps=4, panel=1),
+    ),
+    "sums of the warps along K overwritten while they are read": Bug(
+        correct="    __syncthreads(); // nobody reads the sums",
+        wrong="    // nobody reads the sums",
+        variant=Variant(bits=8, wgmma=True, tile_warps=4, k_warps=2, token_tiles=2, panel=4),
+        case=Case(tokens=24, rows=300, depth=640, blocks=7),
+    ),
+    "wgmma: sums are scaled before they are complete": Bug(
+        correct="        wait();\n        UNROLL",
+        wrong="        UNROLL",
+        variant=dataclasses.replace(WGMMA, group=64),
+        case=MANY,
+    ),
+    "wgmma: no fence after registers were written": Bug(
+        correct="        wgmma_fence();\n", wrong="", variant=WGMMA, case=MANY
+    ),
+    "wgmma: a fragment is decoded anew while it is read": Bug(
+        correct="wgmma_wait<1>();", wrong="wgmma_wait<2>();", variant=WGMMA, case=MANY
+    ),
+    "wgmma: a chunk ends before its products": Bug(
+        correct="        wait(); // the compiler", wrong="        // the compiler", variant=WGMMA, case=MANY
+    ),
+    "wgmma: a panel is asked for while it is read": Bug(
+        correct="        __syncthreads(); // nobody needs", wrong="        // nobody needs", variant=WGMMA, case=MANY
+    ),
+    "wgmma: does not wait for activations": Bug(
+        correct="        barrier_wait(shared_address(shared.arrived + index), phase);\n",
+        wrong="",
+        variant=WGMMA,
+        case=MANY,
+    ),
+    "wgmma: a barrier expects the bytes of one chunk": Bug(
+        correct="barrier_expect(barrier, count * x_bytes);",
+        wrong="barrier_expect(barrier, x_bytes);",
+        variant=WGMMA,
+        case=MANY,
+    ),
+    "wgmma: a barrier's phase is not turned": Bug(correct="phase ^= 1;", wrong="", variant=WGMMA, case=MANY),
+    "wgmma: the next tile's tokens are those of this one": Bug(
+        correct="if (++token_tile == (u32)a.token_tiles) token_tile = 0;", wrong="", variant=WGMMA, case=MANY
+    ),
+    "wgmma: the scale's ratio upside down": Bug(
+        correct="scale[c][p] * reciprocal(next)", wrong="next * reciprocal(scale[c][p])", variant=WGMMA, case=MANY
+    ),
+    "wgmma: the low nibble's bias left in": Bug(
+        correct="? 0xBF80BF80u : 0xC180C180u",
+        wrong="? 0x80008000u : 0xC180C180u",
+        variant=dataclasses.replace(WGMMA, bits=8, dtype=torch.bfloat16),
+        case=MANY,
     ),
     "rows beyond N stored": Bug(
         correct="if (n >= out.rows) continue;", wrong="", case=Case(tokens=2, rows=100), sanitize=True

@@ -89,3 +89,58 @@ def test_stays_inside_its_buffers() -> None:
     """Under the address sanitizer: ragged rows and columns, zero points, bias, several blocks to a tile."""
     variant = Variant(bits=3, group=32, zeros=True, row_warps=2, k_warps=2, tile_warps=2, token_tiles=2)
     check(variant, Case(tokens=13, rows=131, depth=352, blocks=3, bias=True, seed=1), sanitize=True)
+
+
+def by_wgmma(**about: object) -> Variant:
+    return Variant(**({"wgmma": True, "token_tiles": 4, "row_warps": 4, "panel": 1} | about))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_wgmma_at_every_width(bits: int, dtype: torch.dtype) -> None:
+    variant = by_wgmma(
+        bits=bits, dtype=dtype, scale_dtype=HALVES[bits % 2], group=GROUPS[bits % 4], zeros=bits % 3 == 0
+    )
+    check(variant, Case(tokens=29, blocks=3, bias=True, seed=bits))
+
+
+@pytest.mark.parametrize(("token_tiles", "tokens"), [(2, 13), (4, 33), (8, 64), (16, 200)])
+def test_wgmma_takes_any_number_of_tokens(token_tiles: int, tokens: int) -> None:
+    """More than a tile of them too; the last tile is not full."""
+    shared_rows = {"row_warps": 2, "tile_warps": 2} if token_tiles == 16 else {"row_warps": 1, "tile_warps": 4}
+    check(by_wgmma(bits=3, token_tiles=token_tiles, **shared_rows), Case(tokens=tokens, blocks=2, seed=tokens))
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("group", GROUPS)
+def test_wgmma_with_groups_zero_points_and_ragged_shapes(group: int, zeros: bool) -> None:
+    variant = by_wgmma(group=group, zeros=zeros, row_warps=2, tile_warps=2, slicing="round" if zeros else "msb")
+    depth = 328 if group < 0 else 3 * group if group > 32 else 352
+    for blocks in (1, 4):
+        check(variant, Case(tokens=35, rows=131, depth=depth, blocks=blocks, bias=True, offset=0.0, seed=blocks))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        by_wgmma(bits=2, row_warps=2, tile_warps=2, k_warps=2, units=1, stages=4, panel=2),
+        by_wgmma(bits=5, row_warps=8, units=4, stages=2),
+        by_wgmma(bits=8, dtype=torch.bfloat16, row_warps=1, tile_warps=4, k_warps=2, token_tiles=2, panel=4),
+    ],
+)
+def test_wgmma_with_work_shared_out_in_every_way(variant: Variant) -> None:
+    case = Case(tokens=12 * variant.token_tiles, rows=300, depth=640)
+    for seed, blocks in enumerate((1, 7)):
+        check(variant, dataclasses.replace(case, blocks=blocks, seed=seed), launches=2)
+
+
+def test_wgmma_with_scales_of_zero() -> None:
+    """Sums are kept in units of a scale; one that is 0 must neither end them nor add anything that counts."""
+    variant, case = by_wgmma(group=64), Case(tokens=20, rows=256, depth=512)
+    y, exact = run(variant, case, dead_groups=True)
+    assert error_ratio(y, exact) <= 1.2
+
+
+def test_wgmma_stays_inside_its_buffers() -> None:
+    variant = by_wgmma(bits=3, group=32, zeros=True, row_warps=2, k_warps=2, tile_warps=2, token_tiles=2)
+    check(variant, Case(tokens=29, rows=131, depth=352, blocks=3, bias=True, seed=1), sanitize=True)

@@ -38,8 +38,9 @@ static std::shared_ptr<const Factors> factors(const Meeting& m, WgmmaOperand b, 
 static SumsAtWork& sums_at_work(float (*place)[4], int tiles) {
     for (auto& s : current->at_work)
         if (s.place == place) return s;
-    current->at_work.push_back({place, 0, std::vector<float>(place[0], place[0] + 4 * tiles)});
-    for (int i = 0; i < 4 * tiles; i++) memcpy(&place[0][i], &in_use, 4);
+    float* values = (float*)place;
+    current->at_work.push_back({place, 0, std::vector<float>(values, values + 4 * tiles)});
+    for (int i = 0; i < 4 * tiles; i++) memcpy(values + i, &in_use, 4);
     return current->at_work.back();
 }
 
@@ -68,9 +69,10 @@ static void add(const Product& p, std::vector<float>& sums) {
 }
 
 static void give_back(SumsAtWork& s) {
+    float* values = (float*)s.place;
     for (size_t i = 0; i < s.values.size(); i++) {
-        if (memcmp(&s.place[0][i], &in_use, 4)) fail("sums were written while the tensor cores added to them");
-        s.place[0][i] = s.values[i];
+        if (memcmp(values + i, &in_use, 4)) fail("sums were written while the tensor cores added to them");
+        values[i] = s.values[i];
     }
 }
 

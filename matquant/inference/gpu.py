@@ -13,25 +13,39 @@ import torch
 from torch import Tensor
 
 from matquant.cuda import Kernel, load
+from matquant.cuda.tensor_map import tensor_map
 from matquant.errors import UserError
 from matquant.inference import blocked
 from matquant.inference.checks import check_x
 from matquant.inference.layout import TILE
-from matquant.inference.plan import TOKENS, Device, Plan, Problem, decode_launch, in_two, plan, strip_weights, supported
+from matquant.inference.plan import (
+    MOST_TOKENS,
+    STRIP_WEIGHTS,
+    Device,
+    Plan,
+    Problem,
+    decode_launch,
+    in_two,
+    most_tokens,
+    plan,
+    supported,
+)
 from matquant.inference.planes import NestedPlanes
 from matquant.inference.scratch import Scratch
 from matquant.nested import Slicing
 
 _ALIGNMENT = 16  # bytes, of x's rows
+_WITH_WGMMA = 9  # the major compute capability
 
 logger = logging.getLogger(__name__)
 
 
 class _Launch(NamedTuple):
-    """What is done for calls that agree in all but addresses. Without a kernel they go through ``_many``."""
+    """What is done for calls that agree in all but addresses: a kernel, or two calls of half the tokens, or strips."""
 
-    kernel: Kernel | None
-    plan: Plan | None
+    kernel: Kernel | None = None
+    plan: Plan | None = None
+    halves: bool = False
 
 
 _launches: dict[tuple, _Launch] = {}
@@ -46,12 +60,8 @@ def linear(
     shape, device = x.shape, x.get_device()
     tokens = x.numel() // shape[-1] if shape and shape[-1] else 0
     about = (bits, out_features, group_size, master_bits, slicing, offset)
-    if tokens > TOKENS and in_two(tokens, out_features, shape[-1]):
-        parts = x.reshape(tokens, -1).split(-(-tokens // 2))
-        halves = [linear(part, planes, scales, zeros, bias, *about) for part in parts]
-        return torch.cat(halves).view(*shape[:-1], out_features)
     key = (
-        min(tokens, TOKENS + 1), shape[-1:], x.dtype, device, planes.shape, planes.dtype, planes.get_device(),
+        min(tokens, MOST_TOKENS + 1), shape[-1:], x.dtype, device, planes.shape, planes.dtype, planes.get_device(),
         scales.shape, scales.dtype, None if zeros is None else (zeros.shape, zeros.dtype),
         None if bias is None else (bias.shape, bias.dtype), about,
     )  # fmt: skip
@@ -59,6 +69,10 @@ def linear(
     contiguous = planes.is_contiguous() and scales.is_contiguous() and (zeros is None or zeros.is_contiguous())
     if launch is None or not contiguous:
         launch = _launches[key] = _prepare(x, planes, scales, zeros, bias, tokens, about)
+    if launch.halves:
+        parts = x.reshape(tokens, -1).split(-(-tokens // 2))
+        halves = [linear(part, planes, scales, zeros, bias, *about) for part in parts]
+        return torch.cat(halves).view(*shape[:-1], out_features)
     y = x.new_empty((*shape[:-1], out_features))
     if not tokens:
         return y
@@ -69,7 +83,9 @@ def linear(
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     tickets, workspace = _scratch[device].now(launch.plan.tickets, launch.plan.workspace)
-    arguments = launch.plan.arguments(planes, scales, zeros, rows, bias, y, workspace, tickets, tokens)
+    tile = launch.plan.tile_tokens
+    activations = tensor_map(rows.view(tokens, -1), tile) if tile else rows
+    arguments = launch.plan.arguments(planes, scales, zeros, activations, bias, y, workspace, tickets, tokens)
     launch.kernel.launch(launch.plan.grid, launch.plan.block, arguments, launch.plan.shared_bytes)
     return y
 
@@ -95,25 +111,33 @@ def _prepare(
             f"The CUDA kernels take float16 and bfloat16, and groups of 32 or a multiple of 64. A layer of "
             f"{x.dtype} with {scales.dtype} scales and groups of {weight.group_size} is computed by torch, slowly."
         )
-        return _Launch(None, None)
+        return _Launch()
     if not tokens:
-        return _Launch(None, None)
+        return _Launch()
     if torch.cuda.is_current_stream_capturing():
         raise UserError(
             "A CUDA graph is being captured, and this shape and width have not been run yet: their kernel would have to be "
             "loaded now. Run the model once at this width and batch size before the capture."
         )
-    device = x.get_device()
-    if tokens > TOKENS:
-        _load_decode(problem, device)
-        return _Launch(None, None)
-    about_device = torch.cuda.get_device_properties(device)
-    multiprocessors, shared = about_device.multi_processor_count, about_device.shared_memory_per_multiprocessor
-    launch = plan(problem, Device(multiprocessors=multiprocessors, shared_bytes=shared))
-    kernel = load("gemm.cu", "nested_gemm", defines=launch.defines, device=device, prefer_shared=True, overlap=True)
-    if device not in _scratch:
-        _scratch[device] = Scratch(x.device)
+    index = x.get_device()
+    device = _device(index)
+    if tokens > most_tokens(problem, device):
+        _load_decode(problem, index)
+        return _Launch(halves=not device.wgmma and in_two(tokens, problem.rows, problem.depth))
+    launch = plan(problem, device)
+    kernel = load("gemm.cu", "nested_gemm", defines=launch.defines, device=index, prefer_shared=True, overlap=True)
+    if index not in _scratch:
+        _scratch[index] = Scratch(x.device)
     return _Launch(kernel, launch)
+
+
+def _device(index: int) -> Device:
+    about = torch.cuda.get_device_properties(index)
+    return Device(
+        multiprocessors=about.multi_processor_count,
+        shared_bytes=about.shared_memory_per_multiprocessor,
+        wgmma=torch.cuda.get_device_capability(index)[0] == _WITH_WGMMA,
+    )
 
 
 def _aligned(x: Tensor, tokens: int) -> Tensor:
@@ -177,13 +201,12 @@ def _strips(weight: NestedPlanes, bits: int, dtype: torch.dtype, size: int) -> I
 
 
 def _many(x: Tensor, weight: NestedPlanes, bias: Tensor | None, bits: int, y: Tensor) -> Tensor:
-    """Decode as many rows as stay in the second-level cache, multiply all tokens with them, and go on."""
+    """Decode some rows, multiply all tokens with them by cuBLAS, and go on."""
     if x.dtype == torch.float32:
         return blocked.linear(x, weight, bias, bits)
     rows = x.reshape(-1, weight.in_features)
     result = y.view(-1, weight.out_features)
-    strip_size = strip_weights(torch.cuda.get_device_properties(x.device).L2_cache_size)
-    for strip, values in _strips(weight, bits, x.dtype, strip_size):
+    for strip, values in _strips(weight, bits, x.dtype, STRIP_WEIGHTS):
         torch.mm(rows, values.t(), out=result[:, strip])
     if bias is not None:
         result += bias

@@ -11,9 +11,10 @@ from torch import Tensor
 from matquant.inference.layout import TILE, tiles
 from matquant.nested import Slicing, planes_read
 
-TOKENS = 64  # that one launch of the matmul takes at most; for more, strips are decoded for cuBLAS
+TOKENS = 64  # that one launch takes at most without wgmma; for more, strips are decoded for cuBLAS
+MOST_TOKENS = 512  # and with it, where strips begin to be faster (H200: experiments/kernels)
+STRIP_WEIGHTS = 2**26  # decoded at a time: fewer are too little work for cuBLAS to share out among all multiprocessors
 _TWICE_WEIGHTS = 2**25  # of matrices from which two launches take less time than strips (H200: experiments/kernels)
-_STRIP_OF_CACHE = 0.5  # how much of the second-level cache a decoded strip may fill
 _WARP = 32
 _LOAD = 16  # bytes
 _TICKET_BYTES = 4
@@ -167,22 +168,39 @@ _LARGE = {
     8: _NARROW[8],
 }
 _LARGE_WEIGHTS = 2**27  # from here on
+# The same by wgmma, for tiles that are fewer than half of the multiprocessors, and for the others.
+_FIRST_OF_WGMMA = 17  # tokens: for fewer, mma.sync is as fast or faster
+_WGMMA_SMALL = ((1, 4, 1, 1, 1, 1, 2),)
+_WGMMA_NARROW = {
+    4: ((2, 2, 4, 2, 1, 1, 2), (4, 1, 2, 2, 1, 1, 2), *_WGMMA_SMALL),
+    8: ((1, 4, 4, 2, 1, 1, 2), (2, 2, 2, 2, 1, 1, 2), *_WGMMA_SMALL),
+    16: ((1, 4, 2, 2, 1, 1, 2), *_WGMMA_SMALL),
+}
+_WGMMA_WIDE = {
+    4: ((8, 1, 1, 4, 1, 1, 2), (8, 1, 1, 2, 2, 1, 2), *_WGMMA_SMALL),
+    8: ((8, 1, 1, 4, 1, 1, 2), (8, 1, 1, 2, 2, 1, 2), *_WGMMA_SMALL),
+    16: ((4, 2, 1, 4, 1, 1, 2), (4, 2, 1, 2, 1, 1, 2), *_WGMMA_SMALL),
+}
 _MOST_STAGES = 6
 _EVEN = 0.94  # of the blocks that could be resident must be left for every tile to have as many as the others
 _RESERVED = 1024  # bytes of shared memory that each block costs beside its own, from sm_80 on
 
 
 def choose(problem: Problem, device: Device) -> Variant:
-    """The variant for a problem of at most ``TOKENS`` tokens."""
-    token_tiles = next(count for count in (1, 2, 4, 8) if problem.tokens <= 8 * count)
-    for row_warps, tile_warps, k_warps, units, panel, blocks, least in _shapes(problem, device)[token_tiles]:
-        small_groups = 0 < problem.group < TILE
+    """The variant for a problem of at most ``most_tokens`` tokens."""
+    wgmma = _by_wgmma(problem, device)
+    least = 4 if wgmma else 1
+    token_tiles = next((count for count in (1, 2, 4, 8) if count >= least and problem.tokens <= 8 * count), 16)
+    for row_warps, tile_warps, k_warps, units, panel, blocks, least_stages in _shapes(problem, device, wgmma)[
+        token_tiles
+    ]:
+        small_groups = not wgmma and 0 < problem.group < TILE
         if small_groups and (units > 2 or (token_tiles > 2 and (units > 1 or tile_warps < token_tiles // 2))):
             continue  # with so many scales in flight it would spill registers
         columns = TILE * units
         if problem.group and problem.group % columns and columns % problem.group:
             continue  # a chunk would hold a part of a group and more
-        for stages in range(_MOST_STAGES, least - 1, -1):
+        for stages in range(_MOST_STAGES, least_stages - 1, -1):
             variant = Variant(
                 token_tiles=token_tiles,
                 row_warps=row_warps,
@@ -192,16 +210,44 @@ def choose(problem: Problem, device: Device) -> Variant:
                 stages=stages,
                 panel=panel,
                 blocks=blocks,
+                wgmma=wgmma,
             )
             if blocks * (variant.shared_bytes(problem) + _RESERVED) <= device.shared_bytes:
                 return variant
     raise ValueError(f"no variant fits {device.shared_bytes} bytes of shared memory")
 
 
-def _shapes(problem: Problem, device: Device) -> Mapping[int, tuple[tuple[int, ...], ...]]:
+def _by_wgmma(problem: Problem, device: Device) -> bool:
+    return device.wgmma and problem.tokens >= _FIRST_OF_WGMMA and centred_exactly(problem)
+
+
+def _shapes(problem: Problem, device: Device, wgmma: bool) -> Mapping[int, tuple[tuple[int, ...], ...]]:
     if 2 * tiles(problem.rows) < device.multiprocessors:
-        return _NARROW
+        return _WGMMA_NARROW if wgmma else _NARROW
+    if wgmma:
+        return _WGMMA_WIDE
     return _LARGE if problem.rows * problem.depth >= _LARGE_WEIGHTS else _WIDE
+
+
+def centred_exactly(problem: Problem) -> bool:
+    """Whether a code stays exact in ``dtype`` when offset and zero point are added to it, as ``gemm_wgmma.cuh`` does.
+
+    All sums are multiples of a step; they fit if the largest is no more steps than the dtype has numbers before it rounds.
+    For bfloat16's codes of 8 bits, of which each nibble is multiplied by itself, that is asked of the low one.
+    """
+    offset, zero_step, _ = problem.affine()
+    zero = zero_step * (2**problem.master_bits - 1) if problem.zeros else 0.0
+    digits = 8 if problem.dtype == torch.bfloat16 else 11
+    largest = max(abs(offset - zero), abs(offset + 2**problem.bits - 1))
+    if problem.dtype == torch.bfloat16 and problem.bits == 8:
+        largest = 2 * 2**4
+    steps = max(offset.as_integer_ratio()[1], zero_step.as_integer_ratio()[1] if problem.zeros else 1)
+    return largest * steps <= 2**digits
+
+
+def most_tokens(problem: Problem, device: Device) -> int:
+    """For how many tokens one launch of the matmul is the fastest way."""
+    return MOST_TOKENS if device.wgmma and centred_exactly(problem) else TOKENS
 
 
 def supported(problem: Problem) -> bool:
@@ -212,13 +258,8 @@ def supported(problem: Problem) -> bool:
 
 
 def in_two(tokens: int, rows: int, depth: int) -> bool:
-    """Whether two launches of the matmul, with half of the tokens each, are the faster way for so many tokens."""
+    """Whether two launches without wgmma, with half of the tokens each, are the faster way for so many tokens."""
     return TOKENS < tokens <= 2 * TOKENS and rows * depth >= _TWICE_WEIGHTS
-
-
-def strip_weights(cache_bytes: int) -> int:
-    """How many weights of 2 bytes a strip has that is decoded for cuBLAS."""
-    return int(cache_bytes * _STRIP_OF_CACHE) // 2
 
 
 def decode_launch(problem: Problem, rows: int, first_tile: int) -> tuple[int, int, int, tuple[Any, ...]]:

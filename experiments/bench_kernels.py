@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -34,8 +35,8 @@ from matquant.cuda import load
 from matquant.cuda.driver import architecture, nvrtc_compile, nvrtc_version
 from matquant.cuda.source import compile_options, cubin, read_source
 from matquant.cuda.tensor_map import tensor_map
-from matquant.inference import ops
-from matquant.inference.plan import TOKENS, Device, Plan, Problem, Variant, choose, plan
+from matquant.inference import gpu, ops
+from matquant.inference.plan import TOKENS, Device, Plan, Problem, Variant, choose, most_tokens, plan
 from matquant.inference.planes import NestedPlanes
 from matquant.nested import NestedWeight, Slicing, planes_read
 
@@ -59,6 +60,21 @@ CANDIDATES = {
         (4, 1, 1, 2, 2, 2), (8, 2, 1, 2, 2, 1),
     ],
     8: [(4, 2, 1, 2, 1, 1), (4, 2, 1, 1, 2, 1), (2, 2, 2, 2, 1, 1), (2, 4, 2, 2, 1, 1), (4, 4, 1, 2, 1, 1)],
+}  # fmt: skip
+WGMMA_CANDIDATES = {
+    2: [(2, 2, 4, 2, 1, 1), (4, 1, 4, 2, 1, 1), (8, 1, 1, 4, 1, 1), (4, 1, 1, 4, 1, 2), (4, 1, 2, 2, 2, 1)],
+    4: [
+        (2, 2, 4, 2, 1, 1), (4, 1, 2, 2, 1, 1), (1, 4, 4, 2, 1, 1), (8, 1, 1, 4, 1, 1), (8, 1, 1, 2, 2, 1), (4, 1, 1, 4, 1, 2),
+        (4, 1, 4, 2, 1, 1), (4, 2, 1, 4, 1, 2), (4, 2, 2, 2, 1, 1),
+    ],
+    8: [
+        (1, 4, 4, 2, 1, 1), (2, 4, 2, 2, 1, 1), (2, 2, 2, 2, 1, 1), (8, 1, 1, 4, 1, 1), (8, 1, 1, 2, 2, 1), (4, 1, 1, 4, 1, 2),
+        (4, 2, 1, 4, 1, 1), (4, 2, 2, 2, 1, 1), (2, 2, 4, 2, 1, 1), (4, 1, 2, 2, 1, 1), (2, 2, 1, 4, 1, 2),
+    ],
+    16: [
+        (1, 4, 2, 2, 1, 1), (4, 2, 1, 4, 1, 1), (4, 2, 1, 2, 1, 1), (2, 4, 1, 4, 1, 1), (2, 4, 1, 2, 1, 1), (4, 4, 1, 4, 1, 1),
+        (2, 4, 2, 2, 1, 1), (2, 2, 2, 2, 1, 1), (2, 2, 1, 2, 1, 2), (1, 4, 2, 4, 1, 1),
+    ],
 }  # fmt: skip
 
 
@@ -175,7 +191,7 @@ def checks(bits: Sequence[int]) -> list[Check]:
     for i, b in enumerate(bits):
         for j, dtype in enumerate((torch.float16, torch.bfloat16)):
             kind: Slicing = "round" if (i + j) % 3 == 2 else "msb"
-            for tokens in (1, 3, 12, 17, 33, 64):
+            for tokens in (1, 3, 12, 17, 33, 64, 200):
                 found.append(
                     Check(
                         bits=b,
@@ -210,16 +226,19 @@ def problem_of(tokens: int, rows: int, depth: int, bits: int, group: int) -> Pro
 def variants(problem: Problem, device: Device, *, candidates: bool) -> list[Variant]:
     """The chosen variant, and then the others that fit."""
     found = [choose(problem, device)]
-    tiles = found[0].token_tiles
-    for row_warps, tile_warps, k_warps, units, panel, blocks in CANDIDATES[tiles] if candidates else ():
-        for stages in (6, 5, 4, 3, 2):
-            variant = Variant(
-                token_tiles=tiles, row_warps=row_warps, tile_warps=tile_warps, k_warps=k_warps,
-                units=units, stages=stages, panel=panel, blocks=blocks,
-            )  # fmt: skip
-            if blocks * (variant.shared_bytes(problem) + 1024) <= device.shared_bytes:
-                found.append(variant)
-                break
+    for wgmma, shapes in ((False, CANDIDATES), (True, WGMMA_CANDIDATES)) if candidates else ():
+        if (wgmma and not device.wgmma) or (not wgmma and problem.tokens > TOKENS):
+            continue
+        tiles = next((count for count in sorted(shapes) if problem.tokens <= 8 * count), 16)
+        for row_warps, tile_warps, k_warps, units, panel, blocks in shapes[tiles]:
+            for stages in (6, 5, 4, 3, 2):
+                variant = Variant(
+                    token_tiles=tiles, row_warps=row_warps, tile_warps=tile_warps, k_warps=k_warps,
+                    units=units, stages=stages, panel=panel, blocks=blocks, wgmma=wgmma,
+                )  # fmt: skip
+                if blocks * (variant.shared_bytes(problem) + 1024) <= device.shared_bytes:
+                    found.append(variant)
+                    break
     return list(dict.fromkeys(found))
 
 
@@ -272,6 +291,10 @@ class Bench:
         launches, registers, local = self.launches(made, tokens)
         return None if local else (replay(launches), registers)
 
+    def chosen(self, tokens: int) -> Variant | None:
+        problem = self.problem(tokens)
+        return choose(problem, self.device) if tokens <= most_tokens(problem, self.device) else None
+
     def problem(self, tokens: int) -> Problem:
         return problem_of(tokens, self.rows, self.depth, self.bits, self.group)
 
@@ -293,11 +316,11 @@ class Bench:
             gb_per_s=moved / us / 1e3,
             variant=None if variant is None else dataclasses.asdict(variant),
             registers=registers,
-            chosen=variant is None or variant == choose(self.problem(tokens), self.device),
+            chosen=variant == self.chosen(tokens),
         )
 
     def time_many(self, tokens: int) -> float:
-        """More tokens than one launch takes, by the public operator."""
+        """By the public operator."""
         x = activations(tokens, self.depth, torch.float16)
         weights = [
             NestedPlanes(
@@ -307,6 +330,11 @@ class Bench:
             for p, s in zip(self.planes, self.scales, strict=True)
         ]  # fmt: skip
         return replay([functools.partial(ops.linear, x, w, self.bits) for w in weights])
+
+    def time_strips(self, tokens: int) -> float:
+        """By strips for cuBLAS, whatever the rule is."""
+        with mock.patch.object(gpu, "most_tokens", return_value=0), mock.patch.object(gpu, "_launches", {}):
+            return self.time_many(tokens)
 
 
 def call_overhead() -> dict[str, float]:
@@ -356,14 +384,17 @@ def measure(args: argparse.Namespace, device: Device, bandwidth: float) -> Itera
 
 
 def timed_variants(bench: Bench, tokens: int, *, candidates: bool) -> Iterator[tuple[Variant | None, float, int]]:
-    """(variant, microseconds, registers): first the chosen one."""
-    if tokens > TOKENS:
+    """(variant, microseconds, registers): first the chosen one. The variant of strips is None."""
+    problem = bench.problem(tokens)
+    if tokens > most_tokens(problem, bench.device):
         yield None, bench.time_many(tokens), 0
         return
-    for variant in variants(bench.problem(tokens), bench.device, candidates=candidates):
+    for variant in variants(problem, bench.device, candidates=candidates):
         timed = bench.time(tokens, variant)
         if timed is not None:
             yield variant, *timed
+    if candidates and tokens > TOKENS:
+        yield None, bench.time_strips(tokens), 0
 
 
 def draw(timings: Sequence[Timing], path: Path) -> None:
@@ -413,8 +444,8 @@ def all_defines(args: argparse.Namespace, device: Device) -> list[dict[str, int]
     if not args.check_only:
         for rows, depth in args.shapes:
             for bits in args.bits:
-                for tokens in (t for t in args.tokens if t <= TOKENS):
-                    problem = problem_of(tokens, rows, depth, bits, args.group)
+                problems = [problem_of(tokens, rows, depth, bits, args.group) for tokens in args.tokens]
+                for problem in (p for p in problems if p.tokens <= most_tokens(p, device)):
                     plans += [plan(problem, device, v) for v in variants(problem, device, candidates=args.candidates)]
     return [dict(d) for d in {tuple(sorted(p.defines.items())) for p in plans}]
 
@@ -438,9 +469,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("There is no CUDA device to measure on.")
     properties = torch.cuda.get_device_properties(0)
-    device = Device(
-        multiprocessors=properties.multi_processor_count, shared_bytes=properties.shared_memory_per_multiprocessor
-    )
+    device = gpu.about_device(0)
     precompile(all_defines(args, device))
     worst = None if args.no_check else check(args.bits)
     if worst is not None:

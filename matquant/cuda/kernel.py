@@ -86,8 +86,8 @@ class Kernel:
             grid: blocks, in up to three dimensions.
             block: threads, likewise.
             args: a tensor becomes its address, None a null pointer, int an int32, float a float32, bytes a structure. Other
-                types are given as ``ctypes`` or numpy scalars. Nothing compares them with the source; each must be of the same kind in
-                every launch.
+                types are given as ``ctypes`` or numpy scalars. Nothing compares them with the source; each must be of the
+                same kind in every launch.
             shared_bytes: dynamic shared memory of a block.
 
         Raises:

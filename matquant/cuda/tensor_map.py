@@ -1,4 +1,4 @@
-"""Matrices as ``copy_tile`` of ``kernels/hopper.cuh`` takes them: the driver's ``CUtensorMap`` (CUDA driver API, ``cuda.h``)."""
+"""Matrices as ``copy_tile`` of ``kernels/hopper.cuh`` takes them: ``CUtensorMap`` of the CUDA driver API (``cuda.h``)."""
 
 import ctypes
 import functools

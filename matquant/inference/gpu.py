@@ -120,7 +120,7 @@ def _prepare(
             "loaded now. Run the model once at this width and batch size before the capture."
         )
     index = x.get_device()
-    device = _device(index)
+    device = about_device(index)
     if tokens > most_tokens(problem, device):
         _load_decode(problem, index)
         return _Launch(halves=not device.wgmma and in_two(tokens, problem.rows, problem.depth))
@@ -131,7 +131,8 @@ def _prepare(
     return _Launch(kernel, launch)
 
 
-def _device(index: int) -> Device:
+def about_device(index: int) -> Device:
+    """What plans need to know of a CUDA device."""
     about = torch.cuda.get_device_properties(index)
     return Device(
         multiprocessors=about.multi_processor_count,

@@ -38,7 +38,7 @@ DEVICE void copy_scales(const Problem& a, const Place& at, SharedAddress to, int
     UNROLL
     for (int i = at.lane / 8; i < groups; i += 4) {
         const int column = unit * 64 + i * group;
-        const bool inside = column < a.units * 64; // there is no scale beyond, and 0 * NaN is not 0
+        const bool inside = !GROUP || column < a.units * 64; // there is no scale beyond, and 0 * NaN is not 0
         const u32 place = inside ? (GROUP ? column / max(GROUP, 1) : 0) * a.row_blocks + row_block : 0;
         copy_async(scales + i * 128 + part * 16, a.scales + (u64)place * 64 + part * 8, inside ? 16 : 0);
 #if ZEROS

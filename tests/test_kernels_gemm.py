@@ -126,6 +126,7 @@ def test_wgmma_with_groups_zero_points_and_ragged_shapes(group: int, zeros: bool
         by_wgmma(bits=2, row_warps=2, tile_warps=2, k_warps=2, units=1, stages=4, panel=2),
         by_wgmma(bits=5, row_warps=8, units=4, stages=2),
         by_wgmma(bits=8, dtype=torch.bfloat16, row_warps=1, tile_warps=4, k_warps=2, token_tiles=2, panel=4),
+        by_wgmma(bits=4, group=-1, zeros=True, row_warps=1, tile_warps=4, k_warps=4),
     ],
 )
 def test_wgmma_with_work_shared_out_in_every_way(variant: Variant) -> None:

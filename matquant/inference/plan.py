@@ -12,7 +12,11 @@ from matquant.inference.layout import TILE, tiles
 from matquant.nested import Slicing, planes_read
 
 TOKENS = 64  # that one launch takes at most without wgmma; for more, strips are decoded for cuBLAS
-MOST_TOKENS = 512  # and with it, where strips begin to be faster (H200: experiments/kernels)
+MOST_TOKENS = 512  # and with it: more are faster by strips (H200: experiments/kernels)
+_MANY_PLANES = (
+    6  # from here on so many tokens are, as each tile of them decodes the weights anew, which then takes long
+)
+_MOST_OF_MANY_PLANES = 256
 STRIP_WEIGHTS = 2**26  # decoded at a time: fewer are too little work for cuBLAS to share out among all multiprocessors
 _TWICE_WEIGHTS = 2**25  # of matrices from which two launches take less time than strips (H200: experiments/kernels)
 _WARP = 32
@@ -168,18 +172,24 @@ _LARGE = {
     8: _NARROW[8],
 }
 _LARGE_WEIGHTS = 2**27  # from here on
-# The same by wgmma, for tiles that are fewer than half of the multiprocessors, and for the others.
+# The same by wgmma. What counts as narrow or wide are tiles of 64 rows and of so many tokens.
+_TILE_TOKENS = 128  # of the largest tile
 _FIRST_OF_WGMMA = 17  # tokens: for fewer, mma.sync is as fast or faster
-_WGMMA_SMALL = ((1, 4, 1, 1, 1, 1, 2),)
+_WGMMA_SMALL = ((4, 1, 2, 2, 1, 1, 2), (1, 4, 1, 1, 1, 1, 2))
 _WGMMA_NARROW = {
-    4: ((2, 2, 4, 2, 1, 1, 2), (4, 1, 2, 2, 1, 1, 2), *_WGMMA_SMALL),
+    4: ((2, 2, 4, 2, 1, 1, 2), *_WGMMA_SMALL),
     8: ((1, 4, 4, 2, 1, 1, 2), (2, 2, 2, 2, 1, 1, 2), *_WGMMA_SMALL),
-    16: ((1, 4, 2, 2, 1, 1, 2), *_WGMMA_SMALL),
+    16: ((1, 4, 2, 2, 1, 1, 2), (1, 4, 1, 1, 1, 1, 2)),
 }
 _WGMMA_WIDE = {
-    4: ((8, 1, 1, 4, 1, 1, 2), (8, 1, 1, 2, 2, 1, 2), *_WGMMA_SMALL),
-    8: ((8, 1, 1, 4, 1, 1, 2), (8, 1, 1, 2, 2, 1, 2), *_WGMMA_SMALL),
-    16: ((4, 2, 1, 4, 1, 1, 2), (4, 2, 1, 2, 1, 1, 2), *_WGMMA_SMALL),
+    4: _WGMMA_SMALL,
+    8: ((2, 2, 1, 4, 1, 2, 2), (4, 2, 1, 4, 1, 1, 2), (2, 2, 2, 2, 1, 1, 2), *_WGMMA_SMALL),
+    16: ((4, 2, 1, 4, 1, 1, 2), (4, 2, 1, 2, 1, 1, 2), (1, 4, 1, 1, 1, 1, 2)),
+}
+_WGMMA_LARGE = {
+    4: ((8, 1, 1, 4, 1, 1, 2), *_WGMMA_SMALL),
+    8: ((8, 1, 1, 4, 1, 1, 3), (8, 1, 1, 2, 2, 1, 2), *_WGMMA_SMALL),
+    16: _WGMMA_WIDE[16],
 }
 _MOST_STAGES = 6
 _EVEN = 0.94  # of the blocks that could be resident must be left for every tile to have as many as the others
@@ -190,7 +200,8 @@ def choose(problem: Problem, device: Device) -> Variant:
     """The variant for a problem of at most ``most_tokens`` tokens."""
     wgmma = _by_wgmma(problem, device)
     least = 4 if wgmma else 1
-    token_tiles = next((count for count in (1, 2, 4, 8) if count >= least and problem.tokens <= 8 * count), 16)
+    sizes = (1, 2, 4, 8, _TILE_TOKENS // 8)
+    token_tiles = next((n for n in sizes if n >= least and problem.tokens <= 8 * n), sizes[-1])
     for row_warps, tile_warps, k_warps, units, panel, blocks, least_stages in _shapes(problem, device, wgmma)[
         token_tiles
     ]:
@@ -222,11 +233,12 @@ def _by_wgmma(problem: Problem, device: Device) -> bool:
 
 
 def _shapes(problem: Problem, device: Device, wgmma: bool) -> Mapping[int, tuple[tuple[int, ...], ...]]:
-    if 2 * tiles(problem.rows) < device.multiprocessors:
+    token_tiles = -(-problem.tokens // _TILE_TOKENS)
+    if 2 * tiles(problem.rows) * token_tiles < device.multiprocessors:
         return _WGMMA_NARROW if wgmma else _NARROW
-    if wgmma:
-        return _WGMMA_WIDE
-    return _LARGE if problem.rows * problem.depth >= _LARGE_WEIGHTS else _WIDE
+    if problem.rows * problem.depth >= _LARGE_WEIGHTS:
+        return _WGMMA_LARGE if wgmma else _LARGE
+    return _WGMMA_WIDE if wgmma else _WIDE
 
 
 def centred_exactly(problem: Problem) -> bool:
@@ -247,7 +259,9 @@ def centred_exactly(problem: Problem) -> bool:
 
 def most_tokens(problem: Problem, device: Device) -> int:
     """For how many tokens one launch of the matmul is the fastest way."""
-    return MOST_TOKENS if device.wgmma and centred_exactly(problem) else TOKENS
+    if not device.wgmma or not centred_exactly(problem):
+        return TOKENS
+    return MOST_TOKENS if problem.planes < _MANY_PLANES else _MOST_OF_MANY_PLANES
 
 
 def supported(problem: Problem) -> bool:

@@ -19,20 +19,19 @@ import contextlib
 import dataclasses
 import functools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from matquant.models.blocks import BlockModel
 from matquant.ranks import ALONE, Ranks
+from matquant.search.fitness import Fitness, Score, kl_score, likeliest, likelihood_score, sparse_kl_score
 from matquant.search.mixing import Forward, Text, branches, by_width, forward_by_width, spread
 from matquant.search.problem import Candidate, Unit
 from matquant.search.slices import Slices
 
-Fitness = Literal["kl", "sparse_kl", "perplexity"]
 FULL = 0  # the "width" of a layer that is left in full precision
 
 # Of a GPU's free memory what is kept of the full-precision model may take this share; more stays in the host's.
@@ -165,7 +164,7 @@ class Evaluator:
     ) -> None:
         """Add the loss on some windows, cut to ``length``, to ``sums``, float64 [candidates]; waits for no result."""
         text = Text(self.blocks, self.windows[numbers, :length].to(self.device))
-        score = self._scorer(text.ids, numbers, length)
+        score = self._score(text.ids, numbers, length)
         path, last = [text.hidden], None
         for together in passes:
             group = [candidates[c] for c in together]
@@ -173,7 +172,7 @@ class Evaluator:
             last = group[-1]
             logits = self.blocks.head(text.copies(len(group)), path[-1])
             for c, own in zip(together, logits.split(len(numbers)), strict=True):
-                sums[c] += score(own)
+                sums[c] += score(own[:, :-1])
 
     # A candidate's forward pass
 
@@ -259,9 +258,8 @@ class Evaluator:
         self._run([self._full], None, path, text)
         if self.fitness == "kl":
             return (path[-1].cpu(),)
-        logits = self.blocks.head(text.ids, path[-1]).float()
-        values, tokens = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1)
-        return values.log_softmax(-1).cpu(), tokens.to(torch.int32).cpu()
+        shares, tokens = likeliest(self.blocks.head(text.ids, path[-1]), self.top_k)
+        return shares.cpu(), tokens.cpu()
 
     def _placed(self, target: Tensor) -> Tensor:
         """On the device if it has room, else in the host's memory."""
@@ -270,21 +268,15 @@ class Evaluator:
         )
         return target.to(self.device) if roomy else target
 
-    def _scorer(self, ids: Tensor, numbers: Sequence[int], length: int) -> Callable[[Tensor], Tensor]:
-        """A function from logits [batch, length, vocabulary] to the sum of the loss over the predicted tokens."""
+    def _score(self, ids: Tensor, numbers: Sequence[int], length: int) -> Score:
+        """How the logits of the predicted tokens of some windows are judged."""
         if self.fitness == "perplexity":
-            return lambda logits: _nll(logits[:, :-1], ids[:, 1:])
+            return likelihood_score(ids)
         kept = [target[numbers, :length].to(self.device) for target in self._targets]
         if self.fitness == "kl":
             self._install([self._full], len(self.blocks), *ids.shape)  # the head may be quantized too
-            full = self.blocks.head(ids, kept[0])[:, :-1].float().log_softmax(-1)
-            expected = full.exp()
-            entropy = (expected * full).sum(dtype=torch.float64)
-            return lambda logits: _kl(logits[:, :-1], expected, entropy)
-        values, tokens = kept[0][:, :-1], kept[1][:, :-1].long()
-        probabilities = values.exp()
-        entropy = (probabilities * values).sum(dtype=torch.float64)
-        return lambda logits: _kl(logits[:, :-1].gather(-1, tokens), probabilities, entropy)
+            return kl_score(self.blocks.head(ids, kept[0])[:, :-1])
+        return sparse_kl_score(kept[0][:, :-1], kept[1][:, :-1])
 
 
 @contextlib.contextmanager
@@ -325,18 +317,3 @@ def _layers_of_blocks(blocks: BlockModel, units: Sequence[Unit]) -> dict[str, nn
     wanted = {name for unit in units for name in unit.layers}
     found = {name: layer for i in range(len(blocks) + 1) for name, layer in blocks.linears(i).items()}
     return {name: layer for name, layer in found.items() if name in wanted}
-
-
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
-
-
-def _kl(logits: Tensor, expected: Tensor, entropy: Tensor) -> Tensor:
-    """Sum over tokens of KL(expected || softmax(logits)); ``entropy`` is the sum of p log p.
-
-    As p log p - p z + log sum exp z: one exponential and one product for each logit, where comparing two distributions
-    term by term takes several. Rounding is some 1e-6 nats a token, far below the differences that a search looks for.
-    """
-    logits = logits.float()
-    cross = torch.linalg.vecdot(expected, logits).sum(dtype=torch.float64)
-    return entropy - cross + logits.logsumexp(-1).sum(dtype=torch.float64)

@@ -46,7 +46,7 @@ HERE = Path(__file__).parent
 BUDGETS = (2.5, 3.0, 3.5, 4.5)
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 # 1.7 million tokens in all; evolution ends with the generation in which it has measured as many.
-TEXT = ("search.sequences=256", "search.serve=decoded")
+TEXT = ("search.sequences=256", "search.batch_size=64", "search.serve=decoded")
 HYBRID = ("search=hybrid", "search.sensitivity_tokens=4096", "search.generations=20", "search.tokens=[2048,8192]")
 EVOLVE = (
     "search=evolve", "search.generations=10000", "search.offspring=16", "search.survivors=[4,1]",
@@ -134,7 +134,10 @@ class Bench:
         self.evaluation = texts.windows(text, "evaluation", self.loaded.tokenizer)
 
     def find(self, overrides: tuple[str, ...], watch: Callable[[str], None]) -> dict[str, Any]:
-        """One search: its allocation as widths of units, and what it spent. Raises what ``watch`` raises."""
+        """One search: its allocation as widths of units, and what it spent; its speed since it last went on.
+
+        Raises what ``watch`` raises.
+        """
         wanted: SearchConfig = config_of(*overrides).search
         text = dataclasses.replace(
             self.text, sequences=wanted.sequences, sequence_length=wanted.sequence_length, seed=1 + wanted.seed

@@ -54,7 +54,7 @@ EVOLVE = (
 )  # fmt: skip
 # As MatGPTQ publishes it, but for windows of 512 tokens, the shipped model's longest, and for the widths: as many tokens.
 PUBLISHED_TEXT = (
-    "search.sequences=256", "search.sequence_length=512", "search.batch_size=256", "search.serve=decoded",
+    "search.sequences=256", "search.sequence_length=512", "search.batch_size=128", "search.serve=decoded",
 )  # fmt: skip
 PUBLISHED = ("search=evopress", "search.widths=[2,3,4,5,6,7,8]")
 # A tenth of the evaluations that those settings take.
@@ -287,6 +287,13 @@ def measure(tasks: list[Task], results: Results, pool: ProcessPoolExecutor, dead
     return sum(results.of(task) is None for task in tasks)
 
 
+def begin(threads: int, numbers: "multiprocessing.Queue[int]") -> None:
+    """Make a process ready: its share of the cores, and the next of the GPUs."""
+    torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(numbers.get() % torch.cuda.device_count())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="for equal tokens")
@@ -302,7 +309,10 @@ def main() -> None:
         results.write()
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     spawn = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
-    with ProcessPoolExecutor(arguments.jobs, spawn, torch.set_num_threads, (threads,)) as pool:
+    numbers = spawn.Queue()
+    for number in range(arguments.jobs):
+        numbers.put(number)
+    with ProcessPoolExecutor(arguments.jobs, spawn, begin, (threads, numbers)) as pool:
         missing = sum(measure(tasks, results, pool, deadline) for tasks in wanted(arguments.seeds, arguments.published))
     if results.rows:
         print(table(results.rows, results.uniform), flush=True)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from shared import ROOT
@@ -19,7 +20,7 @@ def recipe(monkeypatch, tmp_path):
     jobs = []
 
     def run(command, **_):
-        folder = next(tmp_path / "study" / "jobs" / str(len(jobs)) for o in command if o.startswith("hydra.run.dir="))
+        folder = next(Path(o.partition("=")[2]) for o in command if o.startswith("hydra.run.dir="))
         jobs.append(next(o for o in command if "objective.weights" in o))
         if len(jobs) == 2:
             return subprocess.CompletedProcess(command, 2, "", "error: the disk is full")
@@ -31,8 +32,9 @@ def recipe(monkeypatch, tmp_path):
 
     monkeypatch.setattr(module.subprocess, "run", run)
 
-    def call(trials):
-        monkeypatch.setattr(sys, "argv", ["search.py", "--trials", str(trials), "--folder", str(tmp_path / "study")])
+    def call(trials, *more):
+        folder = str(tmp_path / "study")
+        monkeypatch.setattr(sys, "argv", ["search.py", "--trials", str(trials), "--folder", folder, *more])
         return module.main()
 
     return call, jobs
@@ -52,3 +54,19 @@ def test_failed_and_missing_trials(recipe, tmp_path, capsys):
     assert len(jobs) == 4
     call(3)
     assert len(jobs) == 4
+    assert len(set(jobs)) == 4  # a study that goes on draws anew
+
+
+def test_trials_at_the_same_time_are_recorded_with_their_seeds(recipe, tmp_path):
+    call, jobs = recipe
+    output = tmp_path / "trials.json"
+    call(5, "--jobs", "2", "--seed", "7", "--output", str(output), "tracking=none")
+    found = json.loads(output.read_text())
+    assert found["seed"] == 7
+    assert found["overrides"] == ["tracking=none"]
+    assert [trial["number"] for trial in found["trials"]] == list(range(5))
+    assert sorted(trial["state"] for trial in found["trials"]) == ["complete"] * 4 + ["fail"]
+    assert all(trial["sampler"] == {"seed": 7, "jobs": 2} for trial in found["trials"])
+    assert found["trials"][0]["weights"] == {"weight_3": 1.5, "weight_4": 3.0, "weight_6": 12.0, "weight_8": 48.0}
+    call(6, "--seconds", "0", "--output", str(output))  # no time: no trial begins
+    assert len(jobs) == 5

@@ -2,6 +2,7 @@
 
     python experiments/search/bench_reload.py                 # the shipped model
     python experiments/search/bench_reload.py --blocks 4      # random blocks of the shape of an 8B Llama, for a GPU
+    python experiments/search/bench_reload.py --blocks 4 --tokens 1024 2048        # these rows alone
 
 Both measure the same children of one parent on the same tokens and must find the same losses. The reference does what the
 published search does: one file with the dense weight for every layer and width; for each candidate it loads the files of
@@ -35,6 +36,12 @@ from matquant.search.slices import DecodedSlices, PlaneSlices
 HERE = Path(__file__).parent
 WIDTHS = (2, 3, 4, 6, 8)  # those that MatGPTQ's search chooses from
 GROUP_SIZE = 128
+
+# Windows, their length, and the candidates that are measured on them: the stages of a generation as published, and fewer tokens
+# before (the first stage of hybrid has 1024). The shipped model takes no more than 512.
+PUBLISHED = ((1, 2048, 64), (8, 2048, 16), (64, 2048, 5))
+STAGES_8B = ((1, 512, 64), (1, 1024, 64), *PUBLISHED)
+STAGES_SHIPPED = ((1, 32, 64), (1, 256, 64), (4, 512, 32))
 
 
 def shipped(device: torch.device) -> tuple[BlockModel, dict[str, NestedWeight], torch.Tensor]:
@@ -72,11 +79,14 @@ class Reloading:
     """One model whose layers are read from disk as their widths change, as the published code does."""
 
     def __init__(self, blocks: BlockModel, codes: dict[str, NestedWeight], dtype: torch.dtype, folder: Path) -> None:
-        self.model, self.dtype, self.folder = blocks.model, dtype, folder
+        self.model, self.codes, self.dtype, self.folder = blocks.model, codes, dtype, folder
         self.layers = {n: m for i in range(len(blocks)) for n, m in blocks.linears(i).items()}
-        for name, weight in codes.items():
-            for bits in WIDTHS:
-                save_file({"weight": weight.decode(bits, dtype)}, self._file(name, bits))
+
+    def write(self, candidates: list[dict[str, int]]) -> None:
+        """The files that these candidates need, which are in the system's cache then."""
+        for name, bits in {pair for widths in candidates for pair in widths.items()}:
+            if not self._file(name, bits).exists():
+                save_file({"weight": self.codes[name].decode(bits, self.dtype)}, self._file(name, bits))
                 load_file(self._file(name, bits))
 
     def measure(
@@ -117,9 +127,9 @@ class Reloading:
         return float(total / (windows.numel() - len(windows)))
 
 
-def in_memory(blocks, problem, slices, children, windows, device) -> tuple[float, list[float]]:
+def in_memory(blocks, problem, slices, children, windows, batch_tokens, device) -> tuple[float, list[float]]:
     """Seconds for each candidate by the evaluator, and its losses."""
-    batch = max(1, 2048 // windows.shape[1])
+    batch = max(1, batch_tokens // windows.shape[1])
     with open_evaluator(
         blocks, problem.units, slices, windows, batch_size=batch, fitness="kl", top_k=1, device=device
     ) as evaluator:
@@ -132,6 +142,8 @@ def in_memory(blocks, problem, slices, children, windows, device) -> tuple[float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=0, help="of the shape of an 8B Llama; 0 for the shipped model")
+    parser.add_argument("--tokens", type=int, nargs="+", help="rows to measure; all when not given")
+    parser.add_argument("--batch-tokens", type=int, default=16384, help="that go through the model at a time in memory")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -147,10 +159,9 @@ def main() -> None:
     serving = {"decoded": DecodedSlices(codes, device, dtype, 32 * 10**9)}
     if device.type == "cuda":
         serving["planes"] = PlaneSlices(codes, device, dtype)
-    # Windows, their length, and the candidates that a published generation measures on as many tokens.
-    stages = (
-        ((1, 2048, 64), (8, 2048, 16), (64, 2048, 5)) if arguments.blocks else ((1, 32, 64), (1, 256, 64), (4, 512, 32))
-    )
+    stages = STAGES_8B if arguments.blocks else STAGES_SHIPPED
+    if arguments.tokens:
+        stages = [stage for stage in stages if stage[0] * stage[1] in arguments.tokens]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         reloading = Reloading(blocks, codes, dtype, Path(folder))
@@ -158,21 +169,23 @@ def main() -> None:
             windows = text[:count, :length].contiguous()
             children = breed(problem, parent, candidates, random.Random(0), switch_levels)
             widths = [problem.layer_widths(candidate) for candidate in (parent, *children)]
+            reloading.write(widths)
             slow, expected = reloading.measure(widths[0], widths[1:], windows)
             row = {"tokens": count * length, "candidates": candidates, "reloading": slow}
             for name, slices in serving.items():
-                row[name], found = in_memory(blocks, problem, slices, children, windows, device)
+                row[name], found = in_memory(
+                    blocks, problem, slices, children, windows, arguments.batch_tokens, device
+                )  # fmt: skip
                 worst = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
                 assert worst < (1e-3 if dtype == torch.float32 else 3e-2), worst
             rows.append(row)
             times = ", ".join(f"{name} {1 / row[name]:.1f} ({slow / row[name]:.1f} times)" for name in serving)
             print(f"{row['tokens']} tokens: reloading {1 / slow:.1f} candidates/s, {times}", flush=True)
-    for name in serving:
-        whole = [sum(row[key] * row["candidates"] for row in rows) for key in ("reloading", name)]
-        print(
-            f"all {sum(row['candidates'] for row in rows)} candidates, {name}: {whole[0] / whole[1]:.2f} times",
-            flush=True,
-        )
+    if set(PUBLISHED) <= set(stages):
+        generation = [row for row in rows if row["tokens"] in {count * length for count, length, _ in PUBLISHED}]
+        for name in serving:
+            slow, fast = (sum(row[key] * row["candidates"] for row in generation) for key in ("reloading", name))
+            print(f"a generation as published, {name}: {slow / fast:.2f} times", flush=True)
     if arguments.output:
         arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
 

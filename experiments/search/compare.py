@@ -1,24 +1,30 @@
 """Hybrid search against evolution on the shipped model: with equal tokens, and with the published settings.
 
-    python experiments/search/compare.py --jobs 8                  # five seeds, four budgets; for a GPU
-    python experiments/search/compare.py --jobs 8 --published 1    # also the published settings, for so many seeds
+    python experiments/search/compare.py --jobs 8                                # five seeds, four budgets; for a GPU
+    python experiments/search/compare.py --jobs 8 --seeds 0 --published 1        # the published settings alone, one seed
+    python experiments/search/compare.py --jobs 8 --published 1 --seconds 240    # ends in good time, and goes on the next time
 
-Searches on windows of the calibration split and measures on the evaluation split, which no search has seen. What results.json
-has for the same parent is not done again.
+Searches on windows of the calibration split and measures on the evaluation split, which no search has seen. Each search is
+written as it ends, and what the file has for the same parent is not done again. One that --seconds cuts off goes on where it
+stopped: the store has its generations.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from joblib import Parallel, delayed
 
 from matquant import cli
 from matquant.config import Config, from_hydra
@@ -33,14 +39,14 @@ from matquant.search.running import Setting
 from matquant.search.settings import SearchConfig
 from matquant.search.slices import DecodedSlices
 from matquant.search.stage import problems, search
-from matquant.store import Store
+from matquant.store import Artifact, Draft, Store
 from matquant.store.artifact import read_artifact
 
 HERE = Path(__file__).parent
 BUDGETS = (2.5, 3.0, 3.5, 4.5)
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 # 1.7 million tokens in all; evolution ends with the generation in which it has measured as many.
-TEXT = ("search.sequences=256", "search.serve=decoded")
+TEXT = ("search.sequences=256", "search.batch_size=64", "search.serve=decoded")
 HYBRID = ("search=hybrid", "search.sensitivity_tokens=4096", "search.generations=20", "search.tokens=[2048,8192]")
 EVOLVE = (
     "search=evolve", "search.generations=10000", "search.offspring=16", "search.survivors=[4,1]",
@@ -48,12 +54,56 @@ EVOLVE = (
 )  # fmt: skip
 # As MatGPTQ publishes it, but for windows of 512 tokens, the shipped model's longest, and for the widths: as many tokens.
 PUBLISHED_TEXT = (
-    "search.sequences=256", "search.sequence_length=512", "search.batch_size=64", "search.serve=decoded",
+    "search.sequences=256", "search.sequence_length=512", "search.batch_size=128", "search.serve=decoded",
 )  # fmt: skip
 PUBLISHED = ("search=evopress", "search.widths=[2,3,4,5,6,7,8]")
-OF_PUBLISHED = ("hybrid, a tenth", "evolve, published")
 # A tenth of the evaluations that those settings take.
 TENTH = ("search=hybrid", "search.sensitivity_tokens=16384", "search.generations=90", "search.tokens=[2048,16384]")
+
+EQUAL_TOKENS = "evolve, equal tokens"
+# The longest first, so that none of them is left over at the end.
+OF_PUBLISHED = {"evolve, published": (*PUBLISHED, *PUBLISHED_TEXT), "hybrid, a tenth": (*TENTH, *PUBLISHED_TEXT)}
+METHODS = {"hybrid": (*HYBRID, *TEXT), EQUAL_TOKENS: (*EVOLVE, *TEXT)} | OF_PUBLISHED
+_PROGRESS = 25  # generations between two lines on a search
+
+
+class OutOfTime(Exception):
+    """Ends a search after a generation that the store has."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Task:
+    """One search."""
+
+    seed: int
+    budget: float
+    method: str
+
+    def __str__(self) -> str:
+        return f"{self.method}, seed {self.seed}, {self.budget} bits"
+
+
+class WatchedDraft:
+    """The draft of a search; ``watch`` is told the name of each part after it was written."""
+
+    def __init__(self, draft: Draft, watch: Callable[[str], None]) -> None:
+        self.has, self.read_json = draft.has, draft.read_json
+        self.draft, self.watch = draft, watch
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.draft.write_json(name, value)
+        self.watch(name)
+
+
+class WatchedStore(Store):
+    """A store whose searches are watched."""
+
+    def __init__(self, path: Path, watch: Callable[[str], None]) -> None:
+        super().__init__(path)
+        self.watch = watch
+
+    def open_or_build(self, kind: str, inputs: Mapping[str, Any], build: Callable[[Any], dict[str, Any]]) -> Artifact:
+        return super().open_or_build(kind, inputs, lambda draft: build(WatchedDraft(draft, self.watch)))
 
 
 def config_of(*overrides: str) -> Config:
@@ -75,7 +125,7 @@ class Bench:
 
     def __init__(self) -> None:
         config = config_of("tracking=none")
-        self.store = Store(Path(config.store.path))
+        self.store = Path(config.store.path)
         self.blocks, self.parent, self.loaded = open_parent(config)
         self.text = config.calibration
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,15 +133,18 @@ class Bench:
         text = dataclasses.replace(config.eval.datasets["stdlib"], sequences=16)
         self.evaluation = texts.windows(text, "evaluation", self.loaded.tokenizer)
 
-    def find(self, *overrides: str) -> dict[str, Any]:
-        """One search: its allocation as widths of units, and what it spent."""
+    def find(self, overrides: tuple[str, ...], watch: Callable[[str], None]) -> dict[str, Any]:
+        """One search: its allocation as widths of units, and what it spent; its speed since it last went on.
+
+        Raises what ``watch`` raises.
+        """
         wanted: SearchConfig = config_of(*overrides).search
         text = dataclasses.replace(
             self.text, sequences=wanted.sequences, sequence_length=wanted.sequence_length, seed=1 + wanted.seed
         )
         windows = texts.windows(text, "calibration", self.loaded.tokenizer)
         setting = Setting(blocks=self.blocks, parent=self.parent, windows=windows, device=self.device, dtype=self.dtype)
-        outcome = search(wanted, setting, self.store, lambda _: None)
+        outcome = search(wanted, setting, WatchedStore(self.store, watch), lambda _: None)
         widths = outcome.allocations[0].widths
         units = problems(wanted, setting)[0].units
         record = outcome.record
@@ -142,50 +195,129 @@ def table(rows: list[dict[str, Any]], uniform: dict[int, float]) -> str:
     return "\n".join(lines)
 
 
-def compare(seed: int, bits: float, published: bool) -> list[dict[str, Any]]:
-    """Both methods on as many tokens, or the published settings and a tenth of their evaluations; with KL."""
-    bench = Bench()
-    budget = (f"search.average_bits={bits}", f"search.seed={seed}")
-    if published:
-        evolve = bench.find(*PUBLISHED, *PUBLISHED_TEXT, *budget)
-        found = dict(zip(OF_PUBLISHED, (bench.find(*TENTH, *PUBLISHED_TEXT, *budget), evolve), strict=True))
-    else:
-        hybrid = bench.find(*HYBRID, *TEXT, *budget)
-        evolve = bench.find(*EVOLVE, *TEXT, *budget, f"search.max_tokens={hybrid['tokens']}")
-        found = {"hybrid": hybrid, "evolve, equal tokens": evolve}
-    losses = bench.measure([entry["candidate"] for entry in found.values()])
-    return [
-        {"method": method, "budget": bits, "seed": seed, "kl": kl} | entry
-        for (method, entry), kl in zip(found.items(), losses, strict=True)
-    ]
+@functools.cache
+def bench() -> Bench:
+    """One for all searches of a process."""
+    return Bench()
+
+
+def watcher(task: Task, deadline: float) -> Callable[[str], None]:
+    """Says how far a search is, and ends it after the deadline."""
+    start = time.monotonic()
+
+    def watch(name: str) -> None:
+        _, is_generation, number = name.removesuffix(".json").partition("-generation-")
+        if is_generation and int(number) % _PROGRESS == 0:
+            print(f"  {task}: generation {int(number)}, {time.monotonic() - start:.0f} s", flush=True)
+        if is_generation and time.time() > deadline:
+            raise OutOfTime
+
+    return watch
+
+
+def run(task: Task, tokens: int | None, deadline: float) -> dict[str, Any] | None:
+    """One search with its KL; None if the time was over before it ended.
+
+    Args:
+        tokens: after which it ends, if it counts them.
+        deadline: in seconds since the epoch.
+    """
+    if time.time() > deadline:
+        return None
+    limit = () if tokens is None else (f"search.max_tokens={tokens}",)
+    overrides = (*METHODS[task.method], f"search.average_bits={task.budget}", f"search.seed={task.seed}", *limit)
+    try:
+        found = bench().find(overrides, watcher(task, deadline))
+    except OutOfTime:
+        return None
+    (kl,) = bench().measure([found["candidate"]])
+    return {"method": task.method, "budget": task.budget, "seed": task.seed, "kl": kl} | found
+
+
+class Results:
+    """The file of results: what was measured for one parent."""
+
+    def __init__(self, path: Path, parent: str) -> None:
+        self.path, self.parent = path, parent
+        known = json.loads(path.read_text()) if path.exists() else {"parent": parent}
+        if known["parent"] != parent:
+            raise SystemExit(f"{path} has results for another parent ({known['parent'][:12]}). Give another --output.")
+        self.uniform = {int(bits): kl for bits, kl in known.get("uniform", {}).items()}
+        self.rows: list[dict[str, Any]] = known.get("rows", [])
+
+    def of(self, task: Task) -> dict[str, Any] | None:
+        wanted = dataclasses.asdict(task).items()
+        return next((row for row in self.rows if wanted <= row.items()), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.rows.sort(key=lambda row: (row["method"], row["budget"], row["seed"]))
+        self.write()
+
+    def write(self) -> None:
+        text = json.dumps({"parent": self.parent, "uniform": self.uniform, "rows": self.rows})
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text(text.replace(', {"method"', ',\n{"method"') + "\n")
+        partial.replace(self.path)
+
+
+def wanted(seeds: int, published: int) -> list[list[Task]]:
+    """The searches in two rounds: the second one needs what the first has found."""
+    first = [Task(seed, bits, method) for seed in range(published) for method in OF_PUBLISHED for bits in BUDGETS]
+    first += [Task(seed, bits, "hybrid") for seed in range(seeds) for bits in BUDGETS]
+    return [first, [Task(seed, bits, EQUAL_TOKENS) for seed in range(seeds) for bits in BUDGETS]]
+
+
+def measure(tasks: list[Task], results: Results, pool: ProcessPoolExecutor, deadline: float) -> int:
+    """Do a round of searches, except those that are there; the number of those that are still missing."""
+    start, running = time.monotonic(), {}
+    for task in tasks:
+        before = results.of(dataclasses.replace(task, method="hybrid")) if task.method == EQUAL_TOKENS else None
+        if results.of(task) is None and (before is not None or task.method != EQUAL_TOKENS):
+            running[pool.submit(run, task, before and before["tokens"], deadline)] = task
+    for future in as_completed(running):
+        try:
+            row = future.result()
+        except Exception as error:  # of one search; the others stand
+            print(f"{running[future]} failed: {error!r}", flush=True)
+            continue
+        if row is not None:
+            results.add(row)
+            print(f"{running[future]}: KL {row['kl']:.5f} after {time.monotonic() - start:.0f} s", flush=True)
+    return sum(results.of(task) is None for task in tasks)
+
+
+def begin(threads: int, numbers: "multiprocessing.Queue[int]") -> None:
+    """Make a process ready: its share of the cores, and the next of the GPUs."""
+    torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(numbers.get() % torch.cuda.device_count())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="for equal tokens")
     parser.add_argument("--published", type=int, default=0, help="seeds for the published settings")
     parser.add_argument("--jobs", type=int, default=1, help="searches at a time")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which every search stops")
     parser.add_argument("--output", type=Path, default=HERE / "results.json")
     arguments = parser.parse_args()
-    bench = Bench()
-    uniform = dict(zip(WIDTHS, bench.measure([[b] * 42 for b in WIDTHS]), strict=True))
-    parent = bench.parent.artifact.sha256
-    known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    rows: list[dict[str, Any]] = known["rows"] if known.get("parent") == parent else []
-    done = {(row["seed"], row["budget"], row["method"] in OF_PUBLISHED) for row in rows}
-    tasks = [(seed, bits, True) for seed in range(arguments.published) for bits in BUDGETS]
-    tasks += [(seed, bits, False) for seed in range(arguments.seeds) for bits in BUDGETS]
-    tasks = [task for task in tasks if task not in done]
-    start = time.time()
-    running = Parallel(arguments.jobs, return_as="generator_unordered", batch_size=1)
-    for found in running(delayed(compare)(*task) for task in tasks):
-        rows += found
-        rows.sort(key=lambda row: (row["method"], row["budget"], row["seed"]))
-        text = json.dumps({"parent": parent, "uniform": uniform, "rows": rows})
-        arguments.output.write_text(text.replace(', {"method"', ',\n{"method"') + "\n")
-        one = found[0]
-        print(f"{one['method']}, seed {one['seed']}, {one['budget']} bits: {time.time() - start:.0f} s", flush=True)
-    print(table(rows, uniform), flush=True)
+    deadline = time.time() + arguments.seconds
+    results = Results(arguments.output, bench().parent.artifact.sha256)
+    if not results.uniform:
+        results.uniform = dict(zip(WIDTHS, bench().measure([[b] * 42 for b in WIDTHS]), strict=True))
+        results.write()
+    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    spawn = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
+    numbers = spawn.Queue()
+    for number in range(arguments.jobs):
+        numbers.put(number)
+    with ProcessPoolExecutor(arguments.jobs, spawn, begin, (threads, numbers)) as pool:
+        missing = sum(measure(tasks, results, pool, deadline) for tasks in wanted(arguments.seeds, arguments.published))
+    if results.rows:
+        print(table(results.rows, results.uniform), flush=True)
+    if missing:
+        raise SystemExit(f"{missing} searches are missing. The same command goes on with them.")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ What makes it fast:
   - a layer changes width by taking another tensor, which is decoded once and kept within a memory limit, or by reading
     another number of bit planes (``matquant.search.slices``);
   - candidates are put in order so that neighbours agree on their first blocks, and what leaves those blocks is computed once;
+  - as many of them as a batch has room for go through the model together (``matquant.search.mixing``);
   - of the full-precision model only what leaves its last block is kept (exact, and small whatever the vocabulary), or
-    its k likeliest tokens.
+    its k likeliest tokens;
+  - losses are added up on the device, which is waited for once they are all under way.
 
 Lifecycle:
   1. ``open`` puts the model on the device and follows the full-precision model through the text once;
@@ -15,21 +17,25 @@ Lifecycle:
 
 import contextlib
 import dataclasses
+import functools
 import random
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from matquant.models.blocks import BlockModel
-from matquant.models.calls import Calls
 from matquant.ranks import ALONE, Ranks
+from matquant.search.fitness import Fitness, Score, kl_score, likeliest, likelihood_score, sparse_kl_score
+from matquant.search.mixing import Forward, Text, branches, by_width, forward_by_width, spread
 from matquant.search.problem import Candidate, Unit
 from matquant.search.slices import Slices
 
-Fitness = Literal["kl", "sparse_kl", "perplexity"]
 FULL = 0  # the "width" of a layer that is left in full precision
+
+# Of a GPU's free memory what is kept of the full-precision model may take this share; more stays in the host's.
+_SHARE_OF_MEMORY = 0.25
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +58,7 @@ class Evaluator:
     """Measures candidates. Made by ``open``.
 
     Attributes:
+        batch_size: windows that go through the model at a time, all candidates' together.
         counts: of all calls of ``losses``.
         windows: int64 [sequences, length], the text.
     """
@@ -83,12 +90,14 @@ class Evaluator:
             [u for u, unit in enumerate(units) if unit.block == index] for index in range(len(blocks) + 1)
         ]
         self._names = [unit.layers for unit in units]
-        self._own = {name: layer.weight for name, layer in self._layers.items()}
-        self._installed = dict.fromkeys(self._layers, FULL)
+        self._installed: dict[str, tuple[int, ...]] = dict.fromkeys(self._layers, (FULL,))
         self._full: Candidate = (FULL,) * len(units)
-        self._targets: list[Tensor | tuple[Tensor, Tensor]] = []
+        # An expert sees tokens of any candidate, in an order of its own.
+        self._together = slices.mixes and not any(blocks.expert_pools(index) for index in range(len(blocks)))
+        self._targets: tuple[Tensor, ...] = ()
         if fitness != "perplexity":
-            self._targets = [target for batch in self._batches(self.everything()) for target in self._follow(batch)]
+            kept = [self._follow(numbers) for numbers, _ in self._batches(self.everything())]
+            self._targets = tuple(self._placed(torch.cat(parts)) for parts in zip(*kept, strict=True))
 
     def everything(self) -> Sample:
         """All of the text."""
@@ -119,31 +128,51 @@ class Evaluator:
             KL(full || candidate), or that over the full model's likeliest tokens, in nats a token; for ``perplexity`` the
             mean negative log-likelihood, which puts candidates in the same order.
         """
-        order = sorted(range(len(candidates)), key=lambda c: self._key(candidates[c]))
-        order = order[self._share(len(order), self.ranks.rank) : self._share(len(order), self.ranks.rank + 1)]
-        sums = torch.zeros(len(candidates), dtype=torch.float64)
+        passes = self._passes(candidates, min(self.batch_size, len(sample.windows)))
+        passes = passes[self._share(len(passes), self.ranks.rank) : self._share(len(passes), self.ranks.rank + 1)]
+        sums = torch.zeros(len(candidates), dtype=torch.float64, device=self.device)
         predicted = 0
         for numbers, length in self._batches(sample):
             predicted += len(numbers) * (length - 1)
-            if not order:
-                continue
-            ids = self.windows[numbers, :length].to(self.device)
-            hidden, calls = self.blocks.prepare(ids)
-            score = self._scorer(ids, numbers, length)
-            path: list[Tensor] = [hidden]
-            last: Candidate | None = None
-            for c in order:
-                self._run(candidates[c], last, path, calls)
-                last = candidates[c]
-                sums[c] += score(self.blocks.head(ids, path[-1]))
+            if passes:
+                self._measure(candidates, passes, numbers, length, sums)
         self.ranks.add(sums)
         self.counts.evaluations += len(candidates)
         self.counts.tokens += len(candidates) * self.size(sample)
         return (sums / predicted).tolist()
 
-    def _share(self, candidates: int, rank: int) -> int:
-        """Where a process's part of the candidates begins."""
-        return rank * candidates // self.ranks.count
+    def _passes(self, candidates: Sequence[Candidate], windows: int) -> list[list[int]]:
+        """Numbers of the candidates that go through the model together, on so many windows each.
+
+        They do not depend on the number of processes, so that it has no influence on what is found.
+        """
+        order = sorted(range(len(candidates)), key=lambda c: self._key(candidates[c]))
+        size = max(1, self.batch_size // windows) if self._together else 1
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def _share(self, passes: int, rank: int) -> int:
+        """Where a process's part of the passes begins."""
+        return rank * passes // self.ranks.count
+
+    def _measure(
+        self,
+        candidates: Sequence[Candidate],
+        passes: Sequence[Sequence[int]],
+        numbers: Sequence[int],
+        length: int,
+        sums: Tensor,
+    ) -> None:
+        """Add the loss on some windows, cut to ``length``, to ``sums``, float64 [candidates]; waits for no result."""
+        text = Text(self.blocks, self.windows[numbers, :length].to(self.device))
+        score = self._score(text.ids, numbers, length)
+        path, last = [text.hidden], None
+        for together in passes:
+            group = [candidates[c] for c in together]
+            self._run(group, last, path, text)
+            last = group[-1]
+            logits = self.blocks.head(text.copies(len(group)), path[-1])
+            for c, own in zip(together, logits.split(len(numbers)), strict=True):
+                sums[c] += score(own[:, :-1])
 
     # A candidate's forward pass
 
@@ -151,14 +180,26 @@ class Evaluator:
         """Candidates in this order share first blocks with their neighbours as far as they can."""
         return [candidate[u] for units in self._units_of_block for u in units]
 
-    def _run(self, candidate: Candidate, last: Candidate | None, path: list[Tensor], calls: Calls) -> None:
-        """Make ``path`` what enters block 0 and leaves each block for this candidate, from what it was for ``last``."""
-        start = 0 if last is None else self._common_blocks(candidate, last)
-        del path[start + 1 :]
+    def _run(self, group: Sequence[Candidate], last: Candidate | None, path: list[Tensor], text: Text) -> None:
+        """Make ``path`` what enters block 0 and leaves each block for these candidates, from what it was up to ``last``.
+
+        Args:
+            group: in the order of ``_key``, as ``last`` is before them.
+            path: each element has the windows of the candidates that differ up to there, one candidate after the other.
+        """
+        alike = [self._common_blocks(one, other) for one, other in pairwise(group)]
+        start = 0 if last is None else min([self._common_blocks(last, group[0]), *alike])
+        rows, length = text.ids.shape
+        path[:] = [hidden[-rows:] for hidden in path[: start + 1]]
+        before = [0]
         for index in range(start, len(self.blocks)):
-            self._install(candidate, index)
-            path.append(self.blocks.run_block(index, path[-1], calls[index]))
-        self._install(candidate, len(self.blocks))
+            after = branches(alike, index)
+            entering = spread(path[-1], before, after)
+            self._install([group[number] for number in after], index, rows, length)
+            path.append(self.blocks.run_block(index, entering, text.calls(len(after))[index]))
+            before = after
+        path[-1] = spread(path[-1], before, range(len(group)))
+        self._install(group, len(self.blocks), rows, length)
 
     def _common_blocks(self, one: Candidate, other: Candidate) -> int:
         """How many first blocks have the same widths in both."""
@@ -167,23 +208,37 @@ class Evaluator:
                 return index
         return len(self.blocks)
 
-    def _install(self, candidate: Candidate, index: int) -> None:
-        """Give the layers of a block the candidate's widths."""
+    def _install(self, group: Sequence[Candidate], index: int, rows: int, length: int) -> None:
+        """Give the layers of a block the widths of candidates that follow each other, ``rows`` windows each."""
         for unit in self._units_of_block[index]:
-            bits = candidate[unit]
+            widths = tuple(candidate[unit] for candidate in group)
+            shape = (len(group) * rows, length)
+            wanted = widths[:1] if len(set(widths)) == 1 else widths + shape
             for name in self._names[unit]:
-                if self._installed[name] == bits:
-                    continue
-                if bits == FULL:
-                    self.slices.remove(name, self._layers[name], self._own[name])
-                else:
-                    self.slices.install(name, self._layers[name], bits)
-                self._installed[name] = bits
+                if self._installed[name] != wanted:
+                    self._set_forward(name, widths, *shape)
+                    self._installed[name] = wanted
+
+    def _set_forward(self, name: str, widths: tuple[int, ...], rows: int, length: int) -> None:
+        layer = self._layers[name]
+        own = layer.__dict__
+        if set(widths) == {FULL}:
+            own.pop("forward", None)
+            return
+        runs = by_width(widths, functools.partial(self._serve, name))
+        if len(runs) == 1:
+            own["forward"] = runs[0][1]
+        else:
+            own["forward"] = functools.partial(forward_by_width, runs=runs, rows=rows, length=length, name=name)
+
+    def _serve(self, name: str, bits: int) -> Forward:
+        layer = self._layers[name]
+        return functools.partial(type(layer).forward, layer) if bits == FULL else self.slices.serve(name, layer, bits)
 
     def restore(self) -> None:
         """Give every layer its own weight again."""
         for index in range(len(self.blocks) + 1):
-            self._install(self._full, index)
+            self._install([self._full], index, 0, 0)
 
     # Targets and scores
 
@@ -196,35 +251,32 @@ class Evaluator:
             yield [sample.windows[-1]], sample.last
 
     @torch.no_grad()
-    def _follow(self, batch: tuple[list[int], int]) -> list[Tensor | tuple[Tensor, Tensor]]:
-        """What is kept of the full-precision model for each window of a batch."""
-        ids = self.windows[batch[0]].to(self.device)
-        hidden, calls = self.blocks.prepare(ids)
-        path = [hidden]
-        self._run(self._full, None, path, calls)
+    def _follow(self, numbers: Sequence[int]) -> tuple[Tensor, ...]:
+        """What is kept of the full-precision model on some windows."""
+        text = Text(self.blocks, self.windows[numbers].to(self.device))
+        path = [text.hidden]
+        self._run([self._full], None, path, text)
         if self.fitness == "kl":
-            return list(path[-1].to("cpu"))
-        logits = self.blocks.head(ids, path[-1]).float()
-        values, tokens = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1)
-        return list(zip(values.log_softmax(-1).cpu(), tokens.to(torch.int32).cpu(), strict=True))
+            return (path[-1].cpu(),)
+        shares, tokens = likeliest(self.blocks.head(text.ids, path[-1]), self.top_k)
+        return shares.cpu(), tokens.cpu()
 
-    def _scorer(self, ids: Tensor, numbers: Sequence[int], length: int) -> Callable[[Tensor], float]:
-        """A function from logits [batch, length, vocabulary] to the sum of the loss over the predicted tokens."""
+    def _placed(self, target: Tensor) -> Tensor:
+        """On the device if it has room, else in the host's memory."""
+        roomy = (
+            self.device.type == "cuda" and target.nbytes <= _SHARE_OF_MEMORY * torch.cuda.mem_get_info(self.device)[0]
+        )
+        return target.to(self.device) if roomy else target
+
+    def _score(self, ids: Tensor, numbers: Sequence[int], length: int) -> Score:
+        """How the logits of the predicted tokens of some windows are judged."""
         if self.fitness == "perplexity":
-            return lambda logits: _nll(logits[:, :-1], ids[:, 1:])
-        kept = [self._targets[n] for n in numbers]
+            return likelihood_score(ids)
+        kept = [target[numbers, :length].to(self.device) for target in self._targets]
         if self.fitness == "kl":
-            self._install(self._full, len(self.blocks))  # the head may be quantized too
-            hidden = torch.stack([k for k in kept if isinstance(k, Tensor)])[:, :length].to(self.device)
-            full = self.blocks.head(ids, hidden)[:, :-1].float().log_softmax(-1)
-            expected = full.exp()
-            entropy = (expected * full).sum(dtype=torch.float64)
-            return lambda logits: _kl(logits[:, :-1], expected, entropy)
-        values = torch.stack([k[0] for k in kept])[:, : length - 1].to(self.device)
-        tokens = torch.stack([k[1] for k in kept])[:, : length - 1].to(self.device, torch.int64)
-        probabilities = values.exp()
-        entropy = (probabilities * values).sum(dtype=torch.float64)
-        return lambda logits: _kl(logits[:, :-1].gather(-1, tokens), probabilities, entropy)
+            self._install([self._full], len(self.blocks), *ids.shape)  # the head may be quantized too
+            return kl_score(self.blocks.head(ids, kept[0])[:, :-1])
+        return sparse_kl_score(kept[0][:, :-1], kept[1][:, :-1])
 
 
 @contextlib.contextmanager
@@ -265,19 +317,3 @@ def _layers_of_blocks(blocks: BlockModel, units: Sequence[Unit]) -> dict[str, nn
     wanted = {name for unit in units for name in unit.layers}
     found = {name: layer for i in range(len(blocks) + 1) for name, layer in blocks.linears(i).items()}
     return {name: layer for name, layer in found.items() if name in wanted}
-
-
-def _nll(logits: Tensor, targets: Tensor) -> float:
-    loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
-    return float(loss)
-
-
-def _kl(logits: Tensor, expected: Tensor, entropy: Tensor) -> float:
-    """Sum over tokens of KL(expected || softmax(logits)); ``entropy`` is the sum of p log p.
-
-    As p log p - p z + log sum exp z: one exponential and one product for each logit, where comparing two distributions
-    term by term takes several. Rounding is some 1e-6 nats a token, far below the differences that a search looks for.
-    """
-    logits = logits.float()
-    cross = torch.linalg.vecdot(expected, logits).sum(dtype=torch.float64)
-    return float(entropy - cross + logits.logsumexp(-1).sum(dtype=torch.float64))

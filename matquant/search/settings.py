@@ -36,7 +36,7 @@ class SearchConfig:
     seed: int
     sequences: int  # of the text: the calibration text, other windows of it
     sequence_length: int
-    batch_size: int
+    batch_size: int  # windows that go through the model at a time, those of several candidates together
     serve: Literal["auto", "decoded", "planes"]  # candidates by dense weights, or by kernels that read bit planes
     cache_gigabytes: float  # for decoded slices
 

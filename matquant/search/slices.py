@@ -7,28 +7,33 @@ read as many bit planes as the width has: no slice is decoded or kept, so that a
 import dataclasses
 import functools
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from matquant.inference.linear import NestedLinear
 from matquant.inference.planes import NestedPlanes
 from matquant.nested import NestedWeight
+from matquant.search.allocation import MAX_BITS, MIN_BITS
+
+_WIDTHS = range(MIN_BITS, MAX_BITS + 1)
 
 
 class Slices(Protocol):
-    """Makes layers of a model work at a width."""
+    """Serves layers of a model at any width."""
 
     dtype: torch.dtype  # of the activations
 
-    def install(self, name: str, layer: nn.Linear, bits: int) -> None:
-        """Give a layer, which may have any width by now, another one."""
+    @property
+    def mixes(self) -> bool:
+        """Whether several widths of every layer at the same time take no more memory than one after the other."""
         ...
 
-    def remove(self, name: str, layer: nn.Linear, own: Tensor) -> None:
-        """Give a layer its own dense weight again."""
+    def serve(self, name: str, layer: nn.Linear, bits: int) -> Callable[[Tensor], Tensor]:
+        """What stands for the layer's forward at ``bits`` bits; what it needs is in memory for as long as it is."""
         ...
 
 
@@ -46,23 +51,26 @@ class DecodedSlices:
         self.codes = {name: _moved(weight, device) for name, weight in codes.items()}
         self.dtype = dtype
         self.limit = limit
-        self.held: OrderedDict[tuple[str, int], nn.Parameter] = OrderedDict()
+        self.held: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
         self.bytes = 0
         self.decoded = 0  # how many times a slice was decoded because it was not held
 
-    def install(self, name: str, layer: nn.Linear, bits: int) -> None:
-        layer._parameters["weight"] = self.get(name, bits)
+    @property
+    def mixes(self) -> bool:
+        """Whether all slices fit in the limit."""
+        weights = sum(weight.codes.numel() for weight in self.codes.values())
+        return weights * self.dtype.itemsize * len(_WIDTHS) <= self.limit
 
-    def remove(self, name: str, layer: nn.Linear, own: Tensor) -> None:
-        layer._parameters["weight"] = own  # type: ignore[assignment]
+    def serve(self, name: str, layer: nn.Linear, bits: int) -> Callable[[Tensor], Tensor]:
+        return functools.partial(linear, weight=self.get(name, bits), bias=layer.bias)
 
-    def get(self, layer: str, bits: int) -> nn.Parameter:
+    def get(self, layer: str, bits: int) -> Tensor:
         """The dense weight [out_features, in_features] of one layer at ``bits`` bits."""
         key = (layer, bits)
         if key in self.held:
             self.held.move_to_end(key)
             return self.held[key]
-        weight = nn.Parameter(self.codes[layer].decode(bits, self.dtype), requires_grad=False)
+        weight = self.codes[layer].decode(bits, self.dtype)
         self.decoded += 1
         self.held[key] = weight
         self.bytes += weight.nbytes
@@ -86,13 +94,15 @@ class PlaneSlices:
             name: NestedLinear.from_planes(NestedPlanes.pack(weight).to(device)) for name, weight in codes.items()
         }
 
-    def install(self, name: str, layer: nn.Linear, bits: int) -> None:
+    @property
+    def mixes(self) -> bool:
+        """Always: a width is no more than how many planes are read."""
+        return True
+
+    def serve(self, name: str, layer: nn.Linear, bits: int) -> Callable[[Tensor], Tensor]:
         nested = self.layers[name]
         nested.bias = layer.bias
-        layer.__dict__["forward"] = functools.partial(nested.forward, bits=bits)
-
-    def remove(self, name: str, layer: nn.Linear, own: Tensor) -> None:
-        layer.__dict__.pop("forward", None)
+        return functools.partial(nested.forward, bits=bits)
 
 
 def _moved(weight: NestedWeight, device: torch.device) -> NestedWeight:

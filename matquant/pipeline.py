@@ -52,7 +52,7 @@ from matquant.store.together import AnyDraft, open_or_build
 log = logging.getLogger(__name__)
 
 # Part of a parent's key: raised when the same settings would give other codes than before.
-_SOLVER_VERSION = 3
+_SOLVER_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -318,7 +318,7 @@ class _Run:
                     overrides=own.get, ranks=self.ranks, progress=progress,
                 )  # fmt: skip
                 blocks = driver.run(draft, windows)
-                self.phases.update(driver.seconds)
+                self.phases.update(driver.phases.seconds)
             return {"label": f"{self.loaded.label} {method.name}{width}", "blocks": blocks}
 
         artifact = open_or_build(self.store, self.ranks, "parent", inputs, build)

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from matquant import machine
+from matquant.calibration.hessian import PANEL
 from matquant.errors import UserError
 from matquant.evaluate.slices import LOGITS_AT_ONCE
 from matquant.models.activations import Place
@@ -135,7 +136,8 @@ def _gathering(shapes: Shapes, job: Calibrating, stage: Sequence[Layer]) -> int:
         return 0
     before = sum(layer.rows * layer.columns for layer in shapes.layers if layer.stage < min(one.stage for one in stage))
     decoded = job.streams * before * shapes.computing if job.staged else 0
-    product = max(_inputs(stage)) ** 2 * _FLOAT
+    widest = max(_inputs(stage))
+    product = widest * (widest if job.asymmetric else min(widest, PANEL)) * _FLOAT
     caught = (job.streams + job.asymmetric) * job.batch * sum(_inputs(stage)) * shapes.computing
     difference = job.asymmetric * job.batch * max(_inputs(stage)) * _FLOAT
     passing = max(_activations(shapes, job.batch), difference + product)

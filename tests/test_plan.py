@@ -111,5 +111,5 @@ def test_the_plan_was_right_within_a_fifth_and_stands_in_the_results(run_py, sma
     found = results["resources"]
     assert found["plan"]["host_peak"] == pytest.approx(found["host_peak"], rel=0.2)
     assert found["plan"]["seconds"] > 0
-    assert found["quantize_seconds"].keys() == {"prepare", "load", "forward", "solve", "write"}
+    assert found["quantize_seconds"].keys() == {"prepare", "load", "forward", "moments", "solve", "errors", "write"}
     assert {row["reason"] for row in results["left_alone"]} == {"embeddings, tied to the head", "norm or bias"}

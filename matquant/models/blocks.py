@@ -169,7 +169,7 @@ class BlockModel:
                 entering, recorded = self.prepare(ids, calls[0] if calls else None)
                 if hidden is None:
                     shape = (*windows.shape, entering.shape[-1])
-                    hidden = Activations(shape, entering.dtype, place or torch.device(device))
+                    hidden = Activations(shape, entering.dtype, place or torch.device(device), torch.device(device))
                 hidden[batch] = entering
                 calls.append(recorded)
         if hidden is None:

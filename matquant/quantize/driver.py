@@ -73,6 +73,7 @@ class Driver:
         overrides: gives for a layer's name the options that it has of its own, or None.
         ranks: the processes that share the work; each calls ``run`` with the same arguments.
         progress: called with 1 after each solved layer.
+        finished: called with what is recorded of each block once it is committed and its outputs are made.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Driver:
         overrides: Callable[[str], SolverOptions | None] = lambda _: None,
         ranks: Ranks = ALONE,
         progress: Callable[[int], None] = lambda _: None,
+        finished: Callable[[dict], None] = lambda _: None,
     ) -> None:
         self.blocks = blocks
         self.layers = layers
@@ -101,6 +103,7 @@ class Driver:
         self.overrides = overrides
         self.ranks = ranks
         self.progress = progress
+        self.finished = finished
         self.phases = Phases(device)
 
     @torch.inference_mode()
@@ -115,7 +118,11 @@ class Driver:
             For each block what ``write_block`` recorded of it: file, layers with shapes and errors, notes.
         """
         streams = None if windows is None else self._start(windows)
-        return [self._block(index, draft, streams) for index in range(len(self.layers))]
+        records = []
+        for index in range(len(self.layers)):
+            records.append(self._block(index, draft, streams))
+            self.finished(records[-1])
+        return records
 
     def _start(self, windows: Tensor) -> Streams:
         names = [FULL] * self.calibration.asymmetric + [str(bits) for bits in self.calibration.streams]

@@ -32,9 +32,10 @@ from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.inventory import left_alone
 from matquant.models.load import open_model
 from matquant.models.shapes import measure
+from matquant.nested import planes_read
 from matquant.options import as_json, own_options, planned_weight, solver_options
 from matquant.pack.stage import Packing
-from matquant.plan import Calibrating, Plan
+from matquant.plan import Calibrating, Need, Plan
 from matquant.progress import Bars
 from matquant.quantize.driver import CalibrationOptions, Driver, check_layers, layers_to_quantize
 from matquant.quantize.parent import Parent
@@ -168,6 +169,7 @@ class _Run:
     def results(self) -> dict[str, Any]:
         with self._timed("quantize"):
             variants = self._quantize()
+            self._make_plan(None, None, None)  # where nothing was left to quantize
         with self._timed("search"):
             variants += self._search()
         measured: dict[str, dict[str, Any]] = {}
@@ -187,6 +189,7 @@ class _Run:
                 results["generate"] = generating.generate(
                     self.loaded, self.blocks, variants, str(self.config.prompt), self.config.max_new_tokens, self.device
                 )
+            results["resources"] |= self._peaks()
         return results
 
     @contextlib.contextmanager
@@ -350,8 +353,6 @@ class _Run:
         def weights_of(index: int, variant: str) -> dict[str, Tensor]:
             return by_name[variant].weights(index)
 
-        if self.plan is None:
-            self._make_plan(None, None, None)
         measured = {}
         for name, windows in self.evaluation.items():
             batch_size = self.config.eval.datasets[name].batch_size
@@ -365,11 +366,12 @@ class _Run:
     def _make_plan(
         self, calibration: CalibrationOptions | None, options: SolverOptions | None, windows: Tensor | None
     ) -> None:
-        """Say what quantizing (if there are options) and measuring need, and refuse what cannot fit; once in a job."""
+        """Say what quantizing (if there are options), measuring and generating need, and refuse what cannot fit; once in a
+        job."""
         if self.plan is not None:
             return
         on_gpu, needs, total = self.device.type == "cuda", [], 0.0
-        place: Place = self.device
+        place: Place | None = self.device if self.evaluation else None
         if calibration is not None and options is not None:
             compile_row_solver()  # before memory is measured
             job = Calibrating(
@@ -394,6 +396,11 @@ class _Run:
                 )
             )
             total += plan.operations(self.shapes, None, self._own_tokens(text), variants)
+        if "generate" in self.config.stages:
+            needs.append(self._generating(on_gpu))
+            total += plan.operations(self.shapes, None, self.config.max_new_tokens, variants)
+        if not needs:
+            return
         self.plan = plan.make_plan(
             self.shapes, needs, total, device=self.device, place=place, store=self.store.path,
             group_size=self.config.method.group_size,
@@ -401,6 +408,16 @@ class _Run:
         log.info(self.plan.sentence())
         if self.config.runtime.check_memory:
             self.plan.refuse()
+
+    def _generating(self, on_gpu: bool) -> Need:
+        method = self.config.method
+        widths = [*self.config.widths, *(b for found in self.allocations.values() for b in found.widths.values())]
+        most = method.master_bits if self.config.search.wanted else max(widths)
+        prompt = len(self.loaded.tokenizer(str(self.config.prompt))["input_ids"])
+        planes = planes_read(most, most if method.dedicated else method.master_bits, method.slicing)
+        return plan.generating(
+            self.shapes, planes, method.group_size, prompt, self.config.max_new_tokens, on_gpu=on_gpu
+        )  # fmt: skip
 
     def _place(self, windows: Tensor | None, models: int) -> Place:
         """Where the hidden states of so many models wait between two blocks."""
@@ -449,8 +466,7 @@ class _Run:
             "resources": {
                 "plan": None if self.plan is None else dataclasses.asdict(self.plan),
                 "quantize_seconds": {phase: round(seconds, 3) for phase, seconds in sorted(self.phases.items())},
-                "host_peak": machine.host_peak(),
-                "device_peak": machine.device_peak(self.device),
+                **self._peaks(),
             },
             "left_alone": self._left_alone(),
             "experts": [row for parent in dict.fromkeys(v.parent for v in variants) for row in parent.poor_experts()],
@@ -458,6 +474,9 @@ class _Run:
             "warnings": list(dict.fromkeys(self.warnings)),
             "versions": outcome.versions(),
         }
+
+    def _peaks(self) -> dict[str, int]:
+        return {"host_peak": machine.host_peak(), "device_peak": machine.device_peak(self.device)}
 
     def _left_alone(self) -> list[dict[str, Any]]:
         quantized = {name for block in self.layers for name in block}

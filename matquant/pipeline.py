@@ -31,6 +31,7 @@ from matquant.models.activations import Place, choose_place
 from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.inventory import left_alone
 from matquant.models.load import open_model
+from matquant.models.probing import check
 from matquant.models.shapes import measure
 from matquant.nested import planes_read
 from matquant.options import as_json, own_options, planned_weight, solver_options
@@ -150,7 +151,7 @@ class _Run:
             self._check_lengths()
             self.allocations = self._read_allocations()
             self.evaluation = self._evaluation_windows()
-            self.blocks.check(self.device, self.dtype)
+            check(self.blocks, self.device, self.dtype)
             self.shapes = measure(self.blocks, self.layers, self.loaded.dtype, self.dtype)
             self.plan: Plan | None = None
             asked = self.config.eval

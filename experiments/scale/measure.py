@@ -34,6 +34,7 @@ from matquant.config import Config, from_hydra
 from matquant.models.activations import Place, choose_place
 from matquant.models.blocks import BlockModel
 from matquant.models.load import LoadedModel, open_model
+from matquant.models.probing import check
 from matquant.options import solver_options
 from matquant.quantize.driver import CalibrationOptions, Driver, layers_to_quantize
 from matquant.store import Store
@@ -253,7 +254,7 @@ def main() -> None:
     loaded = record.timed("open", lambda: open_model(config.model))
     blocks = BlockModel(loaded.model, loaded.checkpoint)
     dtype = loaded.compute_dtype(device)
-    record.timed("check", lambda: blocks.check(device, dtype))
+    record.timed("check", lambda: check(blocks, device, dtype))
     record.found["limits"] = record.timed("rates", lambda: limits(config, blocks, device, dtype))
     with contextlib.suppress(Enough):
         record.timed("quantize", lambda: quantize(config, loaded, blocks, record, arguments))

@@ -10,6 +10,7 @@ from torch import Tensor
 from matquant.calibration.hessian import Moments
 from matquant.calibration.stream import FULL, Streams
 from matquant.errors import UserError
+from matquant.models.probing import input_groups
 from matquant.nested import NestedWeight
 from matquant.quantize.solver import (
     Calibration,
@@ -88,7 +89,7 @@ class BlockSolver:
         """Stages of groups of layers that share an input, in order of execution; what experts do alike is one stage."""
         if self.index == len(self.driver.blocks):
             return [[[name] for name in self.layers]]
-        found = self.driver.blocks.input_groups(self.index)
+        found = input_groups(self.driver.blocks, self.index)
         stages: dict[str, list[list[str]]] = {}
         for group in [*found.groups, *([name] for name in found.uncalled if name in self.pools)]:
             if kept := [name for name in group if name in self.layers]:

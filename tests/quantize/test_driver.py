@@ -10,6 +10,7 @@ from matquant.calibration import hessian
 from matquant.calibration.hessian import Moments
 from matquant.calibration.stream import FULL, Streams
 from matquant.errors import UserError
+from matquant.models import probing
 from matquant.models.blocks import BlockModel
 from matquant.quantize.driver import CalibrationOptions, Driver, check_layers, layers_to_quantize
 from matquant.quantize.parent import read_block
@@ -187,7 +188,7 @@ def test_skipped_layers_are_left_out(model, windows, tmp_path):
 
 def test_a_layer_that_saw_no_data_is_rounded_and_noted(model, windows, tmp_path, monkeypatch):
     """A probe that never reaches the gates and ups stands for experts that no token chooses."""
-    groups = BlockModel.input_groups
+    groups = probing.input_groups
 
     def without_gates(blocks, index):
         found = groups(blocks, index)
@@ -195,7 +196,7 @@ def test_a_layer_that_saw_no_data_is_rounded_and_noted(model, windows, tmp_path,
         return found
 
     plain, dropped = driver_of(model, options_of()), ["gate_proj", "up_proj"]
-    monkeypatch.setattr(BlockModel, "input_groups", without_gates)
+    monkeypatch.setattr("matquant.quantize.block.input_groups", without_gates)
     records, weights = run(plain, windows, tmp_path / "calibrated")
     _, nearest = run(plain, None, tmp_path / "nearest")
     for index, record in enumerate(records):

@@ -80,8 +80,8 @@ def evaluate_slices(
         for index in range(len(blocks)):
             with blocks.on_device(index, device, dtype):
                 for name, states in hidden.items():
-                    weights = {} if name == FULL else weights_of(index, name)
-                    with blocks.with_weights(index, weights):
+                    # Not kept in a variable: the weights of one variant would live while the next one's are made.
+                    with blocks.with_weights(index, {} if name == FULL else weights_of(index, name)):
                         _through_block(blocks, index, states, start, advance)
         heads = {name: weights_of(len(blocks), name) for name in variants}
         with blocks.outside_on_device(device, dtype):

@@ -1,4 +1,6 @@
-from typing import Any
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from matquant.errors import UserError
 from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.calls import Call
+from matquant.models.checkpoint import Checkpoint
 from matquant.models.lending import substituted
 from matquant.models.probing import check
+from matquant.models.values import Values
 
 
 def block_by_block(blocks: BlockModel, ids: Tensor) -> Tensor:
@@ -241,6 +245,24 @@ def test_what_a_half_model_keeps_in_float32_stays_so() -> None:
     with blocks.on_device(0, "cpu", torch.bfloat16):
         assert norm.weight.dtype == torch.float32
         assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+def test_what_values_were_made_of_is_let_go() -> None:
+    made: list[weakref.ref] = []
+
+    class Stored:
+        def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+            for name in names:
+                tensor = torch.ones(8, 8, dtype=torch.float16)
+                made.append(weakref.ref(tensor))
+                yield name, tensor
+
+    values = Values(cast(Checkpoint, Stored()), {}, torch.float16)
+    layers = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)).to("meta")
+    with values.converted(layers, "", lambda _: True, "cpu", torch.float32):
+        assert torch.equal(layers(torch.ones(8)), torch.full((8,), 64.0))
+        assert made
+        assert not any(reference() is not None for reference in made)
 
 
 def test_substituted_restores_after_a_wrong_name() -> None:

@@ -18,6 +18,7 @@ import torch
 from matquant import machine
 from matquant.calibration.hessian import PANEL
 from matquant.errors import UserError
+from matquant.evaluate.metrics import PIECE
 from matquant.evaluate.slices import LOGITS_AT_ONCE
 from matquant.models.activations import Place
 from matquant.models.shapes import Layer, Shapes
@@ -32,6 +33,9 @@ _FACTORING = 4
 
 # Arrays of a matrix's size while its codes are decoded: indices, values, and what is made of them.
 _DECODING = 4
+
+# Arrays of a piece of logits that are alive while two models' are compared.
+_COMPARING = 9
 
 # Side of the matrices whose product tells the speed of a device.
 _PROBE = 1024
@@ -107,15 +111,18 @@ def measuring(
 ) -> Need:
     """The need of measuring so many variants in one pass over the blocks."""
     waiting = (1 + variants) * tokens * shapes.hidden * shapes.computing
-    largest = max((layer.rows * layer.columns for layer in shapes.layers), default=0)
-    decoded = sum(layer.rows * layer.columns for layer in shapes.layers) * _FLOAT
-    # The decoded layers of one variant, the temporaries of one, and its codes, which are mapped from the parent.
-    variant = decoded + 3 * largest * _FLOAT + decoded // _FLOAT
+    sizes = [layer.rows * layer.columns for layer in shapes.layers]
+    # The decoded layers of one variant, the temporaries of one, and its codes, which are mapped from the parent and stay so.
+    variant = sum(sizes) * _FLOAT + 3 * max(sizes, default=0) * _FLOAT + sum(sizes)
+    lent, codes = sum(sizes) * shapes.computing, 0 if on_gpu else sum(sizes)
+    passing = lent + codes + _activations(shapes, batch * length)
+    block = shapes.block * shapes.computing + max(0 if on_gpu else variant, passing)
     rows = max(1, min(batch, LOGITS_AT_ONCE // (length * shapes.vocabulary)))
-    logits = 2 * rows * length * shapes.vocabulary * shapes.computing
-    block = shapes.block * shapes.computing + max(variant, _activations(shapes, batch * length))
-    head = max(_loading(shapes, shapes.head), shapes.head * shapes.computing + logits)
-    running = max(_loading(shapes, shapes.embeddings), _loading(shapes, shapes.block), block, head)
+    logits = rows * length * shapes.vocabulary
+    comparing = _COMPARING * min(PIECE["other" if on_gpu else "cpu"], logits) * _FLOAT
+    head = shapes.head * shapes.computing + 2 * logits * shapes.computing + comparing + codes
+    loading = max(_loading(shapes, part) for part in (shapes.embeddings, shapes.block, shapes.head))
+    running = max(loading, block, head)
     disk = waiting if isinstance(place, Path) else 0
     return _split("evaluate", running, waiting, variant, disk, on_gpu=on_gpu, place=place)
 

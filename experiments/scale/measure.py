@@ -8,7 +8,8 @@ arguments are overrides of the config. The JSON is written anew after each block
 ends by itself once the process has lived for ``--seconds``, still tells what a block takes. A row of ``blocks`` holds the
 seconds of one block, by phase, and its mean errors: the first one's seconds also those of what comes before it.
 
-Beside the times stand the operations of each phase, counted, and the rates of matrix products and copies, measured here:
+Beside the peaks stands what the plan of such a job says (of the host without what the process has before), and beside the
+times the operations of each phase, counted, and the rates of matrix products and copies, measured here:
 together they give ``floor``, the seconds of the whole model at those rates.
 """
 
@@ -28,13 +29,14 @@ from hydra import compose, initialize_config_dir
 from make_llama import INDEX, make
 from torch import Tensor
 
-from matquant import cli, machine
+from matquant import cli, machine, plan
 from matquant.calibration.hessian import PANEL
 from matquant.config import Config, from_hydra
 from matquant.models.activations import Place, choose_place
 from matquant.models.blocks import BlockModel
 from matquant.models.load import LoadedModel, open_model
 from matquant.models.probing import check
+from matquant.models.shapes import measure
 from matquant.options import solver_options
 from matquant.quantize.driver import CalibrationOptions, Driver, layers_to_quantize
 from matquant.store import Store
@@ -199,6 +201,15 @@ def quantize(config: Config, loaded: LoadedModel, blocks: BlockModel, record: Re
     needed = int(record.found["limits"]["hidden_states_bytes"])
     place = place_of(arguments.place, needed, device, arguments.folder / "scratch")
     record.found["place"] = "file" if isinstance(place, Path) else str(place)
+    job = plan.Calibrating(
+        tokens=windows.numel(), batch=text.batch_size * text.sequence_length, streams=len(method.streams),
+        widths=len(options.widths), asymmetric=method.asymmetric, staged=method.staged, group_size=options.group_size,
+    )  # fmt: skip
+    on_gpu = device.type == "cuda"
+    need = plan.quantizing(
+        measure(blocks, layers, loaded.dtype, dtype), job, on_gpu=on_gpu, solver_on_gpu=on_gpu, place=place
+    )
+    record.found["planned"] = {"device": need.device, "host": need.host}
 
     def finished(about: dict[str, Any]) -> None:
         record.block(driver.phases.seconds, mean_errors(about))

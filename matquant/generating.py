@@ -52,7 +52,7 @@ def generate(
 
     Args:
         loaded: whose model gets its values for good: nothing can be read block by block afterwards.
-        variants: of one parent.
+        variants: of one parent, of which only the planes that they need are kept.
 
     Returns:
         For the results: ``prompt``, and for each variant ``name``, ``text``, ``tokens_per_second`` (decoding), ``seconds`` of
@@ -62,7 +62,7 @@ def generate(
     dtype = loaded.compute_dtype(device)
     names = [name for block in parent.blocks for name in block["layers"]]
     blocks.fill({f"{name}.weight" for name in names}, device, dtype)
-    replace_linears(blocks.model, parent)
+    replace_linears(blocks.model, parent, max(variant.bits(name) for variant in variants for name in names))
     model = blocks.model.to(device)
     inputs = loaded.tokenizer(prompt, return_tensors="pt").to(device)
     settings = {"do_sample": False, "use_cache": True, "pad_token_id": loaded.tokenizer.pad_token_id or 0}

@@ -14,37 +14,34 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from matquant import generating, machine, outcome, plan, ranks, report
-from matquant.config import Config, TextConfig
+from matquant import generating, machine, outcome, ranks, report
+from matquant.config import Config
 from matquant.data import texts
 from matquant.errors import UserError
 from matquant.evaluate.slices import evaluate_slices, steps
 from matquant.evaluate.tasks import Scores, Tasks, evaluate_tasks
 from matquant.evaluate.variants import Variant
-from matquant.models.activations import Place, choose_place
-from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.inventory import left_alone
-from matquant.models.load import open_model
-from matquant.models.shapes import measure
-from matquant.options import as_json, own_options, planned_weight, solver_options
+from matquant.opening import Opened
+from matquant.options import as_json, own_options, solver_options
 from matquant.pack.stage import Packing
-from matquant.plan import Calibrating, Plan
+from matquant.plan import Plan
+from matquant.planning import plan_quantizing, plan_the_rest
 from matquant.progress import Bars
-from matquant.quantize.driver import CalibrationOptions, Driver, check_layers, layers_to_quantize
+from matquant.quantize.driver import CalibrationOptions, Driver
 from matquant.quantize.parent import Parent
-from matquant.quantize.solver import SolverOptions, compile_row_solver
+from matquant.quantize.solver import SolverOptions
 from matquant.ranks import Ranks
 from matquant.report.files import write_atomic
 from matquant.search import allocation
 from matquant.search.allocation import Allocation
 from matquant.search.running import Setting
-from matquant.search.stage import check_budgets
 from matquant.search.stage import search as run_search
 from matquant.store import Store
 from matquant.store.together import AnyDraft, open_or_build
@@ -52,7 +49,7 @@ from matquant.store.together import AnyDraft, open_or_build
 log = logging.getLogger(__name__)
 
 # Part of a parent's key: raised when the same settings would give other codes than before.
-_SOLVER_VERSION = 3
+_SOLVER_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,48 +123,34 @@ def compute(config: Config, job: Job) -> dict[str, Any]:
 
 
 class _Run:
-    """The state that the stages of one job share."""
+    """The stages of one job, and what they hand on."""
 
     def __init__(self, config: Config, job: Job, device: torch.device, ranks: Ranks) -> None:
         self.config = config
         self.job = job
-        self.device = self.solver_device = device
+        self.device = device
         self.ranks = ranks
         self.bars = Bars(config.runtime.progress if ranks.first else False)
         self.seconds: dict[str, float] = {}
         self.phases: Counter[str] = Counter()  # seconds of quantizing by what was done
-        self.warnings: list[str] = []
         self.store = Store(Path(config.store.path))
+        self.plan: Plan | None = None
+        self.parent: Parent | None = None  # of all widths, unless the method makes a model for each
+        self.search_record: dict[str, Any] | None = None
         with self._timed("load"):
-            self.loaded = open_model(config.model)
-            self.warnings += self.loaded.warnings
-            self.blocks = BlockModel(self.loaded.model, self.loaded.checkpoint)
-            self.parent: Parent | None = None  # of all widths, unless the method makes a model for each
-            self.dtype = compute_dtype(self.loaded.dtype, self.device)
-            self.layers = layers_to_quantize(self.blocks, config.method.skips, head=config.method.head)
-            check_layers(self.layers, lambda name: config.method.of_layer(name).group_size or config.method.group_size)
-            self._check_lengths()
-            self.allocations = self._read_allocations()
-            self.evaluation = self._evaluation_windows()
-            self.blocks.check(self.device, self.dtype)
-            self.shapes = measure(self.blocks, self.layers, self.loaded.dtype, self.dtype)
-            self.plan: Plan | None = None
-            asked = self.config.eval
+            self.opened = Opened(config, device, ranks, self.store)
+            self.warnings = list(self.opened.loaded.warnings)
+            asked = config.eval
             wanted = asked.tasks and "evaluate" in config.stages
             self.tasks = Tasks(asked.tasks, asked.task_folder, asked.fewshot) if wanted else None
-            self.search_windows = None
-            if self.config.search.wanted:
-                self._check_budgets()
-                search_text = self._search_text()
-                self.search_windows = self._windows(search_text, "calibration")
-            self.search_record: dict[str, Any] | None = None
-            names = [name for block in self.layers for name in block]
             wanted = config.pack.wanted
-            self.packing = Packing(config.pack, names, config.method, job.folder) if wanted else None
+            self.packing = Packing(config.pack, self.opened.names, config.method, job.folder) if wanted else None
 
     def results(self) -> dict[str, Any]:
         with self._timed("quantize"):
             variants = self._quantize()
+            if self.plan is None:
+                self._announce(plan_the_rest(self.opened))
         with self._timed("search"):
             variants += self._search()
         measured: dict[str, dict[str, Any]] = {}
@@ -180,13 +163,15 @@ class _Run:
             scores = self._evaluate_tasks(variants)
         results = self._assemble(variants, measured, scores)
         if self.packing is not None:
-            with self._timed("pack"), self.bars.bar("pack", sum(map(len, self.layers))) as progress:
-                results["pack"] = self.packing.run(self.loaded, self.blocks, variants, results, progress)
+            with self._timed("pack"), self.bars.bar("pack", len(self.opened.names)) as progress:
+                results["pack"] = self.packing.run(self.opened.loaded, self.opened.blocks, variants, results, progress)
         if "generate" in self.config.stages:
             with self._timed("generate"):
                 results["generate"] = generating.generate(
-                    self.loaded, self.blocks, variants, str(self.config.prompt), self.config.max_new_tokens, self.device
-                )
+                    self.opened.loaded, self.opened.blocks, variants, str(self.config.prompt), self.config.max_new_tokens,
+                    self.device,
+                )  # fmt: skip
+            results["resources"] |= self._peaks()
         return results
 
     @contextlib.contextmanager
@@ -195,145 +180,93 @@ class _Run:
         yield
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
-    def _check_lengths(self) -> None:
-        """Refuse windows and a prompt that are longer than the model's context; texts that are not read may be as they like."""
-        named = {} if self.config.method.solver == "rtn" else {"calibration": self.config.calibration}
-        if self.config.search.wanted:
-            named["search"] = self._search_text()
-        if "evaluate" in self.config.stages:
-            named |= {f"eval.datasets.{name}": text for name, text in self.config.eval.datasets.items()}
-        longest = self.loaded.context_length
-        for name, text in named.items():
-            if longest is not None and text.sequence_length > longest:
-                raise UserError(
-                    f"{name}.sequence_length={text.sequence_length} is longer than the {longest} tokens that "
-                    f"{self.loaded.label} was made for."
-                )
-            if text.sequences < self.ranks.count:
-                raise UserError(f"{name}.sequences={text.sequences} cannot be shared by {self.ranks.count} processes.")
-        if "generate" in self.config.stages and longest is not None:
-            prompt, new = len(self.loaded.tokenizer(str(self.config.prompt))["input_ids"]), self.config.max_new_tokens
-            if prompt + new > longest:
-                raise UserError(
-                    f"The prompt has {prompt} tokens; with max_new_tokens={new} that is more than the {longest} tokens that "
-                    f"{self.loaded.label} was made for."
-                )
-
-    def _check_budgets(self) -> None:
-        method = self.config.method
-        options = solver_options(method, self.config.objective.lambdas, method.master_bits, self.loaded.dtype)
-        own = own_options(method, [name for block in self.layers for name in block], options)
-        check_budgets(
-            self.config.search,
-            [
-                {name: planned_weight(layer.weight.shape, own.get(name, options)) for name, layer in block.items()}
-                for block in self.layers
-            ],
-        )
-
-    def _search_text(self) -> TextConfig:
-        """Other windows of the calibration text than those that the parent is calibrated on."""
-        search, text = self.config.search, self.config.calibration
-        return dataclasses.replace(
-            text, sequences=search.sequences, sequence_length=search.sequence_length,
-            seed=None if text.seed is None else text.seed + 1 + search.seed,
-        )  # fmt: skip
-
-    def _evaluation_windows(self) -> dict[str, Tensor]:
-        """Cut before any long work, so that a text that is missing or too short is refused at once."""
-        if "evaluate" not in self.config.stages:
-            return {}
-        if self.config.method.solver != "rtn":
-            texts.check_apart(self.config.calibration, dict(self.config.eval.datasets))
-        return {name: self._windows(text, "evaluation") for name, text in self.config.eval.datasets.items()}
-
-    def _windows(self, text: TextConfig, split: Literal["calibration", "evaluation"]) -> Tensor:
-        return self.ranks.in_turn(lambda: texts.windows(text, split, self.loaded.tokenizer, self.store))
-
-    def _read_allocations(self) -> dict[str, Allocation]:
-        """The files among ``bits``, by path, held against the layers before any long work."""
-        names = [name for block in self.layers for name in block]
-        read = {path: allocation.read(Path(path)) for path in self.config.allocations}
-        for path, found in read.items():
-            allocation.check(found, names, self.config.method.master_bits, path)
-        return read
+    def _announce(self, plan: Plan | None) -> None:
+        """Say what the job needs, and refuse what cannot fit."""
+        self.plan = plan
+        if plan is not None:
+            log.info(plan.sentence())
+            if self.config.runtime.check_memory:
+                plan.refuse()
 
     def _quantize(self) -> list[Variant]:
         """Each width and allocation to measure, with its parent: one and the same, or for a dedicated method one each."""
         method, widths = self.config.method, self.config.widths
         windows = None
         if method.solver != "rtn":
-            windows = self._windows(self.config.calibration, "calibration")
+            windows = self.opened.windows(self.config.calibration, "calibration")
         if method.dedicated:
             return [
                 Variant(name=str(b), parent=self._open_parent(options, windows), widths=b)
                 for b in widths
-                for options in [solver_options(method, {b: 1.0}, b, self.loaded.dtype)]
+                for options in [solver_options(method, {b: 1.0}, b, self.opened.loaded.dtype)]
             ]
-        options = solver_options(method, self.config.objective.lambdas, method.master_bits, self.loaded.dtype)
+        options = solver_options(method, self.config.objective.lambdas, method.master_bits, self.opened.loaded.dtype)
         parent = self.parent = self._open_parent(options, windows)
         variants = [Variant(name=str(b), parent=parent, widths=b) for b in widths]
-        for path, found in self.allocations.items():
+        for path, found in self.opened.allocations.items():
             variants.append(Variant(name=path, parent=parent, widths=found.widths, allocation=found))
             self.warnings += outcome.changes(variants[-1])
         return variants
 
     def _open_parent(self, options: SolverOptions, windows: Tensor | None) -> Parent:
+        """The parent that these options make, from the store or made now."""
         method = self.config.method
-        names = [name for block in self.layers for name in block]
         calibration = CalibrationOptions(
-            streams=() if method.dedicated else method.streams, asymmetric=method.asymmetric, staged=method.staged,
-            batch_size=self.config.calibration.batch_size,
+            streams=(() if method.dedicated else method.streams) or (options.master_bits,),
+            asymmetric=method.asymmetric, staged=method.staged, batch_size=self.config.calibration.batch_size,
         )  # fmt: skip
-        if not calibration.streams:
-            calibration = dataclasses.replace(calibration, streams=(options.master_bits,))
+        own = own_options(method, self.opened.names, options)
         inputs = {
-            "model": self.loaded.fingerprint,
-            "dtype": str(self.loaded.dtype),
+            "model": self.opened.loaded.fingerprint,
+            "dtype": str(self.opened.loaded.dtype),
             "calibration": None if windows is None else texts.fingerprint(windows),
             "options": as_json(options),
             "streams": None if windows is None else [list(calibration.streams), method.asymmetric, method.staged],
-            "layers": names,
+            "layers": self.opened.names,
             "solver": _SOLVER_VERSION,
         }
-        own = own_options(method, names, options)
         if own:
             inputs["overrides"] = {name: as_json(chosen) for name, chosen in own.items()}
-        width = f" at {options.master_bits} bits" if method.dedicated else ""
 
         def build(draft: AnyDraft) -> dict[str, Any]:
-            if "quantize" not in self.config.stages:
-                raise UserError(
-                    f"The store has no such parent{width} yet; add quantize to stages, or check the settings."
-                )
-            place = self._place(windows, 1 + len(calibration.streams))
-            self.solver_device = machine.solver_device(self.device, self.warnings)
-            self._make_plan(calibration, options, windows)
-            if draft.resumed:
-                log.info("resuming an unfinished parent%s from its last finished block", width)
-            with self.bars.bar(f"quantize{width}", len(names)) as progress:
-                driver = Driver(
-                    self.blocks, self.layers, options, calibration, device=self.device,
-                    solver_device=self.solver_device, dtype=self.dtype, place=place,
-                    overrides=own.get, ranks=self.ranks, progress=progress,
-                )  # fmt: skip
-                blocks = driver.run(draft, windows)
-                self.phases.update(driver.seconds)
-            return {"label": f"{self.loaded.label} {method.name}{width}", "blocks": blocks}
+            return self._make_parent(draft, calibration, options, own, windows)
 
         artifact = open_or_build(self.store, self.ranks, "parent", inputs, build)
         parent = Parent(artifact)
         self.warnings += [*artifact.notes, *parent.notes()]
         return parent
 
+    def _make_parent(
+        self, draft: AnyDraft, calibration: CalibrationOptions, options: SolverOptions, own: Mapping[str, SolverOptions],
+        windows: Tensor | None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Quantize all blocks into the draft; what the parent says about itself."""
+        opened, width = self.opened, f" at {options.master_bits} bits" if self.config.method.dedicated else ""
+        if "quantize" not in self.config.stages:
+            raise UserError(f"The store has no such parent{width} yet; add quantize to stages, or check the settings.")
+        place = opened.place(windows, 1 + len(calibration.streams))
+        solver_device = machine.solver_device(self.device, self.warnings)
+        if self.plan is None:
+            self._announce(plan_quantizing(opened, calibration, options, windows, solver_device))
+        if draft.resumed:
+            log.info("resuming an unfinished parent%s from its last finished block", width)
+        with self.bars.bar(f"quantize{width}", len(opened.names)) as progress:
+            driver = Driver(
+                opened.blocks, opened.layers, options, calibration, device=self.device, solver_device=solver_device,
+                dtype=opened.dtype, place=place, overrides=own.get, ranks=self.ranks, progress=progress,
+            )  # fmt: skip
+            blocks = driver.run(draft, windows)
+            self.phases.update(driver.phases.seconds)
+        return {"label": f"{opened.loaded.label} {self.config.method.name}{width}", "blocks": blocks}
+
     def _search(self) -> list[Variant]:
         """An allocation for each budget that is searched for."""
         search = self.config.search
-        if self.search_windows is None or self.parent is None:
+        if self.opened.search_windows is None or self.parent is None:
             return []
         setting = Setting(
-            blocks=self.blocks, parent=self.parent, windows=self.search_windows, device=self.device, dtype=self.dtype,
-            ranks=self.ranks,
+            blocks=self.opened.blocks, parent=self.parent, windows=self.opened.search_windows, device=self.device,
+            dtype=self.opened.dtype, ranks=self.ranks,
         )  # fmt: skip
         with self.bars.bar(f"search {search.name}", len(search.budgets) + 1) as progress:
             searched = run_search(search, setting, self.store, progress)
@@ -350,67 +283,15 @@ class _Run:
         def weights_of(index: int, variant: str) -> dict[str, Tensor]:
             return by_name[variant].weights(index)
 
-        if self.plan is None:
-            self._make_plan(None, None, None)
         measured = {}
-        for name, windows in self.evaluation.items():
+        for name, windows in self.opened.evaluation.items():
             batch_size = self.config.eval.datasets[name].batch_size
-            with self.bars.bar(f"evaluate on {name}", steps(self.blocks, windows, list(by_name))) as progress:
+            with self.bars.bar(f"evaluate on {name}", steps(self.opened.blocks, windows, list(by_name))) as progress:
                 measured[name] = evaluate_slices(
-                    self.blocks, windows, weights_of, list(by_name), batch_size, self.device, progress,
-                    self._place(windows, 1 + len(by_name)), self.ranks,
+                    self.opened.blocks, windows, weights_of, list(by_name), batch_size, self.device, progress,
+                    self.opened.place(windows, 1 + len(by_name)), self.ranks,
                 )  # fmt: skip
         return measured
-
-    def _make_plan(
-        self, calibration: CalibrationOptions | None, options: SolverOptions | None, windows: Tensor | None
-    ) -> None:
-        """Say what quantizing (if there are options) and measuring need, and refuse what cannot fit; once in a job."""
-        if self.plan is not None:
-            return
-        on_gpu, needs, total = self.device.type == "cuda", [], 0.0
-        place: Place = self.device
-        if calibration is not None and options is not None:
-            compile_row_solver()  # before memory is measured
-            job = Calibrating(
-                tokens=self._own_tokens(windows),
-                batch=calibration.batch_size * (1 if windows is None else windows.shape[1]),
-                streams=0 if windows is None else len(calibration.streams), widths=len(options.widths),
-                asymmetric=calibration.asymmetric, staged=calibration.staged, group_size=options.group_size,
-            )  # fmt: skip
-            place = self._place(windows, 1 + len(calibration.streams))
-            needs.append(
-                plan.quantizing(
-                    self.shapes, job, on_gpu=on_gpu, solver_on_gpu=self.solver_device.type == "cuda", place=place
-                )
-            )
-            total += plan.operations(self.shapes, job, 0, 0)
-        variants = len(self.config.widths) + len(self.allocations)
-        for name, text in self.evaluation.items():
-            batch, waiting = self.config.eval.datasets[name].batch_size, self._place(text, 1 + variants)
-            needs.append(
-                plan.measuring(
-                    self.shapes, self._own_tokens(text), text.shape[1], batch, variants, on_gpu=on_gpu, place=waiting
-                )
-            )
-            total += plan.operations(self.shapes, None, self._own_tokens(text), variants)
-        self.plan = plan.make_plan(
-            self.shapes, needs, total, device=self.device, place=place, store=self.store.path,
-            group_size=self.config.method.group_size,
-        )  # fmt: skip
-        log.info(self.plan.sentence())
-        if self.config.runtime.check_memory:
-            self.plan.refuse()
-
-    def _place(self, windows: Tensor | None, models: int) -> Place:
-        """Where the hidden states of so many models wait between two blocks."""
-        width = self.loaded.model.config.get_text_config().hidden_size
-        needed = models * self._own_tokens(windows) * width * self.dtype.itemsize
-        return choose_place(needed, self.device, self.store.path / "scratch")
-
-    def _own_tokens(self, windows: Tensor | None) -> int:
-        """How many tokens of these windows go through this process."""
-        return 0 if windows is None else windows[self.ranks.share(len(windows))].numel()
 
     def _evaluate_tasks(self, variants: Sequence[Variant]) -> dict[str, Scores]:
         """The tasks' scores of ``full`` and of every variant; empty without tasks."""
@@ -419,7 +300,7 @@ class _Run:
         by_name = {variant.name: variant for variant in variants}
         with self.bars.bar("tasks", len(variants) + 1) as progress:
             return evaluate_tasks(
-                self.tasks, self.blocks, self.loaded.tokenizer, lambda index, name: by_name[name].weights(index),
+                self.tasks, self.opened.blocks, self.opened.loaded.tokenizer, lambda index, name: by_name[name].weights(index),
                 list(by_name), limit=self.config.eval.limit, batch_size=self.config.eval.task_batch_size,
                 device=self.device, progress=progress,
             )  # fmt: skip
@@ -432,14 +313,14 @@ class _Run:
     ) -> dict[str, Any]:
         return {
             "schema": 1,
-            "model": self.loaded.label,
+            "model": self.opened.loaded.label,
             "method": self.config.method.name,
             "command": self.job.command,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "config": self.job.resolved,
             "parent": outcome.describe_parents(variants),
             "baseline": {
-                "bytes": self._dense_bytes(),
+                "bytes": self.opened.dense_bytes,
                 "perplexity": {name: outcome.finite(m["full"].perplexity) for name, m in measured.items()},
                 "tasks": scores.get("full", {}),
             },
@@ -449,8 +330,7 @@ class _Run:
             "resources": {
                 "plan": None if self.plan is None else dataclasses.asdict(self.plan),
                 "quantize_seconds": {phase: round(seconds, 3) for phase, seconds in sorted(self.phases.items())},
-                "host_peak": machine.host_peak(),
-                "device_peak": machine.device_peak(self.device),
+                **self._peaks(),
             },
             "left_alone": self._left_alone(),
             "experts": [row for parent in dict.fromkeys(v.parent for v in variants) for row in parent.poor_experts()],
@@ -459,11 +339,10 @@ class _Run:
             "versions": outcome.versions(),
         }
 
-    def _left_alone(self) -> list[dict[str, Any]]:
-        quantized = {name for block in self.layers for name in block}
-        every = {name for index in range(len(self.blocks)) for name in self.blocks.linears(index)}
-        return left_alone(self.blocks, quantized, every - quantized)
+    def _peaks(self) -> dict[str, int]:
+        return {"host_peak": machine.host_peak(), "device_peak": machine.device_peak(self.device)}
 
-    def _dense_bytes(self) -> int:
-        """Bytes of the quantized layers in the model's own dtype."""
-        return sum(m.weight.numel() for block in self.layers for m in block.values()) * self.loaded.dtype.itemsize
+    def _left_alone(self) -> list[dict[str, Any]]:
+        blocks, quantized = self.opened.blocks, set(self.opened.names)
+        every = {name for index in range(len(blocks)) for name in blocks.linears(index)}
+        return left_alone(blocks, quantized, every - quantized)

@@ -2,7 +2,7 @@
 
 The sums are over what is alive at the same time at the worst moment of each phase: while the first inputs are embedded, while
 a block's inputs are gathered and its layers solved, and while slices are measured. None of them grows with the number of
-blocks but the hidden states' place on the disk and the parent's size.
+blocks but the hidden states' place on the disk and the parent's size. Only what generates text holds the whole model.
 """
 
 import dataclasses
@@ -10,12 +10,15 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
 
 from matquant import machine
+from matquant.calibration.hessian import PANEL
 from matquant.errors import UserError
+from matquant.evaluate.metrics import PIECE
 from matquant.evaluate.slices import LOGITS_AT_ONCE
 from matquant.models.activations import Place
 from matquant.models.shapes import Layer, Shapes
@@ -31,8 +34,31 @@ _FACTORING = 4
 # Arrays of a matrix's size while its codes are decoded: indices, values, and what is made of them.
 _DECODING = 4
 
+# Arrays of a piece of logits that are alive while two models' are compared.
+_COMPARING = 9
+
 # Side of the matrices whose product tells the speed of a device.
 _PROBE = 1024
+
+
+Stage = Literal["quantize", "evaluate", "generate"]
+
+# What helps a stage that needs too much memory of the GPU, or of the host.
+_MENDS: dict[Stage, tuple[str, str]] = {
+    "quantize": (
+        "Follow fewer method.streams, lower calibration.batch_size and eval batch sizes, or use runtime.device=cpu.",
+        "Follow fewer method.streams, set method.asymmetric=false, lower batch sizes or the number of calibration.sequences, "
+        "or leave the widest layers alone with method.skip.",
+    ),
+    "evaluate": (
+        "Lower the batch_size of eval.datasets, or use runtime.device=cpu.",
+        "Lower the batch_size or the number of sequences of eval.datasets, or measure fewer bits at once.",
+    ),
+    "generate": (
+        "Generating holds the whole model. Ask for lower bits, whose planes alone are kept, or use runtime.device=cpu.",
+        "Generating holds the whole model. Ask for lower bits, whose planes alone are kept, or use a GPU that has the room.",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +79,9 @@ class Calibrating:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Need:
-    """Bytes of memory at the worst moment: on the device (0 when that is the CPU) and of the host; and on the disk."""
+    """Bytes of memory at a stage's worst moment: on the device (0 when that is the CPU) and of the host; and on the disk."""
 
+    stage: Stage
     device: int
     host: int
     disk: int
@@ -73,9 +100,10 @@ def quantizing(shapes: Shapes, job: Calibrating, *, on_gpu: bool, solver_on_gpu:
     loading = max(_loading(shapes, shapes.embeddings), _loading(shapes, shapes.block))
     if not on_gpu:
         running = max(loading, copy + max(gathering, solving, writing))
-        return _split(running, waiting, 0, disk, on_gpu=False, place=place)
+        return _split("quantize", running, waiting, 0, disk, on_gpu=False, place=place)
     running = max(loading, copy + max(gathering, solving if solver_on_gpu else 0))
-    return _split(running, waiting, max(writing, 0 if solver_on_gpu else solving), disk, on_gpu=True, place=place)
+    on_host = max(writing, 0 if solver_on_gpu else solving)
+    return _split("quantize", running, waiting, on_host, disk, on_gpu=True, place=place)
 
 
 def measuring(
@@ -83,25 +111,48 @@ def measuring(
 ) -> Need:
     """The need of measuring so many variants in one pass over the blocks."""
     waiting = (1 + variants) * tokens * shapes.hidden * shapes.computing
-    largest = max((layer.rows * layer.columns for layer in shapes.layers), default=0)
-    decoded = sum(layer.rows * layer.columns for layer in shapes.layers) * _FLOAT
-    # The decoded layers of one variant, the temporaries of one, and its codes, which are mapped from the parent.
-    variant = decoded + 3 * largest * _FLOAT + decoded // _FLOAT
+    sizes = [layer.rows * layer.columns for layer in shapes.layers]
+    # The decoded layers of one variant, the temporaries of one, and its codes, which are mapped from the parent and stay so.
+    variant = sum(sizes) * _FLOAT + 3 * max(sizes, default=0) * _FLOAT + sum(sizes)
+    lent, codes = sum(sizes) * shapes.computing, 0 if on_gpu else sum(sizes)
+    passing = lent + codes + _activations(shapes, batch * length)
+    block = shapes.block * shapes.computing + max(0 if on_gpu else variant, passing)
     rows = max(1, min(batch, LOGITS_AT_ONCE // (length * shapes.vocabulary)))
-    logits = 2 * rows * length * shapes.vocabulary * shapes.computing
-    block = shapes.block * shapes.computing + max(variant, _activations(shapes, batch * length))
-    head = max(_loading(shapes, shapes.head), shapes.head * shapes.computing + logits)
-    running = max(_loading(shapes, shapes.embeddings), _loading(shapes, shapes.block), block, head)
+    logits = rows * length * shapes.vocabulary
+    comparing = _COMPARING * min(PIECE["other" if on_gpu else "cpu"], logits) * _FLOAT
+    head = shapes.head * shapes.computing + 2 * logits * shapes.computing + comparing + codes
+    loading = max(_loading(shapes, part) for part in (shapes.embeddings, shapes.block, shapes.head))
+    running = max(loading, block, head)
     disk = waiting if isinstance(place, Path) else 0
-    return _split(running, waiting, variant, disk, on_gpu=on_gpu, place=place)
+    return _split("evaluate", running, waiting, variant, disk, on_gpu=on_gpu, place=place)
 
 
-def _split(running: int, waiting: int, on_host: int, disk: int, *, on_gpu: bool, place: Place) -> Need:
+def generating(shapes: Shapes, planes: int, group_size: int, prompt: int, new: int, *, on_gpu: bool) -> Need:
+    """The need of going on with a prompt.
+
+    All that is not quantized is held as it is computed with, and so many planes of the codes with their scales. To that come
+    keys and values of every token, no more than two hidden states in each block, and the prompt's way through a block. While
+    a parent's block is packed, its codes are mapped.
+    """
+    dense = (shapes.parameters - shapes.quantized) * shapes.computing
+    packed = shapes.quantized * planes // 8 + _scale_bytes(shapes, group_size)
+    cache = 2 * shapes.blocks * (prompt + new) * shapes.hidden * shapes.computing
+    held = dense + packed + cache + _activations(shapes, prompt)
+    mapped = _parent_bytes(shapes, group_size) // max(1, shapes.blocks)
+    reading = _loading(
+        shapes, max(shapes.embeddings, shapes.block - sum(one.rows * one.columns for one in shapes.layers))
+    )
+    if on_gpu:
+        return Need(stage="generate", device=held, host=max(2 * mapped, reading), disk=0)
+    return Need(stage="generate", device=0, host=held + mapped, disk=0)
+
+
+def _split(stage: Stage, running: int, waiting: int, on_host: int, disk: int, *, on_gpu: bool, place: Place) -> Need:
     if not on_gpu:
-        return Need(device=0, host=running + (0 if isinstance(place, Path) else waiting), disk=disk)
+        return Need(stage=stage, device=0, host=running + (0 if isinstance(place, Path) else waiting), disk=disk)
     there = isinstance(place, torch.device) and place.type == "cuda"
     host = on_host + (waiting if isinstance(place, torch.device) and not there else 0)
-    return Need(device=running + (waiting if there else 0), host=host, disk=disk)
+    return Need(stage=stage, device=running + (waiting if there else 0), host=host, disk=disk)
 
 
 def _loading(shapes: Shapes, parameters: int) -> int:
@@ -135,7 +186,8 @@ def _gathering(shapes: Shapes, job: Calibrating, stage: Sequence[Layer]) -> int:
         return 0
     before = sum(layer.rows * layer.columns for layer in shapes.layers if layer.stage < min(one.stage for one in stage))
     decoded = job.streams * before * shapes.computing if job.staged else 0
-    product = max(_inputs(stage)) ** 2 * _FLOAT
+    widest = max(_inputs(stage))
+    product = widest * (widest if job.asymmetric else min(widest, PANEL)) * _FLOAT
     caught = (job.streams + job.asymmetric) * job.batch * sum(_inputs(stage)) * shapes.computing
     difference = job.asymmetric * job.batch * max(_inputs(stage)) * _FLOAT
     passing = max(_activations(shapes, job.batch), difference + product)
@@ -170,15 +222,21 @@ def _solving(job: Calibrating, stage: Sequence[Layer]) -> int:
 
 
 def _parent_bytes(shapes: Shapes, group_size: int) -> int:
-    groups = shapes.quantized // group_size if group_size > 0 else 0
-    return shapes.quantized + 2 * groups
+    return shapes.quantized + _scale_bytes(shapes, group_size)
+
+
+def _scale_bytes(shapes: Shapes, group_size: int) -> int:
+    return 2 * (shapes.quantized // group_size) if group_size > 0 else 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """A job's need beside what there is, all in bytes; peaks of the host hold what the process has already.
 
-    ``seconds`` is a rough estimate from a quick probe of the device.
+    Attributes:
+        worst_on_host, worst_on_device: the stages of the peaks.
+        place: where hidden states wait between blocks; None when none do.
+        seconds: a rough estimate from a quick probe of the device.
     """
 
     parameters: int
@@ -186,31 +244,37 @@ class Plan:
     parent: int
     host_peak: int
     host_free: int
+    worst_on_host: Stage
     device_peak: int
     device_free: int
+    worst_on_device: Stage
     disk: int
     disk_free: int
-    place: str
+    place: str | None
     seconds: float
 
     def sentence(self) -> str:
         """For the terminal."""
         gpu = f", {self.device_peak / _GB:.2f} GB of GPU memory" if self.device_peak else ""
+        waiting = f" hidden states in {self.place};" if self.place else ""
         return (
             f"plan: {self.parameters / 1e6:,.1f} M parameters ({self.checkpoint / _GB:.2f} GB); peak "
-            f"{self.host_peak / _GB:.2f} GB of memory{gpu}; {self.disk / _GB:.2f} GB of disk; hidden states in {self.place}; "
+            f"{self.host_peak / _GB:.2f} GB of memory{gpu}; {self.disk / _GB:.2f} GB of disk;{waiting} "
             f"about {_duration(self.seconds)}"
         )
 
     def refuse(self) -> None:
         """Raises UserError when the job cannot fit, with what would help."""
         for what, needed, free, mend in (
-            ("GPU memory", self.device_peak, self.device_free, "Follow fewer method.streams, lower calibration.batch_size "
-             "and eval batch sizes, or use runtime.device=cpu."),
-            ("memory", self.host_peak, self.host_free, "Follow fewer method.streams, set method.asymmetric=false, lower "
-             "batch sizes or the number of calibration.sequences, or leave the widest layers alone with method.skip."),
-            ("room on the disk of store.path", self.disk, self.disk_free, "Make room, or set store.path to another disk."),
-        ):  # fmt: skip
+            ("GPU memory", self.device_peak, self.device_free, _MENDS[self.worst_on_device][0]),
+            ("memory", self.host_peak, self.host_free, _MENDS[self.worst_on_host][1]),
+            (
+                "room on the disk of store.path",
+                self.disk,
+                self.disk_free,
+                "Make room, or set store.path to another disk.",
+            ),
+        ):
             if needed > free:
                 raise UserError(
                     f"This job needs about {needed / _GB:.2f} GB of {what}, but there are {free / _GB:.2f} GB. {mend} "
@@ -219,25 +283,33 @@ class Plan:
 
 
 def make_plan(
-    shapes: Shapes, needs: Sequence[Need], operations: float, *, device: torch.device, place: Place, store: Path,
+    shapes: Shapes, needs: Sequence[Need], operations: float, *, device: torch.device, place: Place | None, store: Path,
     group_size: int,
 ) -> Plan:  # fmt: skip
     """The worst of several needs, one after the other, beside what this machine has.
 
     Args:
-        needs: of the job's phases.
-        operations: multiplications and additions of all phases.
+        needs: of the job's stages.
+        operations: multiplications and additions of all stages.
+        place: where hidden states wait; None when none do.
     """
     now = psutil.Process().memory_info().rss
     on_gpu = device.type == "cuda"
-    where = "a file" if isinstance(place, Path) else "GPU memory" if place.type == "cuda" else "memory"
+    on_host, on_device = (max(needs, key=lambda need: getattr(need, where)) for where in ("host", "device"))
     return Plan(
         parameters=shapes.parameters, checkpoint=shapes.parameters * shapes.stored,
-        parent=_parent_bytes(shapes, group_size), host_peak=max(machine.host_peak(), now + max(need.host for need in needs)),
-        host_free=now + machine.host_free(), device_peak=max(need.device for need in needs),
-        device_free=machine.device_free(device) if on_gpu else 0, disk=max(need.disk for need in needs),
-        disk_free=machine.disk_free(store), place=where, seconds=operations / _speed(device),
+        parent=_parent_bytes(shapes, group_size), host_peak=max(machine.host_peak(), now + on_host.host),
+        host_free=now + machine.host_free(), worst_on_host=on_host.stage, device_peak=on_device.device,
+        device_free=machine.device_free(device) if on_gpu else 0, worst_on_device=on_device.stage,
+        disk=max(need.disk for need in needs), disk_free=machine.disk_free(store), place=_place_name(place),
+        seconds=operations / _speed(device),
     )  # fmt: skip
+
+
+def _place_name(place: Place | None) -> str | None:
+    if place is None:
+        return None
+    return "a file" if isinstance(place, Path) else "GPU memory" if place.type == "cuda" else "memory"
 
 
 def operations(shapes: Shapes, job: Calibrating | None, tokens: int, variants: int) -> float:

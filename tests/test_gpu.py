@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from weights import make_weight
 
+from matquant.calibration import hessian
 from matquant.inference import NestedLinear, NestedPlanes, ops, set_bits
+from matquant.models.activations import Activations
 from matquant.nested import NestedWeight
 
 pytestmark = pytest.mark.skipif(
@@ -135,6 +137,37 @@ def test_a_model_generates_the_same_tokens_as_with_dense_weights():
         set_bits(nested, bits)
         expected = dense.generate(**prompt, max_new_tokens=24, do_sample=False)
         assert torch.equal(nested.generate(**prompt, max_new_tokens=24, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_moments_of_half_precision_inputs_lose_nothing(dtype, monkeypatch):
+    monkeypatch.setattr(hessian, "PANEL", 192)
+    moments = hessian.Moments(512, "cuda", asymmetric=True)
+    batches = [activations(4, 600, 512, dtype=dtype) * (1 + k) for k in range(3)]
+    for full, _, inputs, _ in batches:
+        moments.add(inputs, full)
+    inputs = torch.cat([batch[2] for batch in batches]).double()
+    full = torch.cat([batch[0] for batch in batches]).double()
+    square, cross = (2 * left.T @ inputs / len(inputs) for left in (inputs, full - inputs))
+    assert (moments.hessian - square).norm() <= 1e-5 * square.norm()
+    assert (moments.cross - cross).norm() <= torch.finfo(dtype).eps * cross.norm()
+
+
+def test_hidden_states_in_the_hosts_memory_are_copied_in_order():
+    device = torch.device("cuda")
+    states = Activations((64, 256, 512), torch.float16, torch.device("cpu"), device)
+    values = activations(64, 256, 512)
+    states[0:64] = values
+    copied = states.clone()
+    for start in range(0, 64, 16):
+        rows = slice(start, start + 16)
+        for _ in range(5):
+            states[rows] = states[rows] + 1
+    exact = values
+    for _ in range(5):
+        exact = exact + 1
+    assert torch.equal(states[0:64], exact)
+    assert torch.equal(copied[0:64], values)
 
 
 def _rounded(weight):

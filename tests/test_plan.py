@@ -76,8 +76,20 @@ def test_the_solver_counts_where_it_runs() -> None:
     assert with_solver.host < without.host
 
 
+def test_generating_holds_what_is_dense_and_the_planes_that_are_asked_for() -> None:
+    sizes = shapes()
+    low, high = (plan.generating(sizes, planes, 128, 10, 20, on_gpu=False) for planes in (2, 8))
+    assert high.host - low.host == sizes.quantized * 6 // 8
+    dense, scales = (sizes.parameters - sizes.quantized) * 4, 2 * sizes.quantized // 128
+    assert low.host > dense + sizes.quantized // 4 + scales
+    there = plan.generating(sizes, 2, 128, 10, 20, on_gpu=True)
+    assert there.device > dense + sizes.quantized // 4 + scales
+    longer = plan.generating(sizes, 2, 128, 10, 1020, on_gpu=True)
+    assert longer.device - there.device == 2 * sizes.blocks * 1000 * sizes.hidden * 4
+
+
 def make(host: int, **free: int) -> plan.Plan:
-    need = plan.Need(device=0, host=host, disk=0)
+    need = plan.Need(stage="quantize", device=0, host=host, disk=0)
     made = plan.make_plan(shapes(), [need], 1e9, device=CPU, place=CPU, store=Path("/tmp/x/y"), group_size=128)
     return dataclasses.replace(made, **free)
 
@@ -90,6 +102,26 @@ def test_what_cannot_fit_is_refused_with_what_would_help() -> None:
         make(10 * GB, host_free=GB).refuse()
     with pytest.raises(UserError, match="room on the disk of store.path.*set store.path to another disk"):
         dataclasses.replace(make(10), disk=machine.disk_free(Path("/tmp")) + GB).refuse()
+
+
+def test_the_advice_is_for_the_stage_that_needs_most() -> None:
+    needs = [plan.Need(stage=stage, device=0, host=host, disk=0) for stage, host in (("evaluate", 1), ("generate", 2))]
+    made = plan.make_plan(shapes(), needs, 1e9, device=CPU, place=None, store=Path("/tmp/x/y"), group_size=128)
+    assert "hidden states" not in made.sentence()
+    with pytest.raises(UserError, match="Generating holds the whole model. Ask for lower bits"):
+        dataclasses.replace(made, host_free=0).refuse()
+
+
+def test_text_that_cannot_be_generated_is_refused_before_the_model_is_loaded(
+    matquant, small_model, monkeypatch
+) -> None:
+    monkeypatch.setattr("matquant.generating.generate", lambda *_: pytest.fail("it was loaded"))
+    small = (*SMALL, f"model.path={small_model}", "method=rtn", "method.group_size=64", "bits=4")
+    assert matquant(*small, "stages=[quantize]")[0] == 0
+    monkeypatch.setattr(machine, "host_free", lambda: -(10**9))
+    status, _, err = matquant(*small, "stages=[generate]", "prompt=def", "max_new_tokens=2")
+    assert status == 2
+    assert "Generating holds the whole model" in err
 
 
 def test_a_job_that_cannot_fit_ends_before_it_starts(matquant, small_model, monkeypatch, tmp_path) -> None:
@@ -111,5 +143,12 @@ def test_the_plan_was_right_within_a_fifth_and_stands_in_the_results(run_py, sma
     found = results["resources"]
     assert found["plan"]["host_peak"] == pytest.approx(found["host_peak"], rel=0.2)
     assert found["plan"]["seconds"] > 0
-    assert found["quantize_seconds"].keys() == {"prepare", "load", "forward", "solve", "write"}
+    assert found["quantize_seconds"].keys() == {"prepare", "load", "forward", "moments", "solve", "errors", "write"}
+    job = [*SMALL, f"model.path={small_model}", "method=gptq", "method.group_size=64", "bits=4", "stages=[generate]"]
+    process = run_py(*job, "prompt=def", "max_new_tokens=2")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    generated = json.loads((tmp_path / "run" / "results.json").read_text())["resources"]
+    assert generated["plan"]["worst_on_host"] == "generate"
+    assert generated["plan"]["host_peak"] == pytest.approx(generated["host_peak"], rel=0.2)
     assert {row["reason"] for row in results["left_alone"]} == {"embeddings, tied to the head", "norm or bias"}

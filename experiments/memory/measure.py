@@ -1,55 +1,87 @@
-"""Measures whether memory grows with depth, and whether the plan was right, on random Llamas of the 8B shape.
+"""Measures whether memory grows with depth, and whether the plan was right, on random Llamas of the 8B shape and a CPU.
 
-    python experiments/memory/measure.py FOLDER --width 1 --blocks 2,4,8
-    python experiments/memory/measure.py FOLDER --width 0.125 --blocks 2,8 method.sweeps=0
+    python experiments/memory/measure.py FOLDER --out memory.json --width 1 --blocks 2,4,8
+    python experiments/memory/measure.py FOLDER --out memory.json --width 0.125 --blocks 2,8 method.sweeps=0
 
 Makes each model in FOLDER if it is not there, quantizes and measures it in processes of their own, and prints a line for
 each: the peak that the plan gave, the peak resident memory of the process, and seconds. Further arguments are overrides.
+
+The JSON is written anew after each line. No stage lives beyond ``--seconds`` of the whole run: one that was ended has no line,
+and the same command goes on at the block where it stopped.
 """
 
 import argparse
 import json
+import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "experiments" / "scale"))
 
-from make_llama import make  # noqa: E402  (a script beside this one, found through the line above)
+from make_llama import INDEX, make  # noqa: E402  (a script beside this one, found through the line above)
+
+from matquant import machine  # noqa: E402  (so that all imports of this project stand together)
 
 
-def run(model: Path, work: Path, stage: str, overrides: list[str]) -> dict:
-    """The results of one stage, run as a process of its own."""
+def run(model: Path, work: Path, stage: str, overrides: list[str], seconds: float) -> dict:
+    """The results of one stage, run as a process of its own; raises subprocess.TimeoutExpired after so many seconds."""
     command = [
         sys.executable, str(ROOT / "run.py"), f"model.path={model}", f"stages=[{stage}]", "tracking=none",
-        f"store.path={work}/store", f"hydra.run.dir={work}/run", "calibration.sequences=32",
+        f"store.path={work}/store", f"hydra.run.dir={work}/run", "runtime.device=cpu", "calibration.sequences=32",
         "eval.datasets.stdlib.sequences=8", *overrides,
     ]  # fmt: skip
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=max(seconds, 1))
     return json.loads((work / "run" / "results.json").read_text())
+
+
+def line(blocks: int, stage: str, results: dict) -> dict:
+    """What one stage planned and took: bytes and seconds."""
+    found = results["resources"]
+    planned = found["plan"]["host_peak"] if found["plan"] else None
+    return {
+        "blocks": blocks, "stage": stage, "planned": planned, "measured": found["host_peak"],
+        "seconds": results["seconds"][stage],
+    }  # fmt: skip
+
+
+def shown(row: dict) -> str:
+    planned = "?" if row["planned"] is None else f"{row['planned'] / 1e6:.0f}"
+    return f"| {row['blocks']} | {row['stage']} | {planned} | {row['measured'] / 1e6:.0f} | {row['seconds']:.0f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--blocks", default="2,4,8")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of the whole run")
     arguments, overrides = parser.parse_known_args()
+    end = time.monotonic() + arguments.seconds
+    about = {
+        "overrides": overrides, "width": arguments.width, "vocabulary": arguments.vocabulary, "cores": machine.cores(),
+        "python": platform.python_version(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    rows: list[dict] = []
     print("| blocks | stage | planned, MB | measured, MB | seconds |\n|---|---|---|---|---|")
     for blocks in map(int, arguments.blocks.split(",")):
         model = arguments.folder / f"llama-{arguments.width:g}-{arguments.vocabulary}-{blocks}"
-        if not (model / "model.safetensors.index.json").is_file():
+        if not (model / INDEX).is_file():
             make(model, blocks, arguments.width, arguments.vocabulary)
         for stage in ("quantize", "evaluate"):
-            results = run(model, arguments.folder / f"work-{blocks}", stage, overrides)
-            found = results["resources"]
-            planned = found["plan"]["host_peak"] / 1e6 if found["plan"] else float("nan")
-            seconds = results["seconds"][stage]
-            print(
-                f"| {blocks} | {stage} | {planned:.0f} | {found['host_peak'] / 1e6:.0f} | {seconds:.0f} |", flush=True
-            )
+            try:
+                results = run(model, arguments.folder / f"work-{blocks}", stage, overrides, end - time.monotonic())
+            except subprocess.TimeoutExpired:
+                sys.exit(f"{stage} of {blocks} blocks was ended: the time is over")
+            rows.append(line(blocks, stage, results))
+            print(shown(rows[-1]), flush=True)
+            arguments.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,10 @@ from torch import Tensor
 
 from matquant.ranks import Ranks
 
+# Columns of a panel of X^T X. Of that symmetric matrix only what is not left of its panel's first column is computed: with many
+# panels that is half of it. Narrower ones would leave matrix products too small for a GPU.
+PANEL = 2048
+
 
 class Moments:
     """Running H = 2 X_b^T X_b / n, and for asymmetric calibration C = 2 (X - X_b)^T X_b / n.
@@ -15,6 +19,7 @@ class Moments:
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu", *, asymmetric: bool = False) -> None:
+        # Zero left of each panel's first column.
         self._square = torch.zeros(columns, columns, dtype=torch.float64, device=device)
         self._cross = torch.zeros_like(self._square) if asymmetric else None
         self.tokens = 0
@@ -24,13 +29,14 @@ class Moments:
 
         Where the two do not hold the same number of tokens the cross moments are given up.
         """
-        _accumulate(self._square, inputs, inputs)
+        for first, last in _panels(inputs.shape[1]):
+            _accumulate(self._square[first:last, first:], inputs[:, first:last], inputs[:, first:])
         self.tokens += len(inputs)
         if self._cross is not None:
             if full is None or full.shape != inputs.shape:
                 self._cross = None
             else:
-                _accumulate(self._cross, full.float() - inputs.float(), inputs)
+                _accumulate(self._cross, full.float() - inputs, inputs)
 
     def merge(self, other: "Moments") -> None:
         """Add what another one of the same kind has seen."""
@@ -61,7 +67,10 @@ class Moments:
     @property
     def hessian(self) -> Tensor:
         """float32 [columns, columns]."""
-        return self._square.float().mul_(2 / self.tokens)
+        whole = self._square.float().mul_(2 / self.tokens)
+        for first, last in _panels(len(whole)):
+            whole[last:, first:last] = whole[first:last, last:].T
+        return whole
 
     @property
     def cross(self) -> Tensor | None:
@@ -69,8 +78,13 @@ class Moments:
         return None if self._cross is None else self._cross.float().mul_(2 / self.tokens)
 
 
+def _panels(columns: int) -> list[tuple[int, int]]:
+    """First and last column of each panel."""
+    return [(first, min(first + PANEL, columns)) for first in range(0, columns, PANEL)]
+
+
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left^T right, for [n, columns] of any float dtype and a float64 total.
+    """total += left^T right, for [n, columns] of any float dtype each and a float64 total.
 
     A GPU multiplies half-precision inputs many times faster than float32 ones and loses nothing: their products are exact
     in float32, in which they are summed. Where only ``right`` is half, ``left`` is brought into its range by a power of two
@@ -81,6 +95,6 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
     elif left.dtype == right.dtype:
         total.add_(torch.mm(left.T, right, out_dtype=torch.float32))
     else:
-        exponent = torch.frexp(left.abs().amax()).exponent - 8  # the largest becomes about 2^8
+        exponent = torch.frexp(torch.linalg.vector_norm(left, torch.inf)).exponent - 8  # the largest becomes about 2^8
         scaled = torch.ldexp(left, -exponent).to(right.dtype)
         total.add_(torch.ldexp(torch.mm(scaled.T, right, out_dtype=torch.float32), exponent))

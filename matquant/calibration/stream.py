@@ -61,7 +61,7 @@ class Streams:
             found = {}
             for name, hidden in self.hidden.items():
                 with self.blocks.with_weights(index, weights.get(name, {})), _caught(layers) as caught:
-                    self._run(index, batch, hidden[rows].to(self.device))
+                    self._run(index, batch, hidden[rows])
                 found[name] = [caught.get(layer) for layer in layers]
             yield found
 
@@ -79,7 +79,7 @@ class Streams:
         for name, hidden in self.hidden.items():
             with self.blocks.with_weights(index, weights_of(name)):
                 for batch, rows in enumerate(self._windows.rows):
-                    hidden[rows] = self._run(index, batch, hidden[rows].to(self.device))
+                    hidden[rows] = self._run(index, batch, hidden[rows])
 
 
 class _Enough(Exception):

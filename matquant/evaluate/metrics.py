@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # Logits in one piece. Small enough for a CPU's cache to hold the temporaries, large enough to keep a GPU busy.
-_PIECE = {"cpu": 2**18, "other": 2**26}
+PIECE = {"cpu": 2**18, "other": 2**26}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def _predicted(logits: Tensor) -> int:
 def _pieces(logits: Tensor) -> Iterator[tuple[int, slice]]:
     """A window and some of its positions but the last, which predicts nothing known. Slices of a window are views."""
     windows, length, vocabulary = logits.shape
-    step = max(1, _PIECE["cpu" if logits.device.type == "cpu" else "other"] // vocabulary)
+    step = max(1, PIECE["cpu" if logits.device.type == "cpu" else "other"] // vocabulary)
     for window in range(windows):
         for start in range(0, length - 1, step):
             yield window, slice(start, min(start + step, length - 1))

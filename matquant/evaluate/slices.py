@@ -80,9 +80,9 @@ def evaluate_slices(
         for index in range(len(blocks)):
             with blocks.on_device(index, device, dtype):
                 for name, states in hidden.items():
-                    weights = {} if name == FULL else weights_of(index, name)
-                    with blocks.with_weights(index, weights):
-                        _through_block(blocks, index, states, start, device, advance)
+                    # Not kept in a variable: the weights of one variant would live while the next one's are made.
+                    with blocks.with_weights(index, {} if name == FULL else weights_of(index, name)):
+                        _through_block(blocks, index, states, start, advance)
         heads = {name: weights_of(len(blocks), name) for name in variants}
         with blocks.outside_on_device(device, dtype):
             totals = _score(blocks, windows, hidden, heads, batch_size, device, advance)
@@ -102,13 +102,12 @@ def _through_block(
     index: int,
     states: Activations,
     start: Prepared,
-    device: torch.device,
     advance: Callable[[int], None],
 ) -> None:
     """Replaces hidden states [sequences, length, hidden] by what the block makes of them."""
     for rows, calls in zip(start.rows, start.calls, strict=True):
         batch = states[rows]
-        states[rows] = blocks.run_block(index, batch.to(device), calls[index])
+        states[rows] = blocks.run_block(index, batch, calls[index])
         advance(len(batch))
 
 
@@ -124,13 +123,13 @@ def _score(
     totals = dict.fromkeys(hidden, Totals())
     for rows in _head_rows(windows, blocks.vocabulary, batch_size):
         ids = windows[rows].to(device)
-        full = blocks.head(ids, hidden[FULL][rows].to(device))
+        full = blocks.head(ids, hidden[FULL][rows])
         for name, states in hidden.items():
             if name == FULL:
                 totals[name] += likelihood(full, ids)
             else:
                 with blocks.with_weights(len(blocks), heads[name]):
-                    totals[name] += compare(full, blocks.head(ids, states[rows].to(device)), ids)
+                    totals[name] += compare(full, blocks.head(ids, states[rows]), ids)
             advance(len(ids))
     return totals
 

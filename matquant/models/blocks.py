@@ -6,8 +6,8 @@ hands in a hidden state that is already known (``head``). So embeddings, masks, 
 soft-capping are the model's own, whatever its architecture.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from matquant.models.calls import Call, Calls, share_call, split_call
 from matquant.models.checkpoint import Checkpoint
 from matquant.models.experts import Origin
 from matquant.models.finding import find_blocks, make_linear
-from matquant.models.lending import named_tensors, substituted
+from matquant.models.lending import named_tensors, replaced_forwards, substituted
 from matquant.models.values import Values
 
 # Long enough that every expert of a small mixture has a chance to be called, short enough to cost nothing.
@@ -30,19 +30,6 @@ _PROBE_TOKENS = 32
 def compute_dtype(stored: torch.dtype, device: torch.device | str) -> torch.dtype:
     """The dtype to compute in: float32 on a CPU, the stored dtype elsewhere."""
     return torch.float32 if torch.device(device).type == "cpu" else stored
-
-
-@dataclass(frozen=True, slots=True)
-class InputGroups:
-    """Linear layers of a block by their input.
-
-    Attributes:
-        groups: full names; layers of one group receive the very same tensor. In order of execution.
-        uncalled: full names of the layers that the probe never called, such as experts that no token chose.
-    """
-
-    groups: list[list[str]]
-    uncalled: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +70,8 @@ class BlockModel:
         self.origins: dict[str, Origin] = {}  # of weights with a new name or shape, by full name
         for block, name in zip(self.blocks, self.block_names, strict=True):
             self.origins |= make_linear(block, name)
-        first = next(m for m in self.blocks[0].modules() if isinstance(m, nn.Linear))
-        self.dtype: torch.dtype = first.weight.dtype
+        linear = next(m for m in self.blocks[0].modules() if isinstance(m, nn.Linear))
+        self.dtype: torch.dtype = linear.weight.dtype
         self._values = Values(checkpoint, self.origins, self.dtype)
         # Of the tuple that a block returns; 0 when it returns a tensor, None before it is known.
         self._output_length: int | None = None
@@ -169,7 +156,7 @@ class BlockModel:
                 entering, recorded = self.prepare(ids, calls[0] if calls else None)
                 if hidden is None:
                     shape = (*windows.shape, entering.shape[-1])
-                    hidden = Activations(shape, entering.dtype, place or torch.device(device))
+                    hidden = Activations(shape, entering.dtype, place or torch.device(device), torch.device(device))
                 hidden[batch] = entering
                 calls.append(recorded)
         if hidden is None:
@@ -180,7 +167,7 @@ class BlockModel:
     def run_block(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         """What block ``index`` makes of hidden states [batch, length, hidden]; the same shape and dtype."""
         args, kwargs = call.fill(hidden)
-        return _first(self.blocks[index](*args, **kwargs))
+        return first(self.blocks[index](*args, **kwargs))
 
     @torch.no_grad()
     def head(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
@@ -191,75 +178,19 @@ class BlockModel:
             return lambda *args, **kwargs: self._output(hidden if block is last else split_call(args, kwargs)[0])
 
         self._learn_output(input_ids)
-        with self._forwards([passing(block) for block in self.blocks]):
+        with replaced_forwards(self.blocks, [passing(block) for block in self.blocks]):
             return self.model(input_ids=input_ids, use_cache=False, return_dict=True).logits
 
-    @torch.no_grad()
-    def input_groups(self, index: int) -> InputGroups:
-        """Which linear layers of a block receive the very same input, found by watching one small forward pass."""
-        seen: dict[str, list[tuple]] = {}
-        alive: list[Tensor] = []  # a freed tensor's address would be given to another
+    def probe(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Calls]:
+        """``prepare`` of a few tokens, done once for a device and dtype."""
+        if (device, dtype) not in self._probes:
+            with self.entry_on_device(device, dtype):
+                self._probes[device, dtype] = self.prepare(self.probe_ids(device))
+        return self._probes[device, dtype]
 
-        def watch(name: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-                value = args[0] if args else next(iter(kwargs.values()))
-                alive.append(value)
-                seen.setdefault(name, []).append(_identity(value))
-
-            return hook
-
-        names = self.linears(index)
-        weight = next(iter(names.values())).weight
-        device, dtype = torch.device("cpu") if weight.is_meta else weight.device, weight.dtype
-        # Only outside of inference mode do tensors count the writes to them.
-        with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
-            hidden, calls = self._probe(device, dtype)
-            stack.enter_context(self.on_device(index, device, dtype))
-            for name, layer in names.items():
-                handle = layer.register_forward_pre_hook(watch(name), with_kwargs=True)
-                stack.callback(handle.remove)
-            self.run_block(index, hidden, calls[index])
-        groups: dict[tuple, list[str]] = {}
-        for name, inputs in seen.items():  # in order of their first call
-            groups.setdefault(tuple(inputs), []).append(name)
-        return InputGroups(list(groups.values()), [name for name in names if name not in seen])
-
-    @torch.no_grad()
-    def check(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
-        """Make sure that block by block gives what the model gives, on a few tokens. Reads every block twice.
-
-        Args:
-            device: where blocks run.
-            dtype: in which they run; the stored one when None.
-
-        Raises:
-            UserError: the results differ, so that an architecture passes more between its blocks than hidden states; or a
-                block puts out what is not finite.
-        """
-        device, dtype = torch.device(device), dtype or self.dtype
-        expected = self._whole(device, dtype)
-        hidden, calls = self._probe(device, dtype)
-        for index, call in enumerate(calls):
-            with self.on_device(index, device, dtype):
-                hidden = self.run_block(index, hidden, call)
-                self._check_finite(index, hidden)
-        if not torch.allclose(hidden, expected, rtol=1e-3, atol=1e-3):
-            raise UserError(
-                f"{type(self.model).__name__} cannot be run block by block: its blocks exchange more than hidden "
-                "states. This architecture is not supported."
-            )
-
-    def _check_finite(self, index: int, hidden: Tensor) -> None:
-        """Refuse what block ``index``, which is on the device, puts out if it is not finite, and say what is to blame."""
-        if torch.isfinite(hidden).all():
-            return
-        for name, layer in self.linears(index).items():
-            if not torch.isfinite(layer.weight).all():
-                raise UserError(f"The weights of {name} hold NaN or Inf. Copy or download the checkpoint again.")
-        raise UserError(
-            f"{self.block_names[index]} puts out NaN or Inf in {str(hidden.dtype).removeprefix('torch.')}: other weights of it "
-            "are damaged, or its activations are too large for that dtype, in which case model.dtype=bfloat16 may help."
-        )
+    def probe_ids(self, device: torch.device) -> Tensor:
+        """int64 [1, length]."""
+        return (torch.arange(_PROBE_TOKENS, device=device) % self.vocabulary)[None]
 
     # Placing
 
@@ -346,21 +277,6 @@ class BlockModel:
 
     # The model's own forward, with other blocks
 
-    @contextmanager
-    def _forwards(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-        """Inside, the blocks' forwards are these."""
-        saved = [block.__dict__.get("forward") for block in self.blocks]  # an instance has one of its own seldom
-        try:
-            for block, forward in zip(self.blocks, forwards, strict=True):
-                block.__dict__["forward"] = forward
-            yield
-        finally:
-            for block, own in zip(self.blocks, saved, strict=True):
-                if own is None:
-                    block.__dict__.pop("forward", None)
-                else:
-                    block.__dict__["forward"] = own
-
     def _record(self, input_ids: Tensor, count: int) -> tuple[Tensor, Calls]:
         """What enters block 0, and the calls of the first ``count`` blocks; the forward pass ends there."""
         entering: list[Tensor] = []
@@ -369,27 +285,28 @@ class BlockModel:
         def recorder(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if index != len(calls):
-                    raise UserError(self._out_of_order(f"block {index} was called as number {len(calls)}"))
+                    raise UserError(self.out_of_order(f"block {index} was called as number {len(calls)}"))
                 hidden, call = split_call(args, kwargs)
                 if index == 0:
                     entering.append(hidden)
                 calls.append(call)
                 if len(calls) == count:
-                    raise _Stop
+                    raise Stop
                 return self._output(hidden)
 
             return forward
 
         if count > 1:
             self._learn_output(input_ids)
-        with self._forwards([recorder(i) for i in range(len(self.blocks))]):
+        with replaced_forwards(self.blocks, [recorder(i) for i in range(len(self.blocks))]):
             try:
                 self.model(input_ids=input_ids, use_cache=False)
-            except _Stop:
+            except Stop:
                 return entering[0], calls
-        raise UserError(self._out_of_order(f"only {len(calls)} of {len(self.blocks)} were called"))
+        raise UserError(self.out_of_order(f"only {len(calls)} of {len(self.blocks)} were called"))
 
-    def _out_of_order(self, found: str) -> str:
+    def out_of_order(self, found: str) -> str:
+        """That the model is not supported, and why."""
         return (
             f"{type(self.model).__name__} does not run the blocks {self.name} one after the other, each once: {found}. "
             "This architecture is not supported."
@@ -409,48 +326,10 @@ class BlockModel:
             output = self.blocks[0](*args, **kwargs)
         self._output_length = len(output) if isinstance(output, tuple) else 0
 
-    def _probe(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Calls]:
-        """``prepare`` of a few tokens, done once for a device and dtype."""
-        if (device, dtype) not in self._probes:
-            with self.entry_on_device(device, dtype):
-                self._probes[device, dtype] = self.prepare(self._probe_ids(device))
-        return self._probes[device, dtype]
 
-    def _probe_ids(self, device: torch.device) -> Tensor:
-        return (torch.arange(_PROBE_TOKENS, device=device) % self.vocabulary)[None]
-
-    def _whole(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """What leaves the last block when the model itself runs them all on the probe, each on the device for its turn."""
-        own = [block.forward for block in self.blocks]
-        left: list[Tensor] = []
-
-        def lending(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                with self.on_device(index, device, dtype):
-                    output = own[index](*args, **kwargs)
-                if index + 1 < len(own):
-                    return output
-                left.append(_first(output))
-                raise _Stop
-
-            return forward
-
-        with self.entry_on_device(device, dtype), self._forwards([lending(i) for i in range(len(own))]):
-            try:
-                self.model(input_ids=self._probe_ids(device), use_cache=False)
-            except _Stop:
-                return left[0]
-        raise UserError(self._out_of_order("the last one was never called"))
-
-
-class _Stop(Exception):
+class Stop(Exception):
     """Leaves the model's forward once everything is recorded."""
 
 
-def _first(output: Any) -> Tensor:
+def first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _identity(tensor: Tensor) -> tuple:
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, version

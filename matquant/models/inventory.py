@@ -6,6 +6,7 @@ from typing import Any
 
 from matquant.models.blocks import BlockModel
 from matquant.models.lending import named_tensors
+from matquant.models.probing import input_groups
 
 
 def fused_groups(blocks: BlockModel) -> list[list[str]]:
@@ -29,7 +30,7 @@ def fused_groups(blocks: BlockModel) -> list[list[str]]:
 
 def _fused(blocks: BlockModel, index: int) -> list[list[str]]:
     pools = blocks.expert_pools(index)
-    inputs = blocks.input_groups(index)
+    inputs = input_groups(blocks, index)
     groups: dict[Any, list[str]] = {}
     for number, group in enumerate([*inputs.groups, *([name] for name in inputs.uncalled)]):
         for name in group:

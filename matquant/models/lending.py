@@ -1,6 +1,6 @@
-"""Lends a module other tensors than its own for a while."""
+"""Lends modules other tensors, or another forward, than their own for a while."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,3 +33,19 @@ def substituted(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[No
     finally:
         for held, leaf, own in reversed(saved):
             held[leaf] = own
+
+
+@contextmanager
+def replaced_forwards(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Inside, the modules' forwards are these."""
+    saved = [module.__dict__.get("forward") for module in modules]  # an instance has one of its own seldom
+    try:
+        for module, forward in zip(modules, forwards, strict=True):
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, own in zip(modules, saved, strict=True):
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = own

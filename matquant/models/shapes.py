@@ -8,6 +8,7 @@ from torch import nn
 
 from matquant.models.blocks import BlockModel
 from matquant.models.lending import named_tensors
+from matquant.models.probing import input_groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +68,7 @@ def measure(
 
 
 def _layers(blocks: BlockModel, index: int, layers: Mapping[str, nn.Linear]) -> list[Layer]:
-    inputs, pools = blocks.input_groups(index), blocks.expert_pools(index)
+    inputs, pools = input_groups(blocks, index), blocks.expert_pools(index)
     stages: dict[str, int] = {}
     found = []
     for number, group in enumerate([*inputs.groups, *([name] for name in inputs.uncalled)]):

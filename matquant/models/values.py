@@ -38,14 +38,20 @@ class Values:
     ) -> Iterator[None]:
         """Inside, the wanted tensors of the module are on ``device`` in ``dtype``; ``path`` is its full name."""
         own = {name: tensor for name, tensor in named_tensors(module) if wanted(name)}
+        with substituted(module, self._converted(own, path, device, dtype)):
+            yield
+
+    def _converted(
+        self, own: Mapping[str, Tensor], path: str, device: torch.device | str, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """The values of these tensors. None of what they were made of is alive afterwards: it would keep its file mapped."""
         memo: dict[int, Tensor] = {}  # tied tensors stay one
         for name, stored in self._read(own, path):
             if id(own[name]) not in memo:
                 narrow = dtype == torch.float32 or stored.dtype == self.dtype
                 converted = dtype if stored.is_floating_point() and narrow else stored.dtype
                 memo[id(own[name])] = stored.to(device, converted)
-        with substituted(module, {name: memo[id(tensor)] for name, tensor in own.items()}):
-            yield
+        return {name: memo[id(tensor)] for name, tensor in own.items()}
 
     @torch.no_grad()
     def fill(self, module: nn.Module, but: Collection[str], device: torch.device | str, dtype: torch.dtype) -> None:

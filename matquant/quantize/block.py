@@ -10,6 +10,7 @@ from torch import Tensor
 from matquant.calibration.hessian import Moments
 from matquant.calibration.stream import FULL, Streams
 from matquant.errors import UserError
+from matquant.models.probing import input_groups
 from matquant.nested import NestedWeight
 from matquant.quantize.solver import (
     Calibration,
@@ -77,7 +78,7 @@ class BlockSolver:
                     decoded = {}  # its memory is the solver's
                 self._fill_experts(part, moments, pooled or self._merged(part, moments))
                 for group in part:
-                    with self.driver.timed("solve"):
+                    with self.driver.phases.timed("solve"):
                         self._solve_group(group, moments.pop(0))
         for name in self.layers:
             if name not in self.weights:  # a layer that the model never calls
@@ -88,7 +89,7 @@ class BlockSolver:
         """Stages of groups of layers that share an input, in order of execution; what experts do alike is one stage."""
         if self.index == len(self.driver.blocks):
             return [[[name] for name in self.layers]]
-        found = self.driver.blocks.input_groups(self.index)
+        found = input_groups(self.driver.blocks, self.index)
         stages: dict[str, list[list[str]]] = {}
         for group in [*found.groups, *([name] for name in found.uncalled if name in self.pools)]:
             if kept := [name for name in group if name in self.layers]:
@@ -135,13 +136,14 @@ class BlockSolver:
         """
         assert self.streams is not None
         firsts = [self.layers[group[0]] for group in stage]
-        with self.driver.timed("forward"):
+        with self.driver.phases.timed("forward"):
             for batch in self.streams.inputs(self.index, firsts, decoded):
                 full = batch.get(FULL, [None] * len(firsts))
                 for bits in self.driver.calibration.streams:
                     for i, inputs in enumerate(batch[str(bits)]):
                         if inputs is not None:
-                            moments[i][bits].add(inputs, full[i])
+                            with self.driver.phases.within("moments"):
+                                moments[i][bits].add(inputs, full[i])
             for of_group in {id(m): m for m in moments}.values():
                 for of_stream in of_group.values():
                     of_stream.add_up(self.driver.ranks)
@@ -269,10 +271,20 @@ class BlockSolver:
         ranks = self.driver.ranks
         own = weight[ranks.share(len(weight))]
         solved = solve(own, calibration, options)
-        lost = {}
-        for k, bits in enumerate(options.widths if hessians else ()):
-            hessian = hessians[k % len(hessians)]
-            energies = [output_energy(w, hessian) for w in (own - solved.decode(bits), own)]
-            lost[str(bits)] = ranks.join(torch.stack(energies, 1), len(weight)).sum(0).tolist()
-        errors = {bits: error / whole if whole > 0 else 0.0 for bits, (error, whole) in lost.items()}
+        with self.driver.phases.within("errors"):
+            errors = self._errors(weight, own, solved, hessians, options.widths)
         return solved.with_tensors(lambda tensor: ranks.join(tensor, len(weight))), errors
+
+    def _errors(
+        self, weight: Tensor, own: Tensor, solved: NestedWeight, hessians: Sequence[Tensor], widths: Sequence[int]
+    ) -> dict[str, float]:
+        """The share of the outputs' energy that is lost at each width, of all rows; ``own`` are this process's."""
+        wholes = {id(hessian): hessian for hessian in hessians}  # one for each, though widths may share it
+        wholes = {key: output_energy(own, hessian) for key, hessian in wholes.items()}
+        errors = {}
+        for k, bits in enumerate(widths if hessians else ()):
+            hessian = hessians[k % len(hessians)]
+            energies = torch.stack([output_energy(own - solved.decode(bits), hessian), wholes[id(hessian)]], 1)
+            lost, whole = self.driver.ranks.join(energies, len(weight)).sum(0).tolist()
+            errors[str(bits)] = lost / whole if whole > 0 else 0.0
+        return errors

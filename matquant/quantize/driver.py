@@ -12,10 +12,8 @@ Without ``staged`` all layers of a block are one stage, as in GPTQ. ``block`` ha
 Several processes share the windows of 1. and 4., and of 2. the factorisations (a stream's each) and the rows of every layer.
 """
 
-import collections
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +25,7 @@ from matquant.models.blocks import BlockModel
 from matquant.nested import NestedWeight
 from matquant.quantize.block import BlockSolver, CalibrationOptions
 from matquant.quantize.parent import block_file, read_block, write_block
+from matquant.quantize.phases import Phases
 from matquant.quantize.solver import SolverOptions
 from matquant.ranks import ALONE, Ranks
 from matquant.store.together import AnyDraft
@@ -74,6 +73,7 @@ class Driver:
         overrides: gives for a layer's name the options that it has of its own, or None.
         ranks: the processes that share the work; each calls ``run`` with the same arguments.
         progress: called with 1 after each solved layer.
+        finished: called with what is recorded of each block once it is committed and its outputs are made.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Driver:
         overrides: Callable[[str], SolverOptions | None] = lambda _: None,
         ranks: Ranks = ALONE,
         progress: Callable[[int], None] = lambda _: None,
+        finished: Callable[[dict], None] = lambda _: None,
     ) -> None:
         self.blocks = blocks
         self.layers = layers
@@ -102,7 +103,8 @@ class Driver:
         self.overrides = overrides
         self.ranks = ranks
         self.progress = progress
-        self.seconds: dict[str, float] = collections.defaultdict(float)
+        self.finished = finished
+        self.phases = Phases(device)
 
     @torch.inference_mode()
     def run(self, draft: AnyDraft, windows: Tensor | None) -> list[dict]:
@@ -116,11 +118,15 @@ class Driver:
             For each block what ``write_block`` recorded of it: file, layers with shapes and errors, notes.
         """
         streams = None if windows is None else self._start(windows)
-        return [self._block(index, draft, streams) for index in range(len(self.layers))]
+        records = []
+        for index in range(len(self.layers)):
+            records.append(self._block(index, draft, streams))
+            self.finished(records[-1])
+        return records
 
     def _start(self, windows: Tensor) -> Streams:
         names = [FULL] * self.calibration.asymmetric + [str(bits) for bits in self.calibration.streams]
-        with self.timed("prepare"):
+        with self.phases.timed("prepare"):
             batch_size = self.calibration.batch_size
             share = windows[self.ranks.share_windows(len(windows), batch_size)]
             return Streams(self.blocks, share, names, batch_size, self.device, self.dtype, self.place)
@@ -133,7 +139,7 @@ class Driver:
             self.progress(len(weights))
             return record | {"file": name}
         with contextlib.ExitStack() as stack:
-            with self.timed("load"):
+            with self.phases.timed("load"):
                 # Without calibration nothing runs, and only the solver needs the weights.
                 place = (self.device, self.dtype) if streams else (self.solver_device, torch.float32)
                 stack.enter_context(self.blocks.on_device(index, *place))
@@ -142,21 +148,12 @@ class Driver:
                 self.progress(len(weights))
             else:
                 weights, record = BlockSolver(self, index, streams).solve()
-                with self.timed("write"):
+                with self.phases.timed("write"):
                     write_block(draft, name, weights, record)
             if streams is not None and index + 1 < len(self.layers):
-                with self.timed("forward"):
+                with self.phases.timed("forward"):
                     streams.advance(index, lambda name: self.decoded(name, weights))
         return record | {"file": name}
-
-    @contextlib.contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Adds the seconds spent inside to ``seconds[phase]``."""
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[phase] += time.perf_counter() - start
 
     def decoded(self, stream: str, weights: Mapping[str, NestedWeight]) -> dict[str, Tensor]:
         """The dense weights of one stream, on the device; none for the full-precision model, which has its own."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from matquant.data import texts
 from matquant.models.blocks import BlockModel
+from matquant.models.probing import input_groups
 from matquant.nested import NestedWeight
 from matquant.quantize.parent import Parent
 from matquant.search.allocation import Allocation
@@ -148,4 +149,4 @@ def _layers(blocks: Sequence[Mapping[str, NestedWeight]], widths: tuple[int, ...
 
 def _fused(blocks: BlockModel) -> list[list[str]]:
     """Layers that read the very same input: a runtime that fuses q, k and v, or gate and up, needs one width for them."""
-    return [group for index in range(len(blocks)) for group in blocks.input_groups(index).groups]
+    return [group for index in range(len(blocks)) for group in input_groups(blocks, index).groups]

@@ -30,7 +30,7 @@ def reference(full: Tensor, logits: Tensor, ids: Tensor) -> tuple[float, float, 
 @pytest.mark.parametrize("piece", [1, 100, 2**20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_sums_are_those_of_the_definitions(monkeypatch: pytest.MonkeyPatch, piece: int, dtype: torch.dtype) -> None:
-    monkeypatch.setitem(metrics._PIECE, "cpu", piece)
+    monkeypatch.setitem(metrics.PIECE, "cpu", piece)
     full, logits = logits_of((3, 7, 50)).to(dtype), logits_of((3, 7, 50), seed=1).to(dtype)
     ids = ids_of(3, 7, 50)
     nll, kl, agreeing = reference(full, logits, ids)

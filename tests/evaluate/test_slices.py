@@ -1,4 +1,5 @@
 import math
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -206,3 +207,19 @@ def test_the_model_that_ships_with_the_project() -> None:
         loss = model.float()(input_ids=windows, labels=windows).loss.item()
     assert found[FULL].perplexity == pytest.approx(math.exp(loss), rel=1e-5)
     assert found["same"] == found[FULL]
+
+
+def test_the_weights_of_one_variant_live_at_a_time(windows: Tensor) -> None:
+    blocks = make()
+    made: list[weakref.ref] = []
+
+    def weights_of(index: int, _: str) -> dict[str, Tensor]:
+        assert not any(reference() is not None for reference in made)
+        if index == len(blocks):
+            return {}
+        weights = {name: layer.weight * 1.01 for name, layer in blocks.linears(index).items()}
+        made[:] = [weakref.ref(weight) for weight in weights.values()]
+        return weights
+
+    evaluate_slices(blocks, windows, weights_of, ["2", "3", "4"], 2, "cpu")
+    assert made

@@ -38,7 +38,7 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, data:
     folder = tmp_path_factory.mktemp("scratch")
     shape = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3)))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-    both = [Activations(shape, dtype, place) for place in (CPU, folder)]
+    both = [Activations(shape, dtype, place, CPU) for place in (CPU, folder)]
     for states in both:
         states[0 : shape[0]] = torch.zeros(shape, dtype=dtype)
     for number in range(data.draw(st.integers(0, 4))):
@@ -65,7 +65,7 @@ def test_the_fastest_place_with_room_is_chosen(tmp_path: Path, monkeypatch: pyte
 def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot use"):
-        Activations((1, 2, 3), torch.float32, tmp_path / "file" / "scratch")
+        Activations((1, 2, 3), torch.float32, tmp_path / "file" / "scratch", CPU)
 
 
 def quantize(blocks: BlockModel, windows: Tensor, place: Place, folder: Path) -> Parent:

@@ -15,6 +15,7 @@ from matquant.evaluate.slices import FULL, evaluate_slices
 from matquant.models.blocks import BlockModel
 from matquant.models.inventory import fused_groups, left_alone
 from matquant.models.load import LoadedModel, load, open_model
+from matquant.models.probing import check
 from matquant.quantize.driver import CalibrationOptions, Driver, layers_to_quantize
 from matquant.quantize.parent import Parent
 from matquant.quantize.solver import SolverOptions
@@ -66,7 +67,7 @@ def test_quantize_evaluate_save_load(kind: str, tmp_path: Path) -> None:
 
     opened = open_model(config(folder))
     streamed = BlockModel(opened.model, opened.checkpoint)
-    streamed.check()
+    check(streamed)
     parent = quantize(streamed, tmp_path / "streamed")
     in_memory = load(config(folder))
     torch.testing.assert_close(in_memory.model(input_ids=ids).logits, expected, rtol=0, atol=0)

@@ -1,77 +1,22 @@
-from collections.abc import Callable, Iterator
-from typing import Any
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import pytest
 import torch
+from decoders import CONFIGS, SIZES, ids_of, make
 from torch import Tensor, nn
-from transformers import (
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MixtralConfig,
-    OPTConfig,
-    PretrainedConfig,
-    Qwen3Config,
-)
+from transformers import MixtralConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from matquant.errors import UserError
 from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.calls import Call
+from matquant.models.checkpoint import Checkpoint
 from matquant.models.lending import substituted
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_hidden_layers": 3,
-    "vocab_size": 64,
-    "max_position_embeddings": 64,
-    "pad_token_id": None,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-
-CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**SIZES),
-    "llama_eager": lambda: LlamaConfig(**SIZES | {"attn_implementation": "eager"}),
-    "qwen3": lambda: Qwen3Config(**SIZES, tie_word_embeddings=True),
-    # A window below the length that is tested, so that sliding and full masks differ, and caps that bite.
-    "gemma2": lambda: Gemma2Config(
-        **SIZES, query_pre_attn_scalar=8, sliding_window=5, attn_logit_softcapping=2.0, final_logit_softcapping=0.5
-    ),
-    "opt": lambda: OPTConfig(
-        hidden_size=32, ffn_dim=48, num_attention_heads=4, num_hidden_layers=3, vocab_size=64,
-        max_position_embeddings=64, word_embed_proj_dim=24, do_layer_norm_before=False, pad_token_id=1,
-    ),
-    "gpt2": lambda: GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=64, n_positions=64),
-}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors are slower on many threads, and pytest has workers beside this one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def make(kind: str, seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    config = CONFIGS[kind]()
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
-    with torch.no_grad():
-        for parameter in model.parameters():  # far from initialisation, where norms are 1 and biases 0
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval().requires_grad_(False)
-
-
-def ids_of(batch: int, length: int = 12, seed: int = 1) -> Tensor:
-    return torch.randint(2, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
+from matquant.models.probing import check
+from matquant.models.values import Values
 
 
 def block_by_block(blocks: BlockModel, ids: Tensor) -> Tensor:
@@ -90,76 +35,13 @@ def test_block_by_block_is_the_model_to_the_bit(kind: str, batch: int) -> None:
     assert len(blocks) == 3
     assert torch.equal(block_by_block(blocks, ids), expected)
     assert torch.equal(model(input_ids=ids).logits, expected)
-    blocks.check()
+    check(blocks)
 
 
 def test_gemma_blocks_get_masks_of_their_own() -> None:
     _, calls = BlockModel(make("gemma2")).prepare(ids_of(1))
     sliding, full = calls[0].kwargs["attention_mask"], calls[1].kwargs["attention_mask"]
     assert not torch.equal(sliding, full)
-
-
-@pytest.mark.parametrize(
-    ("kind", "groups"),
-    [
-        (
-            "qwen3",
-            [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
-             ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]],
-        ),
-        (
-            "opt",
-            [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.out_proj"], ["fc1"], ["fc2"]],
-        ),
-        ("gpt2", [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]]),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize(
-    ("inference", "dtype"), [(False, torch.float32), (True, torch.float16), (True, torch.bfloat16)]
-)
-def test_input_groups(kind: str, groups: list[list[str]], inference: bool, dtype: torch.dtype) -> None:
-    blocks = BlockModel(make(kind).to(dtype))
-    with torch.inference_mode(inference):
-        found = blocks.input_groups(1)
-    short = [[name.removeprefix(f"{blocks.block_names[1]}.") for name in group] for group in found.groups]
-    # q, k and v in the order in which the model calls them
-    assert [sorted(group) for group in short] == [sorted(group) for group in groups]
-    assert not found.uncalled
-    assert not any(layer._forward_pre_hooks for layer in blocks.linears(1).values())
-
-
-def test_layers_that_are_never_called_are_reported() -> None:
-    model = make("llama")
-    model.model.layers[1].spare = nn.Linear(8, 8)
-    found = BlockModel(model).input_groups(1)
-    assert found.uncalled == ["model.layers.1.spare"]
-
-
-def test_equal_inputs_in_different_tensors_are_not_a_group() -> None:
-    model = make("llama")
-    mlp = model.model.layers[0].mlp
-    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x + 0))
-    groups = BlockModel(model).input_groups(0).groups
-    assert [names[0].rsplit(".", 1)[-1] for names in groups] == [
-        "q_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    ]
-
-
-def test_an_input_that_was_written_to_in_between_is_another() -> None:
-    model = make("llama")
-    mlp = model.model.layers[0].mlp
-
-    def forward(x: Tensor) -> Tensor:
-        x = x.clone()
-        gate = mlp.gate_proj(x)
-        return mlp.down_proj(mlp.act_fn(gate) * mlp.up_proj(x.mul_(2)))
-
-    mlp.forward = forward
-    assert len(BlockModel(model).input_groups(0).groups) == 5
 
 
 def test_linears_are_named_in_full_and_in_module_order() -> None:
@@ -294,16 +176,6 @@ def test_blocks_that_are_left_out_are_refused() -> None:
         BlockModel(model).prepare(ids_of(1))
 
 
-def test_blocks_that_exchange_more_than_hidden_states_are_refused() -> None:
-    model = make("llama")
-    first, second = model.model.layers[:2]
-    left: list[Tensor] = []
-    first.register_forward_hook(lambda _, args, output: left.append(output))
-    second.register_forward_hook(lambda _, args, output: output + left[0] * len(left))
-    with pytest.raises(UserError, match="exchange more than hidden states"):
-        BlockModel(model).check()
-
-
 # Placing
 
 
@@ -373,6 +245,24 @@ def test_what_a_half_model_keeps_in_float32_stays_so() -> None:
     with blocks.on_device(0, "cpu", torch.bfloat16):
         assert norm.weight.dtype == torch.float32
         assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+def test_what_values_were_made_of_is_let_go() -> None:
+    made: list[weakref.ref] = []
+
+    class Stored:
+        def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+            for name in names:
+                tensor = torch.ones(8, 8, dtype=torch.float16)
+                made.append(weakref.ref(tensor))
+                yield name, tensor
+
+    values = Values(cast(Checkpoint, Stored()), {}, torch.float16)
+    layers = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)).to("meta")
+    with values.converted(layers, "", lambda _: True, "cpu", torch.float32):
+        assert torch.equal(layers(torch.ones(8)), torch.full((8,), 64.0))
+        assert made
+        assert not any(reference() is not None for reference in made)
 
 
 def test_substituted_restores_after_a_wrong_name() -> None:

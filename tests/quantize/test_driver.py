@@ -6,12 +6,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from matquant.calibration import hessian
 from matquant.calibration.hessian import Moments
 from matquant.calibration.stream import FULL, Streams
 from matquant.errors import UserError
+from matquant.models import probing
 from matquant.models.blocks import BlockModel
 from matquant.quantize.driver import CalibrationOptions, Driver, check_layers, layers_to_quantize
 from matquant.quantize.parent import read_block
+from matquant.quantize.phases import Phases
 from matquant.quantize.solver import SolverOptions
 from matquant.store import Store
 
@@ -134,6 +137,17 @@ def test_moments_of_other_tokens_give_up_the_cross():
     assert torch.equal(moments.hessian, torch.full((4, 4), 2.0))
 
 
+@pytest.mark.parametrize("columns", [3, 4, 10])
+def test_half_of_the_squares_is_computed_and_all_of_them_known(columns, monkeypatch):
+    monkeypatch.setattr(hessian, "PANEL", 4)
+    inputs, other = torch.randn(2, 20, columns, generator=torch.Generator().manual_seed(0))
+    moments, more = Moments(columns), Moments(columns)
+    moments.add(inputs)
+    more.add(other)
+    moments.merge(more)
+    torch.testing.assert_close(moments.hessian, (inputs.T @ inputs + other.T @ other) / 20)
+
+
 @pytest.mark.parametrize(
     ("streams", "expected"),
     [
@@ -174,7 +188,7 @@ def test_skipped_layers_are_left_out(model, windows, tmp_path):
 
 def test_a_layer_that_saw_no_data_is_rounded_and_noted(model, windows, tmp_path, monkeypatch):
     """A probe that never reaches the gates and ups stands for experts that no token chooses."""
-    groups = BlockModel.input_groups
+    groups = probing.input_groups
 
     def without_gates(blocks, index):
         found = groups(blocks, index)
@@ -182,7 +196,7 @@ def test_a_layer_that_saw_no_data_is_rounded_and_noted(model, windows, tmp_path,
         return found
 
     plain, dropped = driver_of(model, options_of()), ["gate_proj", "up_proj"]
-    monkeypatch.setattr(BlockModel, "input_groups", without_gates)
+    monkeypatch.setattr("matquant.quantize.block.input_groups", without_gates)
     records, weights = run(plain, windows, tmp_path / "calibrated")
     _, nearest = run(plain, None, tmp_path / "nearest")
     for index, record in enumerate(records):
@@ -241,3 +255,16 @@ def test_the_head_is_a_block_after_the_last_when_asked_for(model, windows, tmp_p
     (name,) = records[-1]["layers"]
     assert weights[name].codes.shape == (2048, 64)
     assert records[-1]["layers"][name]["errors"]["8"] < 0.01
+
+
+def test_what_is_measured_within_a_phase_does_not_count_for_it(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 4.0, 4.5, 10.0, 20.0, 21.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    phases = Phases(CPU)
+    with phases.timed("forward"):
+        for _ in range(2):
+            with phases.within("moments"):
+                pass
+    with phases.timed("forward"):
+        pass
+    assert phases.seconds == {"forward": 8.5, "moments": 2.5}

@@ -261,11 +261,11 @@ class Results:
         partial.replace(self.path)
 
 
-def wanted(seeds: int, published: int) -> list[list[Task]]:
+def wanted(seeds: int, published: int, budgets: list[float]) -> list[list[Task]]:
     """The searches in two rounds: the second one needs what the first has found."""
-    first = [Task(seed, bits, method) for seed in range(published) for method in OF_PUBLISHED for bits in BUDGETS]
-    first += [Task(seed, bits, "hybrid") for seed in range(seeds) for bits in BUDGETS]
-    return [first, [Task(seed, bits, EQUAL_TOKENS) for seed in range(seeds) for bits in BUDGETS]]
+    first = [Task(seed, bits, method) for seed in range(published) for method in OF_PUBLISHED for bits in budgets]
+    first += [Task(seed, bits, "hybrid") for seed in range(seeds) for bits in budgets]
+    return [first, [Task(seed, bits, EQUAL_TOKENS) for seed in range(seeds) for bits in budgets]]
 
 
 def measure(tasks: list[Task], results: Results, pool: ProcessPoolExecutor, deadline: float) -> int:
@@ -298,6 +298,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="for equal tokens")
     parser.add_argument("--published", type=int, default=0, help="seeds for the published settings")
+    parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), help="average bits")
     parser.add_argument("--jobs", type=int, default=1, help="searches at a time")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which every search stops")
     parser.add_argument("--output", type=Path, default=HERE / "results.json")
@@ -312,8 +313,9 @@ def main() -> None:
     numbers = spawn.Queue()
     for number in range(arguments.jobs):
         numbers.put(number)
+    rounds = wanted(arguments.seeds, arguments.published, arguments.budgets)
     with ProcessPoolExecutor(arguments.jobs, spawn, begin, (threads, numbers)) as pool:
-        missing = sum(measure(tasks, results, pool, deadline) for tasks in wanted(arguments.seeds, arguments.published))
+        missing = sum(measure(tasks, results, pool, deadline) for tasks in rounds)
     if results.rows:
         print(table(results.rows, results.uniform), flush=True)
     if missing:

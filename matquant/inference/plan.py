@@ -205,9 +205,8 @@ def choose(problem: Problem, device: Device) -> Variant:
     for row_warps, tile_warps, k_warps, units, panel, blocks, least_stages in _shapes(problem, device, wgmma)[
         token_tiles
     ]:
-        small_groups = not wgmma and 0 < problem.group < TILE
-        if small_groups and (units > 2 or (token_tiles > 2 and (units > 1 or tile_warps < token_tiles // 2))):
-            continue  # with so many scales in flight it would spill registers
+        if 0 < problem.group < TILE and _spills(problem, token_tiles, tile_warps, units, wgmma):
+            continue
         columns = TILE * units
         if problem.group and problem.group % columns and columns % problem.group:
             continue  # a chunk would hold a part of a group and more
@@ -226,6 +225,13 @@ def choose(problem: Problem, device: Device) -> Variant:
             if blocks * (variant.shared_bytes(problem) + _RESERVED) <= device.shared_bytes:
                 return variant
     raise ValueError(f"no variant fits {device.shared_bytes} bytes of shared memory")
+
+
+def _spills(problem: Problem, token_tiles: int, tile_warps: int, units: int, wgmma: bool) -> bool:
+    """Whether with groups of 32 so many scales and zero points are in flight that registers would spill."""
+    if wgmma:
+        return problem.zeros and token_tiles >= 8 * tile_warps
+    return units > 2 or (token_tiles > 2 and (units > 1 or tile_warps < token_tiles // 2))
 
 
 def _by_wgmma(problem: Problem, device: Device) -> bool:

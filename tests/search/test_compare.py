@@ -65,7 +65,7 @@ def test_searches_are_written_one_by_one_and_done_once(recipe, tmp_path, monkeyp
     monkeypatch.setattr(recipe, "run", run)
     path = tmp_path / "results.json"
     results = recipe.Results(path, "parent")
-    first, second = recipe.wanted(seeds=1, published=1)
+    first, second = recipe.wanted(seeds=1, published=1, budgets=list(recipe.BUDGETS))
     assert [task.method for task in first[:8:4]] == ["evolve, published", "hybrid, a tenth"]
     with ThreadPoolExecutor(2) as pool:
         missing = [recipe.measure(tasks, results, pool, time.time()) for tasks in (first, second)]

@@ -61,7 +61,10 @@ class Streams:
             found = {}
             for name, hidden in self.hidden.items():
                 with self.blocks.with_weights(index, weights.get(name, {})), _caught(layers) as caught:
-                    self._run(index, batch, hidden[rows])
+                    # The exception ends here. A context manager made of a generator, through which it went on, would be part
+                    # of its traceback from Python 3.12 on: a cycle that keeps all that the forward pass had made.
+                    with suppress(_Enough):
+                        self._run(index, batch, hidden[rows])
                 found[name] = [caught.get(layer) for layer in layers]
             yield found
 
@@ -88,7 +91,7 @@ class _Enough(Exception):
 
 @contextmanager
 def _caught(layers: Sequence[nn.Linear]) -> Iterator[dict[nn.Module, Tensor]]:
-    """Inside, the first input of each layer is caught, and the forward pass ends when there is one of each."""
+    """Inside, the first input of each layer is caught, and a forward pass ends with _Enough when there is one of each."""
     caught: dict[nn.Module, Tensor] = {}
 
     def catch(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -99,5 +102,4 @@ def _caught(layers: Sequence[nn.Linear]) -> Iterator[dict[nn.Module, Tensor]]:
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(catch).remove)
-        with suppress(_Enough):
-            yield caught
+        yield caught

@@ -1,6 +1,7 @@
 """The block by block driver on a tiny random Llama, against direct computations on the whole model."""
 
 import fnmatch
+import gc
 
 import pytest
 import torch
@@ -68,6 +69,24 @@ def run(driver, windows, folder):
 
     Store(folder).open_or_build("parent", {}, build)
     return records, weights
+
+
+def test_a_block_leaves_nothing_behind_that_only_the_garbage_collector_would_find(model, windows, tmp_path):
+    """It seldom looks, and does not know how much of a GPU's memory a tensor keeps."""
+    driver = driver_of(model, options_of())
+    alive = []
+
+    def count(_: dict) -> None:
+        alive.append(sum(isinstance(found, torch.Tensor) for found in gc.get_objects()))
+
+    driver.finished = count
+    gc.collect()
+    gc.disable()
+    try:
+        run(driver, windows, tmp_path)
+    finally:
+        gc.enable()
+    assert alive[1] == alive[0]
 
 
 @torch.no_grad()

@@ -60,11 +60,11 @@ class Streams:
         for batch, rows in enumerate(self._windows.rows):
             found = {}
             for name, hidden in self.hidden.items():
-                with self.blocks.with_weights(index, weights.get(name, {})), _caught(layers) as caught:
-                    # The exception ends here. A context manager made of a generator, through which it went on, would be part
-                    # of its traceback from Python 3.12 on: a cycle that keeps all that the forward pass had made.
-                    with suppress(_Enough):
-                        self._run(index, batch, hidden[rows])
+                # The exception ends before it reaches a context manager made of a generator. From Python 3.12 on that would be
+                # part of its traceback: a cycle that keeps all that the forward pass had made.
+                changed = self.blocks.with_weights(index, weights.get(name, {}))
+                with changed, _caught(layers) as caught, suppress(_Enough):
+                    self._run(index, batch, hidden[rows])
                 found[name] = [caught.get(layer) for layer in layers]
             yield found
 

@@ -77,7 +77,7 @@ def test_a_block_leaves_nothing_behind_that_only_the_garbage_collector_would_fin
     alive = []
 
     def count(_: dict) -> None:
-        alive.append(sum(isinstance(found, torch.Tensor) for found in gc.get_objects()))
+        alive.append(sum(type(found) is torch.Tensor for found in gc.get_objects()))
 
     driver.finished = count
     gc.collect()

@@ -30,52 +30,25 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent / "kernels"))
+
+from candidates import variants
+from checks import activations, check, checks
 
 from matquant.cuda import load
 from matquant.cuda.driver import architecture, nvrtc_compile, nvrtc_version
 from matquant.cuda.source import compile_options, cubin, read_source
 from matquant.cuda.tensor_map import tensor_map
 from matquant.inference import gpu, ops
-from matquant.inference.plan import TOKENS, Device, Plan, Problem, Variant, choose, most_tokens, plan
+from matquant.inference.plan import TOKENS, Plan, most_tokens, plan
 from matquant.inference.planes import NestedPlanes
-from matquant.nested import NestedWeight, Slicing, planes_read
+from matquant.inference.problem import Device, Problem
+from matquant.inference.variants import Variant, choose
+from matquant.nested import NestedWeight
 
 SHAPES = "4096x4096,4096x14336,14336x4096,8192x8192,16384x16384"
 BATCHES = "1,2,3,4,5,8,12,16,32,64,128,512"
 REPLAYS = 7
-# (row_warps, tile_warps, k_warps, units, panel, blocks) by tiles of 8 tokens; as many stages as there is room for.
-CANDIDATES = {
-    1: [
-        (8, 1, 1, 2, 4, 3), (8, 1, 1, 1, 4, 3), (8, 1, 1, 2, 8, 2), (8, 1, 1, 4, 4, 2), (16, 1, 1, 2, 8, 1),
-        (16, 1, 1, 4, 4, 1),
-        (4, 1, 2, 2, 2, 3), (4, 1, 2, 2, 4, 2), (4, 1, 2, 1, 4, 2), (8, 1, 2, 2, 4, 1), (2, 1, 4, 2, 1, 3), (2, 1, 4, 1, 2, 2),
-        (1, 1, 8, 2, 1, 2), (1, 1, 8, 2, 1, 3), (1, 1, 8, 1, 2, 2), (1, 1, 4, 1, 2, 4), (2, 1, 2, 1, 2, 4), (2, 1, 8, 1, 2, 1),
-    ],
-    2: [
-        (8, 1, 1, 2, 4, 1), (8, 1, 1, 4, 2, 1), (8, 1, 1, 2, 4, 2), (8, 1, 1, 4, 2, 2), (4, 1, 2, 2, 2, 2), (4, 1, 2, 2, 4, 1),
-        (2, 1, 4, 4, 1, 1), (2, 1, 4, 2, 1, 1), (2, 1, 4, 2, 1, 2), (2, 1, 4, 1, 1, 1), (1, 1, 8, 1, 1, 2),
-    ],
-    4: [
-        (8, 1, 1, 2, 2, 1), (4, 1, 2, 2, 1, 1), (4, 1, 2, 1, 2, 1), (2, 1, 4, 2, 1, 1), (2, 1, 4, 1, 1, 1), (4, 2, 2, 2, 1, 1),
-        (4, 1, 1, 2, 2, 2), (8, 2, 1, 2, 2, 1),
-    ],
-    8: [(4, 2, 1, 2, 1, 1), (4, 2, 1, 1, 2, 1), (2, 2, 2, 2, 1, 1), (2, 4, 2, 2, 1, 1), (4, 4, 1, 2, 1, 1)],
-}  # fmt: skip
-WGMMA_CANDIDATES = {
-    2: [(2, 2, 4, 2, 1, 1), (4, 1, 4, 2, 1, 1), (8, 1, 1, 4, 1, 1), (4, 1, 1, 4, 1, 2), (4, 1, 2, 2, 2, 1)],
-    4: [
-        (2, 2, 4, 2, 1, 1), (4, 1, 2, 2, 1, 1), (1, 4, 4, 2, 1, 1), (8, 1, 1, 4, 1, 1), (8, 1, 1, 2, 2, 1), (4, 1, 1, 4, 1, 2),
-        (4, 1, 4, 2, 1, 1), (4, 2, 1, 4, 1, 2), (4, 2, 2, 2, 1, 1),
-    ],
-    8: [
-        (1, 4, 4, 2, 1, 1), (2, 4, 2, 2, 1, 1), (2, 2, 2, 2, 1, 1), (8, 1, 1, 4, 1, 1), (8, 1, 1, 2, 2, 1), (4, 1, 1, 4, 1, 2),
-        (4, 2, 1, 4, 1, 1), (4, 2, 2, 2, 1, 1), (2, 2, 4, 2, 1, 1), (4, 1, 2, 2, 1, 1), (2, 2, 1, 4, 1, 2),
-    ],
-    16: [
-        (1, 4, 2, 2, 1, 1), (4, 2, 1, 4, 1, 1), (4, 2, 1, 2, 1, 1), (2, 4, 1, 4, 1, 1), (2, 4, 1, 2, 1, 1), (4, 4, 1, 4, 1, 1),
-        (2, 4, 2, 2, 1, 1), (2, 2, 2, 2, 1, 1), (2, 2, 1, 2, 1, 2), (1, 4, 2, 4, 1, 1),
-    ],
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,111 +108,11 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / statistics.median(times)
 
 
-def activations(tokens: int, depth: int, dtype: torch.dtype) -> Tensor:
-    """Random, with a mean that is not 0 and a few columns ten times as large."""
-    x = torch.randn(tokens, depth, device="cuda") + 0.5
-    x[:, 7::97] *= 10
-    return x.to(dtype)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Check:
-    """A product whose result is compared with float64. N is no multiple of 64; K of the group, and else only of 32."""
-
-    bits: int
-    tokens: int
-    dtype: torch.dtype
-    group: int
-    slicing: Slicing
-    zeros: bool
-    rows: int = 1000
-
-    @property
-    def depth(self) -> int:
-        return self.group if self.group > 128 else 1280
-
-    def problem(self) -> Problem:
-        return Problem(
-            tokens=self.tokens, rows=self.rows, depth=self.depth, bits=self.bits, group_size=self.group, zeros=self.zeros,
-            dtype=self.dtype, scale_dtype=self.dtype, slicing=self.slicing, offset=8.0,
-        )  # fmt: skip
-
-    def error(self) -> float:
-        """As a multiple of what rounding the exact result makes. Planes that must not be read are poisoned."""
-        shape = (self.rows, self.depth // self.group)
-        sign = torch.randint(0, 2, shape, device="cuda") * 2 - 1
-        weight = NestedWeight(
-            codes=torch.randint(0, 256, (self.rows, self.depth), dtype=torch.uint8, device="cuda"),
-            scales=((torch.rand(shape, device="cuda") * 0.02 + 0.001) * sign).to(self.dtype),
-            zeros=torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda") if self.zeros else None,
-            master_bits=8,
-            slicing=self.slicing,
-            offset=8.0,
-        )
-        packed = NestedPlanes.pack(weight)
-        packed.planes[planes_read(self.bits, 8, self.slicing) :] = -1
-        x, bias = activations(self.tokens, self.depth, self.dtype), torch.randn(self.rows, device="cuda").to(self.dtype)
-        # float32 holds every decoded weight to 2^-24, far below what is allowed.
-        exact = x.double() @ weight.decode(self.bits).double().T + bias.double()
-        made = torch.linalg.norm(ops.linear(x, packed, self.bits, bias).double() - exact)
-        return (made / torch.linalg.norm(exact.to(self.dtype).double() - exact)).item()
-
-
-def checks(bits: Sequence[int]) -> list[Check]:
-    groups = (128, 64, 32, 1312)
-    found = []
-    for i, b in enumerate(bits):
-        for j, dtype in enumerate((torch.float16, torch.bfloat16)):
-            kind: Slicing = "round" if (i + j) % 3 == 2 else "msb"
-            for tokens in (1, 3, 12, 17, 33, 64, 200):
-                found.append(
-                    Check(
-                        bits=b,
-                        tokens=tokens,
-                        dtype=dtype,
-                        group=groups[(i + j) % 4],
-                        slicing=kind,
-                        zeros=(i + j) % 2 == 1,
-                    )
-                )
-    return found
-
-
-def check(bits: Sequence[int]) -> float:
-    """The largest error. Raises SystemExit if one is more than 1.2."""
-    worst = 0.0
-    for case in checks(bits):
-        error = case.error()
-        if not error <= 1.2:
-            raise SystemExit(f"WRONG, {error:.3g} times the error of rounding: {case}")
-        worst = max(worst, error)
-    return worst
-
-
 def problem_of(tokens: int, rows: int, depth: int, bits: int, group: int) -> Problem:
     return Problem(
         tokens=tokens, rows=rows, depth=depth, bits=bits, group_size=group, zeros=False,
         dtype=torch.float16, scale_dtype=torch.float16, offset=8.0,
     )  # fmt: skip
-
-
-def variants(problem: Problem, device: Device, *, candidates: bool) -> list[Variant]:
-    """The chosen variant, and then the others that fit."""
-    found = [choose(problem, device)]
-    for wgmma, shapes in ((False, CANDIDATES), (True, WGMMA_CANDIDATES)) if candidates else ():
-        if (wgmma and not device.wgmma) or (not wgmma and problem.tokens > TOKENS):
-            continue
-        tiles = next((count for count in sorted(shapes) if problem.tokens <= 8 * count), 16)
-        for row_warps, tile_warps, k_warps, units, panel, blocks in shapes[tiles]:
-            for stages in (6, 5, 4, 3, 2):
-                variant = Variant(
-                    token_tiles=tiles, row_warps=row_warps, tile_warps=tile_warps, k_warps=k_warps,
-                    units=units, stages=stages, panel=panel, blocks=blocks, wgmma=wgmma,
-                )  # fmt: skip
-                if blocks * (variant.shared_bytes(problem) + 1024) <= device.shared_bytes:
-                    found.append(variant)
-                    break
-    return list(dict.fromkeys(found))
 
 
 def _compile(job: tuple[dict[str, int], str]) -> None:

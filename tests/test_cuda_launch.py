@@ -13,17 +13,9 @@ from weights import make_weight
 from matquant.errors import UserError
 from matquant.inference import NestedPlanes, gpu, scratch
 from matquant.inference import plan as inference_plan
-from matquant.inference.plan import (
-    MOST_TOKENS,
-    TOKENS,
-    Device,
-    Problem,
-    centred_exactly,
-    choose,
-    most_tokens,
-    plan,
-    supported,
-)
+from matquant.inference.plan import MOST_TOKENS, TOKENS, most_tokens, plan
+from matquant.inference.problem import Device, Problem, centred_exactly, supported
+from matquant.inference.variants import choose
 
 pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
 

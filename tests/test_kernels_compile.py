@@ -13,7 +13,8 @@ import pytest
 import torch
 from standin import KERNELS, read_source
 
-from matquant.inference.plan import Device, Problem, plan
+from matquant.inference.plan import plan
+from matquant.inference.problem import Device, Problem
 from matquant.quantize import rows_cuda
 
 ARCHITECTURES = {
@@ -44,7 +45,8 @@ def source(name: str) -> str:
 
 def cubin(problem: Problem, architecture: str, name: str = "gemm.cu") -> bytes:
     multiprocessors, shared = ARCHITECTURES[architecture]
-    made = plan(problem, Device(multiprocessors=multiprocessors, shared_bytes=1024 * shared))
+    wgmma = architecture == "sm_90a"
+    made = plan(problem, Device(multiprocessors=multiprocessors, shared_bytes=1024 * shared, wgmma=wgmma))
     defines = made.defines if name == "gemm.cu" else problem.defines()
     options = [f"-arch={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in defines.items())]
     return nvrtc.compile_cubin(source(name), name, options)
@@ -60,11 +62,18 @@ CASES = {
     "7 bits, 16 tokens": problem(7, 16, dtype=torch.bfloat16, zeros=True),
     "4 bits, 64 tokens": problem(4, 64, slicing="round"),
 }
+MANY = {  # by wgmma
+    "2 bits, 32 tokens": problem(2, 32),
+    "8 bits, 64 tokens": problem(8, 64, dtype=torch.bfloat16, zeros=True),
+    "5 bits, 300 tokens": problem(5, 300, scale_dtype=torch.bfloat16),
+}
 
 
-@pytest.mark.parametrize(("architecture", "case"), itertools.product(ARCHITECTURES, CASES))
+@pytest.mark.parametrize(
+    ("architecture", "case"), [*itertools.product(ARCHITECTURES, CASES), *(("sm_90a", case) for case in MANY)]
+)
 def test_compiles_without_spilling(architecture: str, case: str, tmp_path: Path) -> None:
-    (tmp_path / "kernel.cubin").write_bytes(cubin(CASES[case], architecture))
+    (tmp_path / "kernel.cubin").write_bytes(cubin((CASES | MANY)[case], architecture))
     if (cuobjdump := tool("cuobjdump")) is not None:
         usage = subprocess.run(
             [cuobjdump, "-res-usage", str(tmp_path / "kernel.cubin")], capture_output=True, text=True

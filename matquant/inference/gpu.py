@@ -18,19 +18,9 @@ from matquant.errors import UserError
 from matquant.inference import blocked
 from matquant.inference.checks import check_x
 from matquant.inference.layout import TILE
-from matquant.inference.plan import (
-    MOST_TOKENS,
-    STRIP_WEIGHTS,
-    Device,
-    Plan,
-    Problem,
-    decode_launch,
-    in_two,
-    most_tokens,
-    plan,
-    supported,
-)
+from matquant.inference.plan import MOST_TOKENS, STRIP_WEIGHTS, Plan, decode_launch, in_two, most_tokens, plan
 from matquant.inference.planes import NestedPlanes
+from matquant.inference.problem import Device, Problem, supported
 from matquant.inference.scratch import Scratch
 from matquant.nested import Slicing
 

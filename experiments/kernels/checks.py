@@ -1,0 +1,93 @@
+"""Products on a GPU against float64, in every way that the operator takes."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from matquant.inference import ops
+from matquant.inference.planes import NestedPlanes
+from matquant.inference.problem import Problem
+from matquant.nested import NestedWeight, Slicing, planes_read
+
+
+def activations(tokens: int, depth: int, dtype: torch.dtype) -> Tensor:
+    """Random, with a mean that is not 0 and a few columns ten times as large."""
+    x = torch.randn(tokens, depth, device="cuda") + 0.5
+    x[:, 7::97] *= 10
+    return x.to(dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """A product whose result is compared with float64. N is no multiple of 64; K of the group, and else only of 32."""
+
+    bits: int
+    tokens: int
+    dtype: torch.dtype
+    group: int
+    slicing: Slicing
+    zeros: bool
+    rows: int = 1000
+
+    @property
+    def depth(self) -> int:
+        return self.group if self.group > 128 else 1280
+
+    def problem(self) -> Problem:
+        return Problem(
+            tokens=self.tokens, rows=self.rows, depth=self.depth, bits=self.bits, group_size=self.group, zeros=self.zeros,
+            dtype=self.dtype, scale_dtype=self.dtype, slicing=self.slicing, offset=8.0,
+        )  # fmt: skip
+
+    def error(self) -> float:
+        """As a multiple of what rounding the exact result makes. Planes that must not be read are poisoned."""
+        shape = (self.rows, self.depth // self.group)
+        sign = torch.randint(0, 2, shape, device="cuda") * 2 - 1
+        weight = NestedWeight(
+            codes=torch.randint(0, 256, (self.rows, self.depth), dtype=torch.uint8, device="cuda"),
+            scales=((torch.rand(shape, device="cuda") * 0.02 + 0.001) * sign).to(self.dtype),
+            zeros=torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda") if self.zeros else None,
+            master_bits=8,
+            slicing=self.slicing,
+            offset=8.0,
+        )
+        packed = NestedPlanes.pack(weight)
+        packed.planes[planes_read(self.bits, 8, self.slicing) :] = -1
+        x, bias = activations(self.tokens, self.depth, self.dtype), torch.randn(self.rows, device="cuda").to(self.dtype)
+        # float32 holds every decoded weight to 2^-24, far below what is allowed.
+        exact = x.double() @ weight.decode(self.bits).double().T + bias.double()
+        made = torch.linalg.norm(ops.linear(x, packed, self.bits, bias).double() - exact)
+        return (made / torch.linalg.norm(exact.to(self.dtype).double() - exact)).item()
+
+
+def checks(bits: Sequence[int]) -> list[Check]:
+    groups = (128, 64, 32, 1312)
+    found = []
+    for i, b in enumerate(bits):
+        for j, dtype in enumerate((torch.float16, torch.bfloat16)):
+            kind: Slicing = "round" if (i + j) % 3 == 2 else "msb"
+            for tokens in (1, 3, 12, 17, 33, 64, 200):
+                found.append(
+                    Check(
+                        bits=b,
+                        tokens=tokens,
+                        dtype=dtype,
+                        group=groups[(i + j) % 4],
+                        slicing=kind,
+                        zeros=(i + j) % 2 == 1,
+                    )
+                )
+    return found
+
+
+def check(bits: Sequence[int]) -> float:
+    """The largest error. Raises SystemExit if one is more than 1.2."""
+    worst = 0.0
+    for case in checks(bits):
+        error = case.error()
+        if not error <= 1.2:
+            raise SystemExit(f"WRONG, {error:.3g} times the error of rounding: {case}")
+        worst = max(worst, error)
+    return worst

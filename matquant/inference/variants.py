@@ -1,0 +1,165 @@
+"""How ``kernels/gemm.cu`` shares out the work of a problem: its variants, and which of them is taken."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from matquant.inference.layout import TILE, tiles
+from matquant.inference.problem import Device, Problem, centred_exactly
+
+LOAD = 16  # bytes
+WARP = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """How the matmul's work is shared out; the macros of ``kernels/gemm.cu``.
+
+    Attributes:
+        token_tiles: of 8 tokens.
+        units: of 64 columns, of a chunk.
+        stages: of a warp's ring of weights in shared memory.
+        panel: chunks of activations that are copied at a time.
+        blocks: on a multiprocessor.
+        wgmma: how the tensor cores are used (``kernels/gemm_wgmma.cuh``); any number of tokens then.
+    """
+
+    token_tiles: int
+    row_warps: int
+    tile_warps: int
+    k_warps: int
+    units: int
+    stages: int
+    panel: int
+    blocks: int
+    wgmma: bool = False
+
+    @property
+    def threads(self) -> int:
+        return WARP * self.row_warps * self.tile_warps * self.k_warps
+
+    def defines(self) -> dict[str, int]:
+        return {
+            "TOKEN_TILES": self.token_tiles,
+            "ROW_WARPS": self.row_warps,
+            "TILE_WARPS": self.tile_warps,
+            "K_WARPS": self.k_warps,
+            "UNITS": self.units,
+            "STAGES": self.stages,
+            "PANEL": self.panel,
+            "BLOCKS_PER_SM": self.blocks,
+            "WGMMA": int(self.wgmma),
+        }
+
+    def shared_bytes(self, problem: Problem) -> int:
+        """The size of ``Shared`` in ``kernels/gemm.cu``."""
+        columns = TILE * self.units
+        groups = columns // (problem.group if 0 < problem.group < columns else columns)
+        tokens = 8 * self.token_tiles
+        weights = self.units * problem.planes * WARP * LOAD + groups * TILE * (3 if problem.zeros else 2)
+        ring = self.k_warps * self.row_warps * self.stages * weights
+        panels = 1 + -(-(self.stages - 1) // self.panel)  # of activations: one in work, the others on their way
+        padding = 0 if self.wgmma else 8
+        x = panels * self.panel * tokens * (columns * self.k_warps + padding) * 2
+        exchange = self.k_warps * self.row_warps * 4 * self.token_tiles * WARP * LOAD if self.k_warps > 1 else 0
+        barriers = -(-8 * panels // 16) * 16
+        x_sums = self.panel * self.k_warps * groups * tokens * 4
+        return x + ring + exchange + (barriers if self.wgmma else x_sums)
+
+
+# (row_warps, tile_warps, k_warps, units, panel, blocks, least stages) by tiles of 8 tokens, the best first, for matrices whose
+# tiles of 64 rows are fewer than half of the device's multiprocessors, for the others, and for large ones. The first that fits
+# a device's shared memory is taken, with as many stages as there is room for. Measured on an H200: experiments/kernels. The
+# last ones are for devices with less.
+_SMALL = ((1, 1, 4, 1, 1, 2, 2), (1, 1, 2, 1, 1, 2, 2), (1, 1, 1, 1, 1, 1, 2))
+_SMALL_MANY = ((4, 2, 1, 1, 2, 1, 2), (4, 1, 1, 1, 1, 1, 2), (2, 1, 1, 1, 1, 1, 2), (1, 2, 1, 1, 1, 1, 2))
+_NARROW = {
+    1: ((1, 1, 8, 2, 1, 2, 2), (1, 1, 4, 2, 1, 2, 3), (1, 1, 8, 1, 2, 2, 2), (2, 1, 8, 1, 2, 1, 2), *_SMALL),
+    2: ((2, 1, 4, 2, 1, 1, 2), (2, 1, 4, 1, 1, 1, 2), *_SMALL),
+    4: ((2, 1, 4, 2, 1, 1, 2), (4, 1, 2, 2, 1, 1, 2), (4, 1, 2, 1, 2, 1, 2), *_SMALL_MANY),
+    8: ((4, 2, 1, 2, 1, 1, 2), (4, 2, 1, 1, 2, 1, 2), (2, 4, 1, 1, 1, 1, 2), (1, 2, 1, 1, 1, 1, 2)),
+}
+_WIDE = {
+    1: ((4, 1, 2, 2, 4, 2, 2), (8, 1, 2, 2, 4, 1, 2), (4, 1, 2, 1, 4, 2, 2), *_SMALL),
+    2: ((4, 1, 2, 2, 4, 1, 2), (8, 1, 1, 2, 4, 1, 2), (4, 1, 1, 1, 1, 1, 2), *_SMALL),
+    4: ((4, 1, 2, 2, 1, 1, 2), (8, 1, 1, 2, 2, 1, 2), *_SMALL_MANY),
+    8: _NARROW[8],
+}
+_LARGE = {
+    1: ((16, 1, 1, 4, 4, 1, 2), (16, 1, 1, 2, 8, 1, 2), *_WIDE[1]),
+    2: ((8, 1, 1, 4, 2, 1, 2), (8, 1, 1, 2, 4, 1, 2), *_WIDE[2]),
+    4: ((8, 1, 1, 2, 2, 1, 2), *_SMALL_MANY),
+    8: _NARROW[8],
+}
+_LARGE_WEIGHTS = 2**27  # from here on
+# The same by wgmma. What counts as narrow or wide are tiles of 64 rows and of so many tokens.
+_TILE_TOKENS = 128  # of the largest tile
+_FIRST_OF_WGMMA = 17  # tokens: for fewer, mma.sync is as fast or faster
+_WGMMA_SMALL = ((4, 1, 2, 2, 1, 1, 2), (1, 4, 1, 1, 1, 1, 2))
+_WGMMA_NARROW = {
+    4: ((2, 2, 4, 2, 1, 1, 2), *_WGMMA_SMALL),
+    8: ((1, 4, 4, 2, 1, 1, 2), (2, 2, 2, 2, 1, 1, 2), *_WGMMA_SMALL),
+    16: ((1, 4, 2, 2, 1, 1, 2), (1, 4, 1, 1, 1, 1, 2)),
+}
+_WGMMA_WIDE = {
+    4: _WGMMA_SMALL,
+    8: ((2, 2, 1, 4, 1, 2, 2), (4, 2, 1, 4, 1, 1, 2), (2, 2, 2, 2, 1, 1, 2), *_WGMMA_SMALL),
+    16: ((4, 2, 1, 4, 1, 1, 2), (4, 2, 1, 2, 1, 1, 2), (1, 4, 1, 1, 1, 1, 2)),
+}
+_WGMMA_LARGE = {
+    4: ((8, 1, 1, 4, 1, 1, 2), *_WGMMA_SMALL),
+    8: ((8, 1, 1, 4, 1, 1, 3), (8, 1, 1, 2, 2, 1, 2), *_WGMMA_SMALL),
+    16: _WGMMA_WIDE[16],
+}
+_MOST_STAGES = 6
+_RESERVED = 1024  # bytes of shared memory that each block costs beside its own, from sm_80 on
+
+
+def choose(problem: Problem, device: Device) -> Variant:
+    """The variant for a problem of at most ``most_tokens`` tokens."""
+    wgmma = _by_wgmma(problem, device)
+    least = 4 if wgmma else 1
+    sizes = (1, 2, 4, 8, _TILE_TOKENS // 8)
+    token_tiles = next((n for n in sizes if n >= least and problem.tokens <= 8 * n), sizes[-1])
+    for row_warps, tile_warps, k_warps, units, panel, blocks, least_stages in _shapes(problem, device, wgmma)[
+        token_tiles
+    ]:
+        if 0 < problem.group < TILE and _spills(problem, token_tiles, tile_warps, units, wgmma):
+            continue
+        columns = TILE * units
+        if problem.group and problem.group % columns and columns % problem.group:
+            continue  # a chunk would hold a part of a group and more
+        for stages in range(_MOST_STAGES, least_stages - 1, -1):
+            variant = Variant(
+                token_tiles=token_tiles,
+                row_warps=row_warps,
+                tile_warps=tile_warps,
+                k_warps=k_warps,
+                units=units,
+                stages=stages,
+                panel=panel,
+                blocks=blocks,
+                wgmma=wgmma,
+            )
+            if blocks * (variant.shared_bytes(problem) + _RESERVED) <= device.shared_bytes:
+                return variant
+    raise ValueError(f"no variant fits {device.shared_bytes} bytes of shared memory")
+
+
+def _spills(problem: Problem, token_tiles: int, tile_warps: int, units: int, wgmma: bool) -> bool:
+    """Whether with groups of 32 so many scales and zero points are in flight that registers would spill."""
+    if wgmma:
+        return token_tiles >= 8 * tile_warps and (problem.zeros or problem.planes == 8)
+    return units > 2 or (token_tiles > 2 and (units > 1 or tile_warps < token_tiles // 2))
+
+
+def _by_wgmma(problem: Problem, device: Device) -> bool:
+    return device.wgmma and problem.tokens >= _FIRST_OF_WGMMA and centred_exactly(problem)
+
+
+def _shapes(problem: Problem, device: Device, wgmma: bool) -> Mapping[int, tuple[tuple[int, ...], ...]]:
+    token_tiles = -(-problem.tokens // _TILE_TOKENS)
+    if 2 * tiles(problem.rows) * token_tiles < device.multiprocessors:
+        return _WGMMA_NARROW if wgmma else _NARROW
+    if problem.rows * problem.depth >= _LARGE_WEIGHTS:
+        return _WGMMA_LARGE if wgmma else _LARGE
+    return _WGMMA_WIDE if wgmma else _WIDE

@@ -1,6 +1,7 @@
 """Shared fixtures: small models made on the spot, and the command line as a user calls it."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,8 @@ def run_py(tmp_path):
         return subprocess.Popen(
             [sys.executable, str(ROOT / "run.py"), *flags, *where, *values], cwd=tmp_path, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment},
+            # A shell's background jobs ignore Ctrl-C, and so would what they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     return start

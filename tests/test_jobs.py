@@ -180,7 +180,7 @@ def test_killed_three_times_it_ends_with_the_same_bytes(run_py, tmp_path):
 
 
 def test_a_stopped_run_says_so_and_resumes_to_the_same_bytes(run_py, tmp_path, small_model):
-    small = (*SMALL, f"model.path={small_model}", "method.group_size=64", "bits=2", "calibration.sequences=64")
+    small = (*SMALL, f"model.path={small_model}", "method.group_size=64", "bits=2", "calibration.sequences=16")
     for block, stop in ((1, signal.SIGTERM), (2, signal.SIGINT)):
         process = run_py(*small)
         wait_for_block(block, tmp_path / "store", process)  # the one before it then stands in the journal

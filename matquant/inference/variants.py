@@ -123,7 +123,7 @@ def choose(problem: Problem, device: Device) -> Variant:
     for row_warps, tile_warps, k_warps, units, panel, blocks, least_stages in _shapes(problem, device, wgmma)[
         token_tiles
     ]:
-        if 0 < problem.group < TILE and _spills(problem, token_tiles, tile_warps, units, wgmma):
+        if _spills(problem, token_tiles, tile_warps, units, wgmma):
             continue
         columns = TILE * units
         if problem.group and problem.group % columns and columns % problem.group:
@@ -146,10 +146,11 @@ def choose(problem: Problem, device: Device) -> Variant:
 
 
 def _spills(problem: Problem, token_tiles: int, tile_warps: int, units: int, wgmma: bool) -> bool:
-    """Whether with groups of 32 so many scales and zero points are in flight that registers would spill."""
+    """Whether sums, and what else is in flight, would need more registers than there are."""
+    small_groups = 0 < problem.group < TILE
     if wgmma:
-        return token_tiles >= 8 * tile_warps and (problem.zeros or problem.planes == 8)
-    return units > 2 or (token_tiles > 2 and (units > 1 or tile_warps < token_tiles // 2))
+        return token_tiles >= 8 * tile_warps and small_groups + problem.zeros + (problem.planes == 8) > 1
+    return small_groups and (units > 2 or (token_tiles > 2 and (units > 1 or tile_warps < token_tiles // 2)))
 
 
 def _by_wgmma(problem: Problem, device: Device) -> bool:

@@ -105,6 +105,17 @@ def make_weight(variant: Variant, case: Case) -> NestedWeight:
     )
 
 
+def packed(variant: Variant, case: Case, weight: NestedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Planes, scales and zero points as the kernel takes them; planes that it must not read are poisoned."""
+    padded = torch.zeros(tiles(case.rows) * 64, tiles(case.depth) * 64, dtype=torch.uint8)
+    padded[: case.rows, : case.depth] = weight.codes << (8 - case.master_bits)
+    planes = pack_planes(padded, 8)
+    planes[planes_read(variant.bits, case.master_bits, variant.slicing) :] = POISON
+    groups = -(-tiles(case.depth) * 64 // variant.group) if variant.group > 0 else 1
+    zeros = None if weight.zeros is None else pack_groups(weight.zeros, groups)
+    return planes, pack_groups(weight.scales, groups), zeros
+
+
 def run(
     variant: Variant,
     case: Case,
@@ -133,15 +144,7 @@ def run(
     bias = torch.randn(case.rows, generator=g).to(variant.dtype) if case.bias else None
 
     up = 8 - case.master_bits
-    padded = torch.zeros(tiles(case.rows) * 64, tiles(case.depth) * 64, dtype=torch.uint8)
-    padded[: case.rows, : case.depth] = weight.codes << up
-    planes = pack_planes(padded, 8)
-    read = planes_read(variant.bits, case.master_bits, variant.slicing)
-    planes[read:] = POISON
-    group_count = -(-tiles(case.depth) * 64 // variant.group) if variant.group > 0 else 1
-    scales = pack_groups(weight.scales, group_count)
-    zeros = None if weight.zeros is None else pack_groups(weight.zeros, group_count)
-
+    planes, scales, zeros = packed(variant, case, weight)
     token_tiles = -(-case.tokens // (8 * variant.token_tiles))
     row_tiles = -(-tiles(case.rows) // variant.row_warps) * token_tiles
     chunks = -(-tiles(case.depth) // (variant.units * variant.k_warps))

@@ -1,6 +1,6 @@
 """Every architecture: found, read block by block, quantized, measured, kept in a store, and the same from there."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,6 @@ from matquant.quantize.solver import SolverOptions
 from matquant.store import Store
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(folder: Path) -> ModelConfig:

@@ -1,7 +1,5 @@
 """A model of one or two blocks with a nested weight for each of its layers."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -11,11 +9,7 @@ from matquant.nested import NestedWeight
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def of_all_tests_here(one_thread: None) -> None: ...
 
 
 def _nested(weight: torch.Tensor) -> NestedWeight:

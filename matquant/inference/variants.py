@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
+import torch
+
 from matquant.inference.layout import TILE, tiles
 from matquant.inference.problem import Device, Problem, centred_exactly
 
@@ -103,11 +105,17 @@ _WGMMA_NARROW = {
 _WGMMA_WIDE = {
     4: _WGMMA_SMALL,
     8: ((2, 2, 1, 4, 1, 2, 2), (4, 2, 1, 4, 1, 1, 2), (2, 2, 2, 2, 1, 1, 2), *_WGMMA_SMALL),
-    16: ((4, 2, 1, 4, 1, 1, 2), (4, 2, 1, 2, 1, 1, 2), (1, 4, 1, 1, 1, 1, 2)),
+    16: (
+        (4, 2, 1, 4, 1, 1, 2),
+        (4, 2, 1, 2, 1, 1, 2),
+        (2, 4, 1, 4, 1, 1, 2),
+        (2, 4, 1, 2, 1, 1, 2),
+        (1, 4, 1, 1, 1, 1, 2),
+    ),
 }
 _WGMMA_LARGE = {
     4: ((8, 1, 1, 4, 1, 1, 2), *_WGMMA_SMALL),
-    8: ((8, 1, 1, 4, 1, 1, 3), (8, 1, 1, 2, 2, 1, 2), *_WGMMA_SMALL),
+    8: ((8, 1, 1, 4, 1, 1, 3), (8, 1, 1, 2, 2, 1, 2), *_WGMMA_WIDE[8][1:]),
     16: _WGMMA_WIDE[16],
 }
 _MOST_STAGES = 6
@@ -149,7 +157,8 @@ def _spills(problem: Problem, token_tiles: int, tile_warps: int, units: int, wgm
     """Whether sums, and what else is in flight, would need more registers than there are."""
     small_groups = 0 < problem.group < TILE
     if wgmma:
-        return token_tiles >= 8 * tile_warps and small_groups + problem.zeros + (problem.planes == 8) > 1
+        most = 0 if problem.planes < 8 else 1 if problem.dtype == torch.float16 else 2  # bfloat16 takes two fragments
+        return token_tiles >= 8 * tile_warps and small_groups + problem.zeros + most > 1
     return small_groups and (units > 2 or (token_tiles > 2 and (units > 1 or tile_warps < token_tiles // 2)))
 
 

@@ -90,7 +90,7 @@ def test_generating_holds_what_is_dense_and_the_planes_that_are_asked_for() -> N
 
 def make(host: int, **free: int) -> plan.Plan:
     need = plan.Need(stage="quantize", device=0, host=host, disk=0)
-    made = plan.make_plan(shapes(), [need], 1e9, device=CPU, place=CPU, store=Path("/tmp/x/y"), group_size=128)
+    made = plan.make_plan(shapes(), [need], 1e9, device=CPU, place=CPU, store=Path("store"), group_size=128)
     return dataclasses.replace(made, **free)
 
 
@@ -106,7 +106,7 @@ def test_what_cannot_fit_is_refused_with_what_would_help() -> None:
 
 def test_the_advice_is_for_the_stage_that_needs_most() -> None:
     needs = [plan.Need(stage=stage, device=0, host=host, disk=0) for stage, host in (("evaluate", 1), ("generate", 2))]
-    made = plan.make_plan(shapes(), needs, 1e9, device=CPU, place=None, store=Path("/tmp/x/y"), group_size=128)
+    made = plan.make_plan(shapes(), needs, 1e9, device=CPU, place=None, store=Path("store"), group_size=128)
     assert "hidden states" not in made.sentence()
     with pytest.raises(UserError, match="Generating holds the whole model. Ask for lower bits"):
         dataclasses.replace(made, host_free=0).refuse()

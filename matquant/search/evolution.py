@@ -95,7 +95,7 @@ class Guided:
         if not pool:
             return []
         mean, deviation = self.surrogate.predict(parent, pool)
-        best = (mean - deviation).argsort(kind="stable")[:count]
+        best = (mean - deviation).argsort(stable=True)[:count].tolist()
         self.skipped += len(pool) - len(best)
         return [pool[i] for i in best]
 

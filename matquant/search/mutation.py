@@ -16,7 +16,7 @@ def switch_levels(problem: Problem, parent: Candidate, rng: random.Random) -> Ca
 
     Where levels are uneven (a unit goes from 4 to 6 bits), as many go down as one that goes up needs.
     """
-    groups = equal_units(problem)
+    groups = problem.equal_units
     child = list(parent)
     for _ in range(min(rng.randint(1, _FLIPS), rng.randint(1, _FLIPS))):
         group = rng.choices(groups, weights=[len(g) for g in groups])[0]
@@ -70,14 +70,6 @@ def uniform_start(problem: Problem, budget: Fraction) -> Candidate | None:
     if budget.denominator == 1 and int(budget) in problem.widths:
         return (int(budget),) * len(problem.units)
     return None
-
-
-def equal_units(problem: Problem) -> list[list[int]]:
-    """Units by number, those of equal costs together."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for number, unit in enumerate(problem.units):
-        groups.setdefault(tuple(unit.costs[bits] for bits in problem.widths), []).append(number)
-    return list(groups.values())
 
 
 def _flip(problem: Problem, parent: list[int], group: Sequence[int], rng: random.Random, fill: bool) -> list[int]:

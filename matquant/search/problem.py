@@ -5,6 +5,7 @@ codes or bytes read per token, so that a budget is kept exactly.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Literal
@@ -54,13 +55,21 @@ class Budget:
         return f"{float(self.value) / 1e9:g} GB"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
     """Units, the widths to choose from (ascending), and the limit on the sum of the units' costs."""
 
     units: tuple[Unit, ...]
     widths: tuple[int, ...]
     limit: int
+
+    @functools.cached_property
+    def equal_units(self) -> list[list[int]]:
+        """Units by number, those of equal costs together."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for number, unit in enumerate(self.units):
+            groups.setdefault(tuple(unit.costs[bits] for bits in self.widths), []).append(number)
+        return list(groups.values())
 
     def cost(self, candidate: Candidate) -> int:
         return sum(unit.costs[bits] for unit, bits in zip(self.units, candidate, strict=True))

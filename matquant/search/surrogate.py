@@ -4,12 +4,16 @@ The loss is taken as a sum with one term for each unit and width. Before anythin
 alone, each as uncertain as it is large. What is uncertain of a term is in part its unit's, at any width, and in part its
 width's, in any unit: among quantized neighbours a unit that takes more bits gains less than it did alone. Every
 candidate that is measured against another on the same tokens tells the sum of the terms in which they differ.
+
+In float64 on the CPU, by torch, whose number of threads a run sets: NumPy's library would take every core for matrices that are
+no larger than a few thousand terms, and searches side by side would wait for each other.
 """
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
 
 from matquant.search.knapsack import Losses
 from matquant.search.problem import Candidate, Problem
@@ -32,17 +36,17 @@ class Surrogate:
     def __init__(self, problem: Problem, prior: Losses) -> None:
         self.problem = problem
         self._index = {bits: i for i, bits in enumerate(problem.widths)}
-        mean = np.array([[unit[bits] for bits in problem.widths] for unit in prior], dtype=np.float64).ravel()
-        size = np.maximum(np.abs(mean), 1e-6 * np.abs(mean).max() + 1e-12)
+        mean = torch.tensor([[unit[bits] for bits in problem.widths] for unit in prior], dtype=torch.float64).flatten()
+        size = mean.abs().clamp(min=1e-6 * float(mean.abs().max()) + 1e-12)
         units, widths = len(prior), len(problem.widths)
         alike = (
-            _OF_UNIT**2 * np.kron(np.eye(units), np.ones((widths, widths)))
-            + _OF_WIDTH**2 * np.kron(np.ones((units, units)), np.eye(widths))
-            + _OWN**2 * np.eye(units * widths)
+            _OF_UNIT**2 * torch.kron(_identity(units), torch.ones(widths, widths, dtype=torch.float64))
+            + _OF_WIDTH**2 * torch.kron(torch.ones(units, units, dtype=torch.float64), _identity(widths))
+            + _OWN**2 * _identity(units * widths)
         )
-        self._mean: NDArray = mean
-        self._covariance: NDArray = alike * np.outer(size, size)
-        self._precision = np.linalg.inv(alike) / np.outer(size, size)
+        self._mean = mean
+        self._covariance = alike * torch.outer(size, size)
+        self._precision = _inverse(alike) / torch.outer(size, size)
         self._weighted = self._precision @ mean
         self._fresh = True
 
@@ -58,7 +62,7 @@ class Surrogate:
             loss: the parent's.
             tokens: that all were measured on.
         """
-        y = np.array(differences, dtype=np.float64)
+        y = torch.tensor(differences, dtype=torch.float64)
         variance = (_OF_DIFFERENCE * y) ** 2 + (_OF_LOSS * loss) ** 2 * (_TOKENS / tokens)
         features = self._features(parent, candidates)
         scaled = features / variance[:, None]
@@ -66,32 +70,36 @@ class Surrogate:
         self._weighted += scaled.T @ y
         self._fresh = False
 
-    def predict(self, parent: Candidate, candidates: Sequence[Candidate]) -> tuple[NDArray, NDArray]:
+    def predict(self, parent: Candidate, candidates: Sequence[Candidate]) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, float64 [candidates], of each one's loss minus the parent's."""
         self._update()
         features = self._features(parent, candidates)
-        variance = ((features @ self._covariance) * features).sum(axis=1)
-        return features @ self._mean, np.sqrt(np.maximum(variance, 0.0))
+        variance = ((features @ self._covariance) * features).sum(dim=1)
+        return features @ self._mean, variance.clamp(min=0.0).sqrt()
 
     def losses(self) -> Losses:
         """The expected terms, for the knapsack."""
         self._update()
-        table = self._mean.reshape(len(self.problem.units), len(self._index))
-        return [{bits: float(row[i]) for bits, i in self._index.items()} for row in table]
+        table = self._mean.reshape(len(self.problem.units), len(self._index)).tolist()
+        return [dict(zip(self._index, row, strict=True)) for row in table]
 
     def _update(self) -> None:
         if not self._fresh:
-            self._covariance = np.linalg.inv(self._precision)
+            self._covariance = _inverse(self._precision)
             self._mean = self._covariance @ self._weighted
             self._fresh = True
 
-    def _features(self, parent: Candidate, candidates: Sequence[Candidate]) -> NDArray:
-        """[candidates, units * widths]: 1 where a candidate has a width and the parent has not, -1 the other way."""
-        widths = len(self._index)
-        features = np.zeros((len(candidates), len(self.problem.units) * widths))
-        for row, candidate in zip(features, candidates, strict=True):
-            for unit, (old, new) in enumerate(zip(parent, candidate, strict=True)):
-                if old != new:
-                    row[unit * widths + self._index[new]] += 1
-                    row[unit * widths + self._index[old]] -= 1
-        return features
+    def _features(self, parent: Candidate, candidates: Sequence[Candidate]) -> Tensor:
+        """Float64 [candidates, units * widths]: 1 where a candidate has a width and the parent has not, -1 the other way."""
+        positions = torch.tensor([[self._index[bits] for bits in candidate] for candidate in (parent, *candidates)])
+        chosen = one_hot(positions, len(self._index)).flatten(1).double()
+        return chosen[1:] - chosen[0]
+
+
+def _identity(size: int) -> Tensor:
+    return torch.eye(size, dtype=torch.float64)
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    """Of a symmetric positive definite matrix."""
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))

@@ -38,7 +38,6 @@ from checks import activations, check, checks
 from matquant.cuda import load
 from matquant.cuda.driver import architecture, nvrtc_compile, nvrtc_version
 from matquant.cuda.source import compile_options, cubin, read_source
-from matquant.cuda.tensor_map import tensor_map
 from matquant.inference import gpu, ops
 from matquant.inference.plan import TOKENS, Plan, most_tokens, plan
 from matquant.inference.planes import NestedPlanes
@@ -115,17 +114,18 @@ def problem_of(tokens: int, rows: int, depth: int, bits: int, group: int) -> Pro
     )  # fmt: skip
 
 
-def _compile(job: tuple[dict[str, int], str]) -> None:
-    defines, target = job
-    cubin(read_source("gemm.cu"), compile_options(target, defines), nvrtc_version(), nvrtc_compile)
+def _compile(job: tuple[str, dict[str, int], str]) -> None:
+    source, defines, target = job
+    cubin(read_source(source), compile_options(target, defines), nvrtc_version(), nvrtc_compile)
 
 
-def precompile(defines: Sequence[dict[str, int]]) -> None:
+def precompile(plans: Sequence[Plan]) -> None:
     """Fill the cache of cubins with all cores; afterwards each is only loaded."""
+    different = {(p.source, tuple(sorted(p.defines.items()))) for p in plans}
     target = architecture(torch.cuda.get_device_capability())
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        list(pool.map(_compile, [(d, target) for d in defines], chunksize=2))
+        list(pool.map(_compile, [(source, dict(defines), target) for source, defines in different], chunksize=2))
 
 
 class Bench:
@@ -142,17 +142,16 @@ class Bench:
 
     def launches(self, plan: Plan, tokens: int) -> tuple[list[Callable[[], None]], int, int]:
         """(one launch for each copy, registers, bytes of local memory)."""
-        kernel = load("gemm.cu", "nested_gemm", defines=plan.defines, prefer_shared=True, overlap=self.overlap)
+        kernel = load(plan.source, plan.function, defines=plan.defines, prefer_shared=True, overlap=self.overlap)
         x, y = (
             activations(tokens, self.depth, torch.float16),
             torch.empty(tokens, self.rows, device="cuda", dtype=torch.float16),
         )
-        x_argument = tensor_map(x, plan.tile_tokens) if plan.tile_tokens else None  # does not keep x
         workspace = torch.empty(plan.workspace, device="cuda")
         tickets = torch.zeros(plan.tickets, dtype=torch.int32, device="cuda")
 
         def launch(planes: Tensor, scales: Tensor) -> None:
-            args = plan.arguments(planes, scales, None, x_argument or x, None, y, workspace, tickets, tokens)
+            args = plan.arguments(planes, scales, None, x, None, y, workspace, tickets, tokens)
             kernel.launch(plan.grid, plan.block, args, plan.shared_bytes)
 
         pairs = zip(self.planes, self.scales, strict=True)
@@ -311,8 +310,8 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def all_defines(args: argparse.Namespace, device: Device) -> list[dict[str, int]]:
-    """Of everything that will be launched, each once."""
+def all_plans(args: argparse.Namespace, device: Device) -> list[Plan]:
+    """Of everything that will be launched."""
     plans = [] if args.no_check else [plan(c.problem(), device) for c in checks(args.bits)]
     if not args.check_only:
         for rows, depth in args.shapes:
@@ -320,7 +319,7 @@ def all_defines(args: argparse.Namespace, device: Device) -> list[dict[str, int]
                 problems = [problem_of(tokens, rows, depth, bits, args.group) for tokens in args.tokens]
                 for problem in (p for p in problems if p.tokens <= most_tokens(p, device)):
                     plans += [plan(problem, device, v) for v in variants(problem, device, candidates=args.candidates)]
-    return [dict(d) for d in {tuple(sorted(p.defines.items())) for p in plans}]
+    return plans
 
 
 def command(argv: Sequence[str]) -> str:
@@ -343,7 +342,7 @@ def main() -> None:
         raise SystemExit("There is no CUDA device to measure on.")
     properties = torch.cuda.get_device_properties(0)
     device = gpu.about_device(0)
-    precompile(all_defines(args, device))
+    precompile(all_plans(args, device))
     worst = None if args.no_check else check(args.bits)
     if worst is not None:
         print(f"right: the largest error is {worst:.4f} times that of rounding the exact result", flush=True)

@@ -39,29 +39,6 @@
 #include "gemm_mma.cuh"
 #endif
 
-// What this block has summed of a tile goes to y, or to the workspace if other blocks work on the tile too.
-DEVICE void finish_tile(const Problem& a, const Output& out, Shared& shared, const Place& at, u32 tile, u32 all, float gain,
-                        float4* workspace, u32* tickets, Sums& of_warp) {
-    of_warp.finish(gain);
-    float4 sums[shares];
-    share_sums(shared, at, of_warp.total, sums);
-    const int row_block = (int)row_tile_of(a, tile) * ROW_WARPS + at.row_warp;
-    if (row_block >= a.row_blocks || at.k_warp >= accumulators) return;
-    const u32 first = block_of(tile * a.chunks, all), last = block_of((tile + 1) * a.chunks - 1, all);
-    if (first != last) {
-        leave_sums(workspace, blockIdx.x, tile, at, sums);
-        if (!is_last(tickets + tile * warps + threadIdx.x / 32, last - first + 1, at.lane)) return;
-        collect_sums(workspace, first, last, tile, at, sums);
-    }
-    UNROLL
-    for (int i = 0; i < shares; i++) {
-        const int j = at.k_warp + i * K_WARPS;
-        if (j >= accumulators) continue;
-        const int row = row_block * 64 + (at.tile_warp * row_tiles_of_warp + j / TOKEN_TILES) * 16;
-        write_output(out, row, (int)token_tile_of(a, tile) * token_rows + j % TOKEN_TILES * 8, at.lane, sums[i]);
-    }
-}
-
 // The warps that share a ring meet.
 DEVICE void meet(const Place& at) {
     if (TILE_WARPS == 1) __syncwarp();

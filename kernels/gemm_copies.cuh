@@ -2,6 +2,45 @@
 #pragma once
 #include "gemm_shape.cuh"
 
+constexpr int x_stride = x_columns + 8;      // 16 bytes more than a row: ldmatrix then meets every bank once
+constexpr int x_bytes = (WGMMA ? x_columns : x_stride) * token_rows * 2; // of a chunk
+constexpr int panels_ahead = (STAGES - 1 + PANEL - 1) / PANEL, x_panels = panels_ahead + 1;
+
+// What a warp needs of the weights for one chunk.
+struct Weights {
+    uint4 planes[UNITS][PLANES][32];
+    u16 scales[groups][8][8]; // [group][lane / 4][c][p]
+#if ZEROS
+    u8 zeros[groups][8][8];
+#endif
+
+    DEVICE_MEMBER const u8 (*zeros_of(int i) const)[8] {
+#if ZEROS
+        return zeros[i];
+#else
+        return nullptr;
+#endif
+    }
+};
+
+struct Shared {
+    // Activations: the panel in work and those that are on their way. At the start, where 1024 bytes begin.
+    alignas(16) u8 x[x_panels][PANEL][x_bytes];
+    Weights ring[K_WARPS][ROW_WARPS][STAGES];
+#if K_WARPS > 1
+    float4 sums[K_WARPS][ROW_WARPS * TILE_WARPS][row_tiles_of_warp * TOKEN_TILES][32];
+#endif
+#if WGMMA
+    u64 arrived[x_panels]; // barriers
+#else
+    float x_sums[PANEL][K_WARPS][groups][token_rows];
+#endif
+};
+
+#ifdef SHARED_BYTES
+static_assert(sizeof(Shared) == SHARED_BYTES, "the launcher computes the size as well");
+#endif
+
 // Where a warp's next chunk of weights is, and where it goes. Pointers are kept and added to: computed anew for each chunk they
 // would cost a fifth of all instructions.
 struct Cursor {

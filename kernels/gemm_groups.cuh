@@ -9,8 +9,9 @@ struct Group {
     float scale[row_tiles_of_warp][2], distance[row_tiles_of_warp][2];
 };
 
-DEVICE Group load_group(const Weights& weights, const Place& at, int i, float offset, float zero_step) {
-    const u32* scales = (const u32*)&weights.scales[i][at.lane / 4][at.tile_warp * row_tiles_of_warp * 2];
+// of_lanes: scales as [lane / 4][c][p], and zeros likewise, if there are zero points.
+DEVICE Group load_group(const u16 (&of_lanes)[8][8], const u8 (*zeros)[8], const Place& at, float offset, float zero_step) {
+    const u32* scales = (const u32*)&of_lanes[at.lane / 4][at.tile_warp * row_tiles_of_warp * 2];
     u32 pairs[4]; // in one load
     if (TILE_WARPS == 1) *(uint4*)pairs = *(const uint4*)scales;
     else if (TILE_WARPS == 2) *(uint2*)pairs = *(const uint2*)scales;
@@ -22,9 +23,7 @@ DEVICE Group load_group(const Weights& weights, const Place& at, int i, float of
         for (int p = 0; p < 2; p++) {
             group.scale[c][p] = scale_value(pairs[c] >> (16 * p));
             group.distance[c][p] = offset;
-#if ZEROS
-            group.distance[c][p] -= zero_step * weights.zeros[i][at.lane / 4][(at.tile_warp * row_tiles_of_warp + c) * 2 + p];
-#endif
+            if (ZEROS) group.distance[c][p] -= zero_step * zeros[at.lane / 4][(at.tile_warp * row_tiles_of_warp + c) * 2 + p];
         }
     }
     return group;

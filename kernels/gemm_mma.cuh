@@ -107,7 +107,7 @@ struct Sums {
                 multiply_step(x + x_offset(0, step * 16), at.lane, step % steps_of_group == 0, r % 2 == 0, fragment, b, product);
                 if (step % steps_of_group == steps_of_group - 1) {
                     const int i = step / steps_of_group;
-                    scale_group(load_group(weights, at, i, offset, zero_step), x_sums[i], at.lane, product);
+                    scale_group(load_group(weights.scales[i], weights.zeros_of(i), at, offset, zero_step), x_sums[i], at.lane, product);
                 }
             }
         }

@@ -30,7 +30,7 @@ DEVICE u32 block_of(u32 chunk, u32 all) { return ((chunk + 1) * gridDim.x - 1) /
 // k_warp, k_warp + K_WARPS, ..., as sums[0], sums[1], ...
 constexpr int shares = (accumulators + K_WARPS - 1) / K_WARPS;
 
-DEVICE void share_sums(Shared& shared, const Place& at, const float (&total)[accumulators][4], float4 (&sums)[shares]) {
+template <class Shared> DEVICE void share_sums(Shared& shared, const Place& at, const float (&total)[accumulators][4], float4 (&sums)[shares]) {
 #if K_WARPS == 1
     UNROLL
     for (int j = 0; j < accumulators; j++) sums[j] = make_float4(total[j][0], total[j][1], total[j][2], total[j][3]);
@@ -92,3 +92,26 @@ DEVICE bool is_last(u32* ticket, u32 count, int lane) {
     return true;
 }
 
+// What this block has summed of a tile goes to y, or to the workspace if other blocks work on the tile too.
+template <class Shared, class Sums>
+DEVICE void finish_tile(const Problem& a, const Output& out, Shared& shared, const Place& at, u32 tile, u32 all, float gain,
+                        float4* workspace, u32* tickets, Sums& of_warp) {
+    of_warp.finish(gain);
+    float4 sums[shares];
+    share_sums(shared, at, of_warp.total, sums);
+    const int row_block = (int)row_tile_of(a, tile) * ROW_WARPS + at.row_warp;
+    if (row_block >= a.row_blocks || at.k_warp >= accumulators) return;
+    const u32 first = block_of(tile * a.chunks, all), last = block_of((tile + 1) * a.chunks - 1, all);
+    if (first != last) {
+        leave_sums(workspace, blockIdx.x, tile, at, sums);
+        if (!is_last(tickets + tile * warps + threadIdx.x / 32, last - first + 1, at.lane)) return;
+        collect_sums(workspace, first, last, tile, at, sums);
+    }
+    UNROLL
+    for (int i = 0; i < shares; i++) {
+        const int j = at.k_warp + i * K_WARPS;
+        if (j >= accumulators) continue;
+        const int row = row_block * 64 + (at.tile_warp * row_tiles_of_warp + j / TOKEN_TILES) * 16;
+        write_output(out, row, (int)token_tile_of(a, tile) * token_rows + j % TOKEN_TILES * 8, at.lane, sums[i]);
+    }
+}

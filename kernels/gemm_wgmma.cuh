@@ -5,7 +5,7 @@
 // matquant/inference/problem.py lets through. Sums stay where the tensor cores add to them, in units of the scale of the group in
 // work: where a group begins they are multiplied by the old scale over the new one. (There are no registers for a second set.)
 #pragma once
-#include "gemm_groups.cuh"
+#include "gemm_centre.cuh"
 
 static_assert(ROW_WARPS * TILE_WARPS % 4 == 0, "wgmma takes four warps that work on the same columns");
 
@@ -22,7 +22,7 @@ struct Panels {
         now = shared_address(shared.x);
         index = phase = 0;
         if (threadIdx.x == 0)
-            for (int i = 0; i < x_panels; i++) barrier_set_up(shared_address(shared.arrived + i));
+            for (int i = 0; i < x_panels; i++) barrier_set_up(shared_address(shared.arrived + i), 1);
         __syncthreads();
         if (threadIdx.x == 0)
             for (u32 i = 0; i < panels_ahead && i * PANEL < count; i++)
@@ -64,45 +64,6 @@ struct Panels {
     }
 };
 
-// What a code, c, is multiplied as: unit * (c + distance). For bfloat16's codes of 8 bits: of both nibbles together.
-struct Centre {
-    u32 add[Fragment::parts][row_tiles_of_warp][2]; // to a fragment, in both halves
-
-    static constexpr DEVICE_CONSTANT float unit(int c, int p) { return Fragment::unit(c, p) * (BFLOAT ? 1.0f : 32768.0f); }
-
-    DEVICE_MEMBER void set(const Group& group) {
-        UNROLL
-        for (int c = 0; c < row_tiles_of_warp; c++)
-            UNROLL
-            for (int p = 0; p < 2; p++) {
-                const float distance = group.distance[c][p], high = Fragment::parts == 2 ? 16.0f * (int)(distance / 16.0f) : 0.0f;
-                if (!BFLOAT) {
-                    add[0][c][p] = twice(float_to_half(distance * unit(c, p)));
-                } else {
-                    if (Fragment::parts == 2) add[0][c][p] = twice(float_to_bfloat(high * unit(c, p)));
-                    add[Fragment::parts - 1][c][p] = twice(float_to_bfloat((distance - high) * unit(c, p)));
-                }
-            }
-    }
-
-    DEVICE_MEMBER void apply(u32 (&fragment)[Fragment::parts][row_tiles_of_warp][4]) const {
-        UNROLL
-        for (int part = 0; part < Fragment::parts; part++)
-            UNROLL
-            for (int c = 0; c < row_tiles_of_warp; c++)
-                UNROLL
-                for (int r = 0; r < 4; r++) {
-                    u32& f = fragment[part][c][r];
-                    const u32 one = 0x3F803F80u, bias = part + 1 == Fragment::parts ? 0xBF80BF80u : 0xC180C180u; // -1 or -16
-                    if (BFLOAT) f = fma_bfloats(fma_bfloats(f, one, bias), one, add[part][c][r % 2]);
-                    else f = fma_halves(f, 0x78007800u, add[part][c][r % 2]); // times 2^15: no longer subnormal
-                }
-    }
-
-  private:
-    static DEVICE_MEMBER u32 twice(u16 bits) { return bits | (u32)bits << 16; }
-};
-
 // What a warp has summed of a tile.
 struct Sums {
     float total[accumulators][4];
@@ -131,7 +92,7 @@ struct Sums {
                 const bool begins = step % steps_of_group == 0;
                 Group group;
                 if (begins) {
-                    group = load_group(weights, at, step / steps_of_group, offset, zero_step);
+                    group = load_group(weights.scales[step / steps_of_group], weights.zeros_of(step / steps_of_group), at, offset, zero_step);
                     centre.set(group);
                 }
                 decode_step(words, r, at, fragment[step % 2]); // beside the products of the step before

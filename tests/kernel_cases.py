@@ -4,9 +4,10 @@ import ctypes
 import dataclasses
 
 import torch
-from standin import TensorMap, compile_kernel, read_source
+from standin import Argument, TensorMap, compile_kernel, read_source
 from torch import Tensor
 
+from matquant.cuda.tensor_map import Tiling
 from matquant.inference.layout import pack_groups, pack_planes, tiles
 from matquant.nested import NestedWeight, Slicing, planes_read
 
@@ -31,6 +32,7 @@ class Variant:
     stages: int = 3
     panel: int = 2
     wgmma: bool = False
+    many: bool = False  # by kernels/gemm_many.cu
 
     def defines(self) -> dict[str, int]:
         return {
@@ -63,6 +65,9 @@ class Variant:
         planes = planes_read(self.bits, 8, self.slicing)
         weights = self.units * planes * 512 + groups * 128 + self.zeros * groups * 64
         tokens = 8 * self.token_tiles
+        if self.many:
+            total = self.stages * (self.row_warps * weights + columns * tokens * 2 + 16)
+            return -(-total // 1024) * 1024
         panels = 1 + -(-(self.stages - 1) // self.panel)
         x = panels * self.panel * tokens * (columns * self.k_warps + 8 * (not self.wgmma)) * 2
         x_sums = self.panel * self.k_warps * groups * tokens * 4
@@ -154,17 +159,20 @@ def run(
     tickets = torch.zeros(row_tiles * variant.warps, dtype=torch.int32)
     step, centre = 2.0 ** (8 - variant.bits), 0.5 if variant.slicing == "msb" else 0.0
     zero = 0.0 if variant.zeros else (2.0 ** (case.master_bits - 1) + case.offset) * 2.0**up
-    kernel = compile_kernel(source or read_source("gemm.cu"), "nested_gemm", variant.defines(), sanitize=sanitize)
+    name, function = ("gemm_many.cu", "nested_gemm_many") if variant.many else ("gemm.cu", "nested_gemm")
+    kernel = compile_kernel(source or read_source(name), function, variant.defines(), sanitize=sanitize)
+    x_map = TensorMap(x, Tiling(2, (case.tokens, case.depth), (8 * variant.token_tiles, 64), turned=True))
+    if variant.many:
+        arrays: list[Argument] = [*weight_maps(variant, planes, scales, zeros), x_map]
+    else:
+        x_itself = x_map if variant.wgmma else x.view(torch.int16)
+        arrays = [planes, ctypes.c_uint64(planes[0].numel() // 4), scales.view(torch.int16), zeros, x_itself]
     for _ in range(launches):
         kernel.launch(
             (blocks,),
-            (32 * variant.warps,),
+            (32 * variant.warps + 128 * variant.many,),
             [
-                planes,
-                ctypes.c_uint64(planes[0].numel() // 4),
-                scales.view(torch.int16),
-                zeros,
-                TensorMap(x.view(torch.int16), 8 * variant.token_tiles) if variant.wgmma else x.view(torch.int16),
+                *arrays,
                 None if bias is None else bias.view(torch.int16),
                 y.view(torch.int16),
                 workspace,
@@ -182,6 +190,20 @@ def run(
     assert not tickets.any(), "tickets are not reset"
     exact = x.double() @ exact_weight(weight, variant.bits).T + (0 if bias is None else bias.double())
     return y, exact
+
+
+def weight_maps(variant: Variant, planes: Tensor, scales: Tensor, zeros: Tensor | None) -> list[Argument]:
+    """Planes, scales and zero points for ``kernels/gemm_many.cu``, as arrays of 8-byte elements."""
+    rows, units, columns = planes.shape[1], planes.shape[2], 64 * variant.units
+    groups = columns // min(variant.group if variant.group > 0 else columns, columns)
+    read = planes_read(variant.bits, 8, variant.slicing)
+    tiling = Tiling(8, (read, rows, 64 * units), (read, variant.row_warps, 64 * variant.units))
+    of_groups = [Tiling(8, (scales.shape[0], n * rows), (groups, n * variant.row_warps)) for n in (16, 8)]
+    return [
+        TensorMap(planes, tiling),
+        TensorMap(scales, of_groups[0]),
+        None if zeros is None else TensorMap(zeros, of_groups[1]),
+    ]
 
 
 def exact_weight(weight: NestedWeight, bits: int) -> Tensor:

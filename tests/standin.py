@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from matquant.cuda.tensor_map import Tiling
 from matquant.home import home
 
 KERNELS = home() / "kernels"
@@ -41,14 +42,15 @@ SANITIZE_FLAGS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize=alignment
 
 @dataclasses.dataclass(frozen=True)
 class TensorMap:
-    """A matrix [rows, columns] of 16-bit elements that is copied in tiles of ``tile_rows`` rows and 64 columns."""
+    """An array that is copied in tiles."""
 
-    matrix: Tensor
-    tile_rows: int
+    array: Tensor
+    tiling: Tiling
 
     def packed(self, address: int) -> bytes:
         """``TensorMap`` of kernels/standin/standin.h."""
-        return struct.pack("<QIII108x", address, *self.matrix.shape, self.tile_rows)
+        sizes, tile = ((1, 1, *of)[-3:] for of in (self.tiling.sizes, self.tiling.tile))
+        return struct.pack("<Q8I88x", address, self.tiling.element_bytes, *sizes, *tile, self.tiling.turned)
 
 
 Argument = Tensor | TensorMap | int | float | ctypes._SimpleCData | None
@@ -153,10 +155,10 @@ class StandinKernel:
 
 def _value(argument: Argument) -> ctypes._SimpleCData | ctypes.Array:
     match argument:
-        case TensorMap(matrix):
+        case TensorMap(array):
             room = ctypes.create_string_buffer(192)  # for 128 bytes at a multiple of 64
             value = (ctypes.c_char * 128).from_buffer(room, -ctypes.addressof(room) % 64)
-            value[:] = argument.packed(matrix.data_ptr())
+            value[:] = argument.packed(array.data_ptr())
             return value
         case None:
             return ctypes.c_void_p(0)
@@ -178,7 +180,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 def _packed(argument: Argument) -> bytes:
     if isinstance(argument, TensorMap):  # the program puts the address of the bytes that follow into it
-        data = argument.packed(0) + _bytes(argument.matrix)
+        data = argument.packed(0) + _bytes(argument.array)
         return struct.pack("<qq", 2, len(data)) + data
     data = _bytes(argument) if isinstance(argument, Tensor) else bytes(_value(argument))
     return struct.pack("<qq", isinstance(argument, Tensor), len(data)) + data

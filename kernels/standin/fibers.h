@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <random>
 #include <string>
@@ -75,20 +76,20 @@ struct Barrier {
     u64 seen = 0, asked = 0;
 };
 
-// A tile on its way to shared memory, which holds NaNs until someone waits for its barrier.
-struct PendingTile {
-    SharedAddress to;
-    const TensorMap* from;
-    int row, column;
+// A copy on its way to shared memory, which holds NaNs until someone waits for its barrier.
+struct PendingBytes {
+    u64 bytes;
+    std::function<void()> copy;
 };
 
-// A barrier in shared memory that counts bytes.
+// A barrier in shared memory that counts arrivals and bytes.
 struct BytesBarrier {
-    u32 phases = 0; // that have ended
-    u32 asked = 0;  // counts tiles and expectations
-    bool expecting = false;
-    u64 missing = 0; // bytes, once it expects some
-    std::vector<PendingTile> tiles;
+    u32 arrivals = 1; // that end a phase
+    u32 phases = 0;   // that have ended
+    u32 asked = 0;    // counts copies and arrivals
+    u32 arrived = 0;  // in this phase
+    u64 missing = 0;  // bytes that are expected
+    std::vector<PendingBytes> copies;
 };
 
 struct Block;

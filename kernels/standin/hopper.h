@@ -113,57 +113,78 @@ static BytesBarrier& byte_barrier(SharedAddress barrier) {
     return found->second;
 }
 
-static void copy(const PendingTile& tile) {
-    const TensorMap& from = *tile.from;
-    for (u32 i = 0; i < from.tile_rows; i++)
-        for (u32 j = 0; j < 64; j++) {
-            const u32 row = tile.row + i, column = tile.column + j;
-            const u16 bits = row < from.rows && column < from.columns ? from.elements[(u64)row * from.columns + column] : 0;
-            memcpy(turned(tile.to + i * 128 + j * 2), &bits, 2);
-        }
+static u64 bytes_of_tile(const TensorMap& m) { return (u64)m.tile[0] * m.tile[1] * m.tile[2] * m.element_bytes; }
+
+static void copy(SharedAddress to, const TensorMap& from, const int (&first)[3]) {
+    const u32 size = from.element_bytes;
+    u32 i[3];
+    for (i[0] = 0; i[0] < from.tile[0]; i[0]++)
+        for (i[1] = 0; i[1] < from.tile[1]; i[1]++)
+            for (i[2] = 0; i[2] < from.tile[2]; i[2]++, to += size) {
+                bool inside = true;
+                u64 place = 0;
+                for (int d = 0; d < 3; d++) {
+                    inside = inside && first[d] + i[d] < from.sizes[d];
+                    place = place * from.sizes[d] + first[d] + i[d];
+                }
+                char* there = from.turned ? turned(to) : (char*)to;
+                if (inside) memcpy(there, from.elements + place * size, size);
+                else memset(there, 0, size);
+            }
 }
 
-// All that is on its way arrives.
-static void arrive(BytesBarrier& b) {
-    for (auto& tile : b.tiles) {
-        const u64 bytes = tile.from->tile_rows * 128;
-        if (!b.expecting || bytes > b.missing) fail("more bytes arrived at a barrier than it expects");
-        b.missing -= bytes;
-        copy(tile);
+// All that is on its way arrives, and with what is then complete the phase ends.
+static void settle(BytesBarrier& b) {
+    if (!b.arrived) return; // who expects bytes arrives
+    for (auto& pending : b.copies) {
+        if (pending.bytes > b.missing) fail("more bytes arrived at a barrier than it expects");
+        b.missing -= pending.bytes;
+        pending.copy();
     }
-    b.tiles.clear();
-    if (!b.expecting || b.missing) return;
-    b.expecting = false;
+    b.copies.clear();
+    if (b.arrived < b.arrivals || b.missing) return;
+    b.arrived = 0;
     b.phases++;
+}
+
+static void arrive(SharedAddress barrier, u32 bytes) {
+    maybe_yield();
+    BytesBarrier& b = byte_barrier(barrier);
+    settle(b);
+    if (b.arrived == b.arrivals) fail("a barrier that still waits for bytes gets an arrival too many");
+    b.arrived++;
+    b.missing += bytes;
+    b.asked++;
+}
+
+static void start_copy(SharedAddress to, u64 bytes, SharedAddress barrier, std::function<void()> copy) {
+    memset((void*)to, 0xFF, bytes);
+    BytesBarrier& b = byte_barrier(barrier);
+    b.copies.push_back({bytes, std::move(copy)});
+    b.asked++;
 }
 } // namespace standin
 
-void barrier_set_up(SharedAddress barrier) {
+void barrier_set_up(SharedAddress barrier, u32 arrivals) {
     standin::aligned((const void*)barrier, 8, "barrier");
-    standin::current->block->byte_barriers[barrier] = {};
+    standin::BytesBarrier made;
+    made.arrivals = arrivals;
+    standin::current->block->byte_barriers[barrier] = made;
 }
 
-void barrier_expect(SharedAddress barrier, u32 bytes) {
-    standin::BytesBarrier& b = standin::byte_barrier(barrier);
-    if (b.expecting) standin::fail("a barrier expects bytes while it still waits for others");
-    b.expecting = true;
-    b.missing = bytes;
-    b.asked++;
-}
+void barrier_arrive(SharedAddress barrier) { standin::arrive(barrier, 0); }
+void barrier_expect(SharedAddress barrier, u32 bytes) { standin::arrive(barrier, bytes); }
 
-void copy_tile(SharedAddress to, const TensorMap* from, int row, int column, SharedAddress barrier) {
-    if (to % tile_alignment) standin::fail("a tile that does not begin at a multiple of 1024 bytes");
-    memset((void*)to, 0xFF, from->tile_rows * 128);
-    standin::BytesBarrier& b = standin::byte_barrier(barrier);
-    b.tiles.push_back({to, from, row, column});
-    b.asked++;
+void copy_tile(SharedAddress to, const TensorMap* from, int layer, int row, int column, SharedAddress barrier) {
+    if (to % (from->turned ? tile_alignment : 128)) standin::fail("a tile that does not begin at a multiple of 128 or 1024 bytes");
+    standin::start_copy(to, standin::bytes_of_tile(*from), barrier, [=] { standin::copy(to, *from, {layer, row, column}); });
 }
 
 void barrier_wait(SharedAddress barrier, u32 phase) {
     standin::maybe_yield();
     standin::BytesBarrier& b = standin::byte_barrier(barrier);
     for (;;) {
-        if (b.phases % 2 == phase) standin::arrive(b);
+        if (b.phases % 2 == phase) standin::settle(b);
         if (b.phases % 2 != phase) return;
         standin::wait(&b.asked, b.asked, "barrier_wait");
     }

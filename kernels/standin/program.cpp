@@ -33,7 +33,7 @@ int main(int, char** argv) {
         pointers.push_back(a.kind == 1 ? (void*)&a.bytes : (void*)a.bytes);
         if (a.kind == 2) {
             const size_t size = a.size - sizeof(TensorMap);
-            u16* elements = (u16*)malloc(size);
+            char* elements = (char*)malloc(size);
             memcpy(elements, a.bytes + sizeof(TensorMap), size);
             ((TensorMap*)a.bytes)->elements = elements;
         }

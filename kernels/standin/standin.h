@@ -104,16 +104,24 @@ void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&
 
 // ---- what sm_90a alone has (hopper.cuh)
 
+template <int registers> static inline void keep_registers() {}
+template <int registers> static inline void take_registers() {}
+
 constexpr int tile_alignment = 1024;
 
+// Sizes and tiles: of layers, rows and columns. turned: rows of 128 bytes have their pieces in the order that wgmma wants.
 struct alignas(64) TensorMap {
-    const u16* elements;
-    u32 rows, columns, tile_rows, unused[27];
+    const char* elements;
+    u32 element_bytes, sizes[3], tile[3], turned, unused[22];
 };
-void barrier_set_up(SharedAddress barrier);
+void barrier_set_up(SharedAddress barrier, u32 arrivals);
+void barrier_arrive(SharedAddress barrier);
 void barrier_expect(SharedAddress barrier, u32 bytes);
 void barrier_wait(SharedAddress barrier, u32 phase);
-void copy_tile(SharedAddress to, const TensorMap* from, int row, int column, SharedAddress barrier);
+void copy_tile(SharedAddress to, const TensorMap* from, int layer, int row, int column, SharedAddress barrier);
+static inline void copy_tile(SharedAddress to, const TensorMap* from, int row, int column, SharedAddress barrier) {
+    copy_tile(to, from, 0, row, column, barrier);
+}
 
 typedef SharedAddress WgmmaOperand;
 static inline WgmmaOperand wgmma_operand(SharedAddress b) { return b; }

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from matquant.cuda import Kernel, load
-from matquant.cuda.tensor_map import tensor_map
 from matquant.errors import UserError
 from matquant.inference import blocked
 from matquant.inference.checks import check_x
@@ -73,9 +72,7 @@ def linear(
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     tickets, workspace = _scratch[device].now(launch.plan.tickets, launch.plan.workspace)
-    tile = launch.plan.tile_tokens
-    activations = tensor_map(rows.view(tokens, -1), tile) if tile else rows
-    arguments = launch.plan.arguments(planes, scales, zeros, activations, bias, y, workspace, tickets, tokens)
+    arguments = launch.plan.arguments(planes, scales, zeros, rows, bias, y, workspace, tickets, tokens)
     launch.kernel.launch(launch.plan.grid, launch.plan.block, arguments, launch.plan.shared_bytes)
     return y
 
@@ -115,7 +112,9 @@ def _prepare(
         _load_decode(problem, index)
         return _Launch(halves=not device.wgmma and in_two(tokens, problem.rows, problem.depth))
     launch = plan(problem, device)
-    kernel = load("gemm.cu", "nested_gemm", defines=launch.defines, device=index, prefer_shared=True, overlap=True)
+    kernel = load(
+        launch.source, launch.function, defines=launch.defines, device=index, prefer_shared=True, overlap=True
+    )
     if index not in _scratch:
         _scratch[index] = Scratch(x.device)
     return _Launch(kernel, launch)

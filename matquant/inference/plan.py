@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from matquant.cuda.tensor_map import Tiling, tensor_map
 from matquant.inference.layout import TILE, tiles
 from matquant.inference.problem import Device, Problem, centred_exactly
 from matquant.inference.variants import WARP, Variant, choose
@@ -46,41 +47,55 @@ def decode_launch(problem: Problem, rows: int, first_tile: int) -> tuple[int, in
     return grid, WARP * _DECODE_WARPS, _DECODE_WARPS * TILE * _DECODE_ROW_BYTES, numbers
 
 
+Tilings = tuple[Tiling | None, Tiling | None, Tiling | None, Tiling | None]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """A launch of the matmul.
 
     Attributes:
+        source, function: the kernel.
         workspace: float32 numbers that it needs; not initialised.
         tickets: uint32 numbers that it needs; 0 before and after.
-        tile_tokens: of the tensor map that it takes in place of x; 0 where it takes x itself.
+        tilings: of planes, scales, zero points and x, each None where the kernel takes the array itself.
     """
 
     problem: Problem
+    source: str
+    function: str
     defines: dict[str, int]
     grid: int
     block: int
     shared_bytes: int
     workspace: int
     tickets: int
-    tile_tokens: int
+    tilings: Tilings
     numbers: tuple[Any, ...]
-    plane_stride: ctypes.c_uint64
+    plane_stride: tuple[ctypes.c_uint64, ...]
 
     def arguments(
         self,
         planes: Tensor,
         scales: Tensor,
         zeros: Tensor | None,
-        x: Tensor | bytes,
+        x: Tensor,
         bias: Tensor | None,
         y: Tensor,
         workspace: Tensor,
         tickets: Tensor,
         tokens: int,
     ) -> tuple[Any, ...]:
-        """The kernel's arguments, in its order; ``x`` is a tensor map where wgmma is used."""
-        return (planes, self.plane_stride, scales, zeros, x, bias, y, workspace, tickets, tokens, *self.numbers)
+        """The kernel's arguments, in its order."""
+        of_planes, of_scales, of_zeros, of_x = self.tilings
+        return (
+            _argument(planes, of_planes), *self.plane_stride, _argument(scales, of_scales), _argument(zeros, of_zeros),
+            _argument(x, of_x), bias, y, workspace, tickets, tokens, *self.numbers,
+        )  # fmt: skip
+
+
+def _argument(array: Tensor | None, tiling: Tiling | None) -> Tensor | bytes | None:
+    return array if array is None or tiling is None else tensor_map(array, tiling)
 
 
 def _blocks(resident: int, all_tiles: int, chunks: int) -> int:
@@ -104,13 +119,33 @@ def plan(problem: Problem, device: Device, variant: Variant | None = None) -> Pl
     tile = TILE * variant.row_warps * 8 * variant.token_tiles
     return Plan(
         problem=problem,
+        source="gemm_many.cu" if variant.many else "gemm.cu",
+        function="nested_gemm_many" if variant.many else "nested_gemm",
         defines=problem.defines() | variant.defines() | {"SHARED_BYTES": shared},
         grid=grid,
         block=variant.threads,
         shared_bytes=shared,
         workspace=(grid + all_tiles) * tile,
-        tickets=all_tiles * (variant.threads // WARP),
-        tile_tokens=8 * variant.token_tiles if variant.wgmma else 0,
+        tickets=all_tiles * variant.warps,
+        tilings=_tilings(problem, variant),
         numbers=(problem.rows, -(-problem.depth // 8) * 8, *problem.affine()),
-        plane_stride=ctypes.c_uint64(tiles(problem.rows) * tiles(problem.depth) * WARP),
+        plane_stride=() if variant.many else (ctypes.c_uint64(tiles(problem.rows) * tiles(problem.depth) * WARP),),
+    )
+
+
+def _tilings(problem: Problem, variant: Variant) -> Tilings:
+    if not variant.wgmma:
+        return None, None, None, None
+    depth = -(-problem.depth // 8) * 8
+    x = Tiling(2, (problem.tokens, depth), (8 * variant.token_tiles, TILE), turned=True)
+    if not variant.many:
+        return None, None, None, x
+    row_blocks, units, columns = tiles(problem.rows), tiles(problem.depth), TILE * variant.units
+    all_groups = -(-units * TILE // problem.group) if problem.group else 1
+    groups = columns // problem.group if 0 < problem.group < columns else 1
+    return (
+        Tiling(8, (problem.planes, row_blocks, 64 * units), (problem.planes, variant.row_warps, 64 * variant.units)),
+        Tiling(8, (all_groups, 16 * row_blocks), (groups, 16 * variant.row_warps)),
+        Tiling(8, (all_groups, 8 * row_blocks), (groups, 8 * variant.row_warps)),
+        x,
     )

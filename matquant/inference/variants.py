@@ -10,11 +10,13 @@ from matquant.inference.problem import Device, Problem, centred_exactly
 
 LOAD = 16  # bytes
 WARP = 32
+_ASKING_WARPS = 4  # of kernels/gemm_many.cu
+_TILE_ALIGNMENT = 1024  # bytes, of activations that are copied in tiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """How the matmul's work is shared out; the macros of ``kernels/gemm.cu``.
+    """How the matmul's work is shared out; the macros of ``kernels/gemm.cu`` and ``kernels/gemm_many.cu``.
 
     Attributes:
         token_tiles: of 8 tokens.
@@ -23,6 +25,7 @@ class Variant:
         panel: chunks of activations that are copied at a time.
         blocks: on a multiprocessor.
         wgmma: how the tensor cores are used (``kernels/gemm_wgmma.cuh``); any number of tokens then.
+        many: by ``kernels/gemm_many.cu``, with wgmma.
     """
 
     token_tiles: int
@@ -34,10 +37,16 @@ class Variant:
     panel: int
     blocks: int
     wgmma: bool = False
+    many: bool = False
+
+    @property
+    def warps(self) -> int:
+        """That multiply."""
+        return self.row_warps * self.tile_warps * self.k_warps
 
     @property
     def threads(self) -> int:
-        return WARP * self.row_warps * self.tile_warps * self.k_warps
+        return WARP * (self.warps + (_ASKING_WARPS if self.many else 0))
 
     def defines(self) -> dict[str, int]:
         return {
@@ -53,12 +62,15 @@ class Variant:
         }
 
     def shared_bytes(self, problem: Problem) -> int:
-        """The size of ``Shared`` in ``kernels/gemm.cu``."""
+        """The size of ``Shared`` in the kernel."""
         columns = TILE * self.units
         groups = columns // (problem.group if 0 < problem.group < columns else columns)
         tokens = 8 * self.token_tiles
         weights = self.units * problem.planes * WARP * LOAD + groups * TILE * (3 if problem.zeros else 2)
         ring = self.k_warps * self.row_warps * self.stages * weights
+        if self.many:
+            barriers = 2 * 8 * self.stages
+            return -(-(self.stages * tokens * columns * 2 + ring + barriers) // _TILE_ALIGNMENT) * _TILE_ALIGNMENT
         panels = 1 + -(-(self.stages - 1) // self.panel)  # of activations: one in work, the others on their way
         padding = 0 if self.wgmma else 8
         x = panels * self.panel * tokens * (columns * self.k_warps + padding) * 2

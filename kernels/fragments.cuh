@@ -32,8 +32,9 @@ template <int bits, bool bfloat> struct Fragments {
     static constexpr DEVICE_CONSTANT float unit(int c, int p) { return (float)(1 << low(c, p)) / (bfloat ? 128.0f : 16777216.0f); }
     static constexpr DEVICE_CONSTANT float bias() { return !bfloat ? 0.0f : parts == 2 ? 17.0f : 1.0f; }
 
-    // planes: one word of each plane. fragment: [part][c][register], for the first `tiles` tiles of 16 rows.
-    template <int tiles> static DEVICE_MEMBER void decode(const u32 (&planes)[bits], u32 (&fragment)[parts][tiles][4]) {
+    // planes: one word of each plane. fragment: [part][c][register], for `tiles` tiles of 16 rows from number `first` on, which is
+    // 0 or a multiple of `tiles`; c counts from there. Words are not turned for that but masks, which a loop keeps.
+    template <int tiles> static DEVICE_MEMBER void decode(const u32 (&planes)[bits], u32 (&fragment)[parts][tiles][4], int first = 0) {
         UNROLL
         for (int p = 0; p < 2; p++) {
             u32 pair[4];
@@ -43,35 +44,35 @@ template <int bits, bool bfloat> struct Fragments {
             UNROLL
             for (int c = 0; c < tiles; c++) {
                 u32 merged[2];
-                merge(pair, c, p, merged);
+                merge(pair, c, p, 2 * first, merged);
                 UNROLL
                 for (int part = 0; part < parts; part++)
                     UNROLL
-                    for (int u = 0; u < 2; u++) fragment[part][c][p + 2 * u] = extract(merged[part], c, p, u, part);
+                    for (int u = 0; u < 2; u++) fragment[part][c][p + 2 * u] = extract(merged[part], c, p, u, part, 2 * first);
             }
         }
     }
 
   private:
     // Fields of up to 8 bits of tile c, or the two nibbles apart.
-    static DEVICE_MEMBER void merge(const u32 (&pair)[4], int c, int p, u32 (&merged)[2]) {
+    static DEVICE_MEMBER void merge(const u32 (&pair)[4], int c, int p, int turn, u32 (&merged)[2]) {
         merged[0] = pair[0];
         if (bits <= 2) return;
-        const u32 nibble_mask = turned(c & 1 ? 0x33333333u : 0xCCCCCCCCu, p);
+        const u32 nibble_mask = turned(c & 1 ? 0x33333333u : 0xCCCCCCCCu, p, turn);
         merged[0] = bit_select(nibble_mask, pair[0], pair[1]);
         if (bits <= 4) return;
         const u32 low_nibble = bits > 6 ? bit_select(nibble_mask, pair[2], pair[3]) : pair[2];
-        const u32 byte_mask = turned(c & 1 ? 0xC3C3C3C3u : 0xF0F0F0F0u, p);
+        const u32 byte_mask = turned(c & 1 ? 0xC3C3C3C3u : 0xF0F0F0F0u, p, turn);
         if (parts == 2) merged[1] = low_nibble;
         else merged[0] = bit_select(c & 2 ? byte_mask : ~byte_mask, merged[0], low_nibble);
     }
 
-    static constexpr DEVICE_MEMBER u32 turned(u32 mask, int by) { return by ? mask >> 1 | mask << 31 : mask; }
+    static DEVICE_MEMBER u32 turned(u32 mask, int p, int turn) { return rotate_right(mask, p - turn & 31); }
 
-    static DEVICE_MEMBER u32 extract(u32 merged, int c, int p, int u, int part) {
+    static DEVICE_MEMBER u32 extract(u32 merged, int c, int p, int u, int part, int turn) {
         const u32 mask = ((1u << field) - 1) << low(c, p);
         const int top = 3 - p + 2 * c + 8 * u - 4 * part;
-        const u32 turned_word = rotate_right(merged, (top - low(c, p) - field + 1) & 31);
+        const u32 turned_word = rotate_right(merged, (top - low(c, p) - field + 1 + turn) & 31);
         if (!bfloat) return turned_word & (mask | mask << 16);
         const u32 one = parts == 2 && part == 0 ? 0x41804180u : 0x3F803F80u; // 16 or 1, twice
         return and_or(turned_word, mask | mask << 16, one);

@@ -1,9 +1,10 @@
-// y[M, N] = x[M, K] W^T + bias, for W in bit planes, of which it reads the first BITS. M <= 8 * TOKEN_TILES without WGMMA.
+// y[M, N] = x[M, K] W^T + bias, for W in bit planes, of which it reads the first BITS. M <= 8 * TOKEN_TILES; for more on sm_90a see
+// gemm_many.cu.
 //
 // The value of a weight is   gain * s * (2^(8 - BITS) * code + offset - zero)   with s and zero of its group; `code` is the
 // slice of BITS bits of an 8-bit code (codes of fewer bits are an 8-bit code's first planes; `gain` and `offset` are scaled).
 //
-// Work. A block is ROW_WARPS x TILE_WARPS x K_WARPS warps and works on tiles of 64 * ROW_WARPS rows and 8 * TOKEN_TILES tokens, a
+// Work. A block is ROW_WARPS x TILE_WARPS x K_WARPS warps and works on tiles of 64 * ROW_WARPS rows, a
 // chunk of 64 * UNITS * K_WARPS columns at a time: each of the K_WARPS takes its own 64 * UNITS columns, each of the TILE_WARPS
 // its own 64 / TILE_WARPS rows of 64. All chunks of all tiles in a row, tile by tile, are dealt out to the blocks in equal runs, so
 // a run may end or begin within a tile. Where several blocks have worked on a tile, each leaves its sums in the workspace, and
@@ -21,11 +22,11 @@
 //   BITS 2..8, ROUND 0 or 1 (slices are rounded, one plane more is read), GROUP 32, 64, 128 or 0 (a scale per row),
 //   ZEROS 0 or 1, BFLOAT 0 or 1 (x, bias and y), SCALE_BFLOAT 0 or 1, TOKEN_TILES 1, 2, 4, 8,
 //   ROW_WARPS, K_WARPS, TILE_WARPS (1, 2, 4), UNITS (1, 2, 4), STAGES >= 2, PANEL >= 1, BLOCKS_PER_SM,
-//   WGMMA 0, or 1 on sm_90a: then TOKEN_TILES is 2, 4, 8 or 16, and ROW_WARPS * TILE_WARPS a multiple of 4
+//   WGMMA 0, or 1 on sm_90a: then TOKEN_TILES is 2, 4 or 8, and ROW_WARPS * TILE_WARPS a multiple of 4
 // Launch
 //   block   32 * ROW_WARPS * TILE_WARPS * K_WARPS threads
 //   grid    any number of blocks up to tiles * chunks; as many as are resident at once is best
-//           tiles = ceil(N / (64 * ROW_WARPS)) * ceil(M / (8 * TOKEN_TILES)), chunks = ceil(ceil(K / 64) / (UNITS * K_WARPS))
+//           tiles = ceil(N / (64 * ROW_WARPS)), chunks = ceil(ceil(K / 64) / (UNITS * K_WARPS))
 //   shared  sizeof(Shared); a launcher that computes it can have it checked with -DSHARED_BYTES
 //   workspace  (grid + tiles) * 64 * ROW_WARPS * 8 * TOKEN_TILES float32, never initialised
 //   tickets    tiles * warps of a block, uint32, 0 before the first launch and after every launch
@@ -68,13 +69,12 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words],
     Shared& shared = *(Shared*)memory;
     const int warp = threadIdx.x / 32;
     const Place at = {(int)threadIdx.x % 32, warp % ROW_WARPS, warp / ROW_WARPS % TILE_WARPS, K_WARPS > 1 ? warp / (ROW_WARPS * TILE_WARPS) : 0};
-    Problem a = {planes, plane_stride, scales, zeros, x, tokens, rows, depth, (rows + 63) / 64, (depth + 63) / 64, 0, 1};
+    Problem a = {planes, plane_stride, scales, zeros, x, tokens, rows, depth, (rows + 63) / 64, (depth + 63) / 64, 0};
     a.chunks = (a.units + UNITS * K_WARPS - 1) / (UNITS * K_WARPS);
-    if (WGMMA) a.token_tiles = (tokens + token_rows - 1) / token_rows;
     const Output out = {y, bias, tokens, rows};
 
     // This block's run of chunks, begin .. end - 1 of all tiles' chunks in a row.
-    const u32 all = (u32)(a.row_blocks + ROW_WARPS - 1) / ROW_WARPS * a.token_tiles * a.chunks;
+    const u32 all = (u32)(a.row_blocks + ROW_WARPS - 1) / ROW_WARPS * a.chunks;
     const u32 begin = blockIdx.x * all / gridDim.x, end = (blockIdx.x + 1) * all / gridDim.x;
     const u32 count = end - begin;
     u32 tile = begin / a.chunks, chunk = begin % a.chunks;
@@ -85,7 +85,7 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words],
     wait_for_earlier_kernels();
     let_next_kernel_begin();
     Panels panels;
-    panels.start(a, shared, tile, chunk, count);
+    panels.start(a, shared, chunk, count);
     copy_async_commit();
     _Pragma("unroll 1") for (u32 i = 0; i < STAGES - 1; i++) {
         if (i < count) copy_weights(a, at, next);
@@ -97,7 +97,7 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words],
     u32 stage = 0, slot = 0;
     for (u32 i = 0; i < count; i++) {
         copy_async_wait<STAGES - 2>(); // this thread's copies of this chunk's weights and of its panel
-        if (slot == 0) panels.enter(a, shared, at.lane, warp, tile, chunk, count - i);
+        if (slot == 0) panels.enter(a, shared, at.lane, warp, chunk, count - i);
         meet(at); // this chunk's weights are there, and the last one's are done with
         if (i + STAGES - 1 < count) copy_weights(a, at, next);
         copy_async_commit();
@@ -108,7 +108,8 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words],
             panels.leave(shared);
         }
         if (++chunk == (u32)a.chunks || i + 1 == count) {
-            finish_tile(a, out, shared, at, tile, all, gain, workspace, tickets, sums);
+            const u32 first = block_of(tile * a.chunks, all), last = block_of((tile + 1) * a.chunks - 1, all);
+            finish_tile(a, out, shared, at, tile, 0, tile, first, last, gain, workspace, tickets, sums);
             sums.clear();
             chunk = 0;
             tile++;

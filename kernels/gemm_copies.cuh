@@ -50,7 +50,7 @@ struct Cursor {
 };
 
 DEVICE void point_at_tile(const Problem& a, const Place& at, Cursor& next) {
-    const u32 row_block = row_tile_of(a, next.tile) * ROW_WARPS + at.row_warp, unit = (next.chunk * K_WARPS + at.k_warp) * UNITS;
+    const u32 row_block = next.tile * ROW_WARPS + at.row_warp, unit = (next.chunk * K_WARPS + at.k_warp) * UNITS;
     next.planes = a.planes + ((u64)row_block * a.units + unit) * 32 + at.lane;
 }
 
@@ -88,7 +88,7 @@ DEVICE void copy_scales(const Problem& a, const Place& at, SharedAddress to, int
 
 // Copies the chunk at the cursor, which then moves to the following one: of the tile, or of the next tile.
 DEVICE void copy_weights(const Problem& a, const Place& at, Cursor& next) {
-    const int row_block = (int)row_tile_of(a, next.tile) * ROW_WARPS + at.row_warp, unit = ((int)next.chunk * K_WARPS + at.k_warp) * UNITS;
+    const int row_block = (int)next.tile * ROW_WARPS + at.row_warp, unit = ((int)next.chunk * K_WARPS + at.k_warp) * UNITS;
     const SharedAddress to = next.ring + next.stage * sizeof(Weights);
     if (row_block < a.row_blocks) {
         if (unit + UNITS <= a.units) copy_planes<true>(a, at, next, to, UNITS);
@@ -107,7 +107,7 @@ DEVICE void copy_weights(const Problem& a, const Place& at, Cursor& next) {
 // Brings the first chunks of this block's run, as far as they are of its first tile, on their way from memory while earlier
 // kernels end. A lane takes one of the four lines of a unit.
 DEVICE void prefetch_weights(const Problem& a, const Place& at, const Cursor& first, int count) {
-    const int row_block = (int)row_tile_of(a, first.tile) * ROW_WARPS + at.row_warp;
+    const int row_block = (int)first.tile * ROW_WARPS + at.row_warp;
     if (row_block >= a.row_blocks) return;
     for (int i = at.lane / 4; i < count * UNITS; i += 8) {
         const int unit = (((int)first.chunk + i / UNITS) * K_WARPS + at.k_warp) * UNITS + i % UNITS;

@@ -31,17 +31,21 @@ DEVICE Group load_group(const u16 (&of_lanes)[8][8], const u8 (*zeros)[8], const
 
 DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-// The fragments of 16 columns of a warp's rows. words: of 64 columns; r: which 16 of them.
-DEVICE void decode_step(const uint4 (&words)[PLANES], int r, const Place& at, u32 (&fragment)[Fragment::parts][row_tiles_of_warp][4]) {
-    u32 planes[PLANES];
+// One word of each plane, for 16 of 64 columns: number r.
+DEVICE void planes_of_step(const uint4 (&words)[PLANES], int r, u32 (&planes)[PLANES]) {
     UNROLL
-    for (int d = 0; d < PLANES; d++) {
-        planes[d] = word(words[d], r);
-        // Brings this warp's rows to the place of the first ones.
-        if (TILE_WARPS > 1) planes[d] = rotate_right(planes[d], at.tile_warp * row_tiles_of_warp * 2);
-    }
+    for (int d = 0; d < PLANES; d++) planes[d] = word(words[d], r);
 #if ROUND && BITS < 8
     round_slice<BITS>(planes);
 #endif
+}
+
+// Their fragments. Words are turned to bring this warp's rows to the place of the first ones: masks for it would take registers.
+DEVICE void decode_step(const uint4 (&words)[PLANES], int r, const Place& at, u32 (&fragment)[Fragment::parts][row_tiles_of_warp][4]) {
+    u32 planes[PLANES];
+    planes_of_step(words, r, planes);
+    UNROLL
+    for (int d = 0; d < BITS; d++)
+        if (TILE_WARPS > 1) planes[d] = rotate_right(planes[d], at.tile_warp * row_tiles_of_warp * 2);
     Fragment::decode<row_tiles_of_warp>((const u32(&)[BITS])planes, fragment);
 }

@@ -9,9 +9,15 @@
 // A weight is rounded to the type of x, as a dense matrix would hold it: scaled in the registers, and not in the sums, which would
 // have to be complete for it. (bfloat16's with 8 bits, of which each nibble is scaled by itself, are rounded twice.)
 //
-// Work is dealt out to blocks as in gemm.cu. Macros and launch are those of gemm.cu, but for
+// Work. Tiles are those of gemm.cu. The blocks take one each, whole, for as many rounds as there are tiles for all of them: they are
+// then at the same columns at the same time, and share activations and weights in the second-level cache. The chunks of the
+// tiles that are left are dealt out in equal runs, as in gemm.cu.
+//
+// Macros and launch are those of gemm.cu, but for
 //   WGMMA 1, K_WARPS 1, TOKEN_TILES 16 or 32; PANEL is not used
 //   block   384 threads, of which ROW_WARPS * TILE_WARPS = 8 warps multiply
+//   grid    if there are fewer tiles than blocks left after the last whole round, the blocks share them out
+//   workspace  (grid + tiles % grid) * 64 * ROW_WARPS * 8 * TOKEN_TILES float32;  tickets  tiles % grid * 8
 #include "gemm_centre.cuh"
 #include "gemm_sums.cuh"
 
@@ -35,6 +41,45 @@ constexpr u32 bytes_of_chunk = UNITS * unit_bytes + ROW_WARPS * (PLANES * UNITS 
 static_assert(sizeof(Shared) == SHARED_BYTES, "the launcher computes the size as well");
 #endif
 
+// A part of a tile: `count` chunks from number `chunk` on. Tiles of y are counted along the tokens first: blocks that work at the same
+// time then share weights in the second-level cache.
+struct Piece {
+    u32 tile, chunk, count;
+};
+
+// What this block does, piece by piece.
+struct Work {
+    u32 chunks;            // of a tile
+    u32 rounds, tile;      // whole tiles that are still to do, and the next of them
+    u32 begin, end, all;   // its run of the chunks of the tiles that are left after the rounds, and how many those are
+
+    DEVICE_MEMBER void start(u32 tiles, u32 chunks_of_tile) {
+        chunks = chunks_of_tile;
+        rounds = tiles / gridDim.x;
+        tile = blockIdx.x;
+        all = tiles % gridDim.x * chunks;
+        begin = blockIdx.x * all / gridDim.x;
+        end = (blockIdx.x + 1) * all / gridDim.x;
+    }
+
+    DEVICE_MEMBER bool next(Piece& piece) {
+        if (rounds) {
+            piece = {tile, 0, chunks};
+            rounds--;
+            tile += gridDim.x;
+            return true;
+        }
+        if (begin == end) return false;
+        const u32 number = begin / chunks, chunk = begin - number * chunks;
+        piece = {first_left() + number, chunk, min(chunks - chunk, end - begin)};
+        begin += piece.count;
+        return true;
+    }
+
+    // The first tile after the rounds, once they are done.
+    DEVICE_MEMBER u32 first_left() const { return tile - blockIdx.x; }
+};
+
 // A place in shared memory that chunks take in turn.
 struct Stage {
     u32 index, phase;
@@ -52,27 +97,31 @@ struct Arrays {
     const TensorMap *planes, *scales, *zeros, *x;
 };
 
-// By one thread: asks for this block's chunks, in their order.
-DEVICE void ask_for_chunks(const Problem& a, const Arrays& from, Shared& shared, u32 tile, u32 chunk, u32 count) {
-    Stage stage = {0, 0};
-    for (u32 i = 0; i < count; i++, stage.advance()) {
-        const int row_block = (int)row_tile_of(a, tile) * ROW_WARPS, unit = (int)chunk * UNITS, s = stage.index;
-        const SharedAddress arrived = shared_address(shared.arrived + s);
-        if (i >= STAGES) barrier_wait(shared_address(shared.free + s), stage.phase ^ 1);
-        barrier_expect(arrived, bytes_of_chunk);
-        copy_tile(shared_address(shared.planes[s]), from.planes, 0, row_block, unit * 64, arrived);
-        const int index = GROUP ? unit * 64 / max(GROUP, 1) : 0;
-        copy_tile(shared_address(shared.scales[s]), from.scales, index, row_block * 16, arrived);
+DEVICE void ask_for_chunk(const Arrays& from, Shared& shared, u32 row_tile, u32 token_tile, u32 chunk, const Stage& stage, bool is_free) {
+    const int row_block = (int)row_tile * ROW_WARPS, unit = (int)chunk * UNITS, s = stage.index;
+    const SharedAddress arrived = shared_address(shared.arrived + s);
+    if (!is_free) barrier_wait(shared_address(shared.free + s), stage.phase ^ 1);
+    barrier_expect(arrived, bytes_of_chunk);
+    copy_tile(shared_address(shared.planes[s]), from.planes, 0, row_block, unit * 64, arrived);
+    const int index = GROUP ? unit * 64 / max(GROUP, 1) : 0;
+    copy_tile(shared_address(shared.scales[s]), from.scales, index, row_block * 16, arrived);
 #if ZEROS
-        copy_tile(shared_address(shared.zeros[s]), from.zeros, index, row_block * 8, arrived);
+    copy_tile(shared_address(shared.zeros[s]), from.zeros, index, row_block * 8, arrived);
 #endif
-        for (int j = 0; j < UNITS; j++)
-            copy_tile(shared_address(shared.x[s][j]), from.x, (int)token_tile_of(a, tile) * token_rows, (unit + j) * 64, arrived);
-        if (++chunk == (u32)a.chunks) {
-            chunk = 0;
-            tile++;
+    for (int j = 0; j < UNITS; j++)
+        copy_tile(shared_address(shared.x[s][j]), from.x, (int)token_tile * token_rows, (unit + j) * 64, arrived);
+}
+
+// By one thread: asks for this block's chunks, in their order.
+DEVICE void ask_for_chunks(const Arrays& from, Shared& shared, Work work, u32 token_tiles) {
+    Stage stage = {0, 0};
+    bool all_free = true; // stages, as they are at first
+    for (Piece piece; work.next(piece);)
+        for (u32 i = 0; i < piece.count; i++) {
+            ask_for_chunk(from, shared, piece.tile / token_tiles, piece.tile % token_tiles, piece.chunk + i, stage, all_free);
+            stage.advance();
+            all_free = all_free && stage.index;
         }
-    }
 }
 
 // What the fragments of a group are multiplied with to be weights.
@@ -113,6 +162,7 @@ struct Scale {
 
 struct Sums {
     float total[accumulators][4];
+    u32 fragment[2][Fragment::parts][row_tiles_of_warp][4]; // of a step, and of the one that the tensor cores may still read
 
     DEVICE_MEMBER void clear() {
         UNROLL
@@ -124,7 +174,6 @@ struct Sums {
     // Adds the products of the chunk in a stage. before: the barrier of the place of the chunk before this one, which is given back; 0 if there was none.
     DEVICE_MEMBER void add_chunk(const Shared& shared, u32 stage, const Place& at, float offset, float zero_step, float gain, SharedAddress before) {
         const SharedAddress x = shared_address(shared.x[stage]);
-        u32 fragment[2][Fragment::parts][row_tiles_of_warp][4]; // of a step, and of the one that the tensor cores may still read
         Centre centre;
         Scale scale;
         UNROLL
@@ -146,7 +195,10 @@ struct Sums {
                     centre.set(group);
                     scale.set(group, gain);
                 }
-                decode_step(words, r, at, fragment[step % 2]); // beside the products of the step before
+                u32 bits[PLANES];
+                planes_of_step(words, r, bits);
+                // Beside the products of the step before.
+                Fragment::decode<row_tiles_of_warp>((const u32(&)[BITS])bits, fragment[step % 2], at.tile_warp * row_tiles_of_warp);
                 centre.apply(fragment[step % 2]);
                 scale.apply(fragment[step % 2]);
                 multiply_step(x + unit * unit_bytes + r * 32, fragment[step % 2][0]);
@@ -195,14 +247,12 @@ void nested_gemm_many(const GRID_CONSTANT TensorMap planes, // in tiles of all p
 #else
     const Arrays from = {&planes, &scales, nullptr, &x};
 #endif
-    Problem a = {nullptr, 0, nullptr, nullptr, nullptr, tokens, rows, depth, (rows + 63) / 64, (depth + 63) / 64, 0, 1};
+    Problem a = {nullptr, 0, nullptr, nullptr, nullptr, tokens, rows, depth, (rows + 63) / 64, (depth + 63) / 64, 0};
     a.chunks = (a.units + UNITS - 1) / UNITS;
-    a.token_tiles = (tokens + token_rows - 1) / token_rows;
+    const u32 token_tiles = (tokens + token_rows - 1) / token_rows;
     const Output out = {y, bias, tokens, rows};
-    const u32 all = (u32)(a.row_blocks + ROW_WARPS - 1) / ROW_WARPS * a.token_tiles * a.chunks;
-    const u32 begin = blockIdx.x * all / gridDim.x, end = (blockIdx.x + 1) * all / gridDim.x;
-    const u32 count = end - begin;
-    u32 tile = begin / a.chunks, chunk = begin % a.chunks;
+    Work work;
+    work.start((u32)(a.row_blocks + ROW_WARPS - 1) / ROW_WARPS * token_tiles, a.chunks);
     if (threadIdx.x == 0)
         for (int i = 0; i < STAGES; i++) {
             barrier_set_up(shared_address(shared.arrived + i), 1);
@@ -213,23 +263,27 @@ void nested_gemm_many(const GRID_CONSTANT TensorMap planes, // in tiles of all p
     let_next_kernel_begin();
     if (warp >= warps) {
         keep_registers<40>();
-        if (threadIdx.x == threads) ask_for_chunks(a, from, shared, tile, chunk, count);
+        if (threadIdx.x == threads) ask_for_chunks(from, shared, work, token_tiles);
         return;
     }
     take_registers<232>();
     Stage stage = {0, 0};
     SharedAddress before = 0;
-    for (u32 left = count; left; tile++, chunk = 0) {
-        const u32 of_tile = min(a.chunks - chunk, left);
+    for (Piece piece; work.next(piece);) {
         Sums sums;
         sums.clear();
-        _Pragma("unroll 1") for (u32 i = 0; i < of_tile; i++, stage.advance()) {
+        _Pragma("unroll 1") for (u32 i = 0; i < piece.count; i++, stage.advance()) {
             barrier_wait(shared_address(shared.arrived + stage.index), stage.phase);
             sums.add_chunk(shared, stage.index, at, offset, zero_step, gain, before);
             before = shared_address(shared.free + stage.index);
         }
         sums.wait();
-        finish_tile(a, out, shared, at, tile, all, gain, workspace, tickets, sums);
-        left -= of_tile;
+        u32 number = 0, first = 0, last = 0;
+        if (piece.count < work.chunks) { // others have the rest
+            number = piece.tile - work.first_left();
+            first = block_of(number * work.chunks, work.all);
+            last = block_of((number + 1) * work.chunks - 1, work.all);
+        }
+        finish_tile(a, out, shared, at, piece.tile / token_tiles, piece.tile % token_tiles, number, first, last, gain, workspace, tickets, sums);
     }
 }

@@ -56,14 +56,14 @@ DEVICE void load_two_tiles(SharedAddress x, int lane, u32 (&b)[4]) {
 struct Panels {
     SharedAddress now, before; // the panel in work, and the one that comes in as soon as nobody needs it any more
 
-    DEVICE_MEMBER void start(const Problem& a, Shared& shared, u32, u32 chunk, u32 count) {
+    DEVICE_MEMBER void start(const Problem& a, Shared& shared, u32 chunk, u32 count) {
         now = shared_address(shared.x);
         before = now + panels_ahead * sizeof(shared.x[0]);
         copy_x(a, now, chunk, min(count, (u32)(panels_ahead * PANEL)));
     }
 
     // Where a panel begins, of which this thread's copies have arrived. left: chunks from its first one on.
-    DEVICE_MEMBER void enter(const Problem& a, Shared& shared, int lane, int warp, u32, u32 chunk, u32 left) {
+    DEVICE_MEMBER void enter(const Problem& a, Shared& shared, int lane, int warp, u32 chunk, u32 left) {
         constexpr u32 ahead = panels_ahead * PANEL;
         __syncthreads(); // all threads' copies of the panel are there, and nobody needs the one before it any more
         if (ahead < left) copy_x(a, before, chunk + ahead, min(left - ahead, (u32)PANEL));

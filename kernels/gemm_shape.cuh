@@ -1,4 +1,4 @@
-// What the parts of the matmul share: its macros as numbers, its shared memory, the problem, and a warp's place.
+// What the parts of the matmul share: its macros as numbers, the problem, and a warp's place.
 #pragma once
 #include "fragments.cuh"
 #include "hopper.cuh"
@@ -32,12 +32,7 @@ struct Problem {
     int tokens, rows, depth;    // M, N, K
     int row_blocks, units;      // of 64 rows, of 64 columns
     int chunks;                 // of a tile
-    int token_tiles;            // of token_rows tokens; 1 without wgmma
 };
-
-// Tiles of y are counted along the tokens first: blocks that work at the same time then share weights in the second-level cache.
-DEVICE u32 row_tile_of(const Problem& a, u32 tile) { return WGMMA ? tile / a.token_tiles : tile; }
-DEVICE u32 token_tile_of(const Problem& a, u32 tile) { return WGMMA ? tile % a.token_tiles : 0; }
 
 // Which of the block's warps this is.
 struct Place {

@@ -67,7 +67,8 @@ DEVICE void leave_sums(float4* workspace, u32 block, u32 tile, const Place& at, 
 DEVICE void collect_sums(const float4* workspace, u32 first, u32 last, u32 tile, const Place& at, float4 (&sums)[shares]) {
     UNROLL
     for (int i = 0; i < shares; i++) sums[i] = make_float4(0, 0, 0, 0);
-    _Pragma("unroll 4")
+    constexpr int together = shares > 16 ? 1 : shares > 8 ? 2 : 4; // as many as registers allow
+    _Pragma("unroll together")
     for (u32 block = first; block <= last; block++) {
         const float4* place = workspace + ((u64)(block + tile) * ROW_WARPS * TILE_WARPS + at.row_warp * TILE_WARPS + at.tile_warp) * accumulators * 32;
         UNROLL
@@ -93,25 +94,26 @@ DEVICE bool is_last(u32* ticket, u32 count, int lane) {
 }
 
 // What this block has summed of a tile goes to y, or to the workspace if other blocks work on the tile too.
+// row_tile, token_tile: its place in y. first, last: the blocks that do. number: of the tile among those that several may work on.
 template <class Shared, class Sums>
-DEVICE void finish_tile(const Problem& a, const Output& out, Shared& shared, const Place& at, u32 tile, u32 all, float gain,
-                        float4* workspace, u32* tickets, Sums& of_warp) {
+DEVICE void finish_tile(const Problem& a, const Output& out, Shared& shared, const Place& at, u32 row_tile, u32 token_tile, u32 number, u32 first, u32 last,
+                        float gain, float4* workspace, u32* tickets, Sums& of_warp) {
     of_warp.finish(gain);
     float4 sums[shares];
     share_sums(shared, at, of_warp.total, sums);
-    const int row_block = (int)row_tile_of(a, tile) * ROW_WARPS + at.row_warp;
+    const int row_block = (int)row_tile * ROW_WARPS + at.row_warp;
     if (row_block >= a.row_blocks || at.k_warp >= accumulators) return;
-    const u32 first = block_of(tile * a.chunks, all), last = block_of((tile + 1) * a.chunks - 1, all);
     if (first != last) {
-        leave_sums(workspace, blockIdx.x, tile, at, sums);
-        if (!is_last(tickets + tile * warps + threadIdx.x / 32, last - first + 1, at.lane)) return;
-        collect_sums(workspace, first, last, tile, at, sums);
+        leave_sums(workspace, blockIdx.x, number, at, sums);
+        if (!is_last(tickets + number * warps + threadIdx.x / 32, last - first + 1, at.lane)) return;
+        collect_sums(workspace, first, last, number, at, sums);
     }
     UNROLL
     for (int i = 0; i < shares; i++) {
-        const int j = at.k_warp + i * K_WARPS;
+        // Rows first: what is the same for a token takes registers.
+        const int share = K_WARPS > 1 ? i : i % row_tiles_of_warp * TOKEN_TILES + i / row_tiles_of_warp, j = at.k_warp + share * K_WARPS;
         if (j >= accumulators) continue;
         const int row = row_block * 64 + (at.tile_warp * row_tiles_of_warp + j / TOKEN_TILES) * 16;
-        write_output(out, row, (int)token_tile_of(a, tile) * token_rows + j % TOKEN_TILES * 8, at.lane, sums[i]);
+        write_output(out, row, (int)token_tile * token_rows + j % TOKEN_TILES * 8, at.lane, sums[share]);
     }
 }

@@ -18,7 +18,7 @@ struct Panels {
     SharedAddress now;
     u32 index, phase; // of the panel in work, and of its barrier
 
-    DEVICE_MEMBER void start(const Problem& a, Shared& shared, u32 tile, u32 chunk, u32 count) {
+    DEVICE_MEMBER void start(const Problem& a, Shared& shared, u32 chunk, u32 count) {
         now = shared_address(shared.x);
         index = phase = 0;
         if (threadIdx.x == 0)
@@ -26,15 +26,15 @@ struct Panels {
         __syncthreads();
         if (threadIdx.x == 0)
             for (u32 i = 0; i < panels_ahead && i * PANEL < count; i++)
-                ask(a, shared, i, tile, chunk + i * PANEL, min(count - i * PANEL, (u32)PANEL));
+                ask(a, shared, i, chunk + i * PANEL, min(count - i * PANEL, (u32)PANEL));
     }
 
     // Where a panel begins. left: chunks from its first one on.
-    DEVICE_MEMBER void enter(const Problem& a, Shared& shared, int, int, u32 tile, u32 chunk, u32 left) {
+    DEVICE_MEMBER void enter(const Problem& a, Shared& shared, int, int, u32 chunk, u32 left) {
         constexpr u32 ahead = panels_ahead * PANEL;
         __syncthreads(); // nobody needs the panel before it any more
         if (threadIdx.x == 0 && ahead < left)
-            ask(a, shared, index == 0 ? x_panels - 1 : index - 1, tile, chunk + ahead, min(left - ahead, (u32)PANEL));
+            ask(a, shared, index == 0 ? x_panels - 1 : index - 1, chunk + ahead, min(left - ahead, (u32)PANEL));
         barrier_wait(shared_address(shared.arrived + index), phase);
     }
 
@@ -47,19 +47,14 @@ struct Panels {
     }
 
   private:
-    // Asks for `count` chunks from `chunk` of a tile on; after a tile's last chunk comes the next tile's first one.
-    static DEVICE_MEMBER void ask(const Problem& a, Shared& shared, u32 panel, u32 tile, u32 chunk, u32 count) {
+    // Asks for `count` chunks from `chunk` on; after a tile's last chunk comes the next tile's first one.
+    static DEVICE_MEMBER void ask(const Problem& a, Shared& shared, u32 panel, u32 chunk, u32 count) {
         const SharedAddress barrier = shared_address(shared.arrived + panel);
         barrier_expect(barrier, count * x_bytes);
-        u32 token_tile = token_tile_of(a, tile);
         for (u32 slot = 0; slot < count; slot++, chunk++) {
-            while (chunk >= (u32)a.chunks) {
-                chunk -= a.chunks;
-                if (++token_tile == (u32)a.token_tiles) token_tile = 0;
-            }
+            while (chunk >= (u32)a.chunks) chunk -= a.chunks;
             for (int unit = 0; unit < x_columns / 64; unit++)
-                copy_tile(shared_address(shared.x[panel][slot] + unit * unit_bytes), a.x, (int)token_tile * token_rows,
-                          (int)chunk * x_columns + unit * 64, barrier);
+                copy_tile(shared_address(shared.x[panel][slot] + unit * unit_bytes), a.x, 0, (int)chunk * x_columns + unit * 64, barrier);
         }
     }
 };

@@ -1,4 +1,4 @@
-"""Products by ``kernels/gemm.cu`` on the stand-in, for the tests: variants of the kernel, cases, and the exact result."""
+"""Products by ``kernels/gemm.cu`` and ``gemm_many.cu`` on the stand-in: variants, cases, and the exact result."""
 
 import ctypes
 import dataclasses
@@ -131,7 +131,9 @@ def run(
     order: int | None = None,
     dead_groups: bool = False,
 ):
-    """(y of the kernel, y in float64). The workspace, y and all planes that must not be read are poisoned.
+    """(y of the kernel, y in float64, y as good as can be). The workspace, y and all planes that must not be read are poisoned.
+
+    As good as can be is the exact result rounded to the output's dtype; for ``gemm_many.cu`` what a dense matrix gives.
 
     Args:
         launches: one after the other, with the same workspace and tickets.
@@ -155,8 +157,9 @@ def run(
     chunks = -(-tiles(case.depth) // (variant.units * variant.k_warps))
     blocks = min(case.blocks, row_tiles * chunks)
     y = torch.full((case.tokens, case.rows), torch.nan).to(variant.dtype)
-    workspace = torch.full(((blocks + row_tiles) * variant.row_warps * 64 * 8 * variant.token_tiles,), torch.nan)
-    tickets = torch.zeros(row_tiles * variant.warps, dtype=torch.int32)
+    shared_out = row_tiles % blocks if variant.many else row_tiles
+    workspace = torch.full(((blocks + shared_out) * variant.row_warps * 64 * 8 * variant.token_tiles,), torch.nan)
+    tickets = torch.zeros(shared_out * variant.warps, dtype=torch.int32)
     step, centre = 2.0 ** (8 - variant.bits), 0.5 if variant.slicing == "msb" else 0.0
     zero = 0.0 if variant.zeros else (2.0 ** (case.master_bits - 1) + case.offset) * 2.0**up
     name, function = ("gemm_many.cu", "nested_gemm_many") if variant.many else ("gemm.cu", "nested_gemm")
@@ -188,8 +191,12 @@ def run(
             seed=case.seed if order is None else order,
         )
     assert not tickets.any(), "tickets are not reset"
-    exact = x.double() @ exact_weight(weight, variant.bits).T + (0 if bias is None else bias.double())
-    return y, exact
+    dense = exact_weight(weight, variant.bits)
+    exact, by_dense = (
+        x.double() @ values.double().T + (0 if bias is None else bias.double())
+        for values in (dense, dense.to(variant.dtype))
+    )
+    return y, exact, (by_dense if variant.many else exact).to(variant.dtype)
 
 
 def weight_maps(variant: Variant, planes: Tensor, scales: Tensor, zeros: Tensor | None) -> list[Argument]:
@@ -219,8 +226,7 @@ def exact_weight(weight: NestedWeight, bits: int) -> Tensor:
     return ((value.view(rows, groups, -1) - zero) * weight.scales.double()[:, :, None]).view(weight.codes.shape)
 
 
-def error_ratio(y: Tensor, exact: Tensor) -> float:
-    """Relative error as a multiple of what rounding the exact result to the output's dtype makes."""
-    made = torch.linalg.norm(y.double() - exact)
-    unavoidable = torch.linalg.norm(exact.to(y.dtype).double() - exact)
+def error_ratio(y: Tensor, exact: Tensor, best: Tensor) -> float:
+    """How far y is from the exact result, as a multiple of how far the best is."""
+    made, unavoidable = (torch.linalg.norm(values.double() - exact) for values in (y, best))
     return (made / unavoidable).item()

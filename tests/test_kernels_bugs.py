@@ -1,4 +1,4 @@
-"""Bugs planted in ``kernels/gemm.cu``, each of which the stand-in must show: the tests' own test."""
+"""Bugs planted in ``kernels/gemm.cu`` and ``gemm_many.cu``, each of which the stand-in must show: the tests' own test."""
 
 import dataclasses
 
@@ -13,7 +13,9 @@ SPLIT = Case(tokens=5, rows=192, depth=1024, blocks=5)
 WIDE = Variant(row_warps=2, panel=1)
 SHARED_RING = Variant(row_warps=2, tile_warps=2, panel=8)
 WGMMA = Variant(wgmma=True, token_tiles=4, row_warps=4, panel=2)
-MANY = Case(tokens=40, rows=256, depth=1024, blocks=3)
+WGMMA_CASE = Case(tokens=29, rows=640, depth=1024, blocks=2)
+MANY = Variant(many=True, wgmma=True, token_tiles=16, row_warps=4, tile_warps=2, units=1, panel=1)
+MANY_CASE = Case(tokens=140, rows=300, depth=640, blocks=3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,50 +92,104 @@ BUGS = {
         correct="    __syncthreads(); // nobody reads the sums",
         wrong="    // nobody reads the sums",
         variant=Variant(bits=8, wgmma=True, tile_warps=4, k_warps=2, token_tiles=2, panel=4),
-        case=Case(tokens=24, rows=300, depth=640, blocks=7),
+        case=Case(tokens=16, rows=300, depth=640, blocks=2),
     ),
     "wgmma: sums are scaled before they are complete": Bug(
         correct="        wait();\n        UNROLL",
         wrong="        UNROLL",
         variant=dataclasses.replace(WGMMA, group=64),
-        case=MANY,
+        case=WGMMA_CASE,
     ),
     "wgmma: no fence after registers were written": Bug(
-        correct="        wgmma_fence();\n", wrong="", variant=WGMMA, case=MANY
+        correct="        wgmma_fence();\n", wrong="", variant=WGMMA, case=WGMMA_CASE
     ),
     "wgmma: a fragment is decoded anew while it is read": Bug(
-        correct="wgmma_wait<1>();", wrong="wgmma_wait<2>();", variant=WGMMA, case=MANY
+        correct="wgmma_wait<1>();", wrong="wgmma_wait<2>();", variant=WGMMA, case=WGMMA_CASE
     ),
     "wgmma: a chunk ends before its products": Bug(
-        correct="        wait(); // the compiler", wrong="        // the compiler", variant=WGMMA, case=MANY
+        correct="        wait(); // the compiler", wrong="        // the compiler", variant=WGMMA, case=WGMMA_CASE
     ),
     "wgmma: a panel is asked for while it is read": Bug(
-        correct="        __syncthreads(); // nobody needs", wrong="        // nobody needs", variant=WGMMA, case=MANY
+        correct="        __syncthreads(); // nobody needs",
+        wrong="        // nobody needs",
+        variant=WGMMA,
+        case=WGMMA_CASE,
     ),
     "wgmma: does not wait for activations": Bug(
         correct="        barrier_wait(shared_address(shared.arrived + index), phase);\n",
         wrong="",
         variant=WGMMA,
-        case=MANY,
+        case=WGMMA_CASE,
     ),
     "wgmma: a barrier expects the bytes of one chunk": Bug(
         correct="barrier_expect(barrier, count * x_bytes);",
         wrong="barrier_expect(barrier, x_bytes);",
         variant=WGMMA,
-        case=MANY,
+        case=WGMMA_CASE,
     ),
-    "wgmma: a barrier's phase is not turned": Bug(correct="phase ^= 1;", wrong="", variant=WGMMA, case=MANY),
-    "wgmma: the next tile's tokens are those of this one": Bug(
-        correct="if (++token_tile == (u32)a.token_tiles) token_tile = 0;", wrong="", variant=WGMMA, case=MANY
-    ),
+    "wgmma: a barrier's phase is not turned": Bug(correct="phase ^= 1;", wrong="", variant=WGMMA, case=WGMMA_CASE),
     "wgmma: the scale's ratio upside down": Bug(
-        correct="scale[c][p] * reciprocal(next)", wrong="next * reciprocal(scale[c][p])", variant=WGMMA, case=MANY
+        correct="scale[c][p] * reciprocal(next)", wrong="next * reciprocal(scale[c][p])", variant=WGMMA, case=WGMMA_CASE
     ),
     "wgmma: the low nibble's bias left in": Bug(
         correct="? 0xBF80BF80u : 0xC180C180u",
         wrong="? 0x80008000u : 0xC180C180u",
         variant=dataclasses.replace(WGMMA, bits=8, dtype=torch.bfloat16),
-        case=MANY,
+        case=WGMMA_CASE,
+    ),
+    "many: does not wait for a chunk": Bug(
+        correct="            barrier_wait(shared_address(shared.arrived + stage.index), stage.phase);\n",
+        wrong="",
+        variant=MANY,
+        case=MANY_CASE,
+    ),
+    "many: asks for a chunk whose place is in use": Bug(
+        correct="if (!is_free) barrier_wait", wrong="if (false) barrier_wait", variant=MANY, case=MANY_CASE
+    ),
+    "many: a place is given back before its last products": Bug(
+        correct="if (step == 0 && before && at.lane == 0)",
+        wrong="if (step == 0 && at.lane == 0 && (before = shared_address(shared.free + stage)))",
+        variant=MANY,
+        case=MANY_CASE,
+    ),
+    "many: a place is free when one warp is done with it": Bug(
+        correct="barrier_set_up(shared_address(shared.free + i), warps);",
+        wrong="barrier_set_up(shared_address(shared.free + i), 1);",
+        variant=MANY,
+        case=MANY_CASE,
+    ),
+    "many: expects the bytes of the activations alone": Bug(
+        correct="barrier_expect(arrived, bytes_of_chunk);",
+        wrong="barrier_expect(arrived, UNITS * unit_bytes);",
+        variant=MANY,
+        case=MANY_CASE,
+    ),
+    "many: a fragment is decoded anew while it is read": Bug(
+        correct="        wgmma_wait<1>();", wrong="        wgmma_wait<2>();", variant=MANY, case=MANY_CASE
+    ),
+    "many: sums leave before all products": Bug(
+        correct="        sums.wait();\n", wrong="", variant=MANY, case=MANY_CASE
+    ),
+    "many: every tile has the tokens of the first": Bug(
+        correct="piece.tile / token_tiles, piece.tile % token_tiles, piece.chunk + i",
+        wrong="piece.tile / token_tiles, 0, piece.chunk + i",
+        variant=MANY,
+        case=MANY_CASE,
+    ),
+    "many: rounds take the next tile, not the next of this block": Bug(
+        correct="tile += gridDim.x;", wrong="tile++;", variant=MANY, case=MANY_CASE
+    ),
+    "many: masks are not turned for a warp's tiles": Bug(
+        correct="p - turn & 31", wrong="p & 31", variant=dataclasses.replace(MANY, bits=8), case=MANY_CASE
+    ),
+    "many: scales of the first group": Bug(
+        correct="unit * 64 / max(GROUP, 1) : 0;", wrong="0 : 0;", variant=MANY, case=MANY_CASE
+    ),
+    "many: half of a float16 scale for bfloat16": Bug(
+        correct="two ? fma_bfloats(f, low[c][r % 2], minus_zero) : minus_zero",
+        wrong="minus_zero",
+        variant=dataclasses.replace(MANY, dtype=torch.bfloat16, bits=2),
+        case=MANY_CASE,
     ),
     "rows beyond N stored": Bug(
         correct="if (n >= out.rows) continue;", wrong="", case=Case(tokens=2, rows=100), sanitize=True
@@ -145,20 +201,25 @@ def shown_by(source: str, variant: Variant, case: Case, *, sanitize: bool = Fals
     """How the stand-in shows that the source is wrong: its own message, a wrong result, or None."""
     for order in range(4):
         try:
-            y, exact = run(variant, case, source=source, order=order, launches=1 + order % 2, sanitize=sanitize)
+            found = run(variant, case, source=source, order=order, launches=1 + order % 2, sanitize=sanitize)
         except StandinError as error:
             return f"the stand-in: {str(error).splitlines()[0]}"
         except AssertionError as error:
             return f"the tickets: {str(error).splitlines()[0]}"
-        ratio = error_ratio(y, exact)
+        ratio = error_ratio(*found)
         if not ratio <= 1.2:
-            return f"the result: {ratio:.3g} times the error of rounding"
+            return f"the result: {ratio:.3g} times the error of {'a dense matrix' if variant.many else 'rounding'}"
     return None
+
+
+def source_of(variant: Variant) -> str:
+    return "gemm_many.cu" if variant.many else "gemm.cu"
 
 
 def planted(name: str) -> str | None:
     """How one of the bugs is shown."""
-    bug, source = BUGS[name], read_source("gemm.cu")
+    bug = BUGS[name]
+    source = read_source(source_of(bug.variant))
     assert source.count(bug.correct) == 1, "the source has changed: plant the bug anew"
     return shown_by(source.replace(bug.correct, bug.wrong), bug.variant, bug.case, sanitize=bug.sanitize)
 
@@ -170,7 +231,7 @@ def test_planted_bug_is_shown(name: str) -> None:
 
 def test_correct_source_shows_nothing() -> None:
     for variant, case in {(bug.variant, bug.case) for bug in BUGS.values()}:
-        assert shown_by(read_source("gemm.cu"), variant, case) is None
+        assert shown_by(read_source(source_of(variant)), variant, case) is None
 
 
 if __name__ == "__main__":  # the table in experiments/kernels/README.md

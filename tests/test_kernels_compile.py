@@ -44,13 +44,14 @@ def source(name: str) -> str:
     return read_source(name).replace('#include "device.cuh"', device, 1).replace('#include "device.cuh"', "")
 
 
-def cubin(problem: Problem, architecture: str, name: str = "gemm.cu") -> bytes:
+def cubin(problem: Problem, architecture: str, name: str = "") -> bytes:
+    """Of the matmul that is chosen, or of another kernel for the problem."""
     multiprocessors, shared = ARCHITECTURES[architecture]
     wgmma = architecture == "sm_90a"
     made = plan(problem, Device(multiprocessors=multiprocessors, shared_bytes=1024 * shared, wgmma=wgmma))
-    defines = made.defines if name == "gemm.cu" else problem.defines()
+    defines = problem.defines() if name else made.defines
     options = [f"-arch={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in defines.items())]
-    return nvrtc.compile_cubin(source(name), name, options)
+    return nvrtc.compile_cubin(source(name or made.source), name or made.source, options)
 
 
 def problem(bits: int, tokens: int, **more: object) -> Problem:
@@ -80,6 +81,8 @@ MANY = {  # by wgmma
     "2 bits, 32 tokens": problem(2, 32),
     "8 bits, 64 tokens": problem(8, 64, dtype=torch.bfloat16, zeros=True),
     "5 bits, 300 tokens": problem(5, 300, scale_dtype=torch.bfloat16),
+    "8 bits, 512 tokens": problem(8, 512),
+    "3 bits, 1000 tokens": problem(3, 1000, dtype=torch.bfloat16, zeros=True),
 }
 
 
@@ -136,7 +139,7 @@ def all_by_wgmma() -> dict[tuple, Problem]:
     device = Device(multiprocessors=multiprocessors, shared_bytes=1024 * shared, wgmma=True)
     found = {}
     for tokens, side, bits, group, zeros, dtype, slicing in itertools.product(
-        (24, 64, 128, 300), (4096, 8192, 16384), (2, 4, 6, 8), (32, 64, 128), (False, True),
+        (24, 64, 128, 300, 512), (4096, 8192, 16384), (2, 4, 6, 8), (32, 64, 128, 192), (False, True),
         (torch.float16, torch.bfloat16), ("msb", "round"),
     ):  # fmt: skip
         one = problem(

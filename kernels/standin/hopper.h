@@ -90,6 +90,7 @@ void wait_for_products(int pending) {
         }
         f.product_groups.erase(f.product_groups.begin());
     }
+    meet(meeting_of(~0u), "wgmma_wait", [](Meeting&) {}); // a warp goes on together
 }
 
 } // namespace standin

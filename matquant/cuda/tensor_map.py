@@ -33,7 +33,7 @@ def tensor_map(array: Tensor, tiling: Tiling) -> bytes:
     """A kernel's argument for an array that it copies in tiles.
 
     Args:
-        array: contiguous from a multiple of 16 bytes on; what its elements are to the tiling need not be what they are to torch.
+        array: contiguous from a multiple of 16 bytes on; its elements may be others to torch.
         tiling: of it.
 
     Returns:

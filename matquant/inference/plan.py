@@ -9,13 +9,12 @@ from torch import Tensor
 from matquant.cuda.tensor_map import Tiling, tensor_map
 from matquant.inference.layout import TILE, tiles
 from matquant.inference.problem import Device, Problem, centred_exactly
-from matquant.inference.variants import WARP, Variant, choose
+from matquant.inference.variants import TOKENS, WARP, Variant, choose
 
-TOKENS = 64  # that one launch takes at most without wgmma; for more, strips are decoded for cuBLAS
-MOST_TOKENS = 512  # and with it: more are faster by strips (H200: experiments/kernels)
+MOST_TOKENS = 1024  # that one launch takes with wgmma; more are faster by strips (H200: experiments/kernels)
 _MANY_PLANES, _MOST_OF_MANY_PLANES = (
     6,
-    256,
+    512,
 )  # decoding so many takes so long that fewer tokens should do it tile by tile
 STRIP_WEIGHTS = 2**26  # decoded at a time: fewer are too little work for cuBLAS to share out among all multiprocessors
 _TWICE_WEIGHTS = 2**25  # of matrices from which two launches take less time than strips (H200: experiments/kernels)
@@ -25,7 +24,10 @@ _DECODE_ROW_BYTES = 144  # of a tile in its shared memory
 
 
 def most_tokens(problem: Problem, device: Device) -> int:
-    """For how many tokens one launch of the matmul is the fastest way."""
+    """For how many tokens one launch of the matmul is the fastest way.
+
+    For more than ``TOKENS``, by ``kernels/gemm_many.cu`` or by strips, weights are rounded as a dense matrix would hold them.
+    """
     if not device.wgmma or not centred_exactly(problem):
         return TOKENS
     return MOST_TOKENS if problem.planes < _MANY_PLANES else _MOST_OF_MANY_PLANES
@@ -117,6 +119,7 @@ def plan(problem: Problem, device: Device, variant: Variant | None = None) -> Pl
     chunks = -(-tiles(problem.depth) // (variant.units * variant.k_warps))
     grid = _blocks(device.multiprocessors * variant.blocks, all_tiles, chunks)
     tile = TILE * variant.row_warps * 8 * variant.token_tiles
+    shared_out = all_tiles % grid if variant.many else all_tiles
     return Plan(
         problem=problem,
         source="gemm_many.cu" if variant.many else "gemm.cu",
@@ -125,8 +128,8 @@ def plan(problem: Problem, device: Device, variant: Variant | None = None) -> Pl
         grid=grid,
         block=variant.threads,
         shared_bytes=shared,
-        workspace=(grid + all_tiles) * tile,
-        tickets=all_tiles * variant.warps,
+        workspace=(grid + shared_out) * tile,
+        tickets=shared_out * variant.warps,
         tilings=_tilings(problem, variant),
         numbers=(problem.rows, -(-problem.depth // 8) * 8, *problem.affine()),
         plane_stride=() if variant.many else (ctypes.c_uint64(tiles(problem.rows) * tiles(problem.depth) * WARP),),

@@ -1,7 +1,6 @@
 """How ``kernels/gemm.cu`` shares out the work of a problem: its variants, and which of them is taken."""
 
 import dataclasses
-from collections.abc import Mapping
 
 import torch
 
@@ -10,6 +9,7 @@ from matquant.inference.problem import Device, Problem, centred_exactly
 
 LOAD = 16  # bytes
 WARP = 32
+TOKENS = 64  # that kernels/gemm.cu takes at most
 _ASKING_WARPS = 4  # of kernels/gemm_many.cu
 _TILE_ALIGNMENT = 1024  # bytes, of activations that are copied in tiles
 
@@ -105,31 +105,28 @@ _LARGE = {
     8: _NARROW[8],
 }
 _LARGE_WEIGHTS = 2**27  # from here on
-# The same by wgmma. What counts as narrow or wide are tiles of 64 rows and of so many tokens.
-_TILE_TOKENS = 128  # of the largest tile
+# The same by wgmma.
 _FIRST_OF_WGMMA = 17  # tokens: for fewer, mma.sync is as fast or faster
 _WGMMA_SMALL = ((4, 1, 2, 2, 1, 1, 2), (1, 4, 1, 1, 1, 1, 2))
 _WGMMA_NARROW = {
     4: ((2, 2, 4, 2, 1, 1, 2), *_WGMMA_SMALL),
     8: ((1, 4, 4, 2, 1, 1, 2), (2, 2, 2, 2, 1, 1, 2), *_WGMMA_SMALL),
-    16: ((1, 4, 2, 2, 1, 1, 2), (1, 4, 1, 1, 1, 1, 2)),
 }
 _WGMMA_WIDE = {
     4: _WGMMA_SMALL,
     8: ((2, 2, 1, 4, 1, 2, 2), (4, 2, 1, 4, 1, 1, 2), (2, 2, 2, 2, 1, 1, 2), *_WGMMA_SMALL),
-    16: (
-        (4, 2, 1, 4, 1, 1, 2),
-        (4, 2, 1, 2, 1, 1, 2),
-        (2, 4, 1, 4, 1, 1, 2),
-        (2, 4, 1, 2, 1, 1, 2),
-        (1, 4, 1, 1, 1, 1, 2),
-    ),
 }
 _WGMMA_LARGE = {
     4: ((8, 1, 1, 4, 1, 1, 2), *_WGMMA_SMALL),
     8: ((8, 1, 1, 4, 1, 1, 3), (8, 1, 1, 2, 2, 1, 2), *_WGMMA_WIDE[8][1:]),
-    16: _WGMMA_WIDE[16],
 }
+# For more, by gemm_many.cu, with tiles of 8 tokens in front: tiles of 128 tokens for matrices that are not large, and for large
+# ones; tiles of 256. Where many blocks would share a tile of a small matrix, smaller tiles are better for up to so many tokens.
+_MANY_SHORT = ((16, 2, 4, 1, 2, 1, 1, 2), (16, 2, 4, 1, 1, 1, 1, 2))
+_MANY_SHORT_LARGE = ((16, 4, 2, 1, 2, 1, 1, 3), (16, 4, 2, 1, 1, 1, 1, 3), *_MANY_SHORT)
+_MANY = ((32, 2, 4, 1, 2, 1, 1, 3), (32, 2, 4, 1, 1, 1, 1, 3), (32, 2, 4, 1, 2, 1, 1, 2), *_MANY_SHORT)
+_SMALL_WEIGHTS, _SMALL_TOKENS = 2**24, 512
+_WORTH_SHORT = 0.8  # of what they would have to compute with tiles of 256
 _MOST_STAGES = 6
 _RESERVED = 1024  # bytes of shared memory that each block costs beside its own, from sm_80 on
 
@@ -137,13 +134,10 @@ _RESERVED = 1024  # bytes of shared memory that each block costs beside its own,
 def choose(problem: Problem, device: Device) -> Variant:
     """The variant for a problem of at most ``most_tokens`` tokens."""
     wgmma = _by_wgmma(problem, device)
-    least = 4 if wgmma else 1
-    sizes = (1, 2, 4, 8, _TILE_TOKENS // 8)
-    token_tiles = next((n for n in sizes if n >= least and problem.tokens <= 8 * n), sizes[-1])
-    for row_warps, tile_warps, k_warps, units, panel, blocks, least_stages in _shapes(problem, device, wgmma)[
-        token_tiles
-    ]:
-        if _spills(problem, token_tiles, tile_warps, units, wgmma):
+    many = wgmma and problem.tokens > TOKENS
+    shapes = _many_shapes(problem) if many else _shapes(problem, device, wgmma)
+    for token_tiles, row_warps, tile_warps, k_warps, units, panel, blocks, least_stages in shapes:
+        if _spills(problem, token_tiles, tile_warps, units, wgmma, many):
             continue
         columns = TILE * units
         if problem.group and problem.group % columns and columns % problem.group:
@@ -159,15 +153,20 @@ def choose(problem: Problem, device: Device) -> Variant:
                 panel=panel,
                 blocks=blocks,
                 wgmma=wgmma,
+                many=many,
             )
             if blocks * (variant.shared_bytes(problem) + _RESERVED) <= device.shared_bytes:
                 return variant
     raise ValueError(f"no variant fits {device.shared_bytes} bytes of shared memory")
 
 
-def _spills(problem: Problem, token_tiles: int, tile_warps: int, units: int, wgmma: bool) -> bool:
+def _spills(problem: Problem, token_tiles: int, tile_warps: int, units: int, wgmma: bool, many: bool) -> bool:
     """Whether sums, and what else is in flight, would need more registers than there are."""
     small_groups = 0 < problem.group < TILE
+    if many:
+        if token_tiles == 32:
+            return units == 1 and (problem.planes, problem.dtype) in ((2, torch.float16), (8, torch.bfloat16))
+        return tile_warps == 2 and units > 1 and problem.planes >= 6
     if wgmma:
         most = 0 if problem.planes < 8 else 1 if problem.dtype == torch.float16 else 2  # bfloat16 takes two fragments
         return token_tiles >= 8 * tile_warps and small_groups + problem.zeros + most > 1
@@ -178,10 +177,23 @@ def _by_wgmma(problem: Problem, device: Device) -> bool:
     return device.wgmma and problem.tokens >= _FIRST_OF_WGMMA and centred_exactly(problem)
 
 
-def _shapes(problem: Problem, device: Device, wgmma: bool) -> Mapping[int, tuple[tuple[int, ...], ...]]:
-    token_tiles = -(-problem.tokens // _TILE_TOKENS)
-    if 2 * tiles(problem.rows) * token_tiles < device.multiprocessors:
-        return _WGMMA_NARROW if wgmma else _NARROW
-    if problem.rows * problem.depth >= _LARGE_WEIGHTS:
-        return _WGMMA_LARGE if wgmma else _LARGE
-    return _WGMMA_WIDE if wgmma else _WIDE
+def _shapes(problem: Problem, device: Device, wgmma: bool) -> list[tuple[int, ...]]:
+    """What is possible, the best first: tiles of 8 tokens, and then as above."""
+    if 2 * tiles(problem.rows) < device.multiprocessors:
+        shapes = _WGMMA_NARROW if wgmma else _NARROW
+    elif problem.rows * problem.depth >= _LARGE_WEIGHTS:
+        shapes = _WGMMA_LARGE if wgmma else _LARGE
+    else:
+        shapes = _WGMMA_WIDE if wgmma else _WIDE
+    token_tiles = next(n for n in shapes if problem.tokens <= 8 * n)
+    return [(token_tiles, *shape) for shape in shapes[token_tiles]]
+
+
+def _many_shapes(problem: Problem) -> tuple[tuple[int, ...], ...]:
+    weights = problem.rows * problem.depth
+    if weights <= _SMALL_WEIGHTS and problem.tokens <= _SMALL_TOKENS:
+        return _MANY_SHORT
+    short, long = (-(-problem.tokens // size) * size for size in (128, 256))
+    if short > _WORTH_SHORT * long:
+        return _MANY
+    return _MANY_SHORT_LARGE if weights >= _LARGE_WEIGHTS or problem.tokens > 128 else _MANY_SHORT

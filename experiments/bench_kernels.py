@@ -39,10 +39,10 @@ from matquant.cuda import load
 from matquant.cuda.driver import architecture, nvrtc_compile, nvrtc_version
 from matquant.cuda.source import compile_options, cubin, read_source
 from matquant.inference import gpu, ops
-from matquant.inference.plan import TOKENS, Plan, most_tokens, plan
+from matquant.inference.plan import Plan, most_tokens, plan
 from matquant.inference.planes import NestedPlanes
 from matquant.inference.problem import Device, Problem
-from matquant.inference.variants import Variant, choose
+from matquant.inference.variants import TOKENS, Variant, choose
 from matquant.nested import NestedWeight
 
 SHAPES = "4096x4096,4096x14336,14336x4096,8192x8192,16384x16384"

@@ -1,8 +1,7 @@
 """Variants of ``kernels/gemm.cu`` that ``bench_kernels.py --candidates`` tries beside the chosen one."""
 
-from matquant.inference.plan import TOKENS
 from matquant.inference.problem import Device, Problem
-from matquant.inference.variants import Variant, choose
+from matquant.inference.variants import TOKENS, Variant, choose
 
 # (row_warps, tile_warps, k_warps, units, panel, blocks) by tiles of 8 tokens; as many stages as there is room for.
 CANDIDATES = {
@@ -32,27 +31,38 @@ WGMMA_CANDIDATES = {
         (1, 4, 4, 2, 1, 1), (2, 4, 2, 2, 1, 1), (2, 2, 2, 2, 1, 1), (8, 1, 1, 4, 1, 1), (8, 1, 1, 2, 2, 1), (4, 1, 1, 4, 1, 2),
         (4, 2, 1, 4, 1, 1), (4, 2, 2, 2, 1, 1), (2, 2, 4, 2, 1, 1), (4, 1, 2, 2, 1, 1), (2, 2, 1, 4, 1, 2),
     ],
-    16: [
-        (1, 4, 2, 2, 1, 1), (4, 2, 1, 4, 1, 1), (4, 2, 1, 2, 1, 1), (2, 4, 1, 4, 1, 1), (2, 4, 1, 2, 1, 1), (4, 4, 1, 4, 1, 1),
-        (2, 4, 2, 2, 1, 1), (2, 2, 2, 2, 1, 1), (2, 2, 1, 2, 1, 2), (1, 4, 2, 4, 1, 1),
-    ],
 }  # fmt: skip
+# With tiles of 8 tokens in front: for more than ``TOKENS``.
+MANY_CANDIDATES = [
+    (16, 4, 2, 1, 2, 1, 1), (16, 4, 2, 1, 1, 1, 1), (16, 2, 4, 1, 2, 1, 1), (16, 2, 4, 1, 4, 1, 1), (32, 2, 4, 1, 1, 1, 1),
+    (32, 2, 4, 1, 2, 1, 1),
+]  # fmt: skip
+_MOST_STAGES = 6
+
+
+def _shapes(problem: Problem, device: Device) -> list[tuple[bool, tuple[int, ...]]]:
+    """Whether by wgmma, and a shape with tiles of 8 tokens in front."""
+    if problem.tokens > TOKENS:
+        return [(True, shape) for shape in MANY_CANDIDATES if 8 * shape[0] < 2 * problem.tokens]
+    found = []
+    for wgmma, shapes in ((False, CANDIDATES), (True, WGMMA_CANDIDATES if device.wgmma else {})):
+        if shapes:
+            tiles = next(count for count in sorted(shapes) if problem.tokens <= 8 * count)
+            found += [(wgmma, (tiles, *shape)) for shape in shapes[tiles]]
+    return found
 
 
 def variants(problem: Problem, device: Device, *, candidates: bool) -> list[Variant]:
     """The chosen variant, and then the others that fit."""
     found = [choose(problem, device)]
-    for wgmma, shapes in ((False, CANDIDATES), (True, WGMMA_CANDIDATES)) if candidates else ():
-        if (wgmma and not device.wgmma) or (not wgmma and problem.tokens > TOKENS):
-            continue
-        tiles = next((count for count in sorted(shapes) if problem.tokens <= 8 * count), 16)
-        for row_warps, tile_warps, k_warps, units, panel, blocks in shapes[tiles]:
-            for stages in (6, 5, 4, 3, 2):
-                variant = Variant(
-                    token_tiles=tiles, row_warps=row_warps, tile_warps=tile_warps, k_warps=k_warps,
-                    units=units, stages=stages, panel=panel, blocks=blocks, wgmma=wgmma,
-                )  # fmt: skip
-                if blocks * (variant.shared_bytes(problem) + 1024) <= device.shared_bytes:
-                    found.append(variant)
-                    break
+    for wgmma, shape in _shapes(problem, device) if candidates else ():
+        token_tiles, row_warps, tile_warps, k_warps, units, panel, blocks = shape
+        for stages in range(_MOST_STAGES, 1, -1):
+            variant = Variant(
+                token_tiles=token_tiles, row_warps=row_warps, tile_warps=tile_warps, k_warps=k_warps, units=units,
+                stages=stages, panel=panel, blocks=blocks, wgmma=wgmma, many=problem.tokens > TOKENS,
+            )  # fmt: skip
+            if blocks * (variant.shared_bytes(problem) + 1024) <= device.shared_bytes:
+                found.append(variant)
+                break
     return list(dict.fromkeys(found))

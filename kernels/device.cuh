@@ -29,6 +29,13 @@ typedef unsigned long long u64;
 // Waits for `threads` threads of the block, a multiple of 32, at barrier `id` of 1..15 (0 is __syncthreads).
 DEVICE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
+// The same number, of which the compiler knows nothing: what follows from it is computed where it is used, and not long before, in
+// registers that are needed until then.
+DEVICE u32 opaque(u32 a) {
+    asm volatile("" : "+r"(a));
+    return a;
+}
+
 // ---- integers
 
 // Bits of `a` where `mask` is set, of `b` elsewhere.

@@ -108,8 +108,7 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words],
             panels.leave(shared);
         }
         if (++chunk == (u32)a.chunks || i + 1 == count) {
-            const u32 first = block_of(tile * a.chunks, all), last = block_of((tile + 1) * a.chunks - 1, all);
-            finish_tile(a, out, shared, at, tile, 0, tile, first, last, gain, workspace, tickets, sums);
+            finish_tile(a, out, shared, at, tile, 0, tile, all, gain, workspace, tickets, sums);
             sums.clear();
             chunk = 0;
             tile++;

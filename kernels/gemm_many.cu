@@ -278,12 +278,8 @@ void nested_gemm_many(const GRID_CONSTANT TensorMap planes, // in tiles of all p
             before = shared_address(shared.free + stage.index);
         }
         sums.wait();
-        u32 number = 0, first = 0, last = 0;
-        if (piece.count < work.chunks) { // others have the rest
-            number = piece.tile - work.first_left();
-            first = block_of(number * work.chunks, work.all);
-            last = block_of((number + 1) * work.chunks - 1, work.all);
-        }
-        finish_tile(a, out, shared, at, piece.tile / token_tiles, piece.tile % token_tiles, number, first, last, gain, workspace, tickets, sums);
+        const bool whole = piece.count == work.chunks;
+        finish_tile(a, out, shared, at, piece.tile / token_tiles, piece.tile % token_tiles, whole ? 0 : piece.tile - work.first_left(),
+                    whole ? 0 : work.all, gain, workspace, tickets, sums);
     }
 }

@@ -94,26 +94,29 @@ DEVICE bool is_last(u32* ticket, u32 count, int lane) {
 }
 
 // What this block has summed of a tile goes to y, or to the workspace if other blocks work on the tile too.
-// row_tile, token_tile: its place in y. first, last: the blocks that do. number: of the tile among those that several may work on.
+// row_tile, token_tile: its place in y. number: of the tile among those whose chunks, `all` together, are dealt out to the blocks in
+// runs; all is 0 if the block has the tile to itself.
 template <class Shared, class Sums>
-DEVICE void finish_tile(const Problem& a, const Output& out, Shared& shared, const Place& at, u32 row_tile, u32 token_tile, u32 number, u32 first, u32 last,
+DEVICE void finish_tile(const Problem& a, const Output& out, Shared& shared, const Place& at, u32 row_tile, u32 token_tile, u32 number, u32 all,
                         float gain, float4* workspace, u32* tickets, Sums& of_warp) {
     of_warp.finish(gain);
     float4 sums[shares];
     share_sums(shared, at, of_warp.total, sums);
     const int row_block = (int)row_tile * ROW_WARPS + at.row_warp;
     if (row_block >= a.row_blocks || at.k_warp >= accumulators) return;
+    const u32 first = all ? block_of(number * a.chunks, all) : 0, last = all ? block_of((number + 1) * a.chunks - 1, all) : 0;
     if (first != last) {
         leave_sums(workspace, blockIdx.x, number, at, sums);
         if (!is_last(tickets + number * warps + threadIdx.x / 32, last - first + 1, at.lane)) return;
         collect_sums(workspace, first, last, number, at, sums);
     }
+    const int first_token = (int)opaque(token_tile) * token_rows;
     UNROLL
     for (int i = 0; i < shares; i++) {
         // Rows first: what is the same for a token takes registers.
         const int share = K_WARPS > 1 ? i : i % row_tiles_of_warp * TOKEN_TILES + i / row_tiles_of_warp, j = at.k_warp + share * K_WARPS;
         if (j >= accumulators) continue;
         const int row = row_block * 64 + (at.tile_warp * row_tiles_of_warp + j / TOKEN_TILES) * 16;
-        write_output(out, row, (int)token_tile * token_rows + j % TOKEN_TILES * 8, at.lane, sums[share]);
+        write_output(out, row, first_token + j % TOKEN_TILES * 8, at.lane, sums[share]);
     }
 }

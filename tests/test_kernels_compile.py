@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import multiprocessing
 import re
 import shutil
 import subprocess
@@ -152,8 +153,15 @@ def all_by_wgmma() -> dict[tuple, Problem]:
     return found
 
 
-if __name__ == "__main__":  # what experiments/kernels/README.md says of spilled registers
-    variants = all_by_wgmma()
+def spills(one: Problem) -> bool:
     with tempfile.TemporaryDirectory() as scratch:
-        spilling = [one for one in variants.values() if stack_bytes(cubin(one, "sm_90a"), Path(scratch))]
+        return stack_bytes(cubin(one, "sm_90a"), Path(scratch)) > 0
+
+
+if __name__ == "__main__":  # what experiments/kernels/README.md says of spilled registers
+    variants = list(all_by_wgmma().values())
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        spilling = [
+            one for one, spilled in zip(variants, pool.map(spills, variants, chunksize=4), strict=True) if spilled
+        ]
     print(f"{len(spilling)} of {len(variants)} variants spill", *spilling, sep="\n")

@@ -171,6 +171,7 @@ template <class T> static inline T __ldg(const T* p) { return *p; }
 template <class T> static inline T min(T a, T b) { return b < a ? b : a; }
 template <class T> static inline T max(T a, T b) { return a < b ? b : a; }
 
+static inline u32 opaque(u32 a) { return a; }
 static inline float reciprocal(float f) { return 1.0f / f; }
 static inline u32 bit_select(u32 mask, u32 a, u32 b) { return (a & mask) | (b & ~mask); }
 static inline u32 and_or(u32 a, u32 mask, u32 b) { return (a & mask) | b; }

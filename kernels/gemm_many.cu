@@ -124,7 +124,8 @@ DEVICE void ask_for_chunks(const Arrays& from, Shared& shared, Work work, u32 to
         }
 }
 
-// What the fragments of a group are multiplied with to be weights.
+// What the fragments of a group are multiplied with to be weights. In float16 it is finite for weights whose neighbouring levels are
+// less than 128 apart.
 struct Scale {
     u32 high[row_tiles_of_warp][2], low[row_tiles_of_warp][2]; // twice; bfloat16 holds a float16 scale in two
 

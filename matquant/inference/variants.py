@@ -166,7 +166,11 @@ def _spills(problem: Problem, token_tiles: int, tile_warps: int, units: int, wgm
     if many:
         if token_tiles == 32:
             return units == 1 and (problem.planes, problem.dtype) in ((2, torch.float16), (8, torch.bfloat16))
-        return tile_warps == 2 and units > 1 and problem.planes >= 6
+        if tile_warps == 4:
+            return False
+        if units > 1:
+            return problem.planes + problem.zeros >= 6
+        return problem.dtype == torch.bfloat16 and problem.planes + 2 * problem.zeros >= 8
     if wgmma:
         most = 0 if problem.planes < 8 else 1 if problem.dtype == torch.float16 else 2  # bfloat16 takes two fragments
         return token_tiles >= 8 * tile_warps and small_groups + problem.zeros + most > 1

@@ -7,8 +7,8 @@ take the tensors of a ``NestedPlanes`` and what they mean; ``x`` is [..., in_fea
 [..., out_features] in the same dtype. On CUDA devices they run the kernels of ``kernels/``, elsewhere plain torch. They work in
 graphs of ``torch.compile``, which are made anew for each width, and in CUDA graphs. There is no backward pass.
 
-For up to 64 tokens the kernels' error is that of rounding the exact result; for more they may round weights to x's dtype first, as a
-dense matrix would hold them.
+For up to 64 tokens the kernels' error is that of rounding the exact result; for more they may round weights to x's dtype first,
+as a dense matrix would hold them.
 
 Raises:
     UserError: a tensor of the wrong dtype, device, shape or layout, a width that is not there, or no CuPy on a CUDA device.

@@ -2,9 +2,9 @@
 //
 // One thread of a block asks for what eight warps need: planes, scales and activations of a chunk at a time, in as few copies as can
 // be (each costs the copy engine about 75 cycles, on an H200), whose bytes a barrier in shared memory counts. The eight warps,
-// four at a time together, decode a step of 16 columns while the tensor cores multiply the step before. They wait for nothing but their chunk, and never for each other: a
-// chunk's place is given back when the first products after it are done. Registers are given to warps four at a time, so
-// that the one thread comes with three warps that do nothing.
+// four at a time together, decode a step of 16 columns while the tensor cores multiply the step before. They wait for nothing but
+// their chunk, and never for each other: a chunk's place is given back when the first products after it are done. Registers are
+// given to warps four at a time, so that the one thread comes with three warps that do nothing.
 //
 // A weight is rounded to the type of x, as a dense matrix would hold it: scaled in the registers, and not in the sums, which would
 // have to be complete for it. (bfloat16's with 8 bits, of which each nibble is scaled by itself, are rounded twice.)
@@ -49,9 +49,9 @@ struct Piece {
 
 // What this block does, piece by piece.
 struct Work {
-    u32 chunks;            // of a tile
-    u32 rounds, tile;      // whole tiles that are still to do, and the next of them
-    u32 begin, end, all;   // its run of the chunks of the tiles that are left after the rounds, and how many those are
+    u32 chunks;          // of a tile
+    u32 rounds, tile;    // whole tiles that are still to do, and the next of them
+    u32 begin, end, all; // its run of the chunks of the tiles that are left after the rounds, and how many those are
 
     DEVICE_MEMBER void start(u32 tiles, u32 chunks_of_tile) {
         chunks = chunks_of_tile;
@@ -97,6 +97,7 @@ struct Arrays {
     const TensorMap *planes, *scales, *zeros, *x;
 };
 
+// Asks for one chunk, as soon as its place is free.
 DEVICE void ask_for_chunk(const Arrays& from, Shared& shared, u32 row_tile, u32 token_tile, u32 chunk, const Stage& stage, bool is_free) {
     const int row_block = (int)row_tile * ROW_WARPS, unit = (int)chunk * UNITS, s = stage.index;
     const SharedAddress arrived = shared_address(shared.arrived + s);

@@ -1,4 +1,4 @@
-"""How ``kernels/gemm.cu`` and ``kernels/decode.cu`` are launched for a problem; plain arithmetic, no GPU."""
+"""How ``kernels/gemm.cu``, ``gemm_many.cu`` and ``decode.cu`` are launched for a problem; plain arithmetic, no GPU."""
 
 import ctypes
 import dataclasses
@@ -12,10 +12,8 @@ from matquant.inference.problem import Device, Problem, centred_exactly
 from matquant.inference.variants import TOKENS, WARP, Variant, choose
 
 MOST_TOKENS = 1024  # that one launch takes with wgmma; more are faster by strips (H200: experiments/kernels)
-_MANY_PLANES, _MOST_OF_MANY_PLANES = (
-    6,
-    512,
-)  # decoding so many takes so long that fewer tokens should do it tile by tile
+_MOST_OF_MANY_PLANES = 512  # likewise, where decoding takes long
+_MANY_PLANES = 6
 STRIP_WEIGHTS = 2**26  # decoded at a time: fewer are too little work for cuBLAS to share out among all multiprocessors
 _TWICE_WEIGHTS = 2**25  # of matrices from which two launches take less time than strips (H200: experiments/kernels)
 _EVEN = 0.94  # of the blocks that could be resident must be left for every tile to have as many as the others

@@ -120,13 +120,13 @@ _WGMMA_LARGE = {
     4: ((8, 1, 1, 4, 1, 1, 2), *_WGMMA_SMALL),
     8: ((8, 1, 1, 4, 1, 1, 3), (8, 1, 1, 2, 2, 1, 2), *_WGMMA_WIDE[8][1:]),
 }
-# For more, by gemm_many.cu, with tiles of 8 tokens in front: tiles of 128 tokens for matrices that are not large, and for large
-# ones; tiles of 256. Where many blocks would share a tile of a small matrix, smaller tiles are better for up to so many tokens.
+# For more than TOKENS, by gemm_many.cu, with the tiles of 8 tokens in front: 128 tokens at a time, of matrices that are not large and of
+# large ones; 256 at a time. A small matrix has few tiles for the blocks: for up to so many tokens smaller ones are better.
 _MANY_SHORT = ((16, 2, 4, 1, 2, 1, 1, 2), (16, 2, 4, 1, 1, 1, 1, 2))
 _MANY_SHORT_LARGE = ((16, 4, 2, 1, 2, 1, 1, 3), (16, 4, 2, 1, 1, 1, 1, 3), *_MANY_SHORT)
 _MANY = ((32, 2, 4, 1, 2, 1, 1, 3), (32, 2, 4, 1, 1, 1, 1, 3), (32, 2, 4, 1, 2, 1, 1, 2), *_MANY_SHORT)
 _SMALL_WEIGHTS, _SMALL_TOKENS = 2**24, 512
-_WORTH_SHORT = 0.8  # of what they would have to compute with tiles of 256
+_WORTH_SHORT = 0.8  # tiles of 128 tokens, if they leave no more than this of the tokens that tiles of 256 compute
 _MOST_STAGES = 6
 _RESERVED = 1024  # bytes of shared memory that each block costs beside its own, from sm_80 on
 

@@ -154,11 +154,14 @@ def test_with_wgmma_tokens_by_the_hundred_take_one_launch(device):
 
 
 @pytest.mark.parametrize("device", ["sm_90a"], indirect=True)
-def test_offsets_that_16_bits_do_not_hold_go_without_wgmma(device):
+def test_offsets_that_16_bits_do_not_hold_go_without_wgmma_and_that_is_said_once(device, caplog):
+    gpu._say_without_wgmma.cache_clear()
     weight = make_weight(64, 128, 128, offset=7.3)
-    x = activations(40, 128)
-    assert_close(call(x, weight, 4), x, weight, 4)
-    assert device[0][0]["WGMMA"] == 0
+    for tokens in (40, 41):
+        x = activations(tokens, 128)
+        assert_close(call(x, weight, 4), x, weight, 4)
+    assert [made["WGMMA"] for made, _ in device] == [0, 0]
+    assert caplog.text.count("an offset of 7.3") == 1
 
 
 @pytest.mark.parametrize("zeros", [False, True])

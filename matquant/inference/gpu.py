@@ -5,6 +5,7 @@ launch up.
 """
 
 import ctypes
+import functools
 import logging
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from matquant.inference.checks import check_x
 from matquant.inference.layout import TILE
 from matquant.inference.plan import MOST_TOKENS, STRIP_WEIGHTS, Plan, decode_launch, in_two, most_tokens, plan
 from matquant.inference.planes import NestedPlanes
-from matquant.inference.problem import Device, Problem, supported
+from matquant.inference.problem import Device, Problem, centred_exactly, supported
 from matquant.inference.scratch import Scratch
 from matquant.nested import Slicing
 
@@ -108,6 +109,8 @@ def _prepare(
         )
     index = x.get_device()
     device = about_device(index)
+    if device.wgmma and not centred_exactly(problem):
+        _say_without_wgmma(x.dtype, weight.offset)
     if tokens > most_tokens(problem, device):
         _load_decode(problem, index)
         return _Launch(halves=not device.wgmma and in_two(tokens, problem.rows, problem.depth))
@@ -118,6 +121,14 @@ def _prepare(
     if index not in _scratch:
         _scratch[index] = Scratch(x.device)
     return _Launch(kernel, launch)
+
+
+@functools.cache
+def _say_without_wgmma(dtype: torch.dtype, offset: float) -> None:
+    logger.warning(
+        f"{dtype} does not hold codes with an offset of {offset} and their zero points exactly: such layers are multiplied "
+        "without this GPU's faster instructions for 17 tokens and more."
+    )
 
 
 def about_device(index: int) -> Device:

@@ -22,6 +22,7 @@ from matquant.inference.plan import MOST_TOKENS, STRIP_WEIGHTS, Plan, decode_lau
 from matquant.inference.planes import NestedPlanes
 from matquant.inference.problem import Device, Problem, centred_exactly, supported
 from matquant.inference.scratch import Scratch
+from matquant.inference.variants import FIRST_OF_WGMMA
 from matquant.nested import Slicing
 
 _ALIGNMENT = 16  # bytes, of x's rows
@@ -109,7 +110,7 @@ def _prepare(
         )
     index = x.get_device()
     device = about_device(index)
-    if device.wgmma and not centred_exactly(problem):
+    if device.wgmma and tokens >= FIRST_OF_WGMMA and not centred_exactly(problem):
         _say_without_wgmma(x.dtype, weight.offset)
     if tokens > most_tokens(problem, device):
         _load_decode(problem, index)
@@ -127,7 +128,7 @@ def _prepare(
 def _say_without_wgmma(dtype: torch.dtype, offset: float) -> None:
     logger.warning(
         f"{dtype} does not hold codes with an offset of {offset} and their zero points exactly: such layers are multiplied "
-        "without this GPU's faster instructions for 17 tokens and more."
+        f"without this GPU's faster instructions for {FIRST_OF_WGMMA} tokens and more."
     )
 
 

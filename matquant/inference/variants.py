@@ -106,7 +106,7 @@ _LARGE = {
 }
 _LARGE_WEIGHTS = 2**27  # from here on
 # The same by wgmma.
-_FIRST_OF_WGMMA = 17  # tokens: for fewer, mma.sync is as fast or faster
+FIRST_OF_WGMMA = 17  # tokens: for fewer, mma.sync is as fast or faster
 _WGMMA_SMALL = ((4, 1, 2, 2, 1, 1, 2), (1, 4, 1, 1, 1, 1, 2))
 _WGMMA_NARROW = {
     4: ((2, 2, 4, 2, 1, 1, 2), *_WGMMA_SMALL),
@@ -120,8 +120,9 @@ _WGMMA_LARGE = {
     4: ((8, 1, 1, 4, 1, 1, 2), *_WGMMA_SMALL),
     8: ((8, 1, 1, 4, 1, 1, 3), (8, 1, 1, 2, 2, 1, 2), *_WGMMA_WIDE[8][1:]),
 }
-# For more than TOKENS, by gemm_many.cu, with the tiles of 8 tokens in front: 128 tokens at a time, of matrices that are not large
-# and of large ones; 256 at a time. A small matrix has few tiles for the blocks: for up to so many tokens smaller ones are better.
+# For more than TOKENS, by gemm_many.cu, with the tiles of 8 tokens in front: 128 tokens at a time, of matrices that are not
+# large and of large ones; 256 at a time. A small matrix has few tiles for the blocks: for up to so many tokens smaller ones
+# are better.
 _MANY_SHORT = ((16, 2, 4, 1, 2, 1, 1, 2), (16, 2, 4, 1, 1, 1, 1, 2))
 _MANY_SHORT_LARGE = ((16, 4, 2, 1, 2, 1, 1, 3), (16, 4, 2, 1, 1, 1, 1, 3), *_MANY_SHORT)
 _MANY = ((32, 2, 4, 1, 2, 1, 1, 3), (32, 2, 4, 1, 1, 1, 1, 3), (32, 2, 4, 1, 2, 1, 1, 2), *_MANY_SHORT)
@@ -178,7 +179,7 @@ def _spills(problem: Problem, token_tiles: int, tile_warps: int, units: int, wgm
 
 
 def _by_wgmma(problem: Problem, device: Device) -> bool:
-    return device.wgmma and problem.tokens >= _FIRST_OF_WGMMA and centred_exactly(problem)
+    return device.wgmma and problem.tokens >= FIRST_OF_WGMMA and centred_exactly(problem)
 
 
 def _shapes(problem: Problem, device: Device, wgmma: bool) -> list[tuple[int, ...]]:

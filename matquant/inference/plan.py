@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -58,7 +59,7 @@ class Plan:
         source, function: the kernel.
         workspace: float32 numbers that it needs; not initialised.
         tickets: uint32 numbers that it needs; 0 before and after.
-        tilings: of planes, scales, zero points and x, each None where the kernel takes the array itself.
+        tilings: of planes, scales, zero points and x; None for one that the kernel takes as it is, or for all.
     """
 
     problem: Problem
@@ -70,7 +71,7 @@ class Plan:
     shared_bytes: int
     workspace: int
     tickets: int
-    tilings: Tilings
+    tilings: Tilings | None
     numbers: tuple[Any, ...]
     plane_stride: tuple[ctypes.c_uint64, ...]
 
@@ -87,15 +88,13 @@ class Plan:
         tokens: int,
     ) -> tuple[Any, ...]:
         """The kernel's arguments, in its order."""
-        of_planes, of_scales, of_zeros, of_x = self.tilings
+        arrays: Sequence[Any] = (planes, scales, zeros, x)
+        if self.tilings is not None:
+            pairs = zip(arrays, self.tilings, strict=True)
+            arrays = [a if a is None or tiling is None else tensor_map(a, tiling) for a, tiling in pairs]
         return (
-            _argument(planes, of_planes), *self.plane_stride, _argument(scales, of_scales), _argument(zeros, of_zeros),
-            _argument(x, of_x), bias, y, workspace, tickets, tokens, *self.numbers,
+            arrays[0], *self.plane_stride, *arrays[1:], bias, y, workspace, tickets, tokens, *self.numbers,
         )  # fmt: skip
-
-
-def _argument(array: Tensor | None, tiling: Tiling | None) -> Tensor | bytes | None:
-    return array if array is None or tiling is None else tensor_map(array, tiling)
 
 
 def _blocks(resident: int, all_tiles: int, chunks: int) -> int:
@@ -134,9 +133,9 @@ def plan(problem: Problem, device: Device, variant: Variant | None = None) -> Pl
     )
 
 
-def _tilings(problem: Problem, variant: Variant) -> Tilings:
+def _tilings(problem: Problem, variant: Variant) -> Tilings | None:
     if not variant.wgmma:
-        return None, None, None, None
+        return None
     depth = -(-problem.depth // 8) * 8
     x = Tiling(2, (problem.tokens, depth), (8 * variant.token_tiles, TILE), turned=True)
     if not variant.many:

@@ -121,6 +121,15 @@ def packed(variant: Variant, case: Case, weight: NestedWeight) -> tuple[Tensor, 
     return planes, pack_groups(weight.scales, groups), zeros
 
 
+def inputs(variant: Variant, case: Case) -> tuple[Tensor, Tensor | None]:
+    """Activations whose mean is not zero and whose tails are heavy, and the bias."""
+    g = torch.Generator().manual_seed(case.seed + 1)
+    x = torch.randn(case.tokens, case.depth, generator=g) + case.mean
+    x[:, 7::97] *= 10
+    bias = torch.randn(case.rows, generator=g).to(variant.dtype) if case.bias else None
+    return x.to(variant.dtype), bias
+
+
 def run(
     variant: Variant,
     case: Case,
@@ -144,12 +153,7 @@ def run(
     if dead_groups:
         rows, groups = weight.scales.shape
         weight.scales[(torch.arange(rows)[:, None] + torch.arange(groups)) % 3 == 0] = 0
-    g = torch.Generator().manual_seed(case.seed + 1)
-    x = torch.randn(case.tokens, case.depth, generator=g) + case.mean
-    x[:, 7::97] *= 10  # heavy tails
-    x = x.to(variant.dtype)
-    bias = torch.randn(case.rows, generator=g).to(variant.dtype) if case.bias else None
-
+    x, bias = inputs(variant, case)
     up = 8 - case.master_bits
     planes, scales, zeros = packed(variant, case, weight)
     token_tiles = -(-case.tokens // (8 * variant.token_tiles))
@@ -164,12 +168,7 @@ def run(
     zero = 0.0 if variant.zeros else (2.0 ** (case.master_bits - 1) + case.offset) * 2.0**up
     name, function = ("gemm_many.cu", "nested_gemm_many") if variant.many else ("gemm.cu", "nested_gemm")
     kernel = compile_kernel(source or read_source(name), function, variant.defines(), sanitize=sanitize)
-    x_map = TensorMap(x, Tiling(2, (case.tokens, case.depth), (8 * variant.token_tiles, 64), turned=True))
-    if variant.many:
-        arrays: list[Argument] = [*weight_maps(variant, planes, scales, zeros), x_map]
-    else:
-        x_itself = x_map if variant.wgmma else x.view(torch.int16)
-        arrays = [planes, ctypes.c_uint64(planes[0].numel() // 4), scales.view(torch.int16), zeros, x_itself]
+    arrays = array_arguments(variant, planes, scales, zeros, x)
     for _ in range(launches):
         kernel.launch(
             (blocks,),
@@ -197,6 +196,17 @@ def run(
         for values in (dense, dense.to(variant.dtype))
     )
     return y, exact, (by_dense if variant.many else exact).to(variant.dtype)
+
+
+def array_arguments(
+    variant: Variant, planes: Tensor, scales: Tensor, zeros: Tensor | None, x: Tensor
+) -> list[Argument]:
+    """Planes, scales, zero points and x as the kernel takes them."""
+    x_map = TensorMap(x, Tiling(2, tuple(x.shape), (8 * variant.token_tiles, 64), turned=True))
+    if variant.many:
+        return [*weight_maps(variant, planes, scales, zeros), x_map]
+    stride = ctypes.c_uint64(planes[0].numel() // 4)
+    return [planes, stride, scales.view(torch.int16), zeros, x_map if variant.wgmma else x.view(torch.int16)]
 
 
 def weight_maps(variant: Variant, planes: Tensor, scales: Tensor, zeros: Tensor | None) -> list[Argument]:

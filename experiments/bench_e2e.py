@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.cache_utils import DynamicCache, StaticCache
 
+from matquant.formats.nested import WeightFormat
+from matquant.formats.packed import LayerSpec, NestedSpec
 from matquant.inference import nested_layers, set_bits
-from matquant.pack.spec import LayerSpec, NestedSpec
 from matquant.transformers.layers import place_layers
 
 TINY = Path(__file__).resolve().parent / "tiny" / "model"
@@ -45,9 +46,16 @@ def config_of(name: str) -> Any:
     if name != "llama-8b":
         return AutoConfig.from_pretrained(name)
     return LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=128256, max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=False,
-    )  # fmt: skip
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    )
 
 
 def make_model(config: Any, dtype: torch.dtype, device: torch.device, nested: bool) -> Any:
@@ -58,12 +66,20 @@ def make_model(config: Any, dtype: torch.dtype, device: torch.device, nested: bo
     if nested:
         layers = {
             name: LayerSpec(
-                out_features=module.out_features, in_features=module.in_features, group_size=GROUP_SIZE, master_bits=8,
-                slicing="msb", offset=0.0, zeros=False, scale_dtype=scale_dtype,
+                out_features=module.out_features,
+                in_features=module.in_features,
+                format=WeightFormat(
+                    group_size=GROUP_SIZE,
+                    master_bits=8,
+                    slicing="msb",
+                    zero_point_offset=0.0,
+                    scale_dtype=scale_dtype,
+                    has_zero_points=False,
+                ),
             )
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
-        }  # fmt: skip
+        }
         place_layers(model, NestedSpec(layers=layers, bits=8, max_bits=8))
     model.to_empty(device=device)
     for module in model.modules():
@@ -247,11 +263,19 @@ def main() -> None:
     widths, batches = ([int(n) for n in text.split(",")] for text in (asked.widths, asked.batch))
     rows = run(config_of(asked.model), dtype, device, widths, batches, asked.prompt, asked.steps, asked.compile)
     about = {
-        "model": asked.model if asked.model == "llama-8b" else Path(asked.model).parent.name, "dtype": str(dtype),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__, "prompt": asked.prompt,
-        "steps": asked.steps, "compile": asked.compile, "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
+        "model": asked.model if asked.model == "llama-8b" else Path(asked.model).parent.name,
+        "dtype": str(dtype),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "prompt": asked.prompt,
+        "steps": asked.steps,
+        "compile": asked.compile,
+        "date": datetime.date.today().isoformat(),
+    }
     out = Path(asked.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")

@@ -36,14 +36,14 @@ from candidates import variants
 from checks import activations, check, checks
 
 from matquant.cuda import load
-from matquant.cuda.driver import architecture, nvrtc_compile, nvrtc_version
+from matquant.cuda.cuda_driver import architecture, nvrtc_compile, nvrtc_version
 from matquant.cuda.source import compile_options, cubin, read_source
-from matquant.inference import gpu, ops
-from matquant.inference.plan import Plan, most_tokens, plan
-from matquant.inference.planes import NestedPlanes
-from matquant.inference.problem import Device, Problem
-from matquant.inference.variants import TOKENS, Variant, choose
-from matquant.nested import NestedWeight
+from matquant.formats.nested import NestedWeight, WeightFormat
+from matquant.formats.planes import NestedPlanes
+from matquant.inference import cuda_ops, ops
+from matquant.inference.gemm_shape import Device, Problem
+from matquant.inference.launch_config import Plan, most_tokens, plan
+from matquant.inference.tile_configs import TOKENS, Variant, choose
 
 SHAPES = "4096x4096,4096x14336,14336x4096,8192x8192,16384x16384"
 BATCHES = "1,2,3,4,5,8,12,16,32,64,128,512"
@@ -113,9 +113,13 @@ def copy_bandwidth() -> float:
 
 def problem_of(tokens: int, rows: int, depth: int, bits: int, group: int) -> Problem:
     return Problem(
-        tokens=tokens, rows=rows, depth=depth, bits=bits, group_size=group, zeros=False,
-        dtype=torch.float16, scale_dtype=torch.float16, offset=8.0,
-    )  # fmt: skip
+        tokens=tokens,
+        rows=rows,
+        depth=depth,
+        bits=bits,
+        dtype=torch.float16,
+        format=WeightFormat(group_size=group, zero_point_offset=8.0, scale_dtype=torch.float16, has_zero_points=False),
+    )
 
 
 def _compile(job: tuple[str, dict[str, int], str]) -> None:
@@ -200,16 +204,20 @@ class Bench:
         x = activations(tokens, self.depth, torch.float16)
         weights = [
             NestedPlanes(
-                planes=p, scales=s, zeros=None, out_features=self.rows, in_features=self.depth,
-                group_size=self.group, master_bits=8, slicing="msb", offset=8.0,
+                planes=p,
+                scales=s,
+                zeros=None,
+                out_features=self.rows,
+                in_features=self.depth,
+                format=WeightFormat(group_size=self.group, master_bits=8, slicing="msb", zero_point_offset=8.0),
             )
             for p, s in zip(self.planes, self.scales, strict=True)
-        ]  # fmt: skip
+        ]
         return replay([functools.partial(ops.linear, x, w, self.bits) for w in weights])
 
     def time_strips(self, tokens: int) -> float:
         """By strips for cuBLAS, whatever the rule is."""
-        with mock.patch.object(gpu, "most_tokens", return_value=0), mock.patch.object(gpu, "_launches", {}):
+        with mock.patch.object(cuda_ops, "most_tokens", return_value=0), mock.patch.object(cuda_ops, "_launches", {}):
             return self.time_many(tokens)
 
 
@@ -219,7 +227,14 @@ def call_overhead() -> dict[str, float]:
     codes = torch.randint(0, 256, (1024, 1024), dtype=torch.uint8, device="cuda")
     scales = torch.rand(1024, 8, device="cuda").half()
     packed = NestedPlanes.pack(
-        NestedWeight(codes=codes, scales=scales, zeros=None, master_bits=8, slicing="msb", offset=8.0)
+        NestedWeight(
+            codes=codes,
+            scales=scales,
+            zeros=None,
+            format=WeightFormat(
+                master_bits=8, slicing="msb", zero_point_offset=8.0, group_size=128, scale_dtype=torch.float16
+            ),
+        )
     )
     calls = {
         "nested_linear": lambda: ops.linear(x, packed, 4),
@@ -345,7 +360,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("There is no CUDA device to measure on.")
     properties = torch.cuda.get_device_properties(0)
-    device = gpu.about_device(0)
+    device = cuda_ops.about_device(0)
     precompile(all_plans(args, device))
     worst = None if args.no_check else check(args.bits)
     if worst is not None:

@@ -20,8 +20,8 @@ import numba
 import torch
 from torch import Tensor
 
-from matquant.nested import NestedWeight, slice_codes
-from matquant.quantize.solver import Calibration, Inputs, SolverOptions, calibrate, relative_error, solve
+from matquant.formats.nested import NestedWeight, WeightFormat, slice_codes
+from matquant.quantize.gptq.solver import Calibration, Inputs, SolverOptions, calibrate, relative_error, solve
 
 WIDTHS = {2: 1.0, 3: 2.0, 4: 4.0, 6: 16.0, 8: 64.0}
 GROUP_SIZE = 128
@@ -84,7 +84,12 @@ def published(weight: Tensor, factor: Tensor, columns: int, block_size: int = 12
             errors[:, j - first] = mean / factor[j, j]
             target[:, j + 1 : last] -= errors[:, j - first, None] * factor[j, j + 1 : last]
         target[:, last:] -= errors @ factor[first:last, last:]
-    return NestedWeight(codes=codes, scales=scales, zeros=None, master_bits=8, slicing="round")
+    return NestedWeight(
+        codes=codes,
+        scales=scales,
+        zeros=None,
+        format=WeightFormat(master_bits=8, slicing="round", group_size=GROUP_SIZE, scale_dtype=scales.dtype),
+    )
 
 
 def layer(rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -125,15 +130,20 @@ def bench(rows: int, columns: int, repeats: int) -> list[Row]:
         errors = errors_of(weight, made, hessian)
         found.append(
             Row(
-                rows=rows, columns=columns, what=what, seconds=seconds, faster=baseline / seconds,
-                timed_columns=columns, errors=errors,
+                rows=rows,
+                columns=columns,
+                what=what,
+                seconds=seconds,
+                faster=baseline / seconds,
+                timed_columns=columns,
+                errors=errors,
             )
-        )  # fmt: skip
+        )
     return found
 
 
 def errors_of(weight: Tensor, made: NestedWeight, hessian: Tensor) -> dict[int, float]:
-    return {bits: relative_error(weight, made.decode(bits), hessian) for bits in WIDTHS}
+    return {bits: relative_error(weight, made.dequantize(bits), hessian) for bits in WIDTHS}
 
 
 def warm_up() -> None:
@@ -158,10 +168,13 @@ def machine() -> dict[str, str | int]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return {
-        "cpu": model or platform.processor() or platform.machine(), "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "numba": numba.__version__,
+        "cpu": model or platform.processor() or platform.machine(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "numba": numba.__version__,
         "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

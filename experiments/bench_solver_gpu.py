@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matquant.quantize.solver import Calibration, Inputs, SolverOptions, calibrate, relative_error, solve
+from matquant.quantize.gptq.solver import Calibration, Inputs, SolverOptions, calibrate, relative_error, solve
 
 BLOCKS = 32
 WIDTHS = {2: 1.0, 3: 1.5, 4: 3.0, 6: 12.0, 8: 48.0}
@@ -92,13 +92,19 @@ def bench(device: torch.device, repeats: int) -> list[dict[str, Any]]:
                 spent, made = seconds(lambda w=weight, c=calibration, o=options: solve(w, c, o), device, repeats)
                 solving += spent
                 work += products(options, rows, columns, kinds)
-            errors[group] = {b: relative_error(weight, made.decode(b), inputs[-1].hessian) for b in WIDTHS}
+            errors[group] = {b: relative_error(weight, made.dequantize(b), inputs[-1].hessian) for b in WIDTHS}
             del inputs, calibration, made
         memory = torch.cuda.max_memory_allocated(device) / 1e9
-        found.append({
-            "what": name, "factor_s": BLOCKS * factoring, "solve_s": BLOCKS * solving,
-            "products_floor_s": BLOCKS * work / flops, "peak_gb": memory, "errors": errors,
-        })  # fmt: skip
+        found.append(
+            {
+                "what": name,
+                "factor_s": BLOCKS * factoring,
+                "solve_s": BLOCKS * solving,
+                "products_floor_s": BLOCKS * work / flops,
+                "peak_gb": memory,
+                "errors": errors,
+            }
+        )
         print(_line(found[-1]), flush=True)
     return found
 
@@ -118,8 +124,8 @@ def against_cpu(device: torch.device) -> dict[str, Any]:
 
     gpu, cpu = solved(weight.to(device), on_gpu), solved(weight, on_cpu)
     errors = {
-        b: [relative_error(weight, made.decode(b), on_cpu[-1].hessian) for made in (cpu, gpu)] for b in WIDTHS
-    }  # fmt: skip
+        b: [relative_error(weight, made.dequantize(b), on_cpu[-1].hessian) for made in (cpu, gpu)] for b in WIDTHS
+    }
     return {
         "codes_that_differ": (gpu.codes != cpu.codes).float().mean().item(),
         "scales_that_differ": (gpu.scales != cpu.scales).float().mean().item(),

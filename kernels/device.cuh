@@ -155,7 +155,7 @@ DEVICE float4 load_from_other_blocks(const float4* p) {
     return v;
 }
 
-// ---- launches that overlap: matquant/cuda/overlap.py, from sm_90 on; elsewhere these do nothing, as a launch waits by itself
+// ---- launches that overlap: matquant/cuda/pdl.py, from sm_90 on; elsewhere these do nothing, as a launch waits by itself
 
 // A kernel that is launched so calls this before it reads what an earlier kernel may have written, and before it writes. All
 // that ran before it is then complete and to be seen.

@@ -1,5 +1,5 @@
 // y[M, N] = x[M, K] W^T + bias, for W in bit planes, of which it reads the first BITS. M <= 8 * TOKEN_TILES; for more on sm_90a see
-// gemm_many.cu.
+// gemm_sm90_ws.cu.
 //
 // The value of a weight is   gain * s * (2^(8 - BITS) * code + offset - zero)   with s and zero of its group; `code` is the
 // slice of BITS bits of an 8-bit code (codes of fewer bits are an 8-bit code's first planes; `gain` and `offset` are scaled).

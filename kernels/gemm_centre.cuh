@@ -1,4 +1,4 @@
-// Codes with what is added to them, offset and zero point, already added: exact in 16 bits for what matquant/inference/problem.py
+// Codes with what is added to them, offset and zero point, already added: exact in 16 bits for what matquant/inference/gemm_shape.py
 // lets through.
 #pragma once
 #include "gemm_groups.cuh"

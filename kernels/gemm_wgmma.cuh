@@ -2,7 +2,7 @@
 // activations from shared memory by themselves, while the warps decode the next step's weights.
 //
 // Codes are multiplied with what is added to them, offset and zero point, already added: that is exact in 16 bits for what
-// matquant/inference/problem.py lets through. Sums stay where the tensor cores add to them, in units of the scale of the group in
+// matquant/inference/gemm_shape.py lets through. Sums stay where the tensor cores add to them, in units of the scale of the group in
 // work: where a group begins they are multiplied by the old scale over the new one. (There are no registers for a second set.)
 #pragma once
 #include "gemm_centre.cuh"

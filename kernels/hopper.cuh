@@ -25,7 +25,7 @@ constexpr int tile_alignment = 1024; // of what copy_tile writes and wgmma reads
 
 // ---- copies of tiles
 
-// An array of two or three dimensions and the size of its tiles, as the driver encodes it (matquant/cuda/tensor_map.py).
+// An array of two or three dimensions and the size of its tiles, as the driver encodes it (matquant/cuda/tma.py).
 struct alignas(64) TensorMap {
     u64 opaque[16];
 };

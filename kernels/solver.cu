@@ -1,4 +1,4 @@
-// The row solver of matquant/quantize/rows_cpu.py, step for step, with rows over lanes: the formulas and why they find the
+// The row solver of matquant/quantize/gptq/column_solver_cpu.py, step for step, with rows over lanes: the formulas and why they find the
 // best of all codes are said there. Compile with -fmad=false, so that a float is what it is on the CPU.
 //
 //   WIDTHS   K, the widths of the objective, ascending

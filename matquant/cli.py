@@ -18,17 +18,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from matquant.config import Config, from_hydra
 from matquant.errors import UserError
-from matquant.home import home
+from matquant.paths import resource_root
 
 # Keeps Hydra from making a folder and a log.
 _SILENT = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
 
 
 def register() -> None:
-    """Make ``${matquant.home:}`` and the presets in ``experiments/NAME/config.yaml`` known to Hydra."""
-    OmegaConf.register_new_resolver("matquant.home", lambda: str(home()), replace=True)
+    """Make ``${matquant.paths:}`` and the presets in ``experiments/NAME/config.yaml`` known to Hydra."""
+    OmegaConf.register_new_resolver("matquant.paths", lambda: str(resource_root()), replace=True)
     store = ConfigStore.instance()
-    for preset in sorted((home() / "experiments").glob("*/config.yaml")):
+    for preset in sorted((resource_root() / "experiments").glob("*/config.yaml")):
         node = OmegaConf.load(preset)
         store.store(group="experiment", name=preset.parent.name, node=node, package="_global_", provider="experiments")
 
@@ -36,7 +36,7 @@ def register() -> None:
 register()
 
 
-@hydra.main(version_base="1.3", config_path=str(home() / "conf"), config_name="config")
+@hydra.main(version_base="1.3", config_path=str(resource_root() / "conf"), config_name="config")
 def run(cfg: DictConfig) -> float | None:
     """One job of a composed config; returns the figure that a sweeper minimises."""
     register()  # a launcher's worker process imports this module, but its config may be resolved anew

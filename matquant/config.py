@@ -15,13 +15,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from matquant.errors import UserError
-from matquant.pack import settings as packing
-from matquant.pack.settings import PackConfig
-from matquant.search import settings
-from matquant.search.allocation import is_file_name
-from matquant.search.settings import SearchConfig
+from matquant.formats.allocation import is_file_name
+from matquant.formats.bits import MAX_BITS, MIN_BITS
+from matquant.pack import config as packing
+from matquant.pack.config import PackConfig
+from matquant.search import config as searching
+from matquant.search.config import SearchConfig
 
-MIN_BITS, MAX_BITS = 2, 8
 GROUP_SIZES = (32, 64, 128, -1)
 STAGES = ("quantize", "evaluate", "pack", "generate")
 
@@ -191,7 +191,7 @@ def from_hydra(cfg: DictConfig) -> Config:
     tree["bits"] = [b for b in given if not is_file_name(b)]
     tree["allocations"] = [b for b in given if is_file_name(b)]
     config = typing.cast(Config, _build(Config, tree, ""))
-    config = dataclasses.replace(config, search=settings.chosen(config.search))
+    config = dataclasses.replace(config, search=searching.chosen(config.search))
     _check(config)
     return config
 
@@ -273,7 +273,7 @@ def _check(config: Config) -> None:
     _check_objective(config.objective, config.method.master_bits)
     _check_method(config.method)
     _check_text(config.calibration, "calibration")
-    settings.check(config.search, config.method.master_bits, dedicated=config.method.dedicated)
+    searching.check(config.search, config.method.master_bits, dedicated=config.method.dedicated)
     if not config.eval.datasets:
         raise UserError("eval.datasets names no text; give at least one, for example eval=default.")
     for name, text in config.eval.datasets.items():

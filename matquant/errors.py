@@ -1,8 +1,16 @@
-"""The one exception whose message is meant for the person at the keyboard."""
+"""Errors that are meant for the user, and the lists of names in their sentences."""
+
+from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """Something the user can mend: the message says what was wrong, what was found and what to do.
+    """Error that the user can fix: the message says what was wrong, what was found and what to do.
 
     The command line prints the message alone, without a traceback, and exits with status 2.
     """
+
+
+def shorten(names: Sequence[str], limit: int = 3) -> str:
+    """First ``limit`` names in one string, with the number of the others: ``a, b, c and 4 more``."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
 
-from matquant.evaluate.variants import Variant
+from matquant.formats.slice_spec import SliceSpec
 from matquant.inference import replace_linears, set_bits
 from matquant.models.blocks import BlockModel
-from matquant.models.load import LoadedModel
+from matquant.models.loading import LoadedModel
 from matquant.report import formatting
 
 
@@ -43,7 +43,7 @@ class Clock(BaseStreamer):
 def generate(
     loaded: LoadedModel,
     blocks: BlockModel,
-    variants: Sequence[Variant],
+    variants: Sequence[SliceSpec],
     prompt: str,
     max_new_tokens: int,
     device: torch.device,
@@ -62,7 +62,7 @@ def generate(
     dtype = loaded.compute_dtype(device)
     names = [name for block in parent.blocks for name in block["layers"]]
     blocks.fill({f"{name}.weight" for name in names}, device, dtype)
-    replace_linears(blocks.model, parent, max(variant.bits(name) for variant in variants for name in names))
+    replace_linears(blocks.model, parent, max(variant.bits_of(name) for variant in variants for name in names))
     model = blocks.model.to(device)
     inputs = loaded.tokenizer(prompt, return_tensors="pt").to(device)
     settings = {"do_sample": False, "use_cache": True, "pad_token_id": loaded.tokenizer.pad_token_id or 0}
@@ -71,14 +71,19 @@ def generate(
         **inputs, **settings, max_new_tokens=2
     )  # kernels are compiled and memory is found before a clock runs
     for variant in variants:
-        set_bits(model, {name: variant.bits(name) for name in names})
+        set_bits(model, {name: variant.bits_of(name) for name in names})
         clock = Clock()
         found = model.generate(**inputs, **settings, max_new_tokens=max_new_tokens, streamer=clock)
         text = loaded.tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        rows.append({
-            "name": variant.name, "text": text, "tokens_per_second": clock.tokens_per_second,
-            "prompt_seconds": clock.prompt_seconds, "bytes": variant.bytes_read(),
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": variant.name,
+                "text": text,
+                "tokens_per_second": clock.tokens_per_second,
+                "prompt_seconds": clock.prompt_seconds,
+                "bytes": variant.bytes_read(),
+            }
+        )
     return {"prompt": prompt, "variants": rows}
 
 

@@ -9,17 +9,17 @@ from torch import Tensor
 
 from matquant.config import Config, TextConfig
 from matquant.data import texts
+from matquant.distributed import ProcessGroup
 from matquant.errors import UserError
-from matquant.models.activations import Place, choose_place
+from matquant.formats import allocation
+from matquant.formats.allocation import Allocation
+from matquant.models.activation_cache import OffloadTarget, choose_offload_target
 from matquant.models.blocks import BlockModel, compute_dtype
-from matquant.models.load import open_model
-from matquant.models.probing import check
-from matquant.models.shapes import measure
+from matquant.models.loading import open_model
+from matquant.models.model_sizes import measure
+from matquant.models.tracing import check
 from matquant.options import own_options, planned_weight, solver_options
 from matquant.quantize.driver import check_layers, layers_to_quantize
-from matquant.ranks import Ranks
-from matquant.search import allocation
-from matquant.search.allocation import Allocation
 from matquant.search.stage import check_budgets
 from matquant.store import Store
 
@@ -41,8 +41,8 @@ class Opened:
         UserError: something in the config, model or text cannot be worked with.
     """
 
-    def __init__(self, config: Config, device: torch.device, ranks: Ranks, store: Store) -> None:
-        self.config, self.device, self.ranks, self.store = config, device, ranks, store
+    def __init__(self, config: Config, device: torch.device, process_group: ProcessGroup, store: Store) -> None:
+        self.config, self.device, self.process_group, self.store = config, device, process_group, store
         self.loaded = open_model(config.model)
         self.blocks = BlockModel(self.loaded.model, self.loaded.checkpoint)
         self.dtype = compute_dtype(self.loaded.dtype, device)
@@ -61,16 +61,16 @@ class Opened:
 
     def windows(self, text: TextConfig, split: Literal["calibration", "evaluation"]) -> Tensor:
         """int64 [sequences, length] of a text."""
-        return self.ranks.in_turn(lambda: texts.windows(text, split, self.loaded.tokenizer, self.store))
+        return self.process_group.rank0_first(lambda: texts.windows(text, split, self.loaded.tokenizer, self.store))
 
-    def place(self, windows: Tensor | None, models: int) -> Place:
+    def place(self, windows: Tensor | None, models: int) -> OffloadTarget:
         """Where the hidden states of so many models wait between two blocks."""
         needed = models * self.own_tokens(windows) * self.shapes.hidden * self.dtype.itemsize
-        return choose_place(needed, self.device, self.store.path / "scratch")
+        return choose_offload_target(needed, self.device, self.store.path / "scratch")
 
     def own_tokens(self, windows: Tensor | None) -> int:
         """How many tokens of these windows go through this process."""
-        return 0 if windows is None else windows[self.ranks.share(len(windows))].numel()
+        return 0 if windows is None else windows[self.process_group.shard(len(windows))].numel()
 
     @property
     def prompt_tokens(self) -> int:
@@ -91,8 +91,10 @@ class Opened:
                     f"{name}.sequence_length={text.sequence_length} is longer than the {longest} tokens that "
                     f"{self.loaded.label} was made for."
                 )
-            if text.sequences < self.ranks.count:
-                raise UserError(f"{name}.sequences={text.sequences} cannot be shared by {self.ranks.count} processes.")
+            if text.sequences < self.process_group.world_size:
+                raise UserError(
+                    f"{name}.sequences={text.sequences} cannot be shared by {self.process_group.world_size} processes."
+                )
         if "generate" in self.config.stages and longest is not None:
             prompt, new = self.prompt_tokens, self.config.max_new_tokens
             if prompt + new > longest:
@@ -126,9 +128,11 @@ class Opened:
         """Other windows of the calibration text than those that the parent is calibrated on."""
         search, text = self.config.search, self.config.calibration
         return dataclasses.replace(
-            text, sequences=search.sequences, sequence_length=search.sequence_length,
+            text,
+            sequences=search.sequences,
+            sequence_length=search.sequence_length,
             seed=None if text.seed is None else text.seed + 1 + search.seed,
-        )  # fmt: skip
+        )
 
     def _evaluation_windows(self) -> dict[str, Tensor]:
         """Cut before any long work, so that a text that is missing or too short is refused at once."""

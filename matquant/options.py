@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from matquant.config import MethodConfig
-from matquant.nested import NestedWeight
-from matquant.quantize.solver import SolverOptions
+from matquant.formats.nested import NestedWeight
+from matquant.quantize.gptq.solver import SolverOptions
 
 
 def solver_options(
@@ -60,8 +60,7 @@ def planned_weight(shape: torch.Size, options: SolverOptions) -> NestedWeight:
         codes=torch.empty(rows, columns, dtype=torch.uint8, device="meta"),
         scales=torch.empty(rows, groups, dtype=options.scale_dtype, device="meta"),
         zeros=None if options.symmetric else torch.empty(rows, groups, dtype=torch.uint8, device="meta"),
-        master_bits=options.master_bits,
-        slicing=options.slicing,
+        format=options.weight_format(columns),
     )
 
 

@@ -12,13 +12,13 @@ from typing import Any
 from matquant import report
 from matquant.evaluate.metrics import Metrics
 from matquant.evaluate.tasks import Scores, recovery
-from matquant.evaluate.variants import Variant
+from matquant.formats.slice_spec import SliceSpec
 from matquant.store import Artifact
 
 _VERSIONS = ("matquant", "torch", "transformers", "numpy", "numba", "datasets", "hydra-core")
 
 
-def describe_parents(variants: Sequence[Variant]) -> dict[str, Any]:
+def describe_parents(variants: Sequence[SliceSpec]) -> dict[str, Any]:
     """The parent as results name it; for a dedicated method the sum of its models, and each of them."""
     described = {variant.name: _describe_artifact(variant.parent.artifact) for variant in variants}
     models = list({d["sha256"]: d for d in described.values()}.values())
@@ -39,11 +39,11 @@ def _describe_artifact(artifact: Artifact) -> dict[str, Any]:
 
 
 def slice_entry(
-    variant: Variant, measured: Mapping[str, Mapping[str, Metrics]], scores: Mapping[str, Scores]
+    variant: SliceSpec, measured: Mapping[str, Mapping[str, Metrics]], scores: Mapping[str, Scores]
 ) -> dict[str, Any]:
     """What was measured of one variant, by dataset and task."""
     found = {name: metrics[variant.name] for name, metrics in measured.items()}
-    entry: dict[str, Any] = {"bits": variant.widths if isinstance(variant.widths, int) else report.ALLOCATION}
+    entry: dict[str, Any] = {"bits": variant.bits if isinstance(variant.bits, int) else report.ALLOCATION}
     if variant.allocation is not None:
         entry["name"] = variant.name
         entry["allocation"] = {**variant.allocation.about, "widths": dict(variant.allocation.widths)}
@@ -58,7 +58,7 @@ def slice_entry(
     }
 
 
-def changes(variant: Variant) -> list[str]:
+def changes(variant: SliceSpec) -> list[str]:
     """What an allocation's file says of itself and what no longer holds, because it was edited or for another parent."""
     recorded, notes = variant.allocation, []
     if recorded is None:
@@ -79,7 +79,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def layer_rows(variants: Sequence[Variant]) -> list[dict[str, Any]]:
+def layer_rows(variants: Sequence[SliceSpec]) -> list[dict[str, Any]]:
     """A row per layer, with the errors of all models that were made for different widths."""
     rows: dict[str, dict[str, Any]] = {}
     for parent in dict.fromkeys(variant.parent for variant in variants):

@@ -20,31 +20,31 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from matquant import generating, machine, outcome, ranks, report
+from matquant import distributed, generating, machine, outcome, report
 from matquant.config import Config
 from matquant.data import texts
+from matquant.distributed import ProcessGroup
 from matquant.errors import UserError
 from matquant.evaluate.slices import evaluate_slices, steps
 from matquant.evaluate.tasks import Scores, Tasks, evaluate_tasks
-from matquant.evaluate.variants import Variant
-from matquant.models.inventory import left_alone
+from matquant.formats import allocation
+from matquant.formats.allocation import Allocation
+from matquant.formats.parent import Parent
+from matquant.formats.slice_spec import SliceSpec
+from matquant.models.summary import unquantized_parameters
 from matquant.opening import Opened
 from matquant.options import as_json, own_options, solver_options
 from matquant.pack.stage import Packing
 from matquant.plan import Plan
 from matquant.planning import plan_quantizing, plan_the_rest
-from matquant.progress import Bars
+from matquant.progress import ProgressBars
 from matquant.quantize.driver import CalibrationOptions, Driver
-from matquant.quantize.parent import Parent
-from matquant.quantize.solver import SolverOptions
-from matquant.ranks import Ranks
-from matquant.report.files import write_atomic
-from matquant.search import allocation
-from matquant.search.allocation import Allocation
-from matquant.search.running import Setting
+from matquant.quantize.gptq.solver import SolverOptions
+from matquant.report.output_files import write_atomic
 from matquant.search.stage import search as run_search
+from matquant.search.strategies import Setting
 from matquant.store import Store
-from matquant.store.together import AnyDraft, open_or_build
+from matquant.store.distributed_store import DraftLike, open_or_build
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def run_job(config: Config, job: Job) -> float | None:
         UserError: something in the config, model or text cannot be worked with.
     """
     results = compute(config, job)
-    if ranks.number() > 0:
+    if distributed.rank_from_env() > 0:
         return None
     report.write(results, job.folder)
     _write_allocations(results, job.folder)
@@ -118,19 +118,19 @@ def compute(config: Config, job: Job) -> dict[str, Any]:
     machine.use_threads(config.runtime.threads)
     machine.give_back_memory()
     device = machine.device(config.runtime.device)
-    with ranks.joined(device) as together:
+    with distributed.init_distributed(device) as together:
         return _Run(config, job, device, together).results()
 
 
 class _Run:
     """The stages of one job, and what they hand on."""
 
-    def __init__(self, config: Config, job: Job, device: torch.device, ranks: Ranks) -> None:
+    def __init__(self, config: Config, job: Job, device: torch.device, process_group: ProcessGroup) -> None:
         self.config = config
         self.job = job
         self.device = device
-        self.ranks = ranks
-        self.bars = Bars(config.runtime.progress if ranks.first else False)
+        self.process_group = process_group
+        self.bars = ProgressBars(config.runtime.progress if process_group.is_main else False)
         self.seconds: dict[str, float] = {}
         self.phases: Counter[str] = Counter()  # seconds of quantizing by what was done
         self.store = Store(Path(config.store.path))
@@ -138,7 +138,7 @@ class _Run:
         self.parent: Parent | None = None  # of all widths, unless the method makes a model for each
         self.search_record: dict[str, Any] | None = None
         with self._timed("load"):
-            self.opened = Opened(config, device, ranks, self.store)
+            self.opened = Opened(config, device, process_group, self.store)
             self.warnings = list(self.opened.loaded.warnings)
             asked = config.eval
             wanted = asked.tasks and "evaluate" in config.stages
@@ -157,7 +157,7 @@ class _Run:
         with self._timed("evaluate"):
             if "evaluate" in self.config.stages:
                 measured = self._evaluate(variants)
-        if not self.ranks.first:
+        if not self.process_group.is_main:
             return {}
         with self._timed("tasks"):
             scores = self._evaluate_tasks(variants)
@@ -168,9 +168,13 @@ class _Run:
         if "generate" in self.config.stages:
             with self._timed("generate"):
                 results["generate"] = generating.generate(
-                    self.opened.loaded, self.opened.blocks, variants, str(self.config.prompt), self.config.max_new_tokens,
+                    self.opened.loaded,
+                    self.opened.blocks,
+                    variants,
+                    str(self.config.prompt),
+                    self.config.max_new_tokens,
                     self.device,
-                )  # fmt: skip
+                )
             results["resources"] |= self._peaks()
         return results
 
@@ -188,7 +192,7 @@ class _Run:
             if self.config.runtime.check_memory:
                 plan.refuse()
 
-    def _quantize(self) -> list[Variant]:
+    def _quantize(self) -> list[SliceSpec]:
         """Each width and allocation to measure, with its parent: one and the same, or for a dedicated method one each."""
         method, widths = self.config.method, self.config.widths
         windows = None
@@ -196,15 +200,15 @@ class _Run:
             windows = self.opened.windows(self.config.calibration, "calibration")
         if method.dedicated:
             return [
-                Variant(name=str(b), parent=self._open_parent(options, windows), widths=b)
+                SliceSpec(name=str(b), parent=self._open_parent(options, windows), bits=b)
                 for b in widths
                 for options in [solver_options(method, {b: 1.0}, b, self.opened.loaded.dtype)]
             ]
         options = solver_options(method, self.config.objective.lambdas, method.master_bits, self.opened.loaded.dtype)
         parent = self.parent = self._open_parent(options, windows)
-        variants = [Variant(name=str(b), parent=parent, widths=b) for b in widths]
+        variants = [SliceSpec(name=str(b), parent=parent, bits=b) for b in widths]
         for path, found in self.opened.allocations.items():
-            variants.append(Variant(name=path, parent=parent, widths=found.widths, allocation=found))
+            variants.append(SliceSpec(name=path, parent=parent, bits=found.widths, allocation=found))
             self.warnings += outcome.changes(variants[-1])
         return variants
 
@@ -213,8 +217,10 @@ class _Run:
         method = self.config.method
         calibration = CalibrationOptions(
             streams=(() if method.dedicated else method.streams) or (options.master_bits,),
-            asymmetric=method.asymmetric, staged=method.staged, batch_size=self.config.calibration.batch_size,
-        )  # fmt: skip
+            asymmetric=method.asymmetric,
+            staged=method.staged,
+            batch_size=self.config.calibration.batch_size,
+        )
         own = own_options(method, self.opened.names, options)
         inputs = {
             "model": self.opened.loaded.fingerprint,
@@ -228,18 +234,22 @@ class _Run:
         if own:
             inputs["overrides"] = {name: as_json(chosen) for name, chosen in own.items()}
 
-        def build(draft: AnyDraft) -> dict[str, Any]:
+        def build(draft: DraftLike) -> dict[str, Any]:
             return self._make_parent(draft, calibration, options, own, windows)
 
-        artifact = open_or_build(self.store, self.ranks, "parent", inputs, build)
+        artifact = open_or_build(self.store, self.process_group, "parent", inputs, build)
         parent = Parent(artifact)
         self.warnings += [*artifact.notes, *parent.notes()]
         return parent
 
     def _make_parent(
-        self, draft: AnyDraft, calibration: CalibrationOptions, options: SolverOptions, own: Mapping[str, SolverOptions],
+        self,
+        draft: DraftLike,
+        calibration: CalibrationOptions,
+        options: SolverOptions,
+        own: Mapping[str, SolverOptions],
         windows: Tensor | None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         """Quantize all blocks into the draft; what the parent says about itself."""
         opened, width = self.opened, f" at {options.master_bits} bits" if self.config.method.dedicated else ""
         if "quantize" not in self.config.stages:
@@ -252,31 +262,44 @@ class _Run:
             log.info("resuming an unfinished parent%s from its last finished block", width)
         with self.bars.bar(f"quantize{width}", len(opened.names)) as progress:
             driver = Driver(
-                opened.blocks, opened.layers, options, calibration, device=self.device, solver_device=solver_device,
-                dtype=opened.dtype, place=place, overrides=own.get, ranks=self.ranks, progress=progress,
-            )  # fmt: skip
+                opened.blocks,
+                opened.layers,
+                options,
+                calibration,
+                device=self.device,
+                solver_device=solver_device,
+                dtype=opened.dtype,
+                place=place,
+                overrides=own.get,
+                process_group=self.process_group,
+                progress=progress,
+            )
             blocks = driver.run(draft, windows)
             self.phases.update(driver.phases.seconds)
         return {"label": f"{opened.loaded.label} {self.config.method.name}{width}", "blocks": blocks}
 
-    def _search(self) -> list[Variant]:
+    def _search(self) -> list[SliceSpec]:
         """An allocation for each budget that is searched for."""
         search = self.config.search
         if self.opened.search_windows is None or self.parent is None:
             return []
         setting = Setting(
-            blocks=self.opened.blocks, parent=self.parent, windows=self.opened.search_windows, device=self.device,
-            dtype=self.opened.dtype, ranks=self.ranks,
-        )  # fmt: skip
+            blocks=self.opened.blocks,
+            parent=self.parent,
+            windows=self.opened.search_windows,
+            device=self.device,
+            dtype=self.opened.dtype,
+            process_group=self.process_group,
+        )
         with self.bars.bar(f"search {search.name}", len(search.budgets) + 1) as progress:
             searched = run_search(search, setting, self.store, progress)
         self.search_record = searched.record
         return [
-            Variant(name=row["file"], parent=self.parent, widths=found.widths, allocation=found)
+            SliceSpec(name=row["file"], parent=self.parent, bits=found.widths, allocation=found)
             for row, found in zip(searched.record["front"], searched.allocations, strict=True)
         ]
 
-    def _evaluate(self, variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
+    def _evaluate(self, variants: Sequence[SliceSpec]) -> dict[str, dict[str, Any]]:
         """For each dataset the metrics of ``full`` and of every variant."""
         by_name = {variant.name: variant for variant in variants}
 
@@ -288,28 +311,38 @@ class _Run:
             batch_size = self.config.eval.datasets[name].batch_size
             with self.bars.bar(f"evaluate on {name}", steps(self.opened.blocks, windows, list(by_name))) as progress:
                 measured[name] = evaluate_slices(
-                    self.opened.blocks, windows, weights_of, list(by_name), batch_size, self.device, progress,
-                    self.opened.place(windows, 1 + len(by_name)), self.ranks,
-                )  # fmt: skip
+                    self.opened.blocks,
+                    windows,
+                    weights_of,
+                    list(by_name),
+                    batch_size,
+                    self.device,
+                    progress,
+                    self.opened.place(windows, 1 + len(by_name)),
+                    self.process_group,
+                )
         return measured
 
-    def _evaluate_tasks(self, variants: Sequence[Variant]) -> dict[str, Scores]:
+    def _evaluate_tasks(self, variants: Sequence[SliceSpec]) -> dict[str, Scores]:
         """The tasks' scores of ``full`` and of every variant; empty without tasks."""
         if self.tasks is None:
             return {}
         by_name = {variant.name: variant for variant in variants}
         with self.bars.bar("tasks", len(variants) + 1) as progress:
             return evaluate_tasks(
-                self.tasks, self.opened.blocks, self.opened.loaded.tokenizer, lambda index, name: by_name[name].weights(index),
-                list(by_name), limit=self.config.eval.limit, batch_size=self.config.eval.task_batch_size,
-                device=self.device, progress=progress,
-            )  # fmt: skip
+                self.tasks,
+                self.opened.blocks,
+                self.opened.loaded.tokenizer,
+                lambda index, name: by_name[name].weights(index),
+                list(by_name),
+                limit=self.config.eval.limit,
+                batch_size=self.config.eval.task_batch_size,
+                device=self.device,
+                progress=progress,
+            )
 
     def _assemble(
-        self,
-        variants: Sequence[Variant],
-        measured: Mapping[str, dict[str, Any]],
-        scores: Mapping[str, Scores],
+        self, variants: Sequence[SliceSpec], measured: Mapping[str, dict[str, Any]], scores: Mapping[str, Scores]
     ) -> dict[str, Any]:
         return {
             "schema": 1,
@@ -332,7 +365,7 @@ class _Run:
                 "quantize_seconds": {phase: round(seconds, 3) for phase, seconds in sorted(self.phases.items())},
                 **self._peaks(),
             },
-            "left_alone": self._left_alone(),
+            "unquantized_parameters": self._left_alone(),
             "experts": [row for parent in dict.fromkeys(v.parent for v in variants) for row in parent.poor_experts()],
             "layers": outcome.layer_rows(variants),
             "warnings": list(dict.fromkeys(self.warnings)),
@@ -345,4 +378,4 @@ class _Run:
     def _left_alone(self) -> list[dict[str, Any]]:
         blocks, quantized = self.opened.blocks, set(self.opened.names)
         every = {name for index in range(len(blocks)) for name in blocks.linears(index)}
-        return left_alone(blocks, quantized, every - quantized)
+        return unquantized_parameters(blocks, quantized, every - quantized)

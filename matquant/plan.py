@@ -20,10 +20,10 @@ from matquant.calibration.hessian import PANEL
 from matquant.errors import UserError
 from matquant.evaluate.metrics import PIECE
 from matquant.evaluate.slices import LOGITS_AT_ONCE
-from matquant.models.activations import Place
-from matquant.models.shapes import Layer, Shapes
-from matquant.quantize.block import MOST_MOMENTS
-from matquant.quantize.solver import MOST_WEIGHTS
+from matquant.models.activation_cache import OffloadTarget
+from matquant.models.model_sizes import Layer, ModelSizes
+from matquant.quantize.gptq.block_solver import MOST_MOMENTS
+from matquant.quantize.gptq.solver import MOST_WEIGHTS
 
 _FLOAT = 4  # bytes of a float32
 _GB = 1e9
@@ -87,7 +87,9 @@ class Need:
     disk: int
 
 
-def quantizing(shapes: Shapes, job: Calibrating, *, on_gpu: bool, solver_on_gpu: bool, place: Place) -> Need:
+def quantizing(
+    shapes: ModelSizes, job: Calibrating, *, on_gpu: bool, solver_on_gpu: bool, place: OffloadTarget
+) -> Need:
     """The need of making one parent; ``place`` is where hidden states wait."""
     stages = _stages(shapes, job)
     waiting = (job.streams + job.asymmetric) * job.tokens * shapes.hidden * shapes.computing
@@ -107,7 +109,7 @@ def quantizing(shapes: Shapes, job: Calibrating, *, on_gpu: bool, solver_on_gpu:
 
 
 def measuring(
-    shapes: Shapes, tokens: int, length: int, batch: int, variants: int, *, on_gpu: bool, place: Place
+    shapes: ModelSizes, tokens: int, length: int, batch: int, variants: int, *, on_gpu: bool, place: OffloadTarget
 ) -> Need:
     """The need of measuring so many variants in one pass over the blocks."""
     waiting = (1 + variants) * tokens * shapes.hidden * shapes.computing
@@ -127,7 +129,7 @@ def measuring(
     return _split("evaluate", running, waiting, variant, disk, on_gpu=on_gpu, place=place)
 
 
-def generating(shapes: Shapes, planes: int, group_size: int, prompt: int, new: int, *, on_gpu: bool) -> Need:
+def generating(shapes: ModelSizes, planes: int, group_size: int, prompt: int, new: int, *, on_gpu: bool) -> Need:
     """The need of going on with a prompt.
 
     All that is not quantized is held as it is computed with, and so many planes of the codes with their scales. To that come
@@ -147,7 +149,9 @@ def generating(shapes: Shapes, planes: int, group_size: int, prompt: int, new: i
     return Need(stage="generate", device=0, host=held + mapped, disk=0)
 
 
-def _split(stage: Stage, running: int, waiting: int, on_host: int, disk: int, *, on_gpu: bool, place: Place) -> Need:
+def _split(
+    stage: Stage, running: int, waiting: int, on_host: int, disk: int, *, on_gpu: bool, place: OffloadTarget
+) -> Need:
     if not on_gpu:
         return Need(stage=stage, device=0, host=running + (0 if isinstance(place, Path) else waiting), disk=disk)
     there = isinstance(place, torch.device) and place.type == "cuda"
@@ -155,18 +159,18 @@ def _split(stage: Stage, running: int, waiting: int, on_host: int, disk: int, *,
     return Need(stage=stage, device=running + (waiting if there else 0), host=host, disk=disk)
 
 
-def _loading(shapes: Shapes, parameters: int) -> int:
+def _loading(shapes: ModelSizes, parameters: int) -> int:
     """Tensors are mapped from their file, and copied when they are computed with in another dtype than they are stored in."""
     return parameters * (shapes.computing + (shapes.stored if shapes.stored != shapes.computing else 0))
 
 
-def _activations(shapes: Shapes, tokens: int) -> int:
+def _activations(shapes: ModelSizes, tokens: int) -> int:
     """The widest intermediate results of a block for one batch, a few of which are alive together."""
     widest = max((max(layer.rows, layer.columns) for layer in shapes.layers), default=shapes.hidden)
     return 4 * tokens * widest * shapes.computing
 
 
-def _stages(shapes: Shapes, job: Calibrating) -> list[list[Layer]]:
+def _stages(shapes: ModelSizes, job: Calibrating) -> list[list[Layer]]:
     """Layers whose inputs are gathered in one pass."""
     if not job.staged:
         return [list(shapes.layers)]
@@ -179,7 +183,7 @@ def _inputs(stage: Sequence[Layer]) -> list[int]:
     return list({layer.input: layer.columns for layer in stage}.values())
 
 
-def _gathering(shapes: Shapes, job: Calibrating, stage: Sequence[Layer]) -> int:
+def _gathering(shapes: ModelSizes, job: Calibrating, stage: Sequence[Layer]) -> int:
     """A stage's moments, what was caught of a batch in each stream, each stream's layers of earlier stages, and what is there
     for a moment: the batch's way through the block, or a product that is added to the moments."""
     if not job.streams:
@@ -221,11 +225,11 @@ def _solving(job: Calibrating, stage: Sequence[Layer]) -> int:
     return _moments(job, others) + given + max(factoring, made + solver)
 
 
-def _parent_bytes(shapes: Shapes, group_size: int) -> int:
+def _parent_bytes(shapes: ModelSizes, group_size: int) -> int:
     return shapes.quantized + _scale_bytes(shapes, group_size)
 
 
-def _scale_bytes(shapes: Shapes, group_size: int) -> int:
+def _scale_bytes(shapes: ModelSizes, group_size: int) -> int:
     return 2 * (shapes.quantized // group_size) if group_size > 0 else 0
 
 
@@ -283,9 +287,15 @@ class Plan:
 
 
 def make_plan(
-    shapes: Shapes, needs: Sequence[Need], operations: float, *, device: torch.device, place: Place | None, store: Path,
+    shapes: ModelSizes,
+    needs: Sequence[Need],
+    operations: float,
+    *,
+    device: torch.device,
+    place: OffloadTarget | None,
+    store: Path,
     group_size: int,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """The worst of several needs, one after the other, beside what this machine has.
 
     Args:
@@ -297,22 +307,29 @@ def make_plan(
     on_gpu = device.type == "cuda"
     on_host, on_device = (max(needs, key=lambda need: getattr(need, where)) for where in ("host", "device"))
     return Plan(
-        parameters=shapes.parameters, checkpoint=shapes.parameters * shapes.stored,
-        parent=_parent_bytes(shapes, group_size), host_peak=max(machine.host_peak(), now + on_host.host),
-        host_free=now + machine.host_free(), worst_on_host=on_host.stage, device_peak=on_device.device,
-        device_free=machine.device_free(device) if on_gpu else 0, worst_on_device=on_device.stage,
-        disk=max(need.disk for need in needs), disk_free=machine.disk_free(store), place=_place_name(place),
+        parameters=shapes.parameters,
+        checkpoint=shapes.parameters * shapes.stored,
+        parent=_parent_bytes(shapes, group_size),
+        host_peak=max(machine.host_peak(), now + on_host.host),
+        host_free=now + machine.host_free(),
+        worst_on_host=on_host.stage,
+        device_peak=on_device.device,
+        device_free=machine.device_free(device) if on_gpu else 0,
+        worst_on_device=on_device.stage,
+        disk=max(need.disk for need in needs),
+        disk_free=machine.disk_free(store),
+        place=_place_name(place),
         seconds=operations / _speed(device),
-    )  # fmt: skip
+    )
 
 
-def _place_name(place: Place | None) -> str | None:
+def _place_name(place: OffloadTarget | None) -> str | None:
     if place is None:
         return None
     return "a file" if isinstance(place, Path) else "GPU memory" if place.type == "cuda" else "memory"
 
 
-def operations(shapes: Shapes, job: Calibrating | None, tokens: int, variants: int) -> float:
+def operations(shapes: ModelSizes, job: Calibrating | None, tokens: int, variants: int) -> float:
     """Multiplications and additions of making a parent (if ``job``) and of measuring; the solver's by a rule of thumb."""
     passes = 2.0 * shapes.block * shapes.blocks
     total = passes * tokens * (1 + variants) + 2.0 * shapes.head * tokens * (1 + variants)

@@ -4,26 +4,33 @@ import torch
 from torch import Tensor
 
 from matquant import plan
-from matquant.models.activations import Place
-from matquant.nested import planes_read
+from matquant.formats.nested import planes_read
+from matquant.models.activation_cache import OffloadTarget
 from matquant.opening import Opened
 from matquant.plan import Calibrating, Need, Plan
 from matquant.quantize.driver import CalibrationOptions
-from matquant.quantize.solver import SolverOptions, compile_row_solver
+from matquant.quantize.gptq.solver import SolverOptions, compile_row_solver
 
 
 def plan_quantizing(
-    opened: Opened, calibration: CalibrationOptions, options: SolverOptions, windows: Tensor | None,
+    opened: Opened,
+    calibration: CalibrationOptions,
+    options: SolverOptions,
+    windows: Tensor | None,
     solver_device: torch.device,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """The plan of a job that makes a parent, and measures it or generates text if it is to."""
     compile_row_solver()  # before memory is measured
     place = opened.place(windows, 1 + len(calibration.streams))
     job = Calibrating(
-        tokens=opened.own_tokens(windows), batch=calibration.batch_size * (1 if windows is None else windows.shape[1]),
-        streams=0 if windows is None else len(calibration.streams), widths=len(options.widths),
-        asymmetric=calibration.asymmetric, staged=calibration.staged, group_size=options.group_size,
-    )  # fmt: skip
+        tokens=opened.own_tokens(windows),
+        batch=calibration.batch_size * (1 if windows is None else windows.shape[1]),
+        streams=0 if windows is None else len(calibration.streams),
+        widths=len(options.widths),
+        asymmetric=calibration.asymmetric,
+        staged=calibration.staged,
+        group_size=options.group_size,
+    )
     need = plan.quantizing(
         opened.shapes, job, on_gpu=opened.device.type == "cuda", solver_on_gpu=solver_device.type == "cuda", place=place
     )
@@ -63,8 +70,13 @@ def _planes(opened: Opened) -> int:
     return planes_read(most, most if method.dedicated else method.master_bits, method.slicing)
 
 
-def _plan(opened: Opened, needs: list[Need], work: float, place: Place | None) -> Plan:
+def _plan(opened: Opened, needs: list[Need], work: float, place: OffloadTarget | None) -> Plan:
     return plan.make_plan(
-        opened.shapes, needs, work, device=opened.device, place=place, store=opened.store.path,
+        opened.shapes,
+        needs,
+        work,
+        device=opened.device,
+        place=place,
+        store=opened.store.path,
         group_size=opened.config.method.group_size,
-    )  # fmt: skip
+    )

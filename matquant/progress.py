@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-class Bars:
+class ProgressBars:
     """Opens one bar after another; silent when it is off."""
 
     def __init__(self, shown: bool | None) -> None:
@@ -18,8 +18,12 @@ class Bars:
     def bar(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
         """A bar of ``total`` steps; what it yields advances it."""
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True), disable=not self.shown) as progress:
             task = progress.add_task(description, total=total)
             yield lambda steps: progress.advance(task, steps)

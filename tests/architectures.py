@@ -11,10 +11,18 @@ from shared import TINY
 VOCABULARY = 128
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCABULARY, "max_position_embeddings": 64,
-    "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 PLAIN = {key: value for key, value in SIZES.items() if key not in ("head_dim", "num_key_value_heads")}
 
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -26,30 +34,61 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gemma3": lambda: tf.Gemma3TextConfig(**SIZES, query_pre_attn_scalar=16, sliding_window=8),
     "phi3": lambda: tf.Phi3Config(**SIZES),
     "opt": lambda: tf.OPTConfig(
-        hidden_size=64, ffn_dim=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=VOCABULARY,
-        max_position_embeddings=64, word_embed_proj_dim=32, do_layer_norm_before=False, pad_token_id=1,
+        hidden_size=64,
+        ffn_dim=64,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+        do_layer_norm_before=False,
+        pad_token_id=1,
     ),
     "gpt_neox": lambda: tf.GPTNeoXConfig(**PLAIN),
     "gpt2": lambda: tf.GPT2Config(
-        n_embd=64, n_layer=2, n_head=4, n_inner=64, vocab_size=VOCABULARY, n_positions=64, bos_token_id=0, eos_token_id=0,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_inner=64,
+        vocab_size=VOCABULARY,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
     ),
     "falcon": lambda: tf.FalconConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY, ffn_hidden_size=64,
-        new_decoder_architecture=True, num_kv_heads=2, bias=True,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        ffn_hidden_size=64,
+        new_decoder_architecture=True,
+        num_kv_heads=2,
+        bias=True,
     ),
     "granite": lambda: tf.GraniteConfig(**PLAIN, residual_multiplier=0.5, embedding_multiplier=3.0, logits_scaling=2.0),
     "olmo2": lambda: tf.Olmo2Config(**PLAIN, num_key_value_heads=2),
     "mixtral": lambda: tf.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": lambda: tf.Qwen3MoeConfig(
-        **SIZES, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True,
+        **SIZES, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True
     ),
     "deepseek_v3": lambda: tf.DeepseekV3Config(
-        **PLAIN, num_key_value_heads=4, moe_intermediate_size=64, n_routed_experts=4, num_experts_per_tok=2, n_group=2,
-        topk_group=1, first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
-        v_head_dim=16, n_shared_experts=1,
+        **PLAIN,
+        num_key_value_heads=4,
+        moe_intermediate_size=64,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+        n_shared_experts=1,
     ),
     "gpt_oss": lambda: tf.GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
-}  # fmt: skip
+}
 
 
 def make_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:

@@ -30,9 +30,15 @@ def small_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=2048, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=2048,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
     LlamaForCausalLM(config).half().save_pretrained(folder)
     AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
     return folder
@@ -79,10 +85,14 @@ def run_py(tmp_path):
         flags = [o for o in overrides if o.startswith("-")]
         values = [o for o in overrides if not o.startswith("-")]  # the last of two for one key counts
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *flags, *where, *values], cwd=tmp_path, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment},
+            [sys.executable, str(ROOT / "run.py"), *flags, *where, *values],
+            cwd=tmp_path,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **environment},
             # A shell's background jobs ignore Ctrl-C, and so would what they start.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
+        )
 
     return start

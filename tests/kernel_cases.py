@@ -1,4 +1,4 @@
-"""Products by ``kernels/gemm.cu`` and ``gemm_many.cu`` on the stand-in: variants, cases, and the exact result."""
+"""Products by ``kernels/gemm.cu`` and ``gemm_sm90_ws.cu`` on the stand-in: variants, cases, and the exact result."""
 
 import ctypes
 import dataclasses
@@ -7,9 +7,9 @@ import torch
 from standin import Argument, TensorMap, compile_kernel, read_source
 from torch import Tensor
 
-from matquant.cuda.tensor_map import Tiling
-from matquant.inference.layout import pack_groups, pack_planes, tiles
-from matquant.nested import NestedWeight, Slicing, planes_read
+from matquant.cuda.tma import Tiling
+from matquant.formats.nested import NestedWeight, Slicing, WeightFormat, planes_read
+from matquant.formats.tile_layout import pack_groups, pack_planes, tiles
 
 POISON = -1  # of planes that must not be read: all bits set
 
@@ -32,7 +32,7 @@ class Variant:
     stages: int = 3
     panel: int = 2
     wgmma: bool = False
-    many: bool = False  # by kernels/gemm_many.cu
+    many: bool = False  # by kernels/gemm_sm90_ws.cu
 
     def defines(self) -> dict[str, int]:
         return {
@@ -104,9 +104,14 @@ def make_weight(variant: Variant, case: Case) -> NestedWeight:
         codes=codes,
         scales=scales.to(variant.scale_dtype),
         zeros=zeros,
-        master_bits=case.master_bits,
-        slicing=variant.slicing,
-        offset=case.offset,
+        format=WeightFormat(
+            master_bits=case.master_bits,
+            slicing=variant.slicing,
+            zero_point_offset=case.offset,
+            group_size=group,
+            has_zero_points=variant.zeros,
+            scale_dtype=variant.scale_dtype,
+        ),
     )
 
 
@@ -122,7 +127,7 @@ def packed(variant: Variant, case: Case, weight: NestedWeight) -> tuple[Tensor, 
 
 
 def inputs(variant: Variant, case: Case) -> tuple[Tensor, Tensor | None]:
-    """Activations whose mean is not zero and whose tails are heavy, and the bias."""
+    """ActivationCache whose mean is not zero and whose tails are heavy, and the bias."""
     g = torch.Generator().manual_seed(case.seed + 1)
     x = torch.randn(case.tokens, case.depth, generator=g) + case.mean
     x[:, 7::97] *= 10
@@ -142,7 +147,7 @@ def run(
 ):
     """(y of the kernel, y in float64, y as good as can be). The workspace, y and all planes that must not be read are poisoned.
 
-    As good as can be is the exact result rounded to the output's dtype; for ``gemm_many.cu`` what a dense matrix gives.
+    As good as can be is the exact result rounded to the output's dtype; for ``gemm_sm90_ws.cu`` what a dense matrix gives.
 
     Args:
         launches: one after the other, with the same workspace and tickets.
@@ -166,7 +171,7 @@ def run(
     tickets = torch.zeros(shared_out * variant.warps, dtype=torch.int32)
     step, centre = 2.0 ** (8 - variant.bits), 0.5 if variant.slicing == "msb" else 0.0
     zero = 0.0 if variant.zeros else (2.0 ** (case.master_bits - 1) + case.offset) * 2.0**up
-    name, function = ("gemm_many.cu", "nested_gemm_many") if variant.many else ("gemm.cu", "nested_gemm")
+    name, function = ("gemm_sm90_ws.cu", "nested_gemm_sm90_ws") if variant.many else ("gemm.cu", "nested_gemm")
     kernel = compile_kernel(source or read_source(name), function, variant.defines(), sanitize=sanitize)
     arrays = array_arguments(variant, planes, scales, zeros, x)
     for _ in range(launches):
@@ -210,7 +215,7 @@ def array_arguments(
 
 
 def weight_maps(variant: Variant, planes: Tensor, scales: Tensor, zeros: Tensor | None) -> list[Argument]:
-    """Planes, scales and zero points for ``kernels/gemm_many.cu``, as arrays of 8-byte elements."""
+    """Planes, scales and zero points for ``kernels/gemm_sm90_ws.cu``, as arrays of 8-byte elements."""
     rows, units, columns = planes.shape[1], planes.shape[2], 64 * variant.units
     groups = columns // min(variant.group if variant.group > 0 else columns, columns)
     read = planes_read(variant.bits, 8, variant.slicing)
@@ -225,14 +230,18 @@ def weight_maps(variant: Variant, planes: Tensor, scales: Tensor, zeros: Tensor 
 
 def exact_weight(weight: NestedWeight, bits: int) -> Tensor:
     """The dense weight at ``bits`` bits in float64, straight from the format's formula."""
-    drop = weight.master_bits - bits
+    drop = weight.format.master_bits - bits
     codes = weight.codes.double()
-    if weight.slicing == "msb":
+    if weight.format.slicing == "msb":
         value = (torch.floor(codes / 2**drop) + 0.5) * 2**drop
     else:
         value = torch.clamp(torch.floor(codes / 2**drop + 0.5), max=2**bits - 1) * 2**drop
     rows, groups = weight.scales.shape
-    zero = 2 ** (weight.master_bits - 1) + weight.offset if weight.zeros is None else weight.zeros.double()[:, :, None]
+    zero = (
+        2 ** (weight.format.master_bits - 1) + weight.format.zero_point_offset
+        if weight.zeros is None
+        else weight.zeros.double()[:, :, None]
+    )
     return ((value.view(rows, groups, -1) - zero) * weight.scales.double()[:, :, None]).view(weight.codes.shape)
 
 

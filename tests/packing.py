@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM
 
 from matquant.cli import register
 from matquant.config import ModelConfig, from_hydra
-from matquant.evaluate.variants import Variant
+from matquant.formats.parent import Parent
+from matquant.formats.slice_spec import SliceSpec
 from matquant.inference import replace_linears
 from matquant.models.blocks import BlockModel
-from matquant.models.load import load, open_model
-from matquant.pack.settings import PackConfig
+from matquant.models.loading import load, open_model
+from matquant.pack.config import PackConfig
 from matquant.pack.stage import Packing
 from matquant.quantize.driver import CalibrationOptions, Driver, layers_to_quantize
-from matquant.quantize.parent import Parent
-from matquant.quantize.solver import SolverOptions
+from matquant.quantize.gptq.solver import SolverOptions
 from matquant.store import Store
 
 RESULTS: dict[str, Any] = {"model": "m", "method": "rtn", "command": "", "baseline": {}, "slices": []}
@@ -63,7 +63,7 @@ class Opened:
             master_bits=self.options.master_bits,
         )
         packing = Packing(settings, self.names(), made, folder)
-        packing.run(self.loaded, self.blocks, [Variant(name="v", parent=self.parent, widths=widths)], RESULTS)
+        packing.run(self.loaded, self.blocks, [SliceSpec(name="v", parent=self.parent, bits=widths)], RESULTS)
         return folder
 
     def in_memory(self) -> Any:

@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from matquant.cuda.tensor_map import Tiling
-from matquant.home import home
+from matquant.cuda.tma import Tiling
+from matquant.paths import resource_root
 
-KERNELS = home() / "kernels"
+KERNELS = resource_root() / "kernels"
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = (
     "-std=c++17",
@@ -91,12 +91,7 @@ class StandinKernel:
         self._library = None if sanitize else ctypes.CDLL(str(build))
 
     def launch(
-        self,
-        grid: Sequence[int],
-        block: Sequence[int],
-        args: Sequence[Argument],
-        shared_bytes: int = 0,
-        seed: int = 0,
+        self, grid: Sequence[int], block: Sequence[int], args: Sequence[Argument], shared_bytes: int = 0, seed: int = 0
     ) -> None:
         """Runs the grid to its end.
 

@@ -13,8 +13,8 @@ import torch
 
 import matquant.cuda
 from matquant.cuda import CACHE_VARIABLE, Kernel, read_source
-from matquant.cuda.driver import architecture, nvrtc_compile, nvrtc_version
-from matquant.cuda.overlap import Overlap
+from matquant.cuda.cuda_driver import architecture, nvrtc_compile, nvrtc_version
+from matquant.cuda.pdl import Overlap
 from matquant.cuda.source import cache_folder, compile_options, cubin
 from matquant.errors import UserError
 
@@ -69,9 +69,16 @@ def test_a_launch_passes_each_kind_of_argument_as_the_kernel_reads_it():
     for _ in range(2):
         kernel.launch((3, 4), 128, args, 1000)
     expected = [
-        slot("u8", tensor.data_ptr()), slot("u8", 0), slot("i4", -7), slot("f4", 0.1), slot("i8", -(2**40)),
-        slot("f2", 0.3), slot("u8", 2**63), slot("f8", 0.1), slot("u1", 200),
-    ]  # fmt: skip
+        slot("u8", tensor.data_ptr()),
+        slot("u8", 0),
+        slot("i4", -7),
+        slot("f4", 0.1),
+        slot("i8", -(2**40)),
+        slot("f2", 0.3),
+        slot("u8", 2**63),
+        slot("f8", 0.1),
+        slot("u1", 200),
+    ]
     for launch in driver.launches:
         assert launch["slots"] == expected
         assert (launch["shape"], launch["shared"], launch["stream"], launch["extra"]) == (

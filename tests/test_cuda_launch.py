@@ -11,11 +11,12 @@ from standin import TensorMap, compile_kernel, have_compiler, read_source
 from weights import make_weight
 
 from matquant.errors import UserError
-from matquant.inference import NestedPlanes, gpu, scratch
-from matquant.inference import plan as inference_plan
-from matquant.inference.plan import MOST_TOKENS, TOKENS, most_tokens, plan
-from matquant.inference.problem import Device, Problem, centred_exactly, supported
-from matquant.inference.variants import choose
+from matquant.formats.nested import WeightFormat
+from matquant.inference import NestedPlanes, cuda_ops, workspace
+from matquant.inference import launch_config as inference_plan
+from matquant.inference.gemm_shape import Device, Problem, centred_exactly, supported
+from matquant.inference.launch_config import MOST_TOKENS, TOKENS, most_tokens, plan
+from matquant.inference.tile_configs import choose
 
 pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
 
@@ -48,14 +49,14 @@ def device(monkeypatch, request):
             launched.append((self.defines, grid))
             self.kernel.launch((grid,), (block,), args, shared_bytes, seed=len(launched))
 
-    properties = types.SimpleNamespace(
-        multi_processor_count=3, shared_memory_per_multiprocessor=100 * 1024,
-    )  # fmt: skip
+    properties = types.SimpleNamespace(multi_processor_count=3, shared_memory_per_multiprocessor=100 * 1024)
     capability = (9, 0) if getattr(request, "param", None) == "sm_90a" else (8, 6)
-    monkeypatch.setattr(gpu, "load", lambda source, name, *, defines, device, **how: Launcher(source, name, defines))
-    monkeypatch.setattr(gpu, "Scratch", KeptScratch)
-    monkeypatch.setattr(gpu, "_launches", {})
-    monkeypatch.setattr(gpu, "_scratch", {})
+    monkeypatch.setattr(
+        cuda_ops, "load", lambda source, name, *, defines, device, **how: Launcher(source, name, defines)
+    )
+    monkeypatch.setattr(cuda_ops, "Scratch", KeptScratch)
+    monkeypatch.setattr(cuda_ops, "_launches", {})
+    monkeypatch.setattr(cuda_ops, "_scratch", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
@@ -65,15 +66,24 @@ def device(monkeypatch, request):
 
 def call(x, weight, bits, bias=None):
     packed = NestedPlanes.pack(weight)
-    return gpu.linear(
-        x, packed.planes, packed.scales, packed.zeros, bias, bits, packed.out_features, packed.group_size,
-        packed.master_bits, packed.slicing, packed.offset,
-    )  # fmt: skip
+    return cuda_ops.linear(
+        x,
+        packed.planes,
+        packed.scales,
+        packed.zeros,
+        bias,
+        bits,
+        packed.out_features,
+        packed.format.group_size,
+        packed.format.master_bits,
+        packed.format.slicing,
+        packed.format.zero_point_offset,
+    )
 
 
 def assert_close(y, x, weight, bits, bias=None):
     """As good as rounding the exact result, within a fifth."""
-    exact = x.double() @ weight.decode(bits).double().T + (0 if bias is None else bias.double())
+    exact = x.double() @ weight.dequantize(bits).double().T + (0 if bias is None else bias.double())
     rounding = (exact.to(x.dtype).double() - exact).norm()
     assert (y.dtype, y.shape) == (x.dtype, exact.shape)
     assert (y.double() - exact).norm() <= 1.2 * rounding
@@ -102,17 +112,17 @@ def test_a_call_reaches_the_kernel_with_what_it_expects(device, about, bits, tok
     assert_close(call(x, weight, bits, bias), x, weight, bits, bias)
     assert_close(call(x, weight, bits), x, weight, bits)
     assert len(device) == 2
-    assert not gpu._scratch[x.get_device()].held.any()
+    assert not cuda_ops._scratch[x.get_device()].held.any()
 
 
 def test_a_launch_is_planned_once_for_all_calls_like_it(device):
     weight = make_weight(64, 128, 128)
     for _ in range(3):
         call(activations(2, 128), weight, 4)
-    assert len(gpu._launches) == 1
+    assert len(cuda_ops._launches) == 1
     call(activations(3, 128), weight, 4)
     call(activations(2, 128), weight, 5)
-    assert len(gpu._launches) == 3
+    assert len(cuda_ops._launches) == 3
     assert len(device) == 5
 
 
@@ -126,11 +136,11 @@ def test_activations_at_odd_addresses_are_moved(device):
 
 
 def test_many_tokens_go_through_decoded_strips(device, monkeypatch):
-    monkeypatch.setattr(gpu, "STRIP_WEIGHTS", 64 * 128)
+    monkeypatch.setattr(cuda_ops, "STRIP_WEIGHTS", 64 * 128)
     weight = make_weight(200, 128, 64, zeros=True)
     x, bias = activations(5, 20, 128, dtype=torch.bfloat16), activations(200, dtype=torch.bfloat16)
     y = call(x, weight, 3, bias)
-    exact = x.double() @ weight.decode(3).double().T + bias.double()
+    exact = x.double() @ weight.dequantize(3).double().T + bias.double()
     assert len(device) == 4  # of 64 rows each
     assert ((y.double() - exact).norm() / exact.norm()) < 2**-7
     assert call(activations(0, 128), weight, 3).shape == (0, 200)
@@ -145,7 +155,8 @@ def test_with_wgmma_tokens_by_the_hundred_take_one_launch(device):
     for tokens in (70, 300, MOST_TOKENS + 1):
         x = activations(tokens, 384)
         exact, dense = (
-            x.double() @ weight.decode(3, dtype).double().T + bias.double() for dtype in (torch.float64, torch.float16)
+            x.double() @ weight.dequantize(3, dtype).double().T + bias.double()
+            for dtype in (torch.float64, torch.float16)
         )
         rounding = (dense.to(x.dtype).double() - exact).norm()
         assert (call(x, weight, 3, bias).double() - exact).norm() <= 1.2 * rounding
@@ -155,7 +166,7 @@ def test_with_wgmma_tokens_by_the_hundred_take_one_launch(device):
 
 @pytest.mark.parametrize("device", ["sm_90a"], indirect=True)
 def test_offsets_that_16_bits_do_not_hold_go_without_wgmma_and_that_is_said_once(device, caplog):
-    gpu._say_without_wgmma.cache_clear()
+    cuda_ops._say_without_wgmma.cache_clear()
     weight = make_weight(64, 128, 128, offset=7.3)
     for tokens in (40, 41):
         x = activations(tokens, 128)
@@ -171,9 +182,15 @@ def test_codes_are_called_exact_where_they_are(dtype, slicing, zeros):
     """Against every code and zero point, in the arithmetic of the dtype."""
     for bits, offset in itertools.product(range(2, 9), (0.0, 0.5, 3.0, 7.3, 8.0)):
         problem = Problem(
-            tokens=64, rows=64, depth=128, bits=bits, group_size=128, zeros=zeros, dtype=dtype, scale_dtype=dtype,
-            slicing=slicing, offset=offset,
-        )  # fmt: skip
+            tokens=64,
+            rows=64,
+            depth=128,
+            bits=bits,
+            dtype=dtype,
+            format=WeightFormat(
+                group_size=128, slicing=slicing, zero_point_offset=offset, has_zero_points=zeros, scale_dtype=dtype
+            ),
+        )
         start, step, _ = problem.affine()
         distances = start - step * torch.arange(256 if zeros else 1, dtype=torch.float64)
         codes = torch.arange(2**bits, dtype=torch.float64)[:, None]
@@ -193,12 +210,21 @@ def test_codes_are_called_exact_where_they_are(dtype, slicing, zeros):
 def test_decode_reaches_its_kernel(device, master_bits, slicing, bits):
     weight = make_weight(130, 100, 100, master_bits=master_bits, slicing=slicing)
     packed = NestedPlanes.pack(weight)
-    dense = gpu.decode(
-        packed.planes, packed.scales, packed.zeros, bits, packed.out_features, packed.in_features, packed.group_size,
-        packed.master_bits, packed.slicing, packed.offset, torch.bfloat16,
-    )  # fmt: skip
+    dense = cuda_ops.dequantize(
+        packed.planes,
+        packed.scales,
+        packed.zeros,
+        bits,
+        packed.out_features,
+        packed.in_features,
+        packed.format.group_size,
+        packed.format.master_bits,
+        packed.format.slicing,
+        packed.format.zero_point_offset,
+        torch.bfloat16,
+    )
     assert len(device) == 1
-    assert torch.equal(dense, weight.decode(bits, torch.bfloat16))
+    assert torch.equal(dense, weight.dequantize(bits, torch.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +241,7 @@ def test_what_the_kernels_do_not_take_is_computed_by_torch_and_said(device, capl
     with caplog.at_level(logging.WARNING):
         y = call(x, weight, 4)
         call(x, weight, 4)
-    torch.testing.assert_close(y.double(), x.double() @ weight.decode(4).double().T, rtol=4e-3, atol=4e-3)
+    torch.testing.assert_close(y.double(), x.double() @ weight.dequantize(4).double().T, rtol=4e-3, atol=4e-3)
     assert not device
     assert caplog.text.count("is computed by torch, slowly") == 1
 
@@ -247,11 +273,23 @@ def test_wrong_calls_are_refused_before_anything_is_planned(device):
             call(x, weight, bits, bias)
     packed = NestedPlanes.pack(weight)
     turned = packed.planes.transpose(-1, -2).contiguous().transpose(-1, -2)
-    good = (activations(2, 128), packed.planes, packed.scales, None, None, 4, 64, 128, 8, "msb", packed.offset)
-    gpu.linear(*good)
+    good = (
+        activations(2, 128),
+        packed.planes,
+        packed.scales,
+        None,
+        None,
+        4,
+        64,
+        128,
+        8,
+        "msb",
+        packed.format.zero_point_offset,
+    )
+    cuda_ops.linear(*good)
     with pytest.raises(UserError, match="not contiguous int32"):
-        gpu.linear(good[0], turned, *good[2:])
-    assert len(gpu._launches) == len(device) == 1
+        cuda_ops.linear(good[0], turned, *good[2:])
+    assert len(cuda_ops._launches) == len(device) == 1
 
 
 @pytest.fixture
@@ -267,12 +305,12 @@ def streams(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: state.stream, raising=False)
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(scratch, "_SLAB", 100)
+    monkeypatch.setattr(workspace, "_SLAB", 100)
     return state
 
 
 def test_a_stream_keeps_its_counters_and_captured_launches_share_none(streams):
-    held = scratch.Scratch(torch.device("cpu", 0))
+    held = workspace.Scratch(torch.device("cpu", 0))
     places = set()
 
     def take(count, new):
@@ -317,9 +355,15 @@ def test_every_plan_fits_its_device(shared, wgmma, group_size, zeros):
         (1, 3, 8, 9, 16, 17, 32, 33, TOKENS, 65, MOST_TOKENS), ((4096, 14208), (64, 384), (16384, 16128)), range(2, 9)
     ):
         problem = Problem(
-            tokens=tokens, rows=rows, depth=depth, bits=bits, zeros=zeros, dtype=torch.float16, slicing="round",
-            group_size=depth if group_size == -1 else group_size, scale_dtype=torch.float16,
-        )  # fmt: skip
+            tokens=tokens,
+            rows=rows,
+            depth=depth,
+            bits=bits,
+            dtype=torch.float16,
+            format=WeightFormat(
+                group_size=depth if group_size == -1 else group_size, slicing="round", has_zero_points=zeros
+            ),
+        )
         assert supported(problem)
         if tokens > most_tokens(problem, device):
             continue

@@ -10,9 +10,9 @@ from torch import nn
 from weights import make_weight
 
 from matquant.calibration import hessian
+from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.inference import NestedLinear, NestedPlanes, ops, set_bits
-from matquant.models.activations import Activations
-from matquant.nested import NestedWeight
+from matquant.models.activation_cache import ActivationCache
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or importlib.util.find_spec("cupy") is None, reason="no NVIDIA GPU, or no CuPy"
@@ -36,21 +36,21 @@ def test_up_to_64_tokens_are_as_good_as_rounding_the_exact_result(bits, dtype):
     packed = NestedPlanes.pack(weight).to("cuda")
     for tokens in (1, 2, 5, 13, 17, 48, 64):
         x = activations(tokens, 1024, dtype=dtype)
-        exact = x.double() @ weight.decode(bits).double().T.cuda()
+        exact = x.double() @ weight.dequantize(bits).double().T.cuda()
         assert times_rounding(ops.linear(x, packed, bits), exact, dtype) <= 1.2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_up_to_512_tokens_are_as_good_as_by_a_dense_matrix(bits, dtype):
-    """By gemm_many.cu where there is wgmma."""
+    """By gemm_sm90_ws.cu where there is wgmma."""
     for rows, zeros, scales in ((200, True, torch.float16), (1100, False, torch.bfloat16)):
         weight = make_weight(rows, 1088, 64, zeros=zeros, offset=0.0 if zeros else 8.0, dtype=scales)
         packed = NestedPlanes.pack(weight).to("cuda")
         for tokens in (65, 130, 256, 301, 512):
             x = activations(tokens, 1088, dtype=dtype)
-            exact = x.double() @ weight.decode(bits).double().T.cuda()
-            by_dense = (x.double() @ weight.decode(bits, dtype).double().T.cuda()).to(dtype)
+            exact = x.double() @ weight.dequantize(bits).double().T.cuda()
+            by_dense = (x.double() @ weight.dequantize(bits, dtype).double().T.cuda()).to(dtype)
             made = ops.linear(x, packed, bits)
             assert (made.double() - exact).norm() <= 1.2 * (by_dense.double() - exact).norm()
 
@@ -60,7 +60,7 @@ def test_many_tokens_are_multiplied_with_the_rounded_weight(bits):
     weight = make_weight(4100, 1024, 128, offset=8.0)
     packed = NestedPlanes.pack(weight).to("cuda")
     x, bias = activations(1200, 1024), activations(4100)
-    exact = x.double() @ weight.decode(bits, torch.float16).double().T.cuda() + bias.double()
+    exact = x.double() @ weight.dequantize(bits, torch.float16).double().T.cuda() + bias.double()
     # The bias is added to a rounded product: twice the error of rounding at most.
     assert times_rounding(ops.linear(x, packed, bits, bias), exact, torch.float16) <= 2
 
@@ -71,8 +71,8 @@ def test_packing_and_decoding_are_those_of_the_cpu(about):
     packed, there = NestedPlanes.pack(weight), NestedPlanes.pack(weight.to("cuda"))
     assert torch.equal(packed.planes, there.planes.cpu())
     assert torch.equal(packed.scales, there.scales.cpu())
-    for bits in range(2, weight.master_bits + 1):
-        assert torch.equal(ops.decode(there, bits, torch.float16).cpu(), weight.decode(bits, torch.float16))
+    for bits in range(2, weight.format.master_bits + 1):
+        assert torch.equal(ops.dequantize(there, bits, torch.float16).cpu(), weight.dequantize(bits, torch.float16))
 
 
 def test_a_layer_that_was_just_packed_is_read_whole():
@@ -83,7 +83,7 @@ def test_a_layer_that_was_just_packed_is_read_whole():
         for weight in weights:
             packed = NestedPlanes.pack(weight)
             made = ops.linear(x, packed, 3)
-            exact = x.double() @ weight.decode(3).double().T
+            exact = x.double() @ weight.dequantize(3).double().T
             assert times_rounding(made, exact, torch.float16) <= 1.2
 
 
@@ -122,9 +122,10 @@ def test_a_chain_of_layers_is_the_same_in_a_graph(tokens):
 
 def test_compiled_in_one_graph():
     layers = nn.Sequential(
-        NestedLinear.from_planes(NestedPlanes.pack(make_weight(256, 512, 128)).to("cuda")), nn.GELU(),
+        NestedLinear.from_planes(NestedPlanes.pack(make_weight(256, 512, 128)).to("cuda")),
+        nn.GELU(),
         NestedLinear.from_planes(NestedPlanes.pack(make_weight(192, 256, 128)).to("cuda")),
-    )  # fmt: skip
+    )
     compiled = torch.compile(layers, fullgraph=True)
     x = activations(2, 3, 512)
     for bits in (8, 3):
@@ -150,7 +151,7 @@ def test_a_model_generates_the_same_tokens_as_with_dense_weights():
     prompt = tokenizer("def __init__(self, ", return_tensors="pt").to("cuda")
     for bits in range(2, 9):
         for name, weight in weights.items():
-            dense.model.layers.get_submodule(name).weight.data.copy_(weight.decode(bits, torch.float16))
+            dense.model.layers.get_submodule(name).weight.data.copy_(weight.dequantize(bits, torch.float16))
         set_bits(nested, bits)
         expected = dense.generate(**prompt, max_new_tokens=24, do_sample=False)
         assert torch.equal(nested.generate(**prompt, max_new_tokens=24, do_sample=False), expected)
@@ -159,7 +160,7 @@ def test_a_model_generates_the_same_tokens_as_with_dense_weights():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_moments_of_half_precision_inputs_lose_nothing(dtype, monkeypatch):
     monkeypatch.setattr(hessian, "PANEL", 192)
-    moments = hessian.Moments(512, "cuda", asymmetric=True)
+    moments = hessian.HessianAccumulator(512, "cuda", asymmetric=True)
     batches = [activations(4, 600, 512, dtype=dtype) * (1 + k) for k in range(3)]
     for full, _, inputs, _ in batches:
         moments.add(inputs, full)
@@ -172,7 +173,7 @@ def test_moments_of_half_precision_inputs_lose_nothing(dtype, monkeypatch):
 
 def test_hidden_states_in_the_hosts_memory_are_copied_in_order():
     device = torch.device("cuda")
-    states = Activations((64, 256, 512), torch.float16, torch.device("cpu"), device)
+    states = ActivationCache((64, 256, 512), torch.float16, torch.device("cpu"), device)
     values = activations(64, 256, 512)
     states[0:64] = values
     copied = states.clone()
@@ -194,5 +195,10 @@ def _rounded(weight):
     scales = (grouped.abs().amax(-1) / 127).half()
     codes = (grouped / scales.float()[:, :, None] + 127.5).round().clamp(0, 255).to(torch.uint8)
     return NestedWeight(
-        codes=codes.view(rows, columns), scales=scales, zeros=None, master_bits=8, slicing="msb", offset=0.0
+        codes=codes.view(rows, columns),
+        scales=scales,
+        zeros=None,
+        format=WeightFormat(
+            master_bits=8, slicing="msb", zero_point_offset=0.0, group_size=128, scale_dtype=torch.float16
+        ),
     )

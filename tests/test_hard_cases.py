@@ -45,7 +45,7 @@ def test_dead_input_channels_are_harmless(matquant, changed, tmp_path):
 
 
 def test_an_outlier_channel_beyond_half_precision_is_harmless(matquant, changed, tmp_path):
-    """Activations of 1e6 overflow float16, and their squares span 12 orders of magnitude in a Hessian."""
+    """ActivationCache of 1e6 overflow float16, and their squares span 12 orders of magnitude in a Hessian."""
 
     def enlarge(tensors):
         tensors["model.layers.1.input_layernorm.weight"][3] = 1e6

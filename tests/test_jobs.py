@@ -112,8 +112,15 @@ def test_options_compose(job, small_model, overrides):
 def test_calibrating_on_a_text_of_ones_own(job, small_model, tmp_path):
     text = tmp_path / "words.txt"
     text.write_text(" ".join(f"word{i % 97} and number {i}" for i in range(2000)))
-    results = job(*SMALL, f"model.path={small_model}", "method.group_size=64", "calibration=local",
-                  f"calibration.path={text}", "calibration.sequences=4", "calibration.sequence_length=64")  # fmt: skip
+    results = job(
+        *SMALL,
+        f"model.path={small_model}",
+        "method.group_size=64",
+        "calibration=local",
+        f"calibration.path={text}",
+        "calibration.sequences=4",
+        "calibration.sequence_length=64",
+    )
     assert divergences(results)[0] > 0
 
 

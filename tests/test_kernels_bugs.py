@@ -1,4 +1,4 @@
-"""Bugs planted in ``kernels/gemm.cu`` and ``gemm_many.cu``, each of which the stand-in must show: the tests' own test."""
+"""Bugs planted in ``kernels/gemm.cu`` and ``gemm_sm90_ws.cu``, each of which the stand-in must show: the tests' own test."""
 
 import dataclasses
 
@@ -31,8 +31,7 @@ class Bug:
 
 BUGS = {
     "no barrier before a panel of x is used": Bug(
-        correct="        __syncthreads(); // all threads' copies of the panel are there,",
-        wrong="        //",
+        correct="        __syncthreads(); // all threads' copies of the panel are there,", wrong="        //"
     ),
     "no barrier after the sums of x": Bug(correct="lane, warp);\n        __syncthreads();", wrong="lane, warp);"),
     "warps that share a ring do not meet": Bug(correct="meet(at); //", wrong="//", variant=SHARED_RING),
@@ -55,10 +54,7 @@ BUGS = {
         correct="const uint4* from = next.planes;", wrong="const uint4* from = next.planes + a.plane_stride;"
     ),
     "rounds a slice of all ones up": Bug(
-        correct="& ~all;",
-        wrong=";",
-        variant=Variant(slicing="round", bits=2),
-        case=Case(tokens=5, offset=0.0),
+        correct="& ~all;", wrong=";", variant=Variant(slicing="round", bits=2), case=Case(tokens=5, offset=0.0)
     ),
     "scales of the wrong group": Bug(
         correct="column / max(GROUP, 1) : 0", wrong="column / max(2 * GROUP, 1) : 0", variant=Variant(group=64)
@@ -213,7 +209,7 @@ def shown_by(source: str, variant: Variant, case: Case, *, sanitize: bool = Fals
 
 
 def source_of(variant: Variant) -> str:
-    return "gemm_many.cu" if variant.many else "gemm.cu"
+    return "gemm_sm90_ws.cu" if variant.many else "gemm.cu"
 
 
 def planted(name: str) -> str | None:

@@ -9,15 +9,17 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import nvrtc
 import pytest
 import torch
 from standin import KERNELS, read_source
 
-from matquant.inference.plan import plan
-from matquant.inference.problem import Device, Problem
-from matquant.quantize import rows_cuda
+from matquant.formats.nested import WeightFormat
+from matquant.inference.gemm_shape import Device, Problem
+from matquant.inference.launch_config import plan
+from matquant.quantize.gptq import column_solver_cuda
 
 ARCHITECTURES = {
     "sm_80": (108, 164),
@@ -55,12 +57,12 @@ def cubin(problem: Problem, architecture: str, name: str = "") -> bytes:
     return nvrtc.compile_cubin(source(name or made.source), name or made.source, options)
 
 
-def problem(bits: int, tokens: int, **more: object) -> Problem:
-    about = {
-        "rows": 14336, "depth": 4096, "group_size": 128, "dtype": torch.float16, "scale_dtype": torch.float16, "zeros": False,
-        "offset": 8.0,
-    }  # fmt: skip
-    return Problem(tokens=tokens, bits=bits, **(about | more))
+def problem(
+    bits: int, tokens: int, *, rows: int = 14336, depth: int = 4096, dtype=torch.float16, **fmt: Any
+) -> Problem:
+    """GEMM shape of one layer; ``fmt`` are fields of its weight format."""
+    about = {"group_size": 128, "scale_dtype": torch.float16, "zero_point_offset": 8.0} | fmt
+    return Problem(tokens=tokens, rows=rows, depth=depth, bits=bits, dtype=dtype, format=WeightFormat(**about))
 
 
 def stack_bytes(compiled: bytes, folder: Path) -> int:
@@ -75,15 +77,15 @@ def stack_bytes(compiled: bytes, folder: Path) -> int:
 
 CASES = {
     "2 bits, 1 token": problem(2, 1),
-    "7 bits, 16 tokens": problem(7, 16, dtype=torch.bfloat16, zeros=True),
+    "7 bits, 16 tokens": problem(7, 16, dtype=torch.bfloat16, has_zero_points=True),
     "4 bits, 64 tokens": problem(4, 64, slicing="round"),
 }
 MANY = {  # by wgmma
     "2 bits, 32 tokens": problem(2, 32),
-    "8 bits, 64 tokens": problem(8, 64, dtype=torch.bfloat16, zeros=True),
+    "8 bits, 64 tokens": problem(8, 64, dtype=torch.bfloat16, has_zero_points=True),
     "5 bits, 300 tokens": problem(5, 300, scale_dtype=torch.bfloat16),
     "8 bits, 512 tokens": problem(8, 512),
-    "3 bits, 1000 tokens": problem(3, 1000, dtype=torch.bfloat16, zeros=True),
+    "3 bits, 1000 tokens": problem(3, 1000, dtype=torch.bfloat16, has_zero_points=True),
 }
 
 
@@ -99,15 +101,22 @@ def test_compiles_without_spilling(architecture: str, case: str, tmp_path: Path)
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_decode_compiles(architecture: str) -> None:
-    assert cubin(problem(3, 1, zeros=True, dtype=torch.bfloat16), architecture, "decode.cu")[:4] == b"\x7fELF"
+    assert (
+        cubin(problem(3, 1, has_zero_points=True, dtype=torch.bfloat16), architecture, "dequant.cu")[:4] == b"\x7fELF"
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("nested", [0, 1])
 def test_the_solver_compiles(architecture: str, nested: int) -> None:
     defines = {"WIDTHS": 5, "TARGETS": 5, "FACTORS": 5, "NESTED": nested, "SCALES": 2}
-    options = [f"-arch={architecture}", "--std=c++17", *rows_cuda.OPTIONS, *(f"-D{k}={v}" for k, v in defines.items())]
-    assert nvrtc.compile_cubin(source(rows_cuda.SOURCE), rows_cuda.SOURCE, options)[:4] == b"\x7fELF"
+    options = [
+        f"-arch={architecture}",
+        "--std=c++17",
+        *column_solver_cuda.OPTIONS,
+        *(f"-D{k}={v}" for k, v in defines.items()),
+    ]
+    assert nvrtc.compile_cubin(source(column_solver_cuda.SOURCE), column_solver_cuda.SOURCE, options)[:4] == b"\x7fELF"
 
 
 @pytest.mark.skipif(tool("nvdisasm") is None, reason="no nvdisasm: pip install nvidia-cuda-nvdisasm")
@@ -140,13 +149,25 @@ def all_by_wgmma() -> dict[tuple, Problem]:
     device = Device(multiprocessors=multiprocessors, shared_bytes=1024 * shared, wgmma=True)
     found = {}
     for tokens, side, bits, group, zeros, dtype, slicing in itertools.product(
-        (24, 64, 128, 300, 512), (4096, 8192, 16384), (2, 4, 6, 8), (32, 64, 128, 192), (False, True),
-        (torch.float16, torch.bfloat16), ("msb", "round"),
-    ):  # fmt: skip
+        (24, 64, 128, 300, 512),
+        (4096, 8192, 16384),
+        (2, 4, 6, 8),
+        (32, 64, 128, 192),
+        (False, True),
+        (torch.float16, torch.bfloat16),
+        ("msb", "round"),
+    ):
         one = problem(
-            bits, tokens, rows=side, depth=side, group_size=group, zeros=zeros, dtype=dtype, scale_dtype=dtype,
+            bits,
+            tokens,
+            rows=side,
+            depth=side,
+            group_size=group,
+            has_zero_points=zeros,
+            dtype=dtype,
+            scale_dtype=dtype,
             slicing=slicing,
-        )  # fmt: skip
+        )
         made = plan(one, device)
         if made.defines["WGMMA"]:
             found[tuple(made.defines.items())] = one

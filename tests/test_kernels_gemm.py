@@ -1,8 +1,8 @@
-"""``kernels/gemm.cu`` and ``gemm_many.cu`` on the stand-in, against float64.
+"""``kernels/gemm.cu`` and ``gemm_sm90_ws.cu`` on the stand-in, against float64.
 
 Every product has fresh random inputs whose mean is not zero and whose tails are heavy; outputs, the workspace and planes
 that must not be read are poisoned. The error allowed is 1.2 times what rounding the exact result to the output makes; for
-``gemm_many.cu`` what a dense matrix makes.
+``gemm_sm90_ws.cu`` what a dense matrix makes.
 """
 
 import dataclasses
@@ -146,7 +146,7 @@ def test_wgmma_stays_inside_its_buffers() -> None:
 
 
 def of_many(**about: object) -> Variant:
-    """By ``kernels/gemm_many.cu``: tiles of 256 rows and 128 tokens."""
+    """By ``kernels/gemm_sm90_ws.cu``: tiles of 256 rows and 128 tokens."""
     tile = {"token_tiles": 16, "row_warps": 4, "tile_warps": 2, "units": 1, "panel": 1}
     return Variant(**(tile | {"many": True, "wgmma": True} | about))
 

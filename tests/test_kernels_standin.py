@@ -145,14 +145,7 @@ def test_missing_fence_is_noticed(missing: str) -> None:
 
 @pytest.mark.parametrize(
     ("which", "says"),
-    [
-        (1, "deadlock"),
-        (2, "diverged"),
-        (3, "mask leaves out"),
-        (4, "misaligned"),
-        (5, "waited for"),
-        (7, "deadlock"),
-    ],
+    [(1, "deadlock"), (2, "diverged"), (3, "mask leaves out"), (4, "misaligned"), (5, "waited for"), (7, "deadlock")],
 )
 def test_mistakes_are_named(which: int, says: str) -> None:
     out = torch.zeros(64, dtype=torch.int32)

@@ -11,9 +11,9 @@ from torch import nn
 from weights import make_weight
 
 from matquant.errors import UserError
+from matquant.formats.nested import NestedWeight, WeightFormat
+from matquant.formats.parent import Parent, block_file, write_block
 from matquant.inference import NestedLinear, NestedPlanes, nested_layers, replace_linears, set_bits
-from matquant.nested import NestedWeight
-from matquant.quantize.parent import Parent, block_file, write_block
 from matquant.store import Store
 
 WIDTHS = range(2, 9)
@@ -41,7 +41,7 @@ def inputs(*shape) -> torch.Tensor:
 
 def assert_at(layer, weight, bias, x, width, **call):
     torch.testing.assert_close(
-        layer(x, **call), nn.functional.linear(x, weight.decode(width), bias), rtol=1e-5, atol=1e-4
+        layer(x, **call), nn.functional.linear(x, weight.dequantize(width), bias), rtol=1e-5, atol=1e-4
     )
 
 
@@ -90,18 +90,24 @@ def test_a_state_dict_comes_back_from_safetensors(tmp_path, zeros):
     layer, weight, bias = layer_of(slicing="round", zeros=zeros)
     save_file(layer.state_dict(), tmp_path / "layer.safetensors")
     other = NestedLinear(
-        96, 70, group_size=32, bias=True, slicing="round", offset=layer.offset, zero_points=zeros, device="meta"
+        96,
+        70,
+        bias=True,
+        device="meta",
+        format=WeightFormat(
+            group_size=32, slicing="round", zero_point_offset=layer.format.zero_point_offset, has_zero_points=zeros
+        ),
     )
     other.load_state_dict(load_file(tmp_path / "layer.safetensors"), assign=True)
     assert_at(other, weight, bias, inputs(2, 96), 3, bits=3)
 
 
-@pytest.mark.parametrize("other", [{"slicing": "round"}, {"offset": 4.0}])
+@pytest.mark.parametrize("other", [{"slicing": "round"}, {"zero_point_offset": 4.0}])
 def test_a_state_dict_of_another_meaning_is_refused(other):
     layer, _, _ = layer_of()
-    meant = {"slicing": "msb", "offset": 8.0} | other
+    meant = {"slicing": "msb", "zero_point_offset": 8.0} | other
     with pytest.raises(UserError, match="The state dict is of another layer"):
-        NestedLinear(96, 70, group_size=32, bias=True, **meant).load_state_dict(layer.state_dict())
+        NestedLinear(96, 70, format=WeightFormat(group_size=32, **meant), bias=True).load_state_dict(layer.state_dict())
 
 
 def test_a_change_of_dtype_leaves_the_weights_as_they_are():
@@ -154,7 +160,12 @@ def rounded(dense) -> NestedWeight:
     scales = (groups.abs().amax(-1) / 119).half()
     codes = (groups / scales.float()[..., None] + 135.5).round().clamp(0, 255).to(torch.uint8)
     return NestedWeight(
-        codes=codes.view(dense.shape), scales=scales, zeros=None, master_bits=8, slicing="msb", offset=8.0
+        codes=codes.view(dense.shape),
+        scales=scales,
+        zeros=None,
+        format=WeightFormat(
+            master_bits=8, slicing="msb", zero_point_offset=8.0, group_size=32, scale_dtype=torch.float16
+        ),
     )
 
 
@@ -194,7 +205,7 @@ def fill(dense, parent, bits):
     for index in range(len(parent.blocks)):
         for name, weight in parent.block(index).items():
             width = bits[name] if isinstance(bits, dict) else bits
-            dense.get_submodule(name).weight.copy_(weight.decode(width))
+            dense.get_submodule(name).weight.copy_(weight.dequantize(width))
 
 
 @torch.no_grad()
@@ -294,8 +305,8 @@ def test_a_parent_is_read_from_its_folder_and_cut_to_its_top_planes(tiny):
     [
         ({"model.layers.0.mlp.down": 4}, "The name nearest to model.layers.0.mlp.down is model.layers.0.mlp.down_proj"),
         ({f"lm_head{i}": 4 for i in range(5)} | {MODEL: 4}, "5 of the 6 layers are no nested layers.* and 2 more"),
-        ({MODEL: 9}, f"{MODEL}: A width must be a whole number in 2..8 bits; found 9"),
-        (11, r"A width must be a whole number in 2..8 bits; found 11"),
+        ({MODEL: 9}, f"{MODEL}: A bit-width must be a whole number in 2..8 bits; found 9"),
+        (11, r"A bit-width must be a whole number in 2..8 bits; found 11"),
         ("4", "found '4'"),
     ],
 )

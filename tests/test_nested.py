@@ -1,5 +1,6 @@
 """The nested format against its formulas, element by element in plain Python."""
 
+import dataclasses
 from fractions import Fraction
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matquant.nested import NestedWeight, levels, planes_read, slice_codes
-from matquant.quantize.parent import read_block, write_block
+from matquant.formats.nested import NestedWeight, WeightFormat, levels, planes_read, slice_codes
+from matquant.formats.parent import read_block, write_block
 from matquant.store import Store
 
 SLICINGS = ("msb", "round")
@@ -41,13 +42,19 @@ def weights(draw, slicings=SLICINGS, symmetric=None) -> NestedWeight:
     scales = torch.randint(-9, 10, (rows, groups), generator=generator) * 2.0 ** draw(st.integers(-10, 2))
     symmetric = draw(st.booleans()) if symmetric is None else symmetric
     zeros = None if symmetric else torch.randint(2**master_bits, scales.shape, generator=generator).to(torch.uint8)
+    scale_dtype = draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
     return NestedWeight(
         codes=codes,
-        scales=scales.to(draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))),
+        scales=scales.to(scale_dtype),
         zeros=zeros,
-        master_bits=master_bits,
-        slicing=draw(st.sampled_from(slicings)),
-        offset=draw(st.sampled_from([0.0, 8.0, 0.25, -3.5])) if symmetric else 0.0,
+        format=WeightFormat(
+            master_bits=master_bits,
+            slicing=draw(st.sampled_from(slicings)),
+            zero_point_offset=draw(st.sampled_from([0.0, 8.0, 0.25, -3.5])) if symmetric else 0.0,
+            group_size=group_size,
+            has_zero_points=not symmetric,
+            scale_dtype=scale_dtype,
+        ),
     )
 
 
@@ -79,20 +86,20 @@ def test_a_slice_wider_than_the_codes_is_refused():
 @settings(max_examples=150, deadline=None)
 @given(weight=weights(), data=st.data())
 def test_decoding_is_the_formula_for_each_element(weight, data):
-    bits = data.draw(st.integers(1, weight.master_bits))
-    decoded = weight.decode(bits)
+    bits = data.draw(st.integers(1, weight.format.master_bits))
+    decoded = weight.dequantize(bits)
     assert (decoded.dtype, decoded.shape) == (torch.float32, weight.codes.shape)
     for i, row in enumerate(weight.codes.tolist()):
         for j, code in enumerate(row):
-            group = j // weight.group_size
+            group = j // weight.format.group_size
             if weight.zeros is None:
-                zero = 2 ** (weight.master_bits - 1) + Fraction(weight.offset)
+                zero = 2 ** (weight.format.master_bits - 1) + Fraction(weight.format.zero_point_offset)
             else:
                 zero = Fraction(weight.zeros[i, group].item())
-            units = plain_units(code, bits, weight.master_bits, weight.slicing)
+            units = plain_units(code, bits, weight.format.master_bits, weight.format.slicing)
             assert decoded[i, j].item() == float(Fraction(weight.scales[i, group].item()) * (units - zero))
     for dtype in (torch.float16, torch.bfloat16):
-        assert torch.equal(weight.decode(bits, dtype), decoded.to(dtype))
+        assert torch.equal(weight.dequantize(bits, dtype), decoded.to(dtype))
 
 
 @settings(max_examples=50, deadline=None)
@@ -100,28 +107,28 @@ def test_decoding_is_the_formula_for_each_element(weight, data):
 def test_a_scale_of_zero_decodes_to_zero(weight, data):
     group = data.draw(st.integers(0, weight.scales.shape[1] - 1))
     weight.scales[:, group] = 0
-    columns = slice(group * weight.group_size, (group + 1) * weight.group_size)
-    assert (weight.decode(data.draw(st.integers(1, weight.master_bits)))[:, columns] == 0).all()
+    columns = slice(group * weight.format.group_size, (group + 1) * weight.format.group_size)
+    assert (weight.dequantize(data.draw(st.integers(1, weight.format.master_bits)))[:, columns] == 0).all()
 
 
 @settings(max_examples=100, deadline=None)
 @given(weight=weights(slicings=("msb",), symmetric=True), data=st.data())
 def test_a_negative_scale_is_the_mirrored_grid(weight, data):
     """The complements of the codes under the negated scale are the codes about the zero point 2^(M-1) - offset."""
-    bits = data.draw(st.integers(1, weight.master_bits))
-    shared = {"zeros": None, "master_bits": weight.master_bits, "slicing": "msb"}
-    complements = (2**weight.master_bits - 1 - weight.codes.int()).to(torch.uint8)
-    turned = NestedWeight(codes=complements, scales=-weight.scales, offset=weight.offset, **shared)
-    mirrored = NestedWeight(codes=weight.codes, scales=weight.scales, offset=-weight.offset, **shared)
-    assert torch.equal(turned.decode(bits), mirrored.decode(bits))
+    bits = data.draw(st.integers(1, weight.format.master_bits))
+    complements = (2**weight.format.master_bits - 1 - weight.codes.int()).to(torch.uint8)
+    turned = dataclasses.replace(weight, codes=complements, scales=-weight.scales)
+    negated = dataclasses.replace(weight.format, zero_point_offset=-weight.format.zero_point_offset)
+    mirrored = dataclasses.replace(weight, format=negated)
+    assert torch.equal(turned.dequantize(bits), mirrored.dequantize(bits))
 
 
 @settings(max_examples=50, deadline=None)
 @given(weight=weights(), data=st.data())
 def test_bytes_read_counts_planes_scales_and_zeros(weight, data):
-    bits = data.draw(st.integers(1, weight.master_bits))
-    planes = bits + (weight.slicing == "round" and bits < weight.master_bits)
-    assert planes_read(bits, weight.master_bits, weight.slicing) == planes
+    bits = data.draw(st.integers(1, weight.format.master_bits))
+    planes = bits + (weight.format.slicing == "round" and bits < weight.format.master_bits)
+    assert planes_read(bits, weight.format.master_bits, weight.format.slicing) == planes
     groups = weight.scales.numel()
     side = groups * weight.scales.element_size() + (0 if weight.zeros is None else groups)
     assert weight.bytes_read(bits) == -(-weight.codes.numel() * planes // 8) + side
@@ -130,13 +137,12 @@ def test_bytes_read_counts_planes_scales_and_zeros(weight, data):
 @settings(max_examples=50, deadline=None)
 @given(weight=weights(), data=st.data())
 def test_a_slice_depends_on_the_planes_that_it_reads_alone(weight, data):
-    bits = data.draw(st.integers(1, weight.master_bits))
-    unread = weight.master_bits - planes_read(bits, weight.master_bits, weight.slicing)
+    bits = data.draw(st.integers(1, weight.format.master_bits))
+    unread = weight.format.master_bits - planes_read(bits, weight.format.master_bits, weight.format.slicing)
     changed = NestedWeight(
-        codes=weight.codes ^ (2**unread - 1), scales=weight.scales, zeros=weight.zeros, master_bits=weight.master_bits,
-        slicing=weight.slicing, offset=weight.offset,
-    )  # fmt: skip
-    assert torch.equal(weight.decode(bits), changed.decode(bits))
+        codes=weight.codes ^ (2**unread - 1), scales=weight.scales, zeros=weight.zeros, format=weight.format
+    )
+    assert torch.equal(weight.dequantize(bits), changed.dequantize(bits))
 
 
 @pytest.mark.parametrize(("master_bits", "bits"), GRIDS)
@@ -147,11 +153,16 @@ def test_slices_are_ordinary_symmetric_codes(master_bits, bits):
     step = scale * 2 ** (master_bits - bits)
     for slicing in SLICINGS:
         weight = NestedWeight(
-            codes=codes, scales=torch.tensor([[scale]]), zeros=None, master_bits=master_bits, slicing=slicing
+            codes=codes,
+            scales=torch.tensor([[scale]]),
+            zeros=None,
+            format=WeightFormat(
+                master_bits=master_bits, slicing=slicing, group_size=codes.shape[1], scale_dtype=torch.float32
+            ),
         )
         sliced = slice_codes(codes, bits, master_bits, slicing).float()
         expected = step * (sliced - 2 ** (bits - 1)) if slicing == "round" else step / 2 * (2 * sliced + 1 - 2**bits)
-        assert torch.equal(weight.decode(bits), expected)
+        assert torch.equal(weight.dequantize(bits), expected)
 
 
 @pytest.mark.parametrize(
@@ -169,12 +180,14 @@ def test_slices_are_ordinary_symmetric_codes(master_bits, bits):
 )
 def test_what_does_not_fit_together_is_refused(wrong):
     right = {
-        "codes": torch.zeros(2, 6, dtype=torch.uint8), "scales": torch.zeros(2, 2),
+        "codes": torch.zeros(2, 6, dtype=torch.uint8),
+        "scales": torch.zeros(2, 2),
         "zeros": torch.zeros(2, 2, dtype=torch.uint8),
-    }  # fmt: skip
-    NestedWeight(**right, master_bits=8, slicing="msb")
+    }
+    fmt = WeightFormat(group_size=3, has_zero_points=True, scale_dtype=torch.float32)
+    NestedWeight(**right, format=fmt)
     with pytest.raises(ValueError, match="codes must be uint8|scales and zeros must be"):
-        NestedWeight(**(right | wrong), master_bits=8, slicing="msb")
+        NestedWeight(**(right | wrong), format=fmt)
 
 
 @settings(max_examples=10, deadline=None)
@@ -202,8 +215,8 @@ def assert_same(found: dict[str, NestedWeight], expected: dict[str, NestedWeight
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         other = found[name]
-        about = (weight.master_bits, weight.slicing, weight.offset)
-        assert (other.master_bits, other.slicing, other.offset) == about
+        about = weight.format.op_args[1:]
+        assert other.format.op_args[1:] == about
         assert other.tensors().keys() == weight.tensors().keys()
         for part, tensor in weight.tensors().items():
             assert other.tensors()[part].dtype == tensor.dtype

@@ -7,8 +7,8 @@ import torch
 from weights import make_weight
 
 from matquant.errors import UserError
-from matquant.inference import NestedPlanes, decode, linear, ops
-from matquant.inference import planes as planes_module
+from matquant.formats import planes as planes_module
+from matquant.inference import NestedPlanes, dequantize, linear, ops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EPSILON = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
@@ -19,7 +19,7 @@ def check_against_float64(x, weight, bias, bits):
     y = linear(x, NestedPlanes.pack(weight), bits, bias)
     assert (y.dtype, y.shape) == (x.dtype, (*x.shape[:-1], weight.codes.shape[0]))
     assert y.is_contiguous()
-    dense = weight.decode(bits).double()
+    dense = weight.dequantize(bits).double()
     exact = x.double() @ dense.T + (0 if bias is None else bias.double())
     terms = x.double().abs() @ dense.abs().T
     allowed = EPSILON[x.dtype] * exact.abs() + 1e-6 * terms
@@ -72,7 +72,7 @@ def test_the_dense_matrix_is_never_whole_in_memory(monkeypatch):
     packed = NestedPlanes.pack(make_weight(1024, 256, 64))
     x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
     with Watch():
-        ops.blocked.linear(x, packed, None, 4)
+        ops.torch_reference.linear(x, packed, None, 4)
     assert largest == 64 * 256
 
 
@@ -81,19 +81,19 @@ def test_the_dense_matrix_is_never_whole_in_memory(monkeypatch):
 def test_the_decode_operator_is_the_formats(dtype, slicing):
     weight = make_weight(70, 96, 32, slicing=slicing, zeros=slicing == "round")
     for bits in range(2, 9):
-        assert torch.equal(decode(NestedPlanes.pack(weight), bits, dtype), weight.decode(bits, dtype))
+        assert torch.equal(dequantize(NestedPlanes.pack(weight), bits, dtype), weight.dequantize(bits, dtype))
 
 
 @pytest.mark.parametrize(("zeros", "dtype", "shape"), [(True, torch.float16, (2, 3)), (False, torch.float32, (1,))])
 def test_torchs_own_checks_of_operators(zeros, dtype, shape):
     packed = NestedPlanes.pack(make_weight(66, 96, 32, zeros=zeros))
     x = torch.randn(*shape, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
-    about = (packed.group_size, 8, "msb", packed.offset)
+    about = packed.format.op_args
     tensors = (packed.planes, packed.scales, packed.zeros)
     bias = torch.zeros(66, dtype=dtype) if zeros else None
     for op, args in (
         (torch.ops.matquant.nested_linear.default, (x, *tensors, bias, 3, 66, *about)),
-        (torch.ops.matquant.nested_decode.default, (*tensors, 3, 66, 96, *about, dtype)),
+        (torch.ops.matquant.nested_dequantize.default, (*tensors, 3, 66, 96, *about, dtype)),
     ):
         assert set(torch.library.opcheck(op, args).values()) == {"SUCCESS"}
 

@@ -21,16 +21,26 @@ def unpacked(tmp_path_factory):
 
 
 def test_configs_kernels_and_the_shipped_model_travel_along(unpacked):
-    for name in ("conf/config.yaml", "conf/method/matgptq.yaml", "kernels/README.md", "report/page.css",
-                 "experiments/tiny/model/model.safetensors", "experiments/methods/config.yaml"):  # fmt: skip
+    for name in (
+        "conf/config.yaml",
+        "conf/method/matgptq.yaml",
+        "kernels/README.md",
+        "report/page.css",
+        "experiments/tiny/model/model.safetensors",
+        "experiments/methods/config.yaml",
+    ):
         assert (unpacked / "matquant" / name).is_file(), name
 
 
 def test_the_installed_command_runs_the_shipped_model(unpacked, tmp_path):
     where = (f"hydra.run.dir={tmp_path}/run", f"store.path={tmp_path}/store", "method=rtn", "bits=4")
     run = subprocess.run(
-        [sys.executable, "-m", "matquant.cli", *SMALL, *where], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(unpacked)}, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "-m", "matquant.cli", *SMALL, *where],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(unpacked)},
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "run" / "report.html").is_file()

@@ -10,23 +10,32 @@ from shared import SMALL
 
 from matquant import machine, plan
 from matquant.errors import UserError
-from matquant.models.shapes import Layer, Shapes
+from matquant.models.model_sizes import Layer, ModelSizes
 from matquant.plan import Calibrating
 
 CPU = torch.device("cpu")
 GB = 10**9
 
 
-def shapes(blocks: int = 4, hidden: int = 1024, inner: int = 4096) -> Shapes:
+def shapes(blocks: int = 4, hidden: int = 1024, inner: int = 4096) -> ModelSizes:
     sizes = (
         [(hidden, hidden, 0, 0)] * 3 + [(hidden, hidden, 1, 1)] + [(inner, hidden, 2, 2)] * 2 + [(hidden, inner, 3, 3)]
     )
     layers = [Layer(rows=r, columns=c, input=i, stage=s) for r, c, i, s in sizes]
     block = sum(layer.rows * layer.columns for layer in layers)
-    return Shapes(
-        layers=layers, blocks=blocks, parameters=blocks * block + 2 * 1000 * hidden, block=block, quantized=blocks * block,
-        embeddings=1000 * hidden, head=1000 * hidden, hidden=hidden, vocabulary=1000, stored=2, computing=4,
-    )  # fmt: skip
+    return ModelSizes(
+        layers=layers,
+        blocks=blocks,
+        parameters=blocks * block + 2 * 1000 * hidden,
+        block=block,
+        quantized=blocks * block,
+        embeddings=1000 * hidden,
+        head=1000 * hidden,
+        hidden=hidden,
+        vocabulary=1000,
+        stored=2,
+        computing=4,
+    )
 
 
 JOB = Calibrating(tokens=4096, batch=512, streams=4, widths=5, asymmetric=True, staged=True, group_size=128)
@@ -151,4 +160,7 @@ def test_the_plan_was_right_within_a_fifth_and_stands_in_the_results(run_py, sma
     generated = json.loads((tmp_path / "run" / "results.json").read_text())["resources"]
     assert generated["plan"]["worst_on_host"] == "generate"
     assert generated["plan"]["host_peak"] == pytest.approx(generated["host_peak"], rel=0.2)
-    assert {row["reason"] for row in results["left_alone"]} == {"embeddings, tied to the head", "norm or bias"}
+    assert {row["reason"] for row in results["unquantized_parameters"]} == {
+        "embeddings, tied to the head",
+        "norm or bias",
+    }

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from weights import make_weight
 
 from matquant.errors import UserError
+from matquant.formats import planes as planes_module
+from matquant.formats.nested import NestedWeight, planes_read
 from matquant.inference import NestedPlanes
-from matquant.inference import planes as planes_module
-from matquant.nested import NestedWeight, planes_read
 
 GROUP_SIZES = (16, 32, 48, 64, 128, 5)
 
@@ -86,28 +86,28 @@ def test_unpacking_gives_back_what_was_packed(weight):
 @settings(max_examples=60, deadline=None)
 @given(weight=any_weight(), data=st.data())
 def test_decoding_is_that_of_the_codes_to_the_bit(weight, data):
-    bits = data.draw(st.integers(2, weight.master_bits))
+    bits = data.draw(st.integers(2, weight.format.master_bits))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-    assert torch.equal(NestedPlanes.pack(weight).decode(bits, dtype), weight.decode(bits, dtype))
+    assert torch.equal(NestedPlanes.pack(weight).dequantize(bits, dtype), weight.dequantize(bits, dtype))
 
 
 @settings(max_examples=60, deadline=None)
 @given(weight=any_weight(), data=st.data())
 def test_top_planes_alone_decode_every_width_that_they_allow(weight, data):
-    top = data.draw(st.integers(2, weight.master_bits))
+    top = data.draw(st.integers(2, weight.format.master_bits))
     packed = NestedPlanes.pack(weight, max_bits=top)
     whole = NestedPlanes.pack(weight)
-    assert packed.planes.shape[0] == planes_read(top, weight.master_bits, weight.slicing)
-    if packed.planes.shape[0] == weight.master_bits:
-        top = weight.master_bits  # a round slice reads one plane more, so that the last two widths read all
+    assert packed.planes.shape[0] == planes_read(top, weight.format.master_bits, weight.format.slicing)
+    if packed.planes.shape[0] == weight.format.master_bits:
+        top = weight.format.master_bits  # a round slice reads one plane more, so that the last two widths read all
     assert packed.max_bits == top
     assert torch.equal(packed.planes, whole.planes[: packed.planes.shape[0]])
     for bits in range(2, top + 1):
-        assert torch.equal(packed.decode(bits), weight.decode(bits))
+        assert torch.equal(packed.dequantize(bits), weight.dequantize(bits))
         assert packed.bytes_read(bits) == whole.bytes_read(bits)
-    for bits in range(top + 1, weight.master_bits + 1):
+    for bits in range(top + 1, weight.format.master_bits + 1):
         with pytest.raises(UserError, match=f"{bits} bits cannot be read: .* enough for {top} bits"):
-            packed.decode(bits)
+            packed.dequantize(bits)
 
 
 def test_many_strips_are_one_weight(monkeypatch):
@@ -115,9 +115,9 @@ def test_many_strips_are_one_weight(monkeypatch):
     weight = make_weight(300, 96, 32, zeros=True)
     packed = NestedPlanes.pack(weight)
     assert torch.equal(packed.unpack().codes, weight.codes)
-    strips = list(packed.decode_strips(3))
+    strips = list(packed.dequantize_strips(3))
     assert [len(values) for _, values in strips] == [64, 64, 64, 64, 44]
-    assert torch.equal(torch.cat([values for _, values in strips]), weight.decode(3))
+    assert torch.equal(torch.cat([values for _, values in strips]), weight.dequantize(3))
 
 
 def test_bytes_read_are_those_of_the_planes_and_their_scales():
@@ -129,14 +129,14 @@ def test_bytes_read_are_those_of_the_planes_and_their_scales():
 @pytest.mark.parametrize("bits", [0, 1, 9, 2.5, "4", None])
 def test_what_is_no_width_is_refused(bits):
     packed = NestedPlanes.pack(make_weight(8, 16, 16))
-    with pytest.raises(UserError, match=r"A width must be a whole number in 2..8 bits; found"):
-        packed.decode(bits)
+    with pytest.raises(UserError, match=r"A bit-width must be a whole number in 2..8 bits; found"):
+        packed.dequantize(bits)
 
 
 def test_widths_beyond_the_codes_are_refused():
     weight = make_weight(8, 16, 16, master_bits=4)
     with pytest.raises(UserError, match=r"in 2..4 bits; found 5"):
-        NestedPlanes.pack(weight).decode(5)
+        NestedPlanes.pack(weight).dequantize(5)
     with pytest.raises(UserError, match="max_bits=5 is no width of codes of 4 bits"):
         NestedPlanes.pack(weight, max_bits=5)
 
@@ -155,10 +155,17 @@ def test_widths_beyond_the_codes_are_refused():
         ({"group_size": 80}, "Groups of 80 do not divide 192"),
         ({"group_size": 0}, "Groups of 0 do not divide 192"),
         ({"master_bits": 9}, "Codes of 9 bits"),
-        ({"slicing": "top"}, "cut by 'top'"),
+        ({"slicing": "top"}, "'top' slicing"),
     ],
 )
 def test_tensors_that_do_not_go_together_are_refused(wrong, sentence):
     packed = NestedPlanes.pack(make_weight(70, 192, 64, zeros=True))
     with pytest.raises(UserError, match=sentence):
-        dataclasses.replace(packed, **wrong)
+        _replace(packed, wrong)
+
+
+def _replace(packed, changes):
+    """Copy of the planes with some of their own fields, or of their format's, replaced."""
+    own = {name: value for name, value in changes.items() if name in ("planes", "scales", "zeros")}
+    fmt = {name: value for name, value in changes.items() if name not in own}
+    return dataclasses.replace(packed, **own, format=dataclasses.replace(packed.format, **fmt))

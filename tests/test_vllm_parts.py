@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from matquant.errors import UserError
+from matquant.formats import matgptq
+from matquant.formats.nested import NestedWeight, WeightFormat
+from matquant.formats.packed import LayerSpec, NestedSpec
 from matquant.inference import NestedPlanes
-from matquant.inference.cut import Cut
-from matquant.nested import NestedWeight
-from matquant.pack import published
-from matquant.pack.spec import LayerSpec, NestedSpec
-from matquant.vllm import ops
-from matquant.vllm.parts import NestedPart, check_complete
-from matquant.vllm.widths import Widths, check_graphs, chosen
+from matquant.inference.shard import WeightShard
+from matquant.vllm import vllm_ops
+from matquant.vllm.bit_widths import Widths, check_graphs, chosen
+from matquant.vllm.sharded_linear import ShardedNestedLinear, check_complete
 from matquant.vllm.worker import WidthExtension
 
 ROWS, COLUMNS, GROUP = 96, 192, 64
@@ -27,18 +27,25 @@ def make_weight(slicing: Any = "msb") -> NestedWeight:
     generator = torch.Generator().manual_seed(0)
     return NestedWeight(
         codes=torch.randint(256, (ROWS, COLUMNS), generator=generator, dtype=torch.uint8),
-        scales=torch.randn(ROWS, COLUMNS // GROUP, generator=generator).half(), zeros=None, master_bits=8,
-        slicing=slicing, offset=8.0 if slicing == "msb" else 0.0,
-    )  # fmt: skip
+        scales=torch.randn(ROWS, COLUMNS // GROUP, generator=generator).half(),
+        zeros=None,
+        format=WeightFormat(
+            master_bits=8,
+            slicing=slicing,
+            zero_point_offset=8.0 if slicing == "msb" else 0.0,
+            group_size=GROUP,
+            scale_dtype=torch.float16,
+        ),
+    )
 
 
-def make_part(cut: Cut, planes: int = 8, bits: int = 4, name: str = "layer") -> NestedPart:
+def make_part(cut: WeightShard, planes: int = 8, bits: int = 4, name: str = "layer") -> ShardedNestedLinear:
     spec = LayerSpec.of(make_weight())
     stored = {key.removeprefix("layer."): tensor for key, tensor in spec.tensors("layer", 8).items()}
-    return NestedPart(name, spec, stored, cut, planes=planes, bits=bits, prefill=bits)
+    return ShardedNestedLinear(name, spec, stored, cut, planes=planes, bits=bits, prefill=bits)
 
 
-def fill(part: NestedPart) -> NestedPart:
+def fill(part: ShardedNestedLinear) -> ShardedNestedLinear:
     packed = NestedPlanes.pack(make_weight())
     part.load("scales", packed.scales)
     for index, plane in enumerate(packed.planes):
@@ -55,20 +62,20 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 def test_two_ranks_hold_halves_of_a_layer(rank):
     x = torch.randn(3, COLUMNS)
     columns = slice(rank * 96, rank * 96 + 96)  # neither a multiple of a tile nor of a group
-    by_columns = fill(make_part(Cut(ROWS, COLUMNS, ((0, ROWS),), (columns.start, columns.stop))))
+    by_columns = fill(make_part(WeightShard(ROWS, COLUMNS, ((0, ROWS),), (columns.start, columns.stop))))
     rows = slice(rank * 48, rank * 48 + 48)
-    by_rows = fill(make_part(Cut(ROWS, COLUMNS, ((rows.start, rows.stop),), (0, COLUMNS))))
+    by_rows = fill(make_part(WeightShard(ROWS, COLUMNS, ((rows.start, rows.stop),), (0, COLUMNS))))
     assert by_columns.group_size == 32
     for bits in (2, 4, 8):
         by_columns.set_bits(bits, bits)
         by_rows.set_bits(bits, bits)
-        dense = make_weight().decode(bits)
+        dense = make_weight().dequantize(bits)
         assert_near(by_columns(x[:, columns], None), x[:, columns] @ dense[:, columns].T)
         assert_near(by_rows(x, None), x @ dense[rows].T)
 
 
 def test_a_compiled_model_reads_the_width_when_it_runs():
-    part = fill(make_part(Cut.whole(ROWS, COLUMNS)))
+    part = fill(make_part(WeightShard.whole(ROWS, COLUMNS)))
     x = torch.randn(2, COLUMNS)
     addresses = [buffer.data_ptr() for buffer in part.buffers()]
     graphs = []
@@ -76,13 +83,13 @@ def test_a_compiled_model_reads_the_width_when_it_runs():
     compiled = torch.compile(part, fullgraph=True, backend=backend)
     for bits in (2, 8, 5):
         part.set_bits(bits, bits)
-        assert_near(compiled(x, None), x @ make_weight().decode(bits).T)
+        assert_near(compiled(x, None), x @ make_weight().dequantize(bits).T)
     assert len(graphs) == 1
     assert [buffer.data_ptr() for buffer in part.buffers()] == addresses
 
 
 def test_fewer_planes_are_kept_than_come():
-    part = fill(make_part(Cut.whole(ROWS, COLUMNS), planes=3, bits=3))
+    part = fill(make_part(WeightShard.whole(ROWS, COLUMNS), planes=3, bits=3))
     check_complete([part])
     assert part.planes.shape[0] == 3
     with pytest.raises(UserError, match="layer: 4 bits cannot be read"):
@@ -92,20 +99,20 @@ def test_fewer_planes_are_kept_than_come():
 
 def test_published_codes_become_planes():
     weight = make_weight("round")
-    about = published.PublishedSpec(group_size=GROUP, bits=4, scale_dtype=torch.float16)
-    spec = published.layer(ROWS, COLUMNS, GROUP, torch.float16)
+    about = matgptq.MatGptqSpec(group_size=GROUP, bits=4, scale_dtype=torch.float16)
+    spec = matgptq.layer(ROWS, COLUMNS, GROUP, torch.float16)
     stored = {key.removeprefix("layer."): tensor for key, tensor in about.tensors({"layer": spec}).items()}
-    cut = Cut(ROWS, COLUMNS, ((10, 90),), (96, 192))
-    part = NestedPart("layer", spec, stored, cut, planes=8, bits=3, prefill=3)
+    cut = WeightShard(ROWS, COLUMNS, ((10, 90),), (96, 192))
+    part = ShardedNestedLinear("layer", spec, stored, cut, planes=8, bits=3, prefill=3)
     part.load("qweight", weight.codes)
     part.load("scales", weight.scales)
     check_complete([part])
     x = torch.randn(2, 96)
-    assert_near(part(x, None), x @ weight.decode(3)[10:90, 96:].T)
+    assert_near(part(x, None), x @ weight.dequantize(3)[10:90, 96:].T)
 
 
 def test_tensors_that_are_missing_or_wrong():
-    part = make_part(Cut.whole(ROWS, COLUMNS))
+    part = make_part(WeightShard.whole(ROWS, COLUMNS))
     with pytest.raises(UserError, match=r"do not hold layer.plane0, layer.plane1, layer.plane2 and 6 more"):
         check_complete([part])
     for wrong in (torch.zeros(2, 3, 32, 4), torch.zeros(1, 3, 32, 4, dtype=torch.int32)):
@@ -170,8 +177,8 @@ def test_a_step_is_read_at_the_width_of_what_it_does(monkeypatch, mode, longest,
     context = SimpleNamespace(cudagraph_runtime_mode=SimpleNamespace(name=mode), attn_metadata=metadata)
     module = SimpleNamespace(is_forward_context_available=lambda: True, get_forward_context=lambda: context)
     monkeypatch.setitem(sys.modules, "vllm.forward_context", module)
-    assert ops.width_now(ops.new_widths(2, 8)) == width
-    assert ops.width_now(ops.new_widths(3, 3)) == 3
+    assert vllm_ops.width_now(vllm_ops.new_widths(2, 8)) == width
+    assert vllm_ops.width_now(vllm_ops.new_widths(3, 3)) == 3
 
 
 class Runner:
@@ -197,11 +204,16 @@ def test_each_choice_of_widths_has_its_own_graphs(monkeypatch):
     wrapper = SimpleNamespace(CUDAGraphWrapper=SimpleNamespace(_all_instances=set()))
     monkeypatch.setitem(sys.modules, "vllm.compilation.cuda_graph", wrapper)
     worker: Any = WidthExtension()
-    worker.model_runner = Runner(torch.nn.ModuleList(make_part(Cut.whole(ROWS, COLUMNS), name=name) for name in "ab"))
+    worker.model_runner = Runner(
+        torch.nn.ModuleList(make_part(WeightShard.whole(ROWS, COLUMNS), name=name) for name in "ab")
+    )
     for bits, widths, captured in (
-        (2, [[2, 2], [2, 2]], 2), ({"a": 3}, [[3, 3], [2, 2]], 3), (2, [[2, 2], [2, 2]], 3), (2, [[2, 2], [2, 2]], 3),
+        (2, [[2, 2], [2, 2]], 2),
+        ({"a": 3}, [[3, 3], [2, 2]], 3),
+        (2, [[2, 2], [2, 2]], 3),
+        (2, [[2, 2], [2, 2]], 3),
         (4, [[4, 4], [4, 4]], 3),
-    ):  # fmt: skip
+    ):
         found = worker.set_bits(bits)
         assert list(found.values()) == worker.model_runner.cudagraph_manager.graphs["step"] == widths
         assert worker.model_runner.captured == captured

@@ -2,7 +2,7 @@
 
 import torch
 
-from matquant.nested import NestedWeight
+from matquant.formats.nested import NestedWeight, WeightFormat
 
 
 def make_weight(
@@ -16,7 +16,12 @@ def make_weight(
         codes=torch.randint(top, (rows, columns), generator=generator).to(torch.uint8),
         scales=(torch.randn(rows, groups, generator=generator) * 0.01).to(dtype),
         zeros=torch.randint(top, (rows, groups), generator=generator).to(torch.uint8) if zeros else None,
-        master_bits=master_bits,
-        slicing=slicing,
-        offset=0.0 if zeros else offset,
+        format=WeightFormat(
+            master_bits=master_bits,
+            slicing=slicing,
+            zero_point_offset=0.0 if zeros else offset,
+            group_size=group_size,
+            has_zero_points=zeros,
+            scale_dtype=dtype,
+        ),
     )

@@ -1,42 +1,91 @@
 """Variants of ``kernels/gemm.cu`` that ``bench_kernels.py --candidates`` tries beside the chosen one."""
 
-from matquant.inference.problem import Device, Problem
-from matquant.inference.variants import TOKENS, Variant, choose
+from matquant.inference.gemm_shape import Device, Problem
+from matquant.inference.tile_configs import TOKENS, Variant, choose
 
 # (row_warps, tile_warps, k_warps, units, panel, blocks) by tiles of 8 tokens; as many stages as there is room for.
 CANDIDATES = {
     1: [
-        (8, 1, 1, 2, 4, 3), (8, 1, 1, 1, 4, 3), (8, 1, 1, 2, 8, 2), (8, 1, 1, 4, 4, 2), (16, 1, 1, 2, 8, 1),
+        (8, 1, 1, 2, 4, 3),
+        (8, 1, 1, 1, 4, 3),
+        (8, 1, 1, 2, 8, 2),
+        (8, 1, 1, 4, 4, 2),
+        (16, 1, 1, 2, 8, 1),
         (16, 1, 1, 4, 4, 1),
-        (4, 1, 2, 2, 2, 3), (4, 1, 2, 2, 4, 2), (4, 1, 2, 1, 4, 2), (8, 1, 2, 2, 4, 1), (2, 1, 4, 2, 1, 3), (2, 1, 4, 1, 2, 2),
-        (1, 1, 8, 2, 1, 2), (1, 1, 8, 2, 1, 3), (1, 1, 8, 1, 2, 2), (1, 1, 4, 1, 2, 4), (2, 1, 2, 1, 2, 4), (2, 1, 8, 1, 2, 1),
+        (4, 1, 2, 2, 2, 3),
+        (4, 1, 2, 2, 4, 2),
+        (4, 1, 2, 1, 4, 2),
+        (8, 1, 2, 2, 4, 1),
+        (2, 1, 4, 2, 1, 3),
+        (2, 1, 4, 1, 2, 2),
+        (1, 1, 8, 2, 1, 2),
+        (1, 1, 8, 2, 1, 3),
+        (1, 1, 8, 1, 2, 2),
+        (1, 1, 4, 1, 2, 4),
+        (2, 1, 2, 1, 2, 4),
+        (2, 1, 8, 1, 2, 1),
     ],
     2: [
-        (8, 1, 1, 2, 4, 1), (8, 1, 1, 4, 2, 1), (8, 1, 1, 2, 4, 2), (8, 1, 1, 4, 2, 2), (4, 1, 2, 2, 2, 2), (4, 1, 2, 2, 4, 1),
-        (2, 1, 4, 4, 1, 1), (2, 1, 4, 2, 1, 1), (2, 1, 4, 2, 1, 2), (2, 1, 4, 1, 1, 1), (1, 1, 8, 1, 1, 2),
+        (8, 1, 1, 2, 4, 1),
+        (8, 1, 1, 4, 2, 1),
+        (8, 1, 1, 2, 4, 2),
+        (8, 1, 1, 4, 2, 2),
+        (4, 1, 2, 2, 2, 2),
+        (4, 1, 2, 2, 4, 1),
+        (2, 1, 4, 4, 1, 1),
+        (2, 1, 4, 2, 1, 1),
+        (2, 1, 4, 2, 1, 2),
+        (2, 1, 4, 1, 1, 1),
+        (1, 1, 8, 1, 1, 2),
     ],
     4: [
-        (8, 1, 1, 2, 2, 1), (4, 1, 2, 2, 1, 1), (4, 1, 2, 1, 2, 1), (2, 1, 4, 2, 1, 1), (2, 1, 4, 1, 1, 1), (4, 2, 2, 2, 1, 1),
-        (4, 1, 1, 2, 2, 2), (8, 2, 1, 2, 2, 1),
+        (8, 1, 1, 2, 2, 1),
+        (4, 1, 2, 2, 1, 1),
+        (4, 1, 2, 1, 2, 1),
+        (2, 1, 4, 2, 1, 1),
+        (2, 1, 4, 1, 1, 1),
+        (4, 2, 2, 2, 1, 1),
+        (4, 1, 1, 2, 2, 2),
+        (8, 2, 1, 2, 2, 1),
     ],
     8: [(4, 2, 1, 2, 1, 1), (4, 2, 1, 1, 2, 1), (2, 2, 2, 2, 1, 1), (2, 4, 2, 2, 1, 1), (4, 4, 1, 2, 1, 1)],
-}  # fmt: skip
+}
 WGMMA_CANDIDATES = {
     2: [(2, 2, 4, 2, 1, 1), (4, 1, 4, 2, 1, 1), (8, 1, 1, 4, 1, 1), (4, 1, 1, 4, 1, 2), (4, 1, 2, 2, 2, 1)],
     4: [
-        (2, 2, 4, 2, 1, 1), (4, 1, 2, 2, 1, 1), (1, 4, 4, 2, 1, 1), (8, 1, 1, 4, 1, 1), (8, 1, 1, 2, 2, 1), (4, 1, 1, 4, 1, 2),
-        (4, 1, 4, 2, 1, 1), (4, 2, 1, 4, 1, 2), (4, 2, 2, 2, 1, 1),
+        (2, 2, 4, 2, 1, 1),
+        (4, 1, 2, 2, 1, 1),
+        (1, 4, 4, 2, 1, 1),
+        (8, 1, 1, 4, 1, 1),
+        (8, 1, 1, 2, 2, 1),
+        (4, 1, 1, 4, 1, 2),
+        (4, 1, 4, 2, 1, 1),
+        (4, 2, 1, 4, 1, 2),
+        (4, 2, 2, 2, 1, 1),
     ],
     8: [
-        (1, 4, 4, 2, 1, 1), (2, 4, 2, 2, 1, 1), (2, 2, 2, 2, 1, 1), (8, 1, 1, 4, 1, 1), (8, 1, 1, 2, 2, 1), (4, 1, 1, 4, 1, 2),
-        (4, 2, 1, 4, 1, 1), (4, 2, 2, 2, 1, 1), (2, 2, 4, 2, 1, 1), (4, 1, 2, 2, 1, 1), (2, 2, 1, 4, 1, 2),
+        (1, 4, 4, 2, 1, 1),
+        (2, 4, 2, 2, 1, 1),
+        (2, 2, 2, 2, 1, 1),
+        (8, 1, 1, 4, 1, 1),
+        (8, 1, 1, 2, 2, 1),
+        (4, 1, 1, 4, 1, 2),
+        (4, 2, 1, 4, 1, 1),
+        (4, 2, 2, 2, 1, 1),
+        (2, 2, 4, 2, 1, 1),
+        (4, 1, 2, 2, 1, 1),
+        (2, 2, 1, 4, 1, 2),
     ],
-}  # fmt: skip
+}
 # With tiles of 8 tokens in front: for more than ``TOKENS``.
 MANY_CANDIDATES = [
-    (16, 4, 2, 1, 2, 1, 1), (16, 4, 2, 1, 1, 1, 1), (16, 2, 4, 1, 2, 1, 1), (16, 2, 4, 1, 4, 1, 1), (32, 2, 4, 1, 1, 1, 1),
+    (16, 4, 2, 1, 2, 1, 1),
+    (16, 4, 2, 1, 1, 1, 1),
+    (16, 2, 4, 1, 2, 1, 1),
+    (16, 2, 4, 1, 4, 1, 1),
+    (32, 2, 4, 1, 1, 1, 1),
     (32, 2, 4, 1, 2, 1, 1),
-]  # fmt: skip
+]
 _MOST_STAGES = 6
 
 
@@ -59,9 +108,17 @@ def variants(problem: Problem, device: Device, *, candidates: bool) -> list[Vari
         token_tiles, row_warps, tile_warps, k_warps, units, panel, blocks = shape
         for stages in range(_MOST_STAGES, 1, -1):
             variant = Variant(
-                token_tiles=token_tiles, row_warps=row_warps, tile_warps=tile_warps, k_warps=k_warps, units=units,
-                stages=stages, panel=panel, blocks=blocks, wgmma=wgmma, many=problem.tokens > TOKENS,
-            )  # fmt: skip
+                token_tiles=token_tiles,
+                row_warps=row_warps,
+                tile_warps=tile_warps,
+                k_warps=k_warps,
+                units=units,
+                stages=stages,
+                panel=panel,
+                blocks=blocks,
+                wgmma=wgmma,
+                many=problem.tokens > TOKENS,
+            )
             if blocks * (variant.shared_bytes(problem) + 1024) <= device.shared_bytes:
                 found.append(variant)
                 break

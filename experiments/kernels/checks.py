@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from matquant.formats.nested import NestedWeight, Slicing, WeightFormat, planes_read
+from matquant.formats.planes import NestedPlanes
 from matquant.inference import ops
-from matquant.inference.planes import NestedPlanes
-from matquant.inference.problem import Problem
-from matquant.inference.variants import TOKENS
-from matquant.nested import NestedWeight, Slicing, planes_read
+from matquant.inference.gemm_shape import Problem
+from matquant.inference.tile_configs import TOKENS
 
 
 def activations(tokens: int, depth: int, dtype: torch.dtype) -> Tensor:
@@ -38,9 +38,19 @@ class Check:
 
     def problem(self) -> Problem:
         return Problem(
-            tokens=self.tokens, rows=self.rows, depth=self.depth, bits=self.bits, group_size=self.group, zeros=self.zeros,
-            dtype=self.dtype, scale_dtype=self.dtype, slicing=self.slicing, offset=8.0,
-        )  # fmt: skip
+            tokens=self.tokens,
+            rows=self.rows,
+            depth=self.depth,
+            bits=self.bits,
+            dtype=self.dtype,
+            format=WeightFormat(
+                group_size=self.group,
+                slicing=self.slicing,
+                zero_point_offset=8.0,
+                scale_dtype=self.dtype,
+                has_zero_points=self.zeros,
+            ),
+        )
 
     def error(self) -> float:
         """As a multiple of what rounding the exact result makes, or for more than ``TOKENS`` a dense matrix.
@@ -53,16 +63,21 @@ class Check:
             codes=torch.randint(0, 256, (self.rows, self.depth), dtype=torch.uint8, device="cuda"),
             scales=((torch.rand(shape, device="cuda") * 0.02 + 0.001) * sign).to(self.dtype),
             zeros=torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda") if self.zeros else None,
-            master_bits=8,
-            slicing=self.slicing,
-            offset=8.0,
+            format=WeightFormat(
+                master_bits=8,
+                slicing=self.slicing,
+                zero_point_offset=8.0,
+                group_size=self.group,
+                has_zero_points=self.zeros,
+                scale_dtype=self.dtype,
+            ),
         )
         packed = NestedPlanes.pack(weight)
         packed.planes[planes_read(self.bits, 8, self.slicing) :] = -1
         x, bias = activations(self.tokens, self.depth, self.dtype), torch.randn(self.rows, device="cuda").to(self.dtype)
         # float32 holds every decoded weight to 2^-24, far below what is allowed.
         exact, by_dense = (
-            x.double() @ weight.decode(self.bits, dtype).double().T + bias.double()
+            x.double() @ weight.dequantize(self.bits, dtype).double().T + bias.double()
             for dtype in (torch.float32, self.dtype)
         )
         best = (by_dense if self.tokens > TOKENS else exact).to(self.dtype)

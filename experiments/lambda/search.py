@@ -24,7 +24,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from matquant.report import load
-from matquant.report.files import write_atomic
+from matquant.report.output_files import write_atomic
 from matquant.report.summary import summarize
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,8 +38,15 @@ def objective(trial: optuna.Trial, folder: Path, overrides: list[str], threads: 
     weights |= {bits: trial.suggest_float(f"weight_{bits}", 0.1, 10.0 ** (bits / 2), log=True) for bits in WIDTHS[1:]}
     given = ",".join(f"{bits}:{weight:.4g}" for bits, weight in weights.items())
     where = folder / "jobs" / str(trial.number)
-    command = [sys.executable, str(ROOT / "run.py"), f"++objective.weights={{{given}}}", "objective.name=optuna",
-               f"hydra.run.dir={where}", f"tracking.group={folder.name}", *overrides]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        f"++objective.weights={{{given}}}",
+        "objective.name=optuna",
+        f"hydra.run.dir={where}",
+        f"tracking.group={folder.name}",
+        *overrides,
+    ]
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=environment, check=False)
     if done.returncode:
@@ -67,10 +74,15 @@ def open_study(folder: Path, seed: int) -> tuple[optuna.Study, int]:
 def record(study: optuna.Study, path: Path, about: dict[str, object]) -> None:
     """Write down every trial."""
     trials = [
-        {"number": trial.number, "state": trial.state.name.lower(), "value": trial.value, "weights": trial.params,
-         "sampler": trial.user_attrs}
+        {
+            "number": trial.number,
+            "state": trial.state.name.lower(),
+            "value": trial.value,
+            "weights": trial.params,
+            "sampler": trial.user_attrs,
+        }
         for trial in study.trials
-    ]  # fmt: skip
+    ]
     write_atomic(path, json.dumps(about | {"trials": trials}, indent=1) + "\n")
 
 
@@ -99,9 +111,13 @@ def main() -> int:
 
     done = sum(trial.state == TrialState.COMPLETE for trial in study.trials)
     study.optimize(
-        run, n_trials=max(arguments.trials - done, 0), n_jobs=arguments.jobs, timeout=arguments.seconds,
-        catch=(RuntimeError,), callbacks=[lambda study, _: record(study, output, about)],
-    )  # fmt: skip
+        run,
+        n_trials=max(arguments.trials - done, 0),
+        n_jobs=arguments.jobs,
+        timeout=arguments.seconds,
+        catch=(RuntimeError,),
+        callbacks=[lambda study, _: record(study, output, about)],
+    )
     record(study, output, about)  # of trials that ended together, one may have written over another
     summarize(folder)
     failed = [trial.number for trial in study.trials if trial.state == TrialState.FAIL]

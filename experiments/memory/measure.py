@@ -31,10 +31,18 @@ from matquant import machine  # noqa: E402  (so that all imports of this project
 def run(model: Path, work: Path, stage: str, overrides: list[str], seconds: float) -> dict:
     """The results of one stage, run as a process of its own; raises subprocess.TimeoutExpired after so many seconds."""
     command = [
-        sys.executable, str(ROOT / "run.py"), f"model.path={model}", f"stages=[{stage}]", "tracking=none",
-        f"store.path={work}/store", f"hydra.run.dir={work}/run", "runtime.device=cpu", "calibration.sequences=32",
-        "eval.datasets.stdlib.sequences=8", *overrides,
-    ]  # fmt: skip
+        sys.executable,
+        str(ROOT / "run.py"),
+        f"model.path={model}",
+        f"stages=[{stage}]",
+        "tracking=none",
+        f"store.path={work}/store",
+        f"hydra.run.dir={work}/run",
+        "runtime.device=cpu",
+        "calibration.sequences=32",
+        "eval.datasets.stdlib.sequences=8",
+        *overrides,
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=max(seconds, 1))
     return json.loads((work / "run" / "results.json").read_text())
 
@@ -44,9 +52,12 @@ def line(blocks: int, stage: str, results: dict) -> dict:
     found = results["resources"]
     planned = found["plan"]["host_peak"] if found["plan"] else None
     return {
-        "blocks": blocks, "stage": stage, "planned": planned, "measured": found["host_peak"],
+        "blocks": blocks,
+        "stage": stage,
+        "planned": planned,
+        "measured": found["host_peak"],
         "seconds": results["seconds"][stage],
-    }  # fmt: skip
+    }
 
 
 def shown(row: dict) -> str:
@@ -65,9 +76,14 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     end = time.monotonic() + arguments.seconds
     about = {
-        "overrides": overrides, "width": arguments.width, "vocabulary": arguments.vocabulary, "cores": machine.cores(),
-        "python": platform.python_version(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+        "overrides": overrides,
+        "width": arguments.width,
+        "vocabulary": arguments.vocabulary,
+        "cores": machine.cores(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
     rows: list[dict] = []
     print("| blocks | stage | planned, MB | measured, MB | seconds |\n|---|---|---|---|---|")
     for blocks in map(int, arguments.blocks.split(",")):

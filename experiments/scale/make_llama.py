@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig
 
 from matquant import machine
-from matquant.home import home
+from matquant.paths import resource_root
 
 INDEX = "model.safetensors.index.json"
 AT_ONCE = 8  # shards, each of at most 1 GB
@@ -28,11 +28,21 @@ AT_ONCE = 8  # shards, each of at most 1 GB
 def shape(blocks: int, width: float, vocabulary: int) -> LlamaConfig:
     """The config of Llama 3.1 8B with so many blocks, its widths times ``width``."""
     return LlamaConfig(
-        hidden_size=int(4096 * width), intermediate_size=int(14336 * width), num_hidden_layers=blocks,
-        num_attention_heads=32, num_key_value_heads=8, vocab_size=vocabulary, max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, rms_norm_eps=1e-5, tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"], dtype="bfloat16", bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        hidden_size=int(4096 * width),
+        intermediate_size=int(14336 * width),
+        num_hidden_layers=blocks,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=vocabulary,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+        bos_token_id=0,
+        eos_token_id=0,
+    )
 
 
 def shard(config: LlamaConfig, number: int, seed: int, device: str) -> dict[str, Tensor]:
@@ -49,8 +59,14 @@ def shard(config: LlamaConfig, number: int, seed: int, device: str) -> dict[str,
         return {"model.embed_tokens.weight": matrix(config.vocab_size, hidden, 1.0)}
     if number > config.num_hidden_layers:
         return {"model.norm.weight": ones, "lm_head.weight": matrix(config.vocab_size, hidden, hidden**-0.5)}
-    rows = {"self_attn.q_proj": hidden, "self_attn.k_proj": keys, "self_attn.v_proj": keys, "self_attn.o_proj": hidden,
-            "mlp.gate_proj": inner, "mlp.up_proj": inner}  # fmt: skip
+    rows = {
+        "self_attn.q_proj": hidden,
+        "self_attn.k_proj": keys,
+        "self_attn.v_proj": keys,
+        "self_attn.o_proj": hidden,
+        "mlp.gate_proj": inner,
+        "mlp.up_proj": inner,
+    }
     block = {f"{name}.weight": matrix(count, hidden, hidden**-0.5) for name, count in rows.items()}
     block |= {"mlp.down_proj.weight": matrix(hidden, inner, inner**-0.5)}
     block |= {f"{name}.weight": ones.clone() for name in ("input_layernorm", "post_attention_layernorm")}
@@ -62,7 +78,7 @@ def make(folder: Path, blocks: int, width: float, vocabulary: int, seed: int = 0
     folder.mkdir(parents=True, exist_ok=True)
     config = shape(blocks, width, vocabulary)
     config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(home() / "experiments" / "tiny" / "model").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(resource_root() / "experiments" / "tiny" / "model").save_pretrained(folder)
     files: dict[str, str] = {}
 
     def write(number: int) -> int:

@@ -32,11 +32,11 @@ from torch import Tensor
 from matquant import cli, machine, plan
 from matquant.calibration.hessian import PANEL
 from matquant.config import Config, from_hydra
-from matquant.models.activations import Place, choose_place
+from matquant.models.activation_cache import OffloadTarget, choose_offload_target
 from matquant.models.blocks import BlockModel
-from matquant.models.load import LoadedModel, open_model
-from matquant.models.probing import check
-from matquant.models.shapes import measure
+from matquant.models.loading import LoadedModel, open_model
+from matquant.models.model_sizes import measure
+from matquant.models.tracing import check
 from matquant.options import solver_options
 from matquant.quantize.driver import CalibrationOptions, Driver, layers_to_quantize
 from matquant.store import Store
@@ -105,7 +105,7 @@ class Record:
 def configure(folder: Path, overrides: list[str]) -> Config:
     """The config of a job on the model in ``folder``."""
     cli.register()
-    with initialize_config_dir(str(cli.home() / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(cli.resource_root() / "conf"), version_base="1.3"):
         return from_hydra(compose("config", [f"model.path={folder}", *DEFAULTS, *overrides]))
 
 
@@ -177,10 +177,10 @@ def limits(config: Config, blocks: BlockModel, device: torch.device, dtype: torc
     return counted | measured | {"floor": {phase: round(seconds, 2) for phase, seconds in floor.items()}}
 
 
-def place_of(asked: str, needed: int, device: torch.device, scratch: Path) -> Place:
+def place_of(asked: str, needed: int, device: torch.device, scratch: Path) -> OffloadTarget:
     """Where hidden states wait."""
     if asked == "auto":
-        return choose_place(needed, device, scratch)
+        return choose_offload_target(needed, device, scratch)
     return scratch if asked == "file" else torch.device(asked)
 
 
@@ -202,9 +202,14 @@ def quantize(config: Config, loaded: LoadedModel, blocks: BlockModel, record: Re
     place = place_of(arguments.place, needed, device, arguments.folder / "scratch")
     record.found["place"] = "file" if isinstance(place, Path) else str(place)
     job = plan.Calibrating(
-        tokens=windows.numel(), batch=text.batch_size * text.sequence_length, streams=len(method.streams),
-        widths=len(options.widths), asymmetric=method.asymmetric, staged=method.staged, group_size=options.group_size,
-    )  # fmt: skip
+        tokens=windows.numel(),
+        batch=text.batch_size * text.sequence_length,
+        streams=len(method.streams),
+        widths=len(options.widths),
+        asymmetric=method.asymmetric,
+        staged=method.staged,
+        group_size=options.group_size,
+    )
     on_gpu = device.type == "cuda"
     need = plan.quantizing(
         measure(blocks, layers, loaded.dtype, dtype), job, on_gpu=on_gpu, solver_on_gpu=on_gpu, place=place
@@ -217,12 +222,17 @@ def quantize(config: Config, loaded: LoadedModel, blocks: BlockModel, record: Re
             raise Enough
 
     driver = Driver(
-        blocks, layers, options,
+        blocks,
+        layers,
+        options,
         CalibrationOptions(
             streams=method.streams, asymmetric=method.asymmetric, staged=method.staged, batch_size=text.batch_size
         ),
-        device=device, dtype=dtype, place=place, finished=finished,
-    )  # fmt: skip
+        device=device,
+        dtype=dtype,
+        place=place,
+        finished=finished,
+    )
 
     def build(draft: Any) -> dict[str, Any]:
         return {"blocks": driver.run(draft, windows)}
@@ -249,12 +259,15 @@ def main() -> None:
     machine.give_back_memory()
     device = machine.device(config.runtime.device)
     about = {
-        "overrides": overrides, "date": datetime.date.today().isoformat(),
+        "overrides": overrides,
+        "date": datetime.date.today().isoformat(),
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
-        "cores": machine.cores(), "torch": torch.__version__, "python": platform.python_version(),
+        "cores": machine.cores(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
         "shape": {"blocks": arguments.blocks, "width": arguments.width, "vocabulary": arguments.vocabulary},
         "tokens": config.calibration.sequences * config.calibration.sequence_length,
-    }  # fmt: skip
+    }
     record = Record(arguments.out, device, about)
     if not (model / INDEX).is_file():
         sizes = (arguments.blocks, arguments.width, arguments.vocabulary)

@@ -54,9 +54,13 @@ def run(processes: int, overrides: list[str]) -> dict[str, Any]:
     kl = {str(entry["bits"]): entry["kl"]["stdlib"] for entry in results["slices"]}
     stages = {stage: results["seconds"][stage] for stage in ("load", "quantize", "evaluate")}
     return {
-        "processes": processes, "seconds": seconds, "stages": stages, "busiest": max(found.values()), "kl": kl,
+        "processes": processes,
+        "seconds": seconds,
+        "stages": stages,
+        "busiest": max(found.values()),
+        "kl": kl,
         "parent": results["parent"]["sha256"],
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -67,10 +71,13 @@ def main() -> None:
     ratios = {what: two[what] / one[what] for what in ("seconds", "busiest")}
     ratios |= {stage: two["stages"][stage] / one["stages"][stage] for stage in ("quantize", "evaluate")}
     record = {
-        "date": datetime.date.today().isoformat(), "overrides": overrides, "runs": [one, two], "ratios": ratios,
+        "date": datetime.date.today().isoformat(),
+        "overrides": overrides,
+        "runs": [one, two],
+        "ratios": ratios,
         "largest difference of KL": max(abs(two["kl"][b] / one["kl"][b] - 1) for b in one["kl"]),
         "same parent": one["parent"] == two["parent"],
-    }  # fmt: skip
+    }
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
 

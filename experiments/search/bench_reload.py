@@ -26,12 +26,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, str(Path(__file__).parent))
 from compare import Bench
 
+from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.models.blocks import BlockModel
-from matquant.nested import NestedWeight
+from matquant.search.allocation_problem import Budget, Layer, exact, make_problem
 from matquant.search.evaluator import open_evaluator
+from matquant.search.layer_forwards import DecodedSlices, PlaneSlices
 from matquant.search.mutation import breed, switch_levels
-from matquant.search.problem import Budget, Layer, exact, make_problem
-from matquant.search.slices import DecodedSlices, PlaneSlices
 
 HERE = Path(__file__).parent
 WIDTHS = (2, 3, 4, 6, 8)  # those that MatGPTQ's search chooses from
@@ -55,9 +55,15 @@ def random_8b(blocks: int, device: torch.device) -> tuple[BlockModel, dict[str, 
     """Some blocks of the shape of Llama-3-8B with random weights, rounded to nearest; and random text."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=blocks,
-        vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_hidden_layers=blocks,
+        vocab_size=32000,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
     with torch.device(device):
         torch.set_default_dtype(torch.float16)
         model = BlockModel(AutoModelForCausalLM.from_config(config).eval().requires_grad_(False))
@@ -72,7 +78,12 @@ def rounded(weight: torch.Tensor) -> NestedWeight:
     groups = weight.float().view(rows, columns // GROUP_SIZE, GROUP_SIZE)
     scales = (groups.abs().amax(-1) / 127).half()
     codes = (groups / scales.float()[..., None] + 127.5).round().clamp(0, 255).to(torch.uint8).view(rows, columns)
-    return NestedWeight(codes=codes, scales=scales, zeros=None, master_bits=8, slicing="msb")
+    return NestedWeight(
+        codes=codes,
+        scales=scales,
+        zeros=None,
+        format=WeightFormat(master_bits=8, slicing="msb", group_size=GROUP_SIZE, scale_dtype=scales.dtype),
+    )
 
 
 class Reloading:
@@ -86,7 +97,7 @@ class Reloading:
         """The files that these candidates need, which are in the system's cache then."""
         for name, bits in {pair for widths in candidates for pair in widths.items()}:
             if not self._file(name, bits).exists():
-                save_file({"weight": self.codes[name].decode(bits, self.dtype)}, self._file(name, bits))
+                save_file({"weight": self.codes[name].dequantize(bits, self.dtype)}, self._file(name, bits))
                 load_file(self._file(name, bits))
 
     def measure(
@@ -173,9 +184,7 @@ def main() -> None:
             slow, expected = reloading.measure(widths[0], widths[1:], windows)
             row = {"tokens": count * length, "candidates": candidates, "reloading": slow}
             for name, slices in serving.items():
-                row[name], found = in_memory(
-                    blocks, problem, slices, children, windows, arguments.batch_tokens, device
-                )  # fmt: skip
+                row[name], found = in_memory(blocks, problem, slices, children, windows, arguments.batch_tokens, device)
                 worst = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
                 assert worst < (1e-3 if dtype == torch.float32 else 3e-2), worst
             rows.append(row)

@@ -29,16 +29,16 @@ from hydra import compose, initialize_config_dir
 from matquant import cli
 from matquant.config import Config, from_hydra
 from matquant.data import texts
-from matquant.home import home
+from matquant.formats.parent import Parent
 from matquant.models.blocks import BlockModel, compute_dtype
-from matquant.models.load import load
+from matquant.models.loading import load
+from matquant.paths import resource_root
 from matquant.pipeline import Job, compute
-from matquant.quantize.parent import Parent
+from matquant.search.config import SearchConfig
 from matquant.search.evaluator import open_evaluator
-from matquant.search.running import Setting
-from matquant.search.settings import SearchConfig
-from matquant.search.slices import DecodedSlices
+from matquant.search.layer_forwards import DecodedSlices
 from matquant.search.stage import problems, search
+from matquant.search.strategies import Setting
 from matquant.store import Artifact, Draft, Store
 from matquant.store.artifact import read_artifact
 
@@ -49,13 +49,15 @@ WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 TEXT = ("search.sequences=256", "search.batch_size=64", "search.serve=decoded")
 HYBRID = ("search=hybrid", "search.sensitivity_tokens=4096", "search.generations=20", "search.tokens=[2048,8192]")
 EVOLVE = (
-    "search=evolve", "search.generations=10000", "search.offspring=16", "search.survivors=[4,1]",
-    "search.tokens=[256,2048]", "search.initial_tokens=8192",
-)  # fmt: skip
+    "search=evolve",
+    "search.generations=10000",
+    "search.offspring=16",
+    "search.survivors=[4,1]",
+    "search.tokens=[256,2048]",
+    "search.initial_tokens=8192",
+)
 # As MatGPTQ publishes it, but for windows of 512 tokens, the shipped model's longest, and for the widths: as many tokens.
-PUBLISHED_TEXT = (
-    "search.sequences=256", "search.sequence_length=512", "search.batch_size=128", "search.serve=decoded",
-)  # fmt: skip
+PUBLISHED_TEXT = ("search.sequences=256", "search.sequence_length=512", "search.batch_size=128", "search.serve=decoded")
 PUBLISHED = ("search=evopress", "search.widths=[2,3,4,5,6,7,8]")
 # A tenth of the evaluations that those settings take.
 TENTH = ("search=hybrid", "search.sensitivity_tokens=16384", "search.generations=90", "search.tokens=[2048,16384]")
@@ -108,7 +110,7 @@ class WatchedStore(Store):
 
 def config_of(*overrides: str) -> Config:
     cli.register()
-    with initialize_config_dir(str(home() / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(resource_root() / "conf"), version_base="1.3"):
         return from_hydra(compose("config", list(overrides)))
 
 
@@ -158,8 +160,10 @@ class Bench:
         """KL on the evaluation split."""
         units = problems(
             config_of("search=hybrid", "search.average_bits=8").search,
-            Setting(blocks=self.blocks, parent=self.parent, windows=self.evaluation, device=self.device, dtype=self.dtype),
-        )[0].units  # fmt: skip
+            Setting(
+                blocks=self.blocks, parent=self.parent, windows=self.evaluation, device=self.device, dtype=self.dtype
+            ),
+        )[0].units
         codes = {n: w for i in range(len(self.parent.blocks)) for n, w in self.parent.block(i).items()}
         slices = DecodedSlices(codes, self.device, self.dtype, 4 * 10**9)
         with open_evaluator(

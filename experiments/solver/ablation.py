@@ -30,9 +30,7 @@ DEDICATED = {
     "GPTQ, searched scales, zero on the grid": ["method=gptq", "method.scale=search"],
     "GPTQ, searched scales, half-step grid": ["method=gptq", "method.scale=search", "method.slicing=msb"],
 }
-PLAIN = [
-    "method.streams=[]", "method.asymmetric=false", "method.staged=false", "method.offset=0", "method.sweeps=0",
-]  # fmt: skip
+PLAIN = ["method.streams=[]", "method.asymmetric=false", "method.staged=false", "method.offset=0", "method.sweeps=0"]
 NESTED = {
     "MatGPTQ v1": ["method=matgptq_v1"],
     "one target per width, min-max scales": [*PLAIN, "method.scale=minmax"],
@@ -98,7 +96,7 @@ def measure(task: tuple[Row, tuple[str, ...], str]) -> dict[str, Any]:
     cli.register()
     overrides = [*common, *row.overrides, f"calibration.seed={row.seed}"]
     fixed = [f"store.path={store}", "bits=[2,3,4,6,8]", "tracking=none", "runtime.threads=1", "runtime.progress=false"]
-    with initialize_config_dir(str(cli.home() / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(cli.resource_root() / "conf"), version_base="1.3"):
         config = from_hydra(compose("config", [*overrides, *fixed]))
     job = pipeline.Job(folder=Path(store), command="", name=row.name, group=None, resolved={})
     results = pipeline.compute(config, job)

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from matquant.ranks import Ranks
+from matquant.distributed import ProcessGroup
 
 # Columns of a panel of X^T X. Of that symmetric matrix only what is not left of its panel's first column is computed: with many
 # panels that is half of it. Narrower ones would leave matrix products too small for a GPU.
 PANEL = 2048
 
 
-class Moments:
+class HessianAccumulator:
     """Running H = 2 X_b^T X_b / n, and for asymmetric calibration C = 2 (X - X_b)^T X_b / n.
 
     X_b [n, columns] are the inputs that a quantized model gives, X those of the full-precision model for the same tokens.
@@ -38,26 +38,26 @@ class Moments:
             else:
                 _accumulate(self._cross, full.float() - inputs, inputs)
 
-    def merge(self, other: "Moments") -> None:
+    def merge(self, other: "HessianAccumulator") -> None:
         """Add what another one of the same kind has seen."""
         self._square += other._square
         self.tokens += other.tokens
         self._cross = None if self._cross is None or other._cross is None else self._cross + other._cross
 
-    def add_up(self, ranks: Ranks) -> None:
+    def add_up(self, process_group: ProcessGroup) -> None:
         """Make it what all processes have seen together."""
-        if ranks.count == 1:
+        if process_group.world_size == 1:
             return
         counts = torch.tensor([self.tokens, int(self._cross is None)])
-        ranks.add(counts)
+        process_group.all_reduce(counts)
         self.tokens = int(counts[0])
-        ranks.add(self._square)
+        process_group.all_reduce(self._square)
         if counts[1]:
             self._cross = None
         if self._cross is not None:
-            ranks.add(self._cross)
+            process_group.all_reduce(self._cross)
 
-    def fill(self, others: "Moments", tokens: int) -> None:
+    def fill(self, others: "HessianAccumulator", tokens: int) -> None:
         """Add as much of what others saw on average as makes ``tokens`` in all."""
         if self.tokens < tokens and others.tokens:
             self._square.add_(others._square, alpha=(tokens - self.tokens) / others.tokens)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from matquant.cuda.arguments import Frame, Signature
-from matquant.cuda.driver import Driver, nvrtc_compile, nvrtc_version
+from matquant.cuda.cuda_driver import Driver, nvrtc_compile, nvrtc_version
 from matquant.cuda.source import compile_options, cubin, read_source
 from matquant.errors import UserError
 

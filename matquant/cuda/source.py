@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matquant.errors import UserError
-from matquant.home import home
+from matquant.paths import resource_root
 
 CACHE_VARIABLE = "MATQUANT_CUDA_CACHE"
 STANDARD = "--std=c++17"
@@ -53,7 +53,7 @@ def read_source(name: str, folder: Path | None = None) -> Source:
     Raises:
         UserError: there is no such file.
     """
-    folder = home() / "kernels" if folder is None else folder
+    folder = resource_root() / "kernels" if folder is None else folder
     path = folder / name
     if not path.is_file():
         raise UserError(f"There is no CUDA source {name} in {folder}. Is the installation complete?")

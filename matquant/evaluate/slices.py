@@ -4,7 +4,7 @@ Only one block at a time is converted and on the device. The hidden states of ev
 blocks, so each block is loaded once for all of them.
 
 Lifecycle:
-  1. ``prepare_windows`` makes what enters block 0, once for all;
+  1. ``capture_block_inputs`` makes what enters block 0, once for all;
   2. block by block, each model's weights are lent to the block and its hidden states go through;
   3. batch by batch, the head gives each model's logits, which become sums and are dropped.
 """
@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from matquant.distributed import SINGLE_PROCESS, ProcessGroup
 from matquant.evaluate.metrics import Metrics, Totals, compare, likelihood
-from matquant.models.activations import Activations, Place
-from matquant.models.blocks import BlockModel, Prepared, compute_dtype
-from matquant.ranks import ALONE, Ranks
+from matquant.models.activation_cache import ActivationCache, OffloadTarget
+from matquant.models.blocks import BlockInputs, BlockModel, compute_dtype
 
 FULL = "full"
 
@@ -25,7 +25,7 @@ FULL = "full"
 LOGITS_AT_ONCE = 2**27
 
 WeightsOf = Callable[[int, str], Mapping[str, Tensor]]
-Hidden = dict[str, Activations]  # of each model
+Hidden = dict[str, ActivationCache]  # of each model
 
 
 def steps(blocks: BlockModel, windows: Tensor, variants: Sequence[str]) -> int:
@@ -41,8 +41,8 @@ def evaluate_slices(
     batch_size: int,
     device: torch.device | str,
     progress: Callable[[int], None] | None = None,
-    place: Place | None = None,
-    ranks: Ranks = ALONE,
+    place: OffloadTarget | None = None,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, Metrics]:
     """Perplexity, KL to the full-precision model and top-1 agreement of every variant.
 
@@ -58,7 +58,7 @@ def evaluate_slices(
         device: where blocks and head are computed.
         progress: called with the number of windows that went through a block or the head; ``steps`` of them in all.
         place: where hidden states wait between two blocks; ``device`` when None.
-        ranks: the processes that share the windows; each calls this with the same arguments and gets the same figures.
+        process_group: the processes that share the windows; each calls this with the same arguments and gets the same figures.
 
     Returns:
         For ``"full"`` and each variant. Every window predicts its tokens but the first.
@@ -72,10 +72,10 @@ def evaluate_slices(
     advance = progress or (lambda _: None)
     device = torch.device(device)
     dtype = compute_dtype(blocks.dtype, device)
-    windows = windows[ranks.share(len(windows))]
+    windows = windows[process_group.shard(len(windows))]
     # Not inference mode: what weights_of makes may be kept by its owner, and must stay an ordinary tensor.
     with torch.no_grad():
-        start = blocks.prepare_windows(windows, batch_size, device, dtype, place)
+        start = blocks.capture_block_inputs(windows, batch_size, device, dtype, place)
         hidden: Hidden = {FULL: start.hidden, **{name: start.hidden.clone() for name in variants}}
         for index in range(len(blocks)):
             with blocks.on_device(index, device, dtype):
@@ -86,23 +86,19 @@ def evaluate_slices(
         heads = {name: weights_of(len(blocks), name) for name in variants}
         with blocks.outside_on_device(device, dtype):
             totals = _score(blocks, windows, hidden, heads, batch_size, device, advance)
-    return {name: _added_up(total, ranks).metrics() for name, total in totals.items()}
+    return {name: _added_up(total, process_group).metrics() for name, total in totals.items()}
 
 
-def _added_up(totals: Totals, ranks: Ranks) -> Totals:
+def _added_up(totals: Totals, process_group: ProcessGroup) -> Totals:
     """The sums of all processes."""
     sums = torch.tensor([totals.nll, totals.kl, totals.agreeing, totals.tokens], dtype=torch.float64)
-    ranks.add(sums)
+    process_group.all_reduce(sums)
     nll, kl, agreeing, tokens = sums.tolist()
     return Totals(nll, kl, int(agreeing), int(tokens))
 
 
 def _through_block(
-    blocks: BlockModel,
-    index: int,
-    states: Activations,
-    start: Prepared,
-    advance: Callable[[int], None],
+    blocks: BlockModel, index: int, states: ActivationCache, start: BlockInputs, advance: Callable[[int], None]
 ) -> None:
     """Replaces hidden states [sequences, length, hidden] by what the block makes of them."""
     for rows, calls in zip(start.rows, start.calls, strict=True):

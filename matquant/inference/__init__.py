@@ -5,13 +5,13 @@
     set_bits(model, {"model.layers.0.mlp.down_proj": 4})
     set_bits(model, 2, prefill=8)                # many tokens at 8 bits, then one by one at 2
 
-``NestedPlanes`` is the weight of one layer as bit planes, ``NestedLinear`` the layer, ``linear`` and ``decode`` the operators
+``NestedPlanes`` is the weight of one layer as bit planes, ``NestedLinear`` the layer, ``linear`` and ``dequantize`` the operators
 of ``inference.ops`` for ``NestedPlanes``. A matmul at b bits reads the first b planes, the scales and nothing else.
 """
 
+from matquant.formats.planes import NestedPlanes
 from matquant.inference.linear import NestedLinear
-from matquant.inference.model import nested_layers, replace_linears, set_bits
-from matquant.inference.ops import decode, linear
-from matquant.inference.planes import NestedPlanes
+from matquant.inference.model_surgery import nested_layers, replace_linears, set_bits
+from matquant.inference.ops import dequantize, linear
 
-__all__ = ["NestedLinear", "NestedPlanes", "decode", "linear", "nested_layers", "replace_linears", "set_bits"]
+__all__ = ["NestedLinear", "NestedPlanes", "dequantize", "linear", "nested_layers", "replace_linears", "set_bits"]

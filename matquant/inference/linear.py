@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from matquant.errors import UserError
+from matquant.formats.nested import NestedWeight, WeightFormat
+from matquant.formats.planes import NestedPlanes, check_bits, group_count
+from matquant.formats.tile_layout import tiles
 from matquant.inference import ops  # noqa: F401 - defines torch.ops.matquant
-from matquant.inference.layout import tiles
-from matquant.inference.planes import NestedPlanes, check_bits, group_count
-from matquant.nested import NestedWeight, Slicing
 
 _FORMAT = 1  # of the extra state
 
@@ -25,8 +25,7 @@ class NestedLinear(nn.Module):
 
     Args:
         planes: how many planes are held; None for all ``master_bits``.
-        zero_points: whether each group has one; the weights are symmetric otherwise.
-        scale_dtype: float16, bfloat16 or float32; ``.half()`` and the like leave it as it is, as it carries the weights.
+        format: meaning of the codes. ``.half()`` and the like leave the dtype of the scales as it is.
         dtype: of the bias.
 
     Attributes:
@@ -49,27 +48,22 @@ class NestedLinear(nn.Module):
         in_features: int,
         out_features: int,
         *,
-        group_size: int,
+        format: WeightFormat,
         bias: bool = False,
-        master_bits: int = 8,
-        slicing: Slicing = "msb",
-        offset: float = 0.0,
         planes: int | None = None,
-        zero_points: bool = False,
-        scale_dtype: torch.dtype = torch.float16,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.group_size = in_features if group_size == -1 else group_size
-        self.master_bits, self.slicing, self.offset = master_bits, slicing, offset
-        count = master_bits if planes is None else planes
-        side = (group_count(in_features, self.group_size), tiles(out_features), 8, 4, 2)
+        self.format = format
+        count = format.master_bits if planes is None else planes
+        side = (group_count(in_features, format.group_size), tiles(out_features), 8, 4, 2)
         grid = (count, tiles(out_features), tiles(in_features), 32, 4)
         self.register_buffer("planes", torch.empty(grid, dtype=torch.int32, device=device))
-        self.register_buffer("scales", torch.empty(side, dtype=scale_dtype, device=device))
-        self.register_buffer("zeros", torch.empty(side, dtype=torch.uint8, device=device) if zero_points else None)
+        self.register_buffer("scales", torch.empty(side, dtype=format.scale_dtype, device=device))
+        zeros = torch.empty(side, dtype=torch.uint8, device=device) if format.has_zero_points else None
+        self.register_buffer("zeros", zeros)
         given = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if given is None else nn.Parameter(given, requires_grad=False)
         self.bits = self.nested().max_bits
@@ -93,14 +87,9 @@ class NestedLinear(nn.Module):
         layer = cls(
             weight.in_features,
             weight.out_features,
-            group_size=weight.group_size,
+            format=weight.format,
             bias=bias is not None,
-            master_bits=weight.master_bits,
-            slicing=weight.slicing,
-            offset=weight.offset,
             planes=weight.planes.shape[0],
-            zero_points=weight.zeros is not None,
-            scale_dtype=weight.scales.dtype,
             device="meta",
         )
         layer.planes, layer.scales, layer.zeros = weight.planes, weight.scales, weight.zeros
@@ -132,7 +121,7 @@ class NestedLinear(nn.Module):
 
     def check_bits(self, bits: int) -> None:
         """Raises UserError if the planes of that width are not there."""
-        check_bits(bits, self.planes.shape[0], self.master_bits, self.slicing)
+        check_bits(bits, self.planes.shape[0], self.format)
 
     @property
     def max_bits(self) -> int:
@@ -152,9 +141,8 @@ class NestedLinear(nn.Module):
             one_token = x.ndim < 2 or x.shape[-2] == 1
             bits = self.decode_bits if one_token else self.prefill_bits
         return torch.ops.matquant.nested_linear.default(
-            x, self.planes, self.scales, self.zeros, self.bias, bits, self.out_features, self.group_size,
-            self.master_bits, self.slicing, self.offset,
-        )  # fmt: skip
+            x, self.planes, self.scales, self.zeros, self.bias, bits, self.out_features, *self.format.op_args
+        )
 
     def nested(self) -> NestedPlanes:
         """What the layer holds; the tensors are shared."""
@@ -164,10 +152,7 @@ class NestedLinear(nn.Module):
             zeros=self.zeros,
             out_features=self.out_features,
             in_features=self.in_features,
-            group_size=self.group_size,
-            master_bits=self.master_bits,
-            slicing=self.slicing,
-            offset=self.offset,
+            format=self.format,
         )
 
     def bytes_read(self, bits: int | None = None) -> int:
@@ -175,19 +160,20 @@ class NestedLinear(nn.Module):
         return self.nested().bytes_read(self.decode_bits if bits is None else bits)
 
     def extra_repr(self) -> str:
-        kept = "" if self.max_bits == self.master_bits else f" of which {self.planes.shape[0]} planes are here"
+        kept = "" if self.max_bits == self.format.master_bits else f" of which {self.planes.shape[0]} planes are here"
         width = f"bits={self.decode_bits}"
         if self.prefill_bits != self.decode_bits:
             width += f", prefill_bits={self.prefill_bits}"
         return (
-            f"{self.in_features}, {self.out_features}, {width}, master_bits={self.master_bits}{kept}, "
-            f"slicing={self.slicing}, group_size={self.group_size}, bias={self.bias is not None}"
+            f"{self.in_features}, {self.out_features}, {width}, master_bits={self.format.master_bits}{kept}, "
+            f"slicing={self.format.slicing}, group_size={self.format.group_size}, bias={self.bias is not None}"
         )
 
     def get_extra_state(self) -> Tensor:
         """What the tensors mean, so that planes are never read in another sense: float64 [7]. The width is not among it."""
-        sizes = (self.out_features, self.in_features, self.group_size, self.master_bits)
-        return torch.tensor([_FORMAT, *sizes, self.slicing == "round", self.offset], dtype=torch.float64)
+        group_size, master_bits, slicing, offset = self.format.op_args
+        sizes = (self.out_features, self.in_features, group_size, master_bits)
+        return torch.tensor([_FORMAT, *sizes, slicing == "round", offset], dtype=torch.float64)
 
     def set_extra_state(self, state: Any) -> None:
         """Compare a state dict's meaning with this layer's. Raises UserError when they differ."""

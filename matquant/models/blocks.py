@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from matquant.errors import UserError
-from matquant.models.activations import Activations, Place
-from matquant.models.calls import Call, Calls, share_call, split_call
+from matquant.inference.experts import SourceView
+from matquant.models.activation_cache import ActivationCache, OffloadTarget
+from matquant.models.block_kwargs import BlockKwargs, BlockKwargsList, share_tensors, split_block_args
 from matquant.models.checkpoint import Checkpoint
-from matquant.models.experts import Origin
-from matquant.models.finding import find_blocks, make_linear
-from matquant.models.lending import named_tensors, replaced_forwards, substituted
-from matquant.models.values import Values
+from matquant.models.discovery import find_blocks, make_linear
+from matquant.models.materializer import WeightMaterializer
+from matquant.models.tensor_swap import named_tensors, patched_forwards, swapped_tensors
 
 # Long enough that every expert of a small mixture has a chance to be called, short enough to cost nothing.
 _PROBE_TOKENS = 32
@@ -33,7 +33,7 @@ def compute_dtype(stored: torch.dtype, device: torch.device | str) -> torch.dtyp
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class BlockInputs:
     """Every batch of some windows on its way into block 0.
 
     Attributes:
@@ -42,9 +42,9 @@ class Prepared:
         calls: of each batch; tensors that are equal in several batches are held once.
     """
 
-    hidden: Activations
+    hidden: ActivationCache
     rows: list[slice]
-    calls: list[Calls]
+    calls: list[BlockKwargsList]
 
 
 class BlockModel:
@@ -67,15 +67,15 @@ class BlockModel:
         self.name, blocks = find_blocks(model)
         self.blocks: list[nn.Module] = list(blocks)
         self.block_names: list[str] = [f"{self.name}.{i}" for i in range(len(self.blocks))]
-        self.origins: dict[str, Origin] = {}  # of weights with a new name or shape, by full name
+        self.origins: dict[str, SourceView] = {}  # of weights with a new name or shape, by full name
         for block, name in zip(self.blocks, self.block_names, strict=True):
             self.origins |= make_linear(block, name)
         linear = next(m for m in self.blocks[0].modules() if isinstance(m, nn.Linear))
         self.dtype: torch.dtype = linear.weight.dtype
-        self._values = Values(checkpoint, self.origins, self.dtype)
+        self._values = WeightMaterializer(checkpoint, self.origins, self.dtype)
         # Of the tuple that a block returns; 0 when it returns a tensor, None before it is known.
         self._output_length: int | None = None
-        self._probes: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Calls]] = {}
+        self._probes: dict[tuple[torch.device, torch.dtype], tuple[Tensor, BlockKwargsList]] = {}
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -96,7 +96,7 @@ class BlockModel:
         prefix = self.block_names[index]
         return {f"{prefix}.{n}": m for n, m in self.blocks[index].named_modules() if isinstance(m, nn.Linear)}
 
-    def expert_pools(self, index: int) -> dict[str, str]:
+    def expert_groups(self, index: int) -> dict[str, str]:
         """For each layer of a block that belongs to one of several experts, the name of all that do the same there.
 
         Such as ``model.layers.0.mlp.experts.*.down_proj`` for ``model.layers.0.mlp.experts.3.down_proj``.
@@ -112,7 +112,7 @@ class BlockModel:
     # Running
 
     @torch.no_grad()
-    def prepare(self, input_ids: Tensor, like: Calls | None = None) -> tuple[Tensor, Calls]:
+    def prepare(self, input_ids: Tensor, like: BlockKwargsList | None = None) -> tuple[Tensor, BlockKwargsList]:
         """What enters block 0, and what each block is called with; no block and no head is computed.
 
         Args:
@@ -130,41 +130,41 @@ class BlockModel:
         if like is None:
             return entering, calls
         memo: dict[tuple[int, int], Any] = {}
-        return entering, [share_call(new, old, memo) for new, old in zip(calls, like, strict=True)]
+        return entering, [share_tensors(new, old, memo) for new, old in zip(calls, like, strict=True)]
 
-    def prepare_windows(
+    def capture_block_inputs(
         self,
         windows: Tensor,
         batch_size: int,
         device: torch.device | str,
         dtype: torch.dtype,
-        place: Place | None = None,
-    ) -> Prepared:
+        place: OffloadTarget | None = None,
+    ) -> BlockInputs:
         """``prepare`` for all windows, batch by batch, with the embeddings on ``device`` in ``dtype`` meanwhile.
 
         Args:
             windows: int64 [sequences, length].
-            place: where the hidden states stay; ``device`` when None. Calls are on ``device``.
+            place: where the hidden states stay; ``device`` when None. BlockKwargsList are on ``device``.
         """
         rows = [slice(i, min(i + batch_size, len(windows))) for i in range(0, len(windows), batch_size)]
-        calls: list[Calls] = []
-        hidden: Activations | None = None
+        calls: list[BlockKwargsList] = []
+        hidden: ActivationCache | None = None
         with self.entry_on_device(device, dtype):
             for batch in rows:
                 ids = windows[batch].to(device)
-                # Calls of the first batch serve all others but a smaller last one.
+                # BlockKwargsList of the first batch serve all others but a smaller last one.
                 entering, recorded = self.prepare(ids, calls[0] if calls else None)
                 if hidden is None:
                     shape = (*windows.shape, entering.shape[-1])
-                    hidden = Activations(shape, entering.dtype, place or torch.device(device), torch.device(device))
+                    hidden = ActivationCache(shape, entering.dtype, place or torch.device(device), torch.device(device))
                 hidden[batch] = entering
                 calls.append(recorded)
         if hidden is None:
             raise ValueError("there are no windows")
-        return Prepared(hidden, rows, calls)
+        return BlockInputs(hidden, rows, calls)
 
     @torch.no_grad()
-    def run_block(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+    def run_block(self, index: int, hidden: Tensor, call: BlockKwargs) -> Tensor:
         """What block ``index`` makes of hidden states [batch, length, hidden]; the same shape and dtype."""
         args, kwargs = call.fill(hidden)
         return first(self.blocks[index](*args, **kwargs))
@@ -175,13 +175,13 @@ class BlockModel:
         last = self.blocks[-1]
 
         def passing(block: nn.Module) -> Callable[..., Any]:
-            return lambda *args, **kwargs: self._output(hidden if block is last else split_call(args, kwargs)[0])
+            return lambda *args, **kwargs: self._output(hidden if block is last else split_block_args(args, kwargs)[0])
 
         self._learn_output(input_ids)
-        with replaced_forwards(self.blocks, [passing(block) for block in self.blocks]):
+        with patched_forwards(self.blocks, [passing(block) for block in self.blocks]):
             return self.model(input_ids=input_ids, use_cache=False, return_dict=True).logits
 
-    def probe(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Calls]:
+    def probe(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, BlockKwargsList]:
         """``prepare`` of a few tokens, done once for a device and dtype."""
         if (device, dtype) not in self._probes:
             with self.entry_on_device(device, dtype):
@@ -242,7 +242,7 @@ class BlockModel:
         for name, tensor in named_tensors(self.model):
             if tensor is without and tensor.is_meta:
                 empty[name] = torch.zeros((), device=device, dtype=dtype).expand(tensor.shape)
-        with substituted(self.model, empty), self._values.converted(self.model, "", wanted, device, dtype):
+        with swapped_tensors(self.model, empty), self._values.converted(self.model, "", wanted, device, dtype):
             yield
 
     def _embedding(self) -> Tensor:
@@ -272,21 +272,21 @@ class BlockModel:
             if weight.shape != own.shape:
                 raise ValueError(f"{name} needs a weight of shape {tuple(own.shape)}, got {tuple(weight.shape)}")
             tensors[f"{name[prefix:]}.weight"] = weight.to(own.device, own.dtype)
-        with substituted(owner, tensors):
+        with swapped_tensors(owner, tensors):
             yield
 
     # The model's own forward, with other blocks
 
-    def _record(self, input_ids: Tensor, count: int) -> tuple[Tensor, Calls]:
+    def _record(self, input_ids: Tensor, count: int) -> tuple[Tensor, BlockKwargsList]:
         """What enters block 0, and the calls of the first ``count`` blocks; the forward pass ends there."""
         entering: list[Tensor] = []
-        calls: Calls = []
+        calls: BlockKwargsList = []
 
         def recorder(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if index != len(calls):
                     raise UserError(self.out_of_order(f"block {index} was called as number {len(calls)}"))
-                hidden, call = split_call(args, kwargs)
+                hidden, call = split_block_args(args, kwargs)
                 if index == 0:
                     entering.append(hidden)
                 calls.append(call)
@@ -298,7 +298,7 @@ class BlockModel:
 
         if count > 1:
             self._learn_output(input_ids)
-        with replaced_forwards(self.blocks, [recorder(i) for i in range(len(self.blocks))]):
+        with patched_forwards(self.blocks, [recorder(i) for i in range(len(self.blocks))]):
             try:
                 self.model(input_ids=input_ids, use_cache=False)
             except Stop:

@@ -9,7 +9,6 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,48 +25,15 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from matquant.errors import UserError
-from matquant.models.lending import named_tensors
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+from matquant.formats.safetensors_headers import DTYPES, StoredTensor
+from matquant.models.tensor_swap import named_tensors
 
 # Tied tensors that a checkpoint holds twice are compared in pieces of so many numbers.
 _COMPARED_AT_ONCE = 2**24
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor in a safetensors file: its file, shape, and dtype as the file's header names it."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def read_headers(folder: Path, files: Iterable[str]) -> dict[str, Stored]:
-    """What the named files hold, by the tensors' names.
-
-    Raises:
-        UserError: a file is damaged.
-    """
-    found = {}
-    for name in files:
-        file = folder / name
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118  (not a dict)
-                    part = tensors.get_slice(key)
-                    found[key] = Stored(file, tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"The weight file {file} is damaged ({error}). Copy or download it again.") from error
-    return found
-
-
 def build_skeleton(
-    config: Any, stored: Mapping[str, Stored], dtype: torch.dtype, trust_remote_code: bool
+    config: Any, stored: Mapping[str, StoredTensor], dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[Any, dict[str, Any]]:
     """A model without weights: its parameters are on the meta device, in the dtypes that loading would give them.
 
@@ -80,9 +46,14 @@ def build_skeleton(
         key: torch.empty(s.shape, dtype=DTYPES.get(s.dtype, torch.uint8), device="meta") for key, s in stored.items()
     }
     model, info = kind.from_pretrained(
-        None, config=config, state_dict=headers, dtype=dtype, device_map={"": "meta"}, output_loading_info=True,
+        None,
+        config=config,
+        state_dict=headers,
+        dtype=dtype,
+        device_map={"": "meta"},
+        output_loading_info=True,
         ignore_mismatched_sizes=True,  # the caller reports them by name
-    )  # fmt: skip
+    )
     return model.eval().requires_grad_(False), info
 
 
@@ -94,7 +65,7 @@ class Checkpoint:
         stored: from ``read_headers``.
     """
 
-    def __init__(self, skeleton: Any, stored: Mapping[str, Stored]) -> None:
+    def __init__(self, skeleton: Any, stored: Mapping[str, StoredTensor]) -> None:
         self._stored = stored
         self._rules = list(getattr(skeleton, "_weight_conversions", None) or [])
         self._skeleton = copy.deepcopy(skeleton)

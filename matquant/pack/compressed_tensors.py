@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matquant.pack.formats import Format, group_size
-from matquant.pack.grids import Grid, IntegerWeight, pack_bits
-from matquant.pack.source import Source
-from matquant.pack.spec import LayerSpec, TensorSpec
+from matquant.formats.packed import LayerSpec, TensorSpec
+from matquant.pack.export_format import Format, group_size
+from matquant.pack.integer_grid import Grid, IntegerWeight, pack_bits
+from matquant.pack.pack_input import Source
 
 _WORD = 32
 
@@ -27,10 +27,10 @@ class CompressedTensors(Format):
 
     def tensors(self, layer: LayerSpec, grid: Grid) -> dict[str, TensorSpec]:
         rows, columns = layer.out_features, layer.in_features
-        groups = columns // layer.group_size
+        groups = columns // layer.format.group_size
         found = {
             "weight_packed": TensorSpec((rows, _words(columns, grid.bits)), torch.int32),
-            "weight_scale": TensorSpec((rows, groups), layer.scale_dtype),
+            "weight_scale": TensorSpec((rows, groups), layer.format.scale_dtype),
             "weight_shape": TensorSpec((2,), torch.int64),
         }
         if not grid.symmetric:
@@ -56,9 +56,13 @@ class CompressedTensors(Format):
             for index, (kind, names) in enumerate(kinds.items())
         }
         return {
-            "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-            "config_groups": groups, "ignore": list(source.unconverted), "kv_cache_scheme": None,
-        }  # fmt: skip
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": list(source.unconverted),
+            "kv_cache_scheme": None,
+        }
 
 
 def _scheme(bits: int, symmetric: bool, size: int, targets: list[str]) -> dict[str, Any]:

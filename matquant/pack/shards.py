@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from matquant.models.checkpoint import DTYPES
-from matquant.pack.spec import TensorSpec
+from matquant.formats.packed import TensorSpec
+from matquant.formats.safetensors_headers import DTYPES
 from matquant.store.files import Record, explained, pretty_json
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}

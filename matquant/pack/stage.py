@@ -13,15 +13,15 @@ from typing import Any, Protocol
 
 from matquant.config import MethodConfig
 from matquant.errors import UserError
-from matquant.evaluate.variants import Variant
+from matquant.formats import allocation
+from matquant.formats.packed import STOCK_INDEX
+from matquant.formats.slice_spec import SliceSpec
 from matquant.models.blocks import BlockModel
-from matquant.models.load import LoadedModel
-from matquant.pack import card, companions, nested, published_writer, stock
-from matquant.pack.formats import Format
-from matquant.pack.settings import PackConfig, check_widths
-from matquant.pack.source import Source
-from matquant.pack.spec import STOCK_INDEX
-from matquant.search import allocation
+from matquant.models.loading import LoadedModel
+from matquant.pack import aux_files, export, matgptq_writer, model_card, nested_writer
+from matquant.pack.config import PackConfig, check_widths
+from matquant.pack.export_format import Format
+from matquant.pack.pack_input import Source
 from matquant.store.files import delete, explained, size_of
 
 _GIGABYTE = 10**9
@@ -76,10 +76,15 @@ class Writer(Protocol):
 
 
 def _write_nested(order: Order) -> Written:
-    spec = nested.write(
-        order.source, order.folder, bits=order.bits, prefill_bits=order.prefill_bits, max_bits=order.max_bits,
-        limit=order.limit, progress=order.progress,
-    )  # fmt: skip
+    spec = nested_writer.write(
+        order.source,
+        order.folder,
+        bits=order.bits,
+        prefill_bits=order.prefill_bits,
+        max_bits=order.max_bits,
+        limit=order.limit,
+        progress=order.progress,
+    )
     # Null here, so that from_pretrained(folder, bits=3) finds a setting of that name.
     return Written(
         quantization_config=spec.to_json(),
@@ -89,10 +94,14 @@ def _write_nested(order: Order) -> Written:
 
 
 def _write_published(order: Order) -> Written:
-    spec = published_writer.write(
-        order.source, order.folder, bits=order.bits, prefill_bits=order.prefill_bits, limit=order.limit,
+    spec = matgptq_writer.write(
+        order.source,
+        order.folder,
+        bits=order.bits,
+        prefill_bits=order.prefill_bits,
+        limit=order.limit,
         progress=order.progress,
-    )  # fmt: skip
+    )
     return Written(quantization_config=spec.to_json(), record={"bits": spec.bits})
 
 
@@ -100,17 +109,17 @@ def _stock(form: Format) -> Writer:
     """The writer of a format that holds one slice."""
 
     def write(order: Order) -> Written:
-        quantization_config, record = stock.write(order, form)
+        quantization_config, record = export.write(order, form)
         return Written(quantization_config=quantization_config, record=record)
 
     return write
 
 
 WRITERS: dict[str, Writer] = {"nested": _write_nested, "matgptq_v1": _write_published}
-WRITERS |= {name: _stock(form) for name, form in stock.FORMATS.items()}
+WRITERS |= {name: _stock(form) for name, form in export.FORMATS.items()}
 
 # What a format cannot hold whatever the model, refused before any long work.
-CHECKS: dict[str, Callable[[PackConfig, MethodConfig], None]] = {"matgptq_v1": published_writer.check}
+CHECKS: dict[str, Callable[[PackConfig, MethodConfig], None]] = {"matgptq_v1": matgptq_writer.check}
 
 
 class Packing:
@@ -142,7 +151,7 @@ class Packing:
         self,
         loaded: LoadedModel,
         blocks: BlockModel,
-        variants: Sequence[Variant],
+        variants: Sequence[SliceSpec],
         results: Mapping[str, Any],
         progress: Callable[[int], None] = lambda _: None,
     ) -> dict[str, Any]:
@@ -161,22 +170,29 @@ class Packing:
         """
         config = self.config
         source = Source(loaded, blocks, variants[0].parent)
-        master = max(layer.master_bits for layer in source.layers.values())
+        master = max(layer.format.master_bits for layer in source.layers.values())
         max_bits = min(config.max_bits or master, master)
         bits = self.allocated or _chosen_widths(config, variants, max_bits)
         _check_allocation(bits, max_bits)
         limit = source.original_shard() if config.shard_gigabytes is None else int(config.shard_gigabytes * _GIGABYTE)
         with _replacing(self.folder) as folder:
             order = Order(
-                source=source, folder=folder, bits=bits, prefill_bits=config.prefill_bits, max_bits=max_bits,
-                limit=limit, progress=progress, stored_bits=config.stored_bits, fit=config.fit == "nearest",
-            )  # fmt: skip
+                source=source,
+                folder=folder,
+                bits=bits,
+                prefill_bits=config.prefill_bits,
+                max_bits=max_bits,
+                limit=limit,
+                progress=progress,
+                stored_bits=config.stored_bits,
+                fit=config.fit == "nearest",
+            )
             written = WRITERS[config.name](order)
-            companions.copy(source.folder, folder)
-            companions.write_config(source, folder, written.quantization_config, written.config)
+            aux_files.copy(source.folder, folder)
+            aux_files.write_config(source, folder, written.quantization_config, written.config)
             record = {"format": config.name, "folder": str(self.folder), "bytes": size_of(folder), **written.record}
             with explained(folder):
-                (folder / "README.md").write_text(card.render(results, record), encoding="utf-8")
+                (folder / "README.md").write_text(model_card.render(results, record), encoding="utf-8")
         return record
 
 
@@ -211,12 +227,12 @@ def _check_allocation(bits: int | Mapping[str, int], max_bits: int) -> None:
     check_widths(max_bits, widest)
 
 
-def _chosen_widths(config: PackConfig, variants: Sequence[Variant], max_bits: int) -> int | Mapping[str, int]:
+def _chosen_widths(config: PackConfig, variants: Sequence[SliceSpec], max_bits: int) -> int | Mapping[str, int]:
     """What a reader begins with: ``pack.bits``, else the job's only width or allocation, else ``max_bits``."""
     allocated = [v for v in variants if v.allocation is not None]
     if config.width is not None:
         return config.width
     for only in (allocated, list(variants)):
         if len(only) == 1:
-            return only[0].widths
+            return only[0].bits
     return max_bits

@@ -18,17 +18,17 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from matquant.calibration.stream import FULL, Streams
+from matquant.calibration.activation_streams import FULL, ActivationStreams
+from matquant.distributed import SINGLE_PROCESS, ProcessGroup
 from matquant.errors import UserError
-from matquant.models.activations import Place
+from matquant.formats.nested import NestedWeight
+from matquant.formats.parent import block_file, read_block, write_block
+from matquant.models.activation_cache import OffloadTarget
 from matquant.models.blocks import BlockModel
-from matquant.nested import NestedWeight
-from matquant.quantize.block import BlockSolver, CalibrationOptions
-from matquant.quantize.parent import block_file, read_block, write_block
-from matquant.quantize.phases import Phases
-from matquant.quantize.solver import SolverOptions
-from matquant.ranks import ALONE, Ranks
-from matquant.store.together import AnyDraft
+from matquant.quantize.gptq.block_solver import BlockSolver, CalibrationOptions
+from matquant.quantize.gptq.solver import SolverOptions
+from matquant.store.distributed_store import DraftLike
+from matquant.timing import PhaseTimer
 
 
 def layers_to_quantize(blocks: BlockModel, skips: Callable[[str], bool], *, head: bool) -> list[dict[str, nn.Linear]]:
@@ -71,7 +71,7 @@ class Driver:
         solver_device: where layers are solved; ``device`` when None.
         place: where hidden states wait between two blocks; ``device`` when None.
         overrides: gives for a layer's name the options that it has of its own, or None.
-        ranks: the processes that share the work; each calls ``run`` with the same arguments.
+        process_group: the processes that share the work; each calls ``run`` with the same arguments.
         progress: called with 1 after each solved layer.
         finished: called with what is recorded of each block once it is committed and its outputs are made.
     """
@@ -86,9 +86,9 @@ class Driver:
         device: torch.device,
         dtype: torch.dtype,
         solver_device: torch.device | None = None,
-        place: Place | None = None,
+        place: OffloadTarget | None = None,
         overrides: Callable[[str], SolverOptions | None] = lambda _: None,
-        ranks: Ranks = ALONE,
+        process_group: ProcessGroup = SINGLE_PROCESS,
         progress: Callable[[int], None] = lambda _: None,
         finished: Callable[[dict], None] = lambda _: None,
     ) -> None:
@@ -101,13 +101,13 @@ class Driver:
         self.dtype = dtype
         self.place = place
         self.overrides = overrides
-        self.ranks = ranks
+        self.process_group = process_group
         self.progress = progress
         self.finished = finished
-        self.phases = Phases(device)
+        self.phases = PhaseTimer(device)
 
     @torch.inference_mode()
-    def run(self, draft: AnyDraft, windows: Tensor | None) -> list[dict]:
+    def run(self, draft: DraftLike, windows: Tensor | None) -> list[dict]:
         """Quantize every block into ``draft``.
 
         Args:
@@ -124,14 +124,14 @@ class Driver:
             self.finished(records[-1])
         return records
 
-    def _start(self, windows: Tensor) -> Streams:
+    def _start(self, windows: Tensor) -> ActivationStreams:
         names = [FULL] * self.calibration.asymmetric + [str(bits) for bits in self.calibration.streams]
         with self.phases.timed("prepare"):
             batch_size = self.calibration.batch_size
-            share = windows[self.ranks.share_windows(len(windows), batch_size)]
-            return Streams(self.blocks, share, names, batch_size, self.device, self.dtype, self.place)
+            share = windows[self.process_group.shard_batches(len(windows), batch_size)]
+            return ActivationStreams(self.blocks, share, names, batch_size, self.device, self.dtype, self.place)
 
-    def _block(self, index: int, draft: AnyDraft, streams: Streams | None) -> dict:
+    def _block(self, index: int, draft: DraftLike, streams: ActivationStreams | None) -> dict:
         name = block_file(index)
         done = draft.has(name)
         if done and (streams is None or index + 1 == len(self.layers)):
@@ -159,4 +159,4 @@ class Driver:
         """The dense weights of one stream, on the device; none for the full-precision model, which has its own."""
         if stream == FULL:
             return {}
-        return {name: w.to(self.device).decode(int(stream), self.dtype) for name, w in weights.items()}
+        return {name: w.to(self.device).dequantize(int(stream), self.dtype) for name, w in weights.items()}

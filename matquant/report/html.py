@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from matquant.report import formatting
-from matquant.report.files import write_atomic
 from matquant.report.markup import Markup, element, figure, join, page, section, table
+from matquant.report.output_files import write_atomic
 from matquant.report.results import (
     ALLOCATION,
     Results,
@@ -174,7 +174,7 @@ def _tasks(results: dict[str, Any]) -> Markup:
 
 def _search(results: dict[str, Any]) -> Markup:
     """The allocations, the search's generations, and a map of the widths of each (of the first few)."""
-    from matquant.report.allocation import allocations, front_rows, generations_figure, widths_figure
+    from matquant.report.allocation_plots import allocations, front_rows, generations_figure, widths_figure
     from matquant.report.drawing import to_svg
 
     found, search = allocations(results), results.get("search") or {}

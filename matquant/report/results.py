@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from matquant.errors import UserError
-from matquant.report.files import write_atomic
+from matquant.report.output_files import write_atomic
 
 SCHEMA = 1
 FILE_NAME = "results.json"

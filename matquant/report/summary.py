@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 
-from matquant.report.files import write_atomic
+from matquant.report.output_files import write_atomic
 from matquant.report.sweep import ERROR_FILE, Job, Row, read_jobs, rows
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from matquant.report.allocation import allocations
+from matquant.report.allocation_plots import allocations
 from matquant.report.results import (
     ALLOCATION,
     Results,
@@ -192,7 +192,7 @@ def _media(results: dict[str, Any]) -> dict[str, Any]:
     import wandb
     from PIL import Image
 
-    from matquant.report.allocation import generations_figure, widths_figure
+    from matquant.report.allocation_plots import generations_figure, widths_figure
     from matquant.report.drawing import to_png
     from matquant.report.heatmap import layer_figure, layer_widths
     from matquant.report.html import render

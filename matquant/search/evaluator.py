@@ -2,9 +2,9 @@
 
 What makes it fast:
   - a layer changes width by taking another tensor, which is decoded once and kept within a memory limit, or by reading
-    another number of bit planes (``matquant.search.slices``);
+    another number of bit planes (``matquant.search.layer_forwards``);
   - candidates are put in order so that neighbours agree on their first blocks, and what leaves those blocks is computed once;
-  - as many of them as a batch has room for go through the model together (``matquant.search.mixing``);
+  - as many of them as a batch has room for go through the model together (``matquant.search.candidate_batching``);
   - of the full-precision model only what leaves its last block is kept (exact, and small whatever the vocabulary), or
     its k likeliest tokens;
   - losses are added up on the device, which is waited for once they are all under way.
@@ -25,12 +25,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from matquant.distributed import SINGLE_PROCESS, ProcessGroup
 from matquant.models.blocks import BlockModel
-from matquant.ranks import ALONE, Ranks
+from matquant.search.allocation_problem import Candidate, Unit
+from matquant.search.candidate_batching import Forward, Text, branches, by_width, forward_by_width, spread
 from matquant.search.fitness import Fitness, Score, kl_score, likeliest, likelihood_score, sparse_kl_score
-from matquant.search.mixing import Forward, Text, branches, by_width, forward_by_width, spread
-from matquant.search.problem import Candidate, Unit
-from matquant.search.slices import Slices
+from matquant.search.layer_forwards import Slices
 
 FULL = 0  # the "width" of a layer that is left in full precision
 
@@ -74,7 +74,7 @@ class Evaluator:
         fitness: Fitness,
         top_k: int,
         device: torch.device,
-        ranks: Ranks = ALONE,
+        process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self.blocks = blocks
         self.slices = slices
@@ -83,7 +83,7 @@ class Evaluator:
         self.fitness = fitness
         self.top_k = top_k
         self.device = device
-        self.ranks = ranks
+        self.process_group = process_group
         self.counts = Counts()
         self._layers = _layers_of_blocks(blocks, units)
         self._units_of_block = [
@@ -93,7 +93,7 @@ class Evaluator:
         self._installed: dict[str, tuple[int, ...]] = dict.fromkeys(self._layers, (FULL,))
         self._full: Candidate = (FULL,) * len(units)
         # An expert sees tokens of any candidate, in an order of its own.
-        self._together = slices.mixes and not any(blocks.expert_pools(index) for index in range(len(blocks)))
+        self._together = slices.mixes and not any(blocks.expert_groups(index) for index in range(len(blocks)))
         self._targets: tuple[Tensor, ...] = ()
         if fitness != "perplexity":
             kept = [self._follow(numbers) for numbers, _ in self._batches(self.everything())]
@@ -129,14 +129,16 @@ class Evaluator:
             mean negative log-likelihood, which puts candidates in the same order.
         """
         passes = self._passes(candidates, min(self.batch_size, len(sample.windows)))
-        passes = passes[self._share(len(passes), self.ranks.rank) : self._share(len(passes), self.ranks.rank + 1)]
+        passes = passes[
+            self._share(len(passes), self.process_group.rank) : self._share(len(passes), self.process_group.rank + 1)
+        ]
         sums = torch.zeros(len(candidates), dtype=torch.float64, device=self.device)
         predicted = 0
         for numbers, length in self._batches(sample):
             predicted += len(numbers) * (length - 1)
             if passes:
                 self._measure(candidates, passes, numbers, length, sums)
-        self.ranks.add(sums)
+        self.process_group.all_reduce(sums)
         self.counts.evaluations += len(candidates)
         self.counts.tokens += len(candidates) * self.size(sample)
         return (sums / predicted).tolist()
@@ -152,7 +154,7 @@ class Evaluator:
 
     def _share(self, passes: int, rank: int) -> int:
         """Where a process's part of the passes begins."""
-        return rank * passes // self.ranks.count
+        return rank * passes // self.process_group.world_size
 
     def _measure(
         self,
@@ -290,7 +292,7 @@ def open_evaluator(
     fitness: Fitness,
     top_k: int,
     device: torch.device,
-    ranks: Ranks = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Iterator[Evaluator]:
     """An evaluator whose model is on ``device`` in the slices' dtype; the model is as before afterwards."""
     with contextlib.ExitStack() as stack:
@@ -306,7 +308,7 @@ def open_evaluator(
             fitness=fitness,
             top_k=top_k,
             device=device,
-            ranks=ranks,
+            process_group=process_group,
         )
         stack.callback(evaluator.restore)
         yield evaluator

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from matquant.search import knapsack
+from matquant.search.allocation_problem import Candidate, Problem
 from matquant.search.evaluator import Evaluator
 from matquant.search.mutation import breed, switch_levels, trade
-from matquant.search.problem import Candidate, Problem
 from matquant.search.surrogate import Surrogate
 
 

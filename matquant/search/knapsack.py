@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from matquant.search.problem import Candidate, Problem
+from matquant.search.allocation_problem import Candidate, Problem
 
 # Cells of the table (units times steps of cost): a byte each for the choices.
 _LARGEST_TABLE = 2**27

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from matquant.search.problem import Candidate, Problem
+from matquant.search.allocation_problem import Candidate, Problem
 
 _FLIPS = 3  # at most; fewer are likelier
 _MAKE_ROOM = 3  # units that go down until one can go up

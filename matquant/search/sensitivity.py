@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from matquant.search.allocation_problem import Candidate, Problem
 from matquant.search.evaluator import FULL, Evaluator, Sample
 from matquant.search.knapsack import Losses
-from matquant.search.problem import Candidate, Problem
 
 _LEAST_SHARE = 1e-3  # of the mean: no unit is without loss, whatever a few tokens say
 

@@ -11,16 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matquant.data import texts
+from matquant.formats.allocation import Allocation
+from matquant.formats.nested import NestedWeight
+from matquant.formats.parent import Parent
 from matquant.models.blocks import BlockModel
-from matquant.models.probing import input_groups
-from matquant.nested import NestedWeight
-from matquant.quantize.parent import Parent
-from matquant.search.allocation import Allocation
-from matquant.search.problem import Budget, Layer, Problem, make_problem
-from matquant.search.running import Search, Setting
-from matquant.search.settings import SearchConfig
+from matquant.models.tracing import shared_input_groups
+from matquant.search.allocation_problem import Budget, Layer, Problem, make_problem
+from matquant.search.config import SearchConfig
+from matquant.search.strategies import Search, Setting
 from matquant.store import Store
-from matquant.store.together import AnyDraft, open_or_build
+from matquant.store.distributed_store import DraftLike, open_or_build
 
 # Part of a search's key: raised when the same settings would find other allocations than before.
 _VERSION = 2
@@ -79,10 +79,10 @@ def search(config: SearchConfig, setting: Setting, store: Store, progress: Calla
     }
     speed: dict[str, Any] = {}
 
-    def build(draft: AnyDraft) -> dict[str, Any]:
+    def build(draft: DraftLike) -> dict[str, Any]:
         return Search(config, setting, asked, draft, progress).run(speed)
 
-    artifact = open_or_build(store, setting.ranks, "search", inputs, build)
+    artifact = open_or_build(store, setting.process_group, "search", inputs, build)
     found = artifact.read_json("front.json")
     record = {"name": config.name, "method": config.method, "path": str(artifact.path), "reused": artifact.reused}
     record |= {key: found[key] for key in ("fitness", "widths", "evaluations", "tokens", "skipped", "history", "units")}
@@ -149,4 +149,4 @@ def _layers(blocks: Sequence[Mapping[str, NestedWeight]], widths: tuple[int, ...
 
 def _fused(blocks: BlockModel) -> list[list[str]]:
     """Layers that read the very same input: a runtime that fuses q, k and v, or gate and up, needs one width for them."""
-    return [group for index in range(len(blocks)) for group in input_groups(blocks, index).groups]
+    return [group for index in range(len(blocks)) for group in shared_input_groups(blocks, index).groups]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from matquant.search.allocation_problem import Candidate, Problem
 from matquant.search.knapsack import Losses
-from matquant.search.problem import Candidate, Problem
 
 # Standard deviations of a term, in shares of its size: what all widths of a unit have in common, what all units have in common
 # at a width, and what is its own.

@@ -17,9 +17,9 @@ def register() -> None:
     """Make the quantization methods ``matquant`` and ``matgptq_quant`` known to Transformers; a second call does nothing."""
     from transformers.quantizers import auto
 
-    from matquant.transformers.quantizer import NestedConfig, NestedQuantizer, PublishedConfig
+    from matquant.transformers.quantizer import MatGptqConfig, NestedConfig, NestedQuantizer
 
-    for config in (NestedConfig, PublishedConfig):
+    for config in (NestedConfig, MatGptqConfig):
         if config.quant_method not in auto.AUTO_QUANTIZER_MAPPING:
             auto.register_quantization_config(config.quant_method)(config)
             auto.register_quantizer(config.quant_method)(NestedQuantizer)

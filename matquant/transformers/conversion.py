@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from matquant.inference.layout import pack_groups
-from matquant.inference.planes import NestedPlanes, group_count
-from matquant.nested import NestedWeight
-from matquant.pack import published
-from matquant.pack.spec import NestedSpec
+from matquant.formats import matgptq
+from matquant.formats.nested import NestedWeight, WeightFormat
+from matquant.formats.packed import NestedSpec
+from matquant.formats.planes import NestedPlanes, group_count
+from matquant.formats.tile_layout import pack_groups
 
 
 def nested_converters(planes: int) -> list[WeightConverter]:
@@ -21,8 +21,8 @@ def nested_converters(planes: int) -> list[WeightConverter]:
 def published_converters(spec: NestedSpec, planes: int) -> list[WeightConverter]:
     """For a published checkpoint, of which the first so many planes are kept."""
     return [
-        WeightConverter(published.CODES[1:], "planes", [PackCodes(planes)]),
-        WeightConverter(published.SCALES[1:], "scales", [PackScales(spec)]),
+        WeightConverter(matgptq.CODES[1:], "planes", [PackCodes(planes)]),
+        WeightConverter(matgptq.SCALES[1:], "scales", [PackScales(spec)]),
     ]
 
 
@@ -69,9 +69,9 @@ class PackCodes(ConversionOps):
     ) -> dict[str, Any]:
         codes = _one(input_dict[source_patterns[0]])
         unscaled = codes.new_ones(codes.shape[0], 1, dtype=torch.float32)
-        weight = NestedWeight(
-            codes=codes, scales=unscaled, zeros=None, master_bits=published.MASTER_BITS, slicing="msb"
-        )  # cut by msb, so that max_bits counts planes
+        # Sliced by msb, so that max_bits counts planes.
+        fmt = WeightFormat(group_size=codes.shape[1], master_bits=matgptq.MASTER_BITS, scale_dtype=torch.float32)
+        weight = NestedWeight(codes=codes, scales=unscaled, zeros=None, format=fmt)
         return {target_patterns[0]: NestedPlanes.pack(weight, self.planes).planes}
 
 
@@ -90,7 +90,7 @@ class PackScales(ConversionOps):
         **_: Any,
     ) -> dict[str, Any]:
         layer = self.spec.layers[full_layer_name.rpartition(".")[0]]
-        groups = group_count(layer.in_features, layer.group_size)
+        groups = group_count(layer.in_features, layer.format.group_size)
         return {target_patterns[0]: pack_groups(_one(input_dict[source_patterns[0]]), groups)}
 
 

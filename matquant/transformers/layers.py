@@ -9,9 +9,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from matquant.errors import UserError
+from matquant.formats.packed import LayerSpec, NestedSpec, TensorSpec
 from matquant.inference import NestedLinear
-from matquant.models.experts import is_fused, separate
-from matquant.pack.spec import LayerSpec, NestedSpec, TensorSpec
+from matquant.inference.experts import is_fused, separate
 
 _BUFFERS = ("planes", "scales", "zeros")
 
@@ -83,10 +83,13 @@ def _linear(model: Any, name: str, layer: LayerSpec) -> Any:
 def _nested(dense: Any, layer: LayerSpec, planes: int) -> PackedLinear:
     with torch.device("meta"):
         made = PackedLinear(
-            layer.in_features, layer.out_features, group_size=layer.group_size, bias=dense.bias is not None,
-            master_bits=layer.master_bits, slicing=layer.slicing, offset=layer.offset, planes=planes,
-            zero_points=layer.zeros, scale_dtype=layer.scale_dtype, dtype=dense.weight.dtype,
-        )  # fmt: skip
+            layer.in_features,
+            layer.out_features,
+            format=layer.format,
+            bias=dense.bias is not None,
+            planes=planes,
+            dtype=dense.weight.dtype,
+        )
     made.train(dense.training)
     return made
 

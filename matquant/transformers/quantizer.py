@@ -22,12 +22,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from matquant import inference
 from matquant.errors import UserError
-from matquant.models.index import INDEX, index_names
-from matquant.pack import published
-from matquant.pack import spec as nested
-from matquant.pack.published import PublishedSpec
-from matquant.pack.spec import NestedSpec, check_bits, index_name
-from matquant.search import allocation
+from matquant.formats import allocation, matgptq
+from matquant.formats import packed as nested
+from matquant.formats.matgptq import MatGptqSpec
+from matquant.formats.packed import NestedSpec, check_bits, index_name
+from matquant.formats.shard_index import INDEX, index_names
 from matquant.transformers.conversion import nested_converters, published_converters
 from matquant.transformers.layers import dense_tensors, dispensable, place_layers
 
@@ -53,13 +52,13 @@ class NestedConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
 
-class PublishedConfig(QuantizationConfigMixin):
+class MatGptqConfig(QuantizationConfigMixin):
     """``quantization_config`` of a published MatGPTQ checkpoint. Raises UserError for a damaged one."""
 
-    quant_method: Any = published.QUANT_METHOD
+    quant_method: Any = matgptq.QUANT_METHOD
 
     def __init__(self, **content: Any) -> None:
-        self.spec: PublishedSpec = published.parse(content)
+        self.spec: MatGptqSpec = matgptq.parse(content)
 
     def to_dict(self) -> dict[str, Any]:
         return self.spec.to_json()
@@ -91,7 +90,7 @@ class NestedQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         own = quantization_config.spec
         self.whole: NestedSpec | None = own if isinstance(own, NestedSpec) else None  # the nested checkpoint
-        self.published: PublishedSpec | None = own if isinstance(own, PublishedSpec) else None  # or the published one
+        self.published: MatGptqSpec | None = own if isinstance(own, MatGptqSpec) else None  # or the published one
         self.asked = Asked(bits=None, prefill_bits=None, max_bits=None)
         self.spec: NestedSpec  # of what is loaded; of a published checkpoint known when its files are
 
@@ -119,8 +118,8 @@ class NestedQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         # Imported late: this module is imported while Transformers, and whoever imported that, are half imported.
-        from matquant.models.checkpoint import read_headers
-        from matquant.pack.checking import check_files, check_tensors
+        from matquant.formats.safetensors_headers import read_headers
+        from matquant.formats.validation import check_files, check_tensors
 
         files = [Path(file) for file in checkpoint_files or ()]
         if not files:
@@ -227,6 +226,11 @@ def _reduced(spec: NestedSpec, asked: Asked) -> NestedSpec:
         check_bits(width, f"bits of {name}", most)
     prefill = spec.prefill_bits if asked.prefill_bits is None and asked.bits is None else asked.prefill_bits
     return dataclasses.replace(
-        spec, bits=bits, layer_bits=layer_bits, max_bits=most, files={}, plane_indices=(),
+        spec,
+        bits=bits,
+        layer_bits=layer_bits,
+        max_bits=most,
+        files={},
+        plane_indices=(),
         prefill_bits=None if prefill is None else check_bits(prefill, "prefill_bits", most),
-    )  # fmt: skip
+    )

@@ -3,7 +3,7 @@
 vLLM finds ``register`` by the entry point ``vllm.general_plugins`` and calls it in each of its processes. Nothing here is
 imported by the rest of the package, and only this package needs vLLM.
 
-    config.py       which layers are nested, and at which widths
+    quantization_config.py   which layers are nested, and at which widths
     linear.py       linear layers, fused ones with a width for each part
     experts.py      experts of mixtures
     parts.py        the part of one layer's weight that a device holds (needs no vLLM)
@@ -18,7 +18,7 @@ from typing import Any
 
 def register() -> None:
     """Make the formats known to vLLM; may be called any number of times."""
-    from matquant.vllm import config  # noqa: F401 - registers when imported
+    from matquant.vllm import quantization_config  # noqa: F401 - registers when imported
 
 
 def set_bits(llm: Any, bits: int | str | Mapping[str, int], prefill: int | None = None) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from matquant.errors import UserError
-from matquant.vllm.parts import NestedPart
-from matquant.vllm.widths import Widths, by_layer, check_graphs
+from matquant.vllm.bit_widths import Widths, by_layer, check_graphs
+from matquant.vllm.sharded_linear import ShardedNestedLinear
 
 
 class WidthExtension:
@@ -53,11 +53,11 @@ class WidthExtension:
         return {name: parts[0].widths[:2].tolist() for name, parts in _parts(self.model_runner.get_model()).items()}
 
 
-def _parts(model: nn.Module) -> dict[str, list[NestedPart]]:
+def _parts(model: nn.Module) -> dict[str, list[ShardedNestedLinear]]:
     """The parts of each stored layer, by its name in the checkpoint."""
-    found: dict[str, list[NestedPart]] = {}
+    found: dict[str, list[ShardedNestedLinear]] = {}
     for module in model.modules():
-        if isinstance(module, NestedPart):
+        if isinstance(module, ShardedNestedLinear):
             found.setdefault(module.name, []).append(module)
     if not found:
         raise UserError("This model has no nested layers whose width could be set.")

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 from matquant.evaluate import slices
 from matquant.evaluate.metrics import Metrics
 from matquant.evaluate.slices import FULL, evaluate_slices, steps
-from matquant.home import home
 from matquant.models.blocks import BlockModel
+from matquant.paths import resource_root
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -194,7 +194,9 @@ def test_no_variants_and_wrong_names(windows: Tensor) -> None:
 
 
 def test_the_model_that_ships_with_the_project() -> None:
-    model = AutoModelForCausalLM.from_pretrained(home() / "experiments" / "tiny" / "model", dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        resource_root() / "experiments" / "tiny" / "model", dtype="auto"
+    ).eval()
     windows = torch.randint(2048, (2, 96), generator=torch.Generator().manual_seed(0))
     found = evaluate_slices(BlockModel(model), windows, lambda *_: {}, ["same"], 2, "cpu")
     with torch.no_grad():

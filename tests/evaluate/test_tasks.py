@@ -132,9 +132,17 @@ def test_local_task_files(tmp_path):
 
 def test_a_job_puts_scores_errors_and_recovery_into_its_results(matquant, small_model, tmp_path):
     status, _, err = matquant(
-        *SMALL, f"model.path={small_model}", "method=rtn", "method.dedicated=false", "method.group_size=64", "bits=[2,8]",
-        "eval=offline_tasks", "eval.tasks=[stdlib_choice]", "eval.limit=3", "eval.datasets.stdlib.sequences=2",
-    )  # fmt: skip
+        *SMALL,
+        f"model.path={small_model}",
+        "method=rtn",
+        "method.dedicated=false",
+        "method.group_size=64",
+        "bits=[2,8]",
+        "eval=offline_tasks",
+        "eval.tasks=[stdlib_choice]",
+        "eval.limit=3",
+        "eval.datasets.stdlib.sequences=2",
+    )
     assert status == 0, err
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["baseline"]["tasks"]["stdlib_choice"].keys() == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}

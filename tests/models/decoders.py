@@ -31,11 +31,18 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         **SIZES, query_pre_attn_scalar=8, sliding_window=5, attn_logit_softcapping=2.0, final_logit_softcapping=0.5
     ),
     "opt": lambda: OPTConfig(
-        hidden_size=32, ffn_dim=48, num_attention_heads=4, num_hidden_layers=3, vocab_size=64,
-        max_position_embeddings=64, word_embed_proj_dim=24, do_layer_norm_before=False, pad_token_id=1,
+        hidden_size=32,
+        ffn_dim=48,
+        num_attention_heads=4,
+        num_hidden_layers=3,
+        vocab_size=64,
+        max_position_embeddings=64,
+        word_embed_proj_dim=24,
+        do_layer_norm_before=False,
+        pad_token_id=1,
     ),
     "gpt2": lambda: GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=64, n_positions=64),
-}  # fmt: skip
+}
 
 
 def make(kind: str, seed: int = 0) -> Any:

@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from matquant import machine
 from matquant.errors import UserError
 from matquant.evaluate.slices import evaluate_slices
-from matquant.models.activations import Activations, Place, choose_place
+from matquant.formats.parent import Parent
+from matquant.models.activation_cache import ActivationCache, OffloadTarget, choose_offload_target
 from matquant.models.blocks import BlockModel
 from matquant.quantize.driver import CalibrationOptions, Driver, layers_to_quantize
-from matquant.quantize.parent import Parent
-from matquant.quantize.solver import SolverOptions
+from matquant.quantize.gptq.solver import SolverOptions
 from matquant.store import Store
 
 CPU = torch.device("cpu")
@@ -26,9 +26,15 @@ CPU = torch.device("cpu")
 def blocks() -> BlockModel:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
     return BlockModel(LlamaForCausalLM(config).eval().requires_grad_(False))
 
 
@@ -38,7 +44,7 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, data:
     folder = tmp_path_factory.mktemp("scratch")
     shape = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3)))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-    both = [Activations(shape, dtype, place, CPU) for place in (CPU, folder)]
+    both = [ActivationCache(shape, dtype, place, CPU) for place in (CPU, folder)]
     for states in both:
         states[0 : shape[0]] = torch.zeros(shape, dtype=dtype)
     for number in range(data.draw(st.integers(0, 4))):
@@ -58,23 +64,26 @@ def test_the_fastest_place_with_room_is_chosen(tmp_path: Path, monkeypatch: pyte
     free = {"cuda": 1000, "cpu": 2000}
     monkeypatch.setattr(machine, "device_free", lambda device: free[device.type])
     gpu = torch.device("cuda")
-    assert [choose_place(needed, gpu, tmp_path) for needed in (300, 1500, 1700)] == [gpu, CPU, tmp_path]
-    assert [choose_place(needed, CPU, tmp_path) for needed in (700, 900)] == [CPU, tmp_path]
+    assert [choose_offload_target(needed, gpu, tmp_path) for needed in (300, 1500, 1700)] == [gpu, CPU, tmp_path]
+    assert [choose_offload_target(needed, CPU, tmp_path) for needed in (700, 900)] == [CPU, tmp_path]
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot use"):
-        Activations((1, 2, 3), torch.float32, tmp_path / "file" / "scratch", CPU)
+        ActivationCache((1, 2, 3), torch.float32, tmp_path / "file" / "scratch", CPU)
 
 
-def quantize(blocks: BlockModel, windows: Tensor, place: Place, folder: Path) -> Parent:
+def quantize(blocks: BlockModel, windows: Tensor, place: OffloadTarget, folder: Path) -> Parent:
     driver = Driver(
-        blocks, layers_to_quantize(blocks, lambda _: False, head=False),
+        blocks,
+        layers_to_quantize(blocks, lambda _: False, head=False),
         SolverOptions(weights={2: 1.0, 8: 64.0}, group_size=32, block_size=32),
         CalibrationOptions(streams=(2, 8), asymmetric=True, staged=True, batch_size=2),
-        device=CPU, dtype=torch.float32, place=place,
-    )  # fmt: skip
+        device=CPU,
+        dtype=torch.float32,
+        place=place,
+    )
     build = lambda draft: {"blocks": driver.run(draft, windows)}  # noqa: E731
     return Parent(Store(folder).open_or_build("parent", {}, build))
 
@@ -89,7 +98,7 @@ def test_a_job_with_hidden_states_in_a_file_gives_the_same_bytes_and_figures(
 
     def weights_of(index: int, bits: str) -> dict[str, Tensor]:
         weights = in_memory.block(index) if index < len(blocks) else {}
-        return {name: weight.decode(int(bits)) for name, weight in weights.items()}
+        return {name: weight.dequantize(int(bits)) for name, weight in weights.items()}
 
     found = [
         evaluate_slices(blocks, windows, weights_of, ["2", "8"], 2, CPU, place=place)

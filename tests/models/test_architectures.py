@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from matquant.config import ModelConfig
 from matquant.evaluate.slices import FULL, evaluate_slices
+from matquant.formats.parent import Parent
 from matquant.models.blocks import BlockModel
-from matquant.models.inventory import fused_groups, left_alone
-from matquant.models.load import LoadedModel, load, open_model
-from matquant.models.probing import check
+from matquant.models.loading import LoadedModel, load, open_model
+from matquant.models.summary import fused_groups, unquantized_parameters
+from matquant.models.tracing import check
 from matquant.quantize.driver import CalibrationOptions, Driver, layers_to_quantize
-from matquant.quantize.parent import Parent
-from matquant.quantize.solver import SolverOptions
+from matquant.quantize.gptq.solver import SolverOptions
 from matquant.store import Store
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def with_slice(loaded: LoadedModel, parent: Parent, bits: int) -> Any:
     for index in range(len(blocks)):
         layers = blocks.linears(index)
         for name, weight in parent.block(index).items():
-            layers[name].weight = torch.nn.Parameter(weight.decode(bits), requires_grad=False)
+            layers[name].weight = torch.nn.Parameter(weight.dequantize(bits), requires_grad=False)
     return loaded.model
 
 
@@ -67,7 +67,7 @@ def test_quantize_evaluate_save_load(kind: str, tmp_path: Path) -> None:
 
     def weights_of(index: int, bits: str) -> Mapping[str, Tensor]:
         weights = parent.block(index) if index < len(streamed) else {}
-        return {name: w.decode(int(bits)) for name, w in weights.items()}
+        return {name: w.dequantize(int(bits)) for name, w in weights.items()}
 
     found = evaluate_slices(streamed, ids, weights_of, ["2", "8"], 2, "cpu")
     assert found[FULL].kl == 0 < found["8"].kl < found["2"].kl
@@ -118,7 +118,7 @@ def test_what_stays_as_it_is_is_listed_with_a_reason() -> None:
     layers = [name for index in (0, 1) for name in blocks.linears(index)]
     skipped = [name for name in layers if name.endswith("o_proj")]
     quantized = [name for name in layers if name not in skipped]
-    rows = left_alone(blocks, quantized, skipped)
+    rows = unquantized_parameters(blocks, quantized, skipped)
     assert {row["name"]: row["reason"] for row in rows} == {
         "model.embed_tokens.weight": "embeddings",
         "lm_head.weight": "the head; method.head=true quantizes it",
@@ -148,7 +148,7 @@ def test_experts_with_too_few_tokens_are_filled_and_named(tmp_path: Path) -> Non
 def test_experts_in_parts_are_the_same_as_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = quantize(BlockModel(make_model("qwen3_moe")), tmp_path / "at_once")
     monkeypatch.setattr(
-        "matquant.quantize.block.MOST_MOMENTS", 3 * 2 * 2 * 64**2 * 8
+        "matquant.quantize.gptq.block_solver.MOST_MOMENTS", 3 * 2 * 2 * 64**2 * 8
     )  # of three experts, or two streams
     parts = quantize(BlockModel(make_model("qwen3_moe")), tmp_path / "parts")
     assert at_once.poor_experts()

@@ -11,12 +11,12 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from matquant.errors import UserError
+from matquant.models.block_kwargs import BlockKwargs
 from matquant.models.blocks import BlockModel, compute_dtype
-from matquant.models.calls import Call
 from matquant.models.checkpoint import Checkpoint
-from matquant.models.lending import substituted
-from matquant.models.probing import check
-from matquant.models.values import Values
+from matquant.models.materializer import WeightMaterializer
+from matquant.models.tensor_swap import swapped_tensors
+from matquant.models.tracing import check
 
 
 def block_by_block(blocks: BlockModel, ids: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def test_calls_that_depend_on_the_text_are_not_shared() -> None:
 def test_prepared_windows_hold_every_batch() -> None:
     model, windows = make("llama"), ids_of(5)
     blocks = BlockModel(model)
-    found = blocks.prepare_windows(windows, 2, "cpu", torch.float32)
+    found = blocks.capture_block_inputs(windows, 2, "cpu", torch.float32)
     assert torch.equal(found.hidden[:], model.model.embed_tokens(windows))
     assert [len(windows[rows]) for rows in found.rows] == [2, 2, 1]
     assert len(found.calls) == 3
@@ -115,7 +115,11 @@ def test_prepared_windows_hold_every_batch() -> None:
 
 @pytest.mark.parametrize("place", [0, "hidden_states"])
 def test_a_call_takes_its_hidden_states_where_they_were(place: int | str) -> None:
-    call = Call((None, 5), {"mask": 1}, 0) if place == 0 else Call((), {"hidden_states": None, "mask": 1}, place)
+    call = (
+        BlockKwargs((None, 5), {"mask": 1}, 0)
+        if place == 0
+        else BlockKwargs((), {"hidden_states": None, "mask": 1}, place)
+    )
     args, kwargs = call.fill(torch.ones(1))
     assert (args[0] if place == 0 else kwargs["hidden_states"]) == 1
     assert kwargs["mask"] == 1
@@ -143,8 +147,16 @@ def test_blocks_that_return_tuples(monkeypatch: pytest.MonkeyPatch) -> None:
         for layer in inner.layers:
             hidden, nothing = layer(hidden_states=hidden, position_embeddings=embeddings, attention_mask=None)
             assert nothing is None
-        return type("Output", (), {"last_hidden_state": inner.norm(hidden), "past_key_values": None,
-                                   "hidden_states": None, "attentions": None})()  # fmt: skip
+        return type(
+            "Output",
+            (),
+            {
+                "last_hidden_state": inner.norm(hidden),
+                "past_key_values": None,
+                "hidden_states": None,
+                "attentions": None,
+            },
+        )()
 
     monkeypatch.setattr(inner, "forward", forward)
     assert torch.equal(block_by_block(BlockModel(model), ids), expected)
@@ -257,7 +269,7 @@ def test_what_values_were_made_of_is_let_go() -> None:
                 made.append(weakref.ref(tensor))
                 yield name, tensor
 
-    values = Values(cast(Checkpoint, Stored()), {}, torch.float16)
+    values = WeightMaterializer(cast(Checkpoint, Stored()), {}, torch.float16)
     layers = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)).to("meta")
     with values.converted(layers, "", lambda _: True, "cpu", torch.float32):
         assert torch.equal(layers(torch.ones(8)), torch.full((8,), 64.0))
@@ -268,7 +280,7 @@ def test_what_values_were_made_of_is_let_go() -> None:
 def test_substituted_restores_after_a_wrong_name() -> None:
     layer = nn.Linear(2, 2)
     own = layer.weight
-    with pytest.raises(KeyError), substituted(layer, {"weight": torch.zeros(2, 2), "nothing": torch.zeros(1)}):
+    with pytest.raises(KeyError), swapped_tensors(layer, {"weight": torch.zeros(2, 2), "nothing": torch.zeros(1)}):
         pass
     assert layer.weight is own
 

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, Llam
 
 from matquant.config import ModelConfig
 from matquant.errors import UserError
-from matquant.home import home
-from matquant.models import files
-from matquant.models import load as loading
-from matquant.models.load import load
+from matquant.models import checkpoint_files
+from matquant.models import loading as loading
+from matquant.models.loading import load
+from matquant.paths import resource_root
 
-TINY = home() / "experiments" / "tiny" / "model"
+TINY = resource_root() / "experiments" / "tiny" / "model"
 
 
 def config(**settings: Any) -> ModelConfig:
@@ -68,7 +68,7 @@ def edit_json(file: Path, change: Callable[[dict], Any]) -> None:
 
 
 def shard_with(folder: Path, tensor: str) -> Path:
-    return folder / json.loads((folder / files.INDEX).read_text())["weight_map"][tensor]
+    return folder / json.loads((folder / checkpoint_files.INDEX).read_text())["weight_map"][tensor]
 
 
 def rewrite(folder: Path, tensor: str, change: Callable[[dict], Any]) -> None:
@@ -158,7 +158,7 @@ def test_a_config_that_is_no_json(folder: Path) -> None:
 
 
 def drop_weights(folder: Path) -> None:
-    for file in (*folder.glob("*.safetensors"), folder / files.INDEX):
+    for file in (*folder.glob("*.safetensors"), folder / checkpoint_files.INDEX):
         file.unlink()
 
 
@@ -178,12 +178,12 @@ def test_no_safetensors(folder: Path, name: str, message: str) -> None:
 
 @pytest.mark.parametrize("name", ["../other.safetensors", "/etc/other.safetensors", "..\\other.safetensors", "a.bin"])
 def test_an_index_that_points_outside(folder: Path, name: str) -> None:
-    edit_json(folder / files.INDEX, lambda c: c["weight_map"].update({"lm_head.weight": name}))
+    edit_json(folder / checkpoint_files.INDEX, lambda c: c["weight_map"].update({"lm_head.weight": name}))
     refuse("no safetensors file inside the folder", path=folder)
 
 
 def test_an_index_that_names_nothing(folder: Path) -> None:
-    (folder / files.INDEX).write_text("{}")
+    (folder / checkpoint_files.INDEX).write_text("{}")
     refuse("names no weights", path=folder)
 
 
@@ -285,7 +285,7 @@ def test_what_the_hub_answers_becomes_a_sentence(
     def fail(*_: Any, **__: Any) -> str:
         raise error()
 
-    monkeypatch.setattr(files, "snapshot_download", fail)
+    monkeypatch.setattr(checkpoint_files, "snapshot_download", fail)
     refuse(message, name="some/model", revision="v1")
 
 
@@ -325,7 +325,7 @@ def test_a_hub_repository_of_pickles_is_refused_before_they_are_fetched(
         asked.extend(allow_patterns)
         return str(folder)
 
-    monkeypatch.setattr(files, "snapshot_download", snapshot)
-    monkeypatch.setattr(files, "_hub_files", lambda _: ["config.json", "pytorch_model.bin"])
+    monkeypatch.setattr(checkpoint_files, "snapshot_download", snapshot)
+    monkeypatch.setattr(checkpoint_files, "_hub_files", lambda _: ["config.json", "pytorch_model.bin"])
     refuse("some/model on the hub holds its weights as pickles only", name="some/model")
-    assert not any(pattern.endswith(files.PICKLES) for pattern in asked)
+    assert not any(pattern.endswith(checkpoint_files.PICKLES) for pattern in asked)

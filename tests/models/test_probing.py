@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from matquant.errors import UserError
 from matquant.models.blocks import BlockModel
-from matquant.models.probing import check, input_groups
+from matquant.models.tracing import check, shared_input_groups
 
 
 @pytest.mark.parametrize(
@@ -15,8 +15,12 @@ from matquant.models.probing import check, input_groups
     [
         (
             "qwen3",
-            [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
-             ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]],
+            [
+                ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+                ["self_attn.o_proj"],
+                ["mlp.gate_proj", "mlp.up_proj"],
+                ["mlp.down_proj"],
+            ],
         ),
         (
             "opt",
@@ -24,14 +28,14 @@ from matquant.models.probing import check, input_groups
         ),
         ("gpt2", [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]]),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize(
     ("inference", "dtype"), [(False, torch.float32), (True, torch.float16), (True, torch.bfloat16)]
 )
 def test_input_groups(kind: str, groups: list[list[str]], inference: bool, dtype: torch.dtype) -> None:
     blocks = BlockModel(make(kind).to(dtype))
     with torch.inference_mode(inference):
-        found = input_groups(blocks, 1)
+        found = shared_input_groups(blocks, 1)
     short = [[name.removeprefix(f"{blocks.block_names[1]}.") for name in group] for group in found.groups]
     # q, k and v in the order in which the model calls them
     assert [sorted(group) for group in short] == [sorted(group) for group in groups]
@@ -42,7 +46,7 @@ def test_input_groups(kind: str, groups: list[list[str]], inference: bool, dtype
 def test_layers_that_are_never_called_are_reported() -> None:
     model = make("llama")
     model.model.layers[1].spare = nn.Linear(8, 8)
-    found = input_groups(BlockModel(model), 1)
+    found = shared_input_groups(BlockModel(model), 1)
     assert found.uncalled == ["model.layers.1.spare"]
 
 
@@ -50,7 +54,7 @@ def test_equal_inputs_in_different_tensors_are_not_a_group() -> None:
     model = make("llama")
     mlp = model.model.layers[0].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x + 0))
-    groups = input_groups(BlockModel(model), 0).groups
+    groups = shared_input_groups(BlockModel(model), 0).groups
     assert [names[0].rsplit(".", 1)[-1] for names in groups] == [
         "q_proj",
         "o_proj",
@@ -70,7 +74,7 @@ def test_an_input_that_was_written_to_in_between_is_another() -> None:
         return mlp.down_proj(mlp.act_fn(gate) * mlp.up_proj(x.mul_(2)))
 
     mlp.forward = forward
-    assert len(input_groups(BlockModel(model), 0).groups) == 5
+    assert len(shared_input_groups(BlockModel(model), 0).groups) == 5
 
 
 def test_blocks_that_exchange_more_than_hidden_states_are_refused() -> None:

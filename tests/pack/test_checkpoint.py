@@ -15,8 +15,8 @@ from transformers import AutoConfig
 
 import matquant  # noqa: F401 - makes the format known
 from matquant.errors import UserError
+from matquant.formats.packed import parse
 from matquant.inference import NestedPlanes, nested_layers, set_bits
-from matquant.pack.spec import parse
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in CONFIGS if kind not in ("mistral", "qwen2", "gemma2", "granite", "olmo2")),

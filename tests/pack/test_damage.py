@@ -17,9 +17,9 @@ from packing import Opened, logits, read
 from safetensors.torch import load_file, save_file
 
 from matquant.errors import UserError
+from matquant.formats.packed import NestedSpec, parse
+from matquant.formats.shard_index import INDEX
 from matquant.inference import set_bits
-from matquant.models.index import INDEX
-from matquant.pack.spec import NestedSpec, parse
 
 ONE_FOLDER = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(

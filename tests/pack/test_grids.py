@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matquant.nested import NestedWeight
-from matquant.pack.grids import exact_grid, nearest, on_grid, pack_bits, zero_points
+from matquant.formats.nested import NestedWeight, WeightFormat
+from matquant.pack.integer_grid import exact_grid, nearest, on_grid, pack_bits, zero_points
 
 ALL = [(bits, symmetric) for symmetric in (True, False) for bits in range(2, 9)]
 
@@ -23,22 +23,34 @@ def weights(draw: st.DrawFn) -> NestedWeight:
     zeros = torch.randint(2**master, (3, 2), generator=generator, dtype=torch.uint8) if own_zeros else None
     scales = torch.randn(3, 2, generator=generator).half()
     scales[0, 0] = 0
-    return NestedWeight(codes=codes, scales=scales, zeros=zeros, master_bits=master, slicing=slicing, offset=offset)
+    return NestedWeight(
+        codes=codes,
+        scales=scales,
+        zeros=zeros,
+        format=WeightFormat(
+            master_bits=master,
+            slicing=slicing,
+            zero_point_offset=offset,
+            group_size=32,
+            has_zero_points=own_zeros,
+            scale_dtype=torch.float16,
+        ),
+    )
 
 
 @settings(max_examples=150, deadline=None)
 @given(weights(), st.integers(2, 8), st.integers(0, 1))
 def test_codes_of_an_exact_grid_decode_to_the_slice(weight, width, least_zero):
-    width = min(width, weight.master_bits)
+    width = min(width, weight.format.master_bits)
     zeros = zero_points(weight).flatten().tolist()
-    grid = exact_grid(width, weight.master_bits, weight.slicing, zeros, ALL, least_zero)
+    grid = exact_grid(width, weight.format.master_bits, weight.format.slicing, zeros, ALL, least_zero)
     if grid is None:
         return
     stored = on_grid(weight, width, grid, least_zero)
     assert int(stored.codes.max()) < 2**grid.bits
     assert least_zero <= int(stored.zeros.min()) <= int(stored.zeros.max()) < 2**grid.bits
     assert not grid.symmetric or set(stored.zeros.flatten().tolist()) == {2 ** (grid.bits - 1)}
-    assert torch.equal(stored.decode(), weight.decode(width))
+    assert torch.equal(stored.dequantize(), weight.dequantize(width))
 
 
 @pytest.mark.parametrize(
@@ -86,11 +98,18 @@ def test_nearest_codes_are_at_least_as_near_as_plain_rounding():
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(256, (64, 256), generator=generator, dtype=torch.uint8)
     scales = torch.randn(64, 8, generator=generator).half()
-    weight = NestedWeight(codes=codes, scales=scales, zeros=None, master_bits=8, slicing="msb", offset=8.0)
-    dense = weight.decode(8).view(64, 8, -1)
+    weight = NestedWeight(
+        codes=codes,
+        scales=scales,
+        zeros=None,
+        format=WeightFormat(
+            master_bits=8, slicing="msb", zero_point_offset=8.0, group_size=32, scale_dtype=torch.float16
+        ),
+    )
+    dense = weight.dequantize(8).view(64, 8, -1)
     for bits in range(2, 9):
         stored = nearest(weight, 8, bits)
         step = dense.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
         plain = (dense / step).round() * step
-        assert (stored.decode().view_as(dense) - dense).norm() <= (plain - dense).norm()
+        assert (stored.dequantize().view_as(dense) - dense).norm() <= (plain - dense).norm()
         assert int(stored.codes.max()) < 2**bits

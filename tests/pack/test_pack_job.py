@@ -31,8 +31,12 @@ def test_a_job_packs_what_it_measured(job: Any, tmp_path: Path, small_model: Pat
     folder = tmp_path / "run" / "packed"
     size = sum(file.stat().st_size for file in folder.rglob("*"))
     assert results["pack"] == {
-        "format": "nested", "folder": str(folder), "bytes": pytest.approx(size, abs=4096), "bits": 5, "max_bits": 5,
-    }  # fmt: skip
+        "format": "nested",
+        "folder": str(folder),
+        "bytes": pytest.approx(size, abs=4096),
+        "bits": 5,
+        "max_bits": 5,
+    }
     assert results["seconds"]["pack"] > 0
     card = (folder / "README.md").read_text()
     for entry in results["slices"]:

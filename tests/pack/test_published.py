@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from matquant.errors import UserError
 from matquant.inference import nested_layers
-from matquant.pack.published_writer import check
-from matquant.pack.settings import PackConfig
+from matquant.pack.config import PackConfig
+from matquant.pack.matgptq_writer import check
 
 GROUP = 32
 
@@ -49,10 +49,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str
         else:
             stored[key] = tensor
     save_file(stored, folder / "model.safetensors")
-    set_config(folder, {
-        "group_size": GROUP, "modules_to_not_convert": ["lm_head", "norm"], "master_bitwidth": 8,
-        "inference_bitwidth": 4, "quant_method": "matgptq_quant", "quant_dtype": "float16",
-    })  # fmt: skip
+    set_config(
+        folder,
+        {
+            "group_size": GROUP,
+            "modules_to_not_convert": ["lm_head", "norm"],
+            "master_bitwidth": 8,
+            "inference_bitwidth": 4,
+            "quant_method": "matgptq_quant",
+            "quant_dtype": "float16",
+        },
+    )
     return original, folder, layers
 
 
@@ -128,9 +135,13 @@ def test_a_parent_in_the_published_format(tmp_path: Path) -> None:
     packed = opened.pack(tmp_path / "packed", name="matgptq_v1", widths=3)
     config = json.loads((packed / "config.json").read_text())["quantization_config"]
     assert config == {
-        "quant_method": "matgptq_quant", "group_size": 32, "master_bitwidth": 8, "inference_bitwidth": 3,
-        "quant_dtype": "float16", "modules_to_not_convert": ["lm_head", "norm"],
-    }  # fmt: skip
+        "quant_method": "matgptq_quant",
+        "group_size": 32,
+        "master_bitwidth": 8,
+        "inference_bitwidth": 3,
+        "quant_dtype": "float16",
+        "modules_to_not_convert": ["lm_head", "norm"],
+    }
     stored = {name: tensor for file in packed.glob("*.safetensors") for name, tensor in load_file(file).items()}
     weight = opened.parent.block(1)["model.layers.1.mlp.down_proj"]
     assert torch.equal(stored["model.layers.1.mlp.down_proj.qweight"], weight.codes)

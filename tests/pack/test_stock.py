@@ -64,7 +64,7 @@ def check(opened: Opened, folder: Path, widths: Any) -> dict[str, Any]:
     for index in range(len(opened.parent.blocks)):
         for name, weight in opened.parent.block(index).items():
             width = widths if isinstance(widths, int) else widths[name]
-            assert torch.equal(decode(tensors, name, stored_bits(config, name)), weight.decode(width)), name
+            assert torch.equal(decode(tensors, name, stored_bits(config, name)), weight.dequantize(width)), name
             names.add(name)
     original = load_file(Path(opened.config.path) / "model.safetensors")
     for key, tensor in original.items():
@@ -138,7 +138,9 @@ def test_the_nearest_codes_and_their_error(mirrored, tmp_path, form):
     decode = gptq_weight if form == "gptq" else compressed_weight
     tensors = load_file(folder / "model.safetensors")
     for name, weight in mirrored.parent.block(0).items():
-        error = (decode(tensors, name, stored_bits(config, name)) - weight.decode(8)).norm() / weight.decode(8).norm()
+        error = (decode(tensors, name, stored_bits(config, name)) - weight.dequantize(8)).norm() / weight.dequantize(
+            8
+        ).norm()
         assert 0 < error < 0.01
 
 

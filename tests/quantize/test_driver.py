@@ -8,16 +8,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from matquant.calibration import hessian
-from matquant.calibration.hessian import Moments
-from matquant.calibration.stream import FULL, Streams
+from matquant.calibration.activation_streams import FULL, ActivationStreams
+from matquant.calibration.hessian import HessianAccumulator
 from matquant.errors import UserError
-from matquant.models import probing
+from matquant.formats.parent import read_block
+from matquant.models import tracing
 from matquant.models.blocks import BlockModel
 from matquant.quantize.driver import CalibrationOptions, Driver, check_layers, layers_to_quantize
-from matquant.quantize.parent import read_block
-from matquant.quantize.phases import Phases
-from matquant.quantize.solver import SolverOptions
+from matquant.quantize.gptq.solver import SolverOptions
 from matquant.store import Store
+from matquant.timing import PhaseTimer
 
 CPU = torch.device("cpu")
 LAMBDAS = {2: 1.0, 4: 4.0, 8: 64.0}
@@ -28,9 +28,15 @@ LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 def model():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=2048, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=2048,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -46,9 +52,13 @@ def options_of(streams=(2, 8), *, asymmetric=True, staged=True):
 def driver_of(model, calibration, skip=(), head=False):
     blocks = BlockModel(model)
     return Driver(
-        blocks, layers_of(blocks, skip, head), SolverOptions(weights=LAMBDAS, group_size=32, block_size=32), calibration,
-        device=CPU, dtype=torch.float32,
-    )  # fmt: skip
+        blocks,
+        layers_of(blocks, skip, head),
+        SolverOptions(weights=LAMBDAS, group_size=32, block_size=32),
+        calibration,
+        device=CPU,
+        dtype=torch.float32,
+    )
 
 
 def layers_of(blocks, skip=(), head=False):
@@ -108,8 +118,8 @@ def inputs_of(model, windows, names):
 def test_the_moments_of_block_0_are_those_of_the_whole_model(model, windows):
     blocks = BlockModel(model)
     layers = blocks.linears(0)
-    streams = Streams(blocks, windows, [FULL, "2", "8"], 2, CPU, torch.float32)
-    moments = {s: [Moments(m.in_features, asymmetric=True) for m in layers.values()] for s in ("2", "8")}
+    streams = ActivationStreams(blocks, windows, [FULL, "2", "8"], 2, CPU, torch.float32)
+    moments = {s: [HessianAccumulator(m.in_features, asymmetric=True) for m in layers.values()] for s in ("2", "8")}
     with blocks.on_device(0, CPU, torch.float32):
         for batch in streams.inputs(0, list(layers.values()), {}):
             for stream, of_layers in moments.items():
@@ -130,10 +140,10 @@ def test_the_moments_of_block_1_follow_each_streams_own_weights(model, windows):
     blocks = BlockModel(model)
     name = "model.layers.1.self_attn.q_proj"
     changed = {n: m.weight.detach().round(decimals=2) for n, m in blocks.linears(0).items()}
-    streams = Streams(blocks, windows, [FULL, "2"], 2, CPU, torch.float32)
+    streams = ActivationStreams(blocks, windows, [FULL, "2"], 2, CPU, torch.float32)
     with blocks.on_device(0, CPU, torch.float32):
         streams.advance(0, lambda name: changed if name == "2" else {})
-    moments = Moments(64, asymmetric=True)
+    moments = HessianAccumulator(64, asymmetric=True)
     with blocks.on_device(1, CPU, torch.float32):
         for batch in streams.inputs(1, [model.get_submodule(name)], {}):
             moments.add(batch["2"][0], batch[FULL][0])
@@ -147,7 +157,7 @@ def test_the_moments_of_block_1_follow_each_streams_own_weights(model, windows):
 
 
 def test_moments_of_other_tokens_give_up_the_cross():
-    moments = Moments(4, asymmetric=True)
+    moments = HessianAccumulator(4, asymmetric=True)
     moments.add(torch.ones(3, 4), torch.ones(3, 4))
     moments.add(torch.ones(2, 4), torch.ones(1, 4))
     moments.add(torch.ones(3, 4), torch.ones(3, 4))
@@ -160,7 +170,7 @@ def test_moments_of_other_tokens_give_up_the_cross():
 def test_half_of_the_squares_is_computed_and_all_of_them_known(columns, monkeypatch):
     monkeypatch.setattr(hessian, "PANEL", 4)
     inputs, other = torch.randn(2, 20, columns, generator=torch.Generator().manual_seed(0))
-    moments, more = Moments(columns), Moments(columns)
+    moments, more = HessianAccumulator(columns), HessianAccumulator(columns)
     moments.add(inputs)
     more.add(other)
     moments.merge(more)
@@ -207,7 +217,7 @@ def test_skipped_layers_are_left_out(model, windows, tmp_path):
 
 def test_a_layer_that_saw_no_data_is_rounded_and_noted(model, windows, tmp_path, monkeypatch):
     """A probe that never reaches the gates and ups stands for experts that no token chooses."""
-    groups = probing.input_groups
+    groups = tracing.shared_input_groups
 
     def without_gates(blocks, index):
         found = groups(blocks, index)
@@ -215,7 +225,7 @@ def test_a_layer_that_saw_no_data_is_rounded_and_noted(model, windows, tmp_path,
         return found
 
     plain, dropped = driver_of(model, options_of()), ["gate_proj", "up_proj"]
-    monkeypatch.setattr("matquant.quantize.block.input_groups", without_gates)
+    monkeypatch.setattr("matquant.quantize.gptq.block_solver.shared_input_groups", without_gates)
     records, weights = run(plain, windows, tmp_path / "calibrated")
     _, nearest = run(plain, None, tmp_path / "nearest")
     for index, record in enumerate(records):
@@ -279,7 +289,7 @@ def test_the_head_is_a_block_after_the_last_when_asked_for(model, windows, tmp_p
 def test_what_is_measured_within_a_phase_does_not_count_for_it(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 4.0, 4.5, 10.0, 20.0, 21.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    phases = Phases(CPU)
+    phases = PhaseTimer(CPU)
     with phases.timed("forward"):
         for _ in range(2):
             with phases.within("moments"):

@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matquant.nested import levels
-from matquant.quantize import rows_cpu
-from matquant.quantize.grid import Grid
+from matquant.formats.nested import levels
+from matquant.quantize.gptq import column_solver_cpu
+from matquant.quantize.gptq.code_grid import Grid
 
 F32 = np.float32
-LANES = rows_cpu._LANES
+LANES = column_solver_cpu._LANES
 
 
 def best_codes(u, lam, widths, master_bits, slicing):
@@ -20,7 +20,7 @@ def best_codes(u, lam, widths, master_bits, slicing):
     lanes, weight = np.zeros((2, count, LANES), dtype=F32)
     lanes[:, :n], weight[:, :n] = u, lam
     codes, cost, scratch = np.full(LANES, np.nan, F32), np.full(LANES, np.nan, F32), np.zeros((count + 5, LANES), F32)
-    rows_cpu.best_codes(
+    column_solver_cpu.best_codes(
         lanes, weight, grid.cells.numpy(), grid.codes, F32(grid.centre), grid.nested, scratch, codes, cost
     )
     return codes[:n], cost[:n]
@@ -73,5 +73,5 @@ def test_bits_that_no_width_sees_follow_the_weight(data, slicing, seed):
 @pytest.mark.parametrize(("dtype", "bits", "exponent"), [(torch.float16, 10, -14), (torch.bfloat16, 7, -126)])
 def test_round_scale_is_the_storage_dtypes_rounding(dtype, bits, exponent):
     values = torch.cat([torch.rand(2000), torch.rand(2000) * 1e-4, torch.rand(500) * 1e-7, torch.tensor([0.0, 3.5])])
-    ours = [rows_cpu.round_scale(F32(v), bits, exponent) for v in values.tolist()]
+    ours = [column_solver_cpu.round_scale(F32(v), bits, exponent) for v in values.tolist()]
     assert ours == values.to(dtype).float().tolist()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from matquant.quantize import rows, rows_cuda
-from matquant.quantize.grid import FROM_RANGE, Grid, Trials
+from matquant.quantize.gptq import column_solver, column_solver_cuda
+from matquant.quantize.gptq.code_grid import FROM_RANGE, Grid, Trials
 from tests.standin import compile_kernel, have_compiler, read_source
 
 pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
@@ -20,7 +20,7 @@ CASES = {  # widths, master bits, slicing, one target for all, Hessians
 
 
 def load(function, defines, device):
-    return compile_kernel(read_source(rows_cuda.SOURCE), function, defines)
+    return compile_kernel(read_source(column_solver_cuda.SOURCE), function, defines)
 
 
 class Problem:
@@ -45,9 +45,9 @@ class Problem:
 
     def scales(self):
         trials = Trials(torch.tensor([0.9]), torch.tensor([2.0 ** (self.master_bits - 1)]), torch.float16)
-        return rows.choose_scales(
+        return column_solver.choose_scales(
             self.targets, 0, self.targets.shape[2], self.importance, self.lam, self.grid, trials
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -58,7 +58,7 @@ def test_scales_are_those_of_the_cpu(case, zero_points, dtype):
     points = torch.tensor(zero_points) * 2.0 ** (problem.master_bits - 8)
     trials = Trials(torch.linspace(1.0, 0.4, 13), points, dtype)
     given = (problem.targets, 0, 32, problem.importance, problem.lam, problem.grid, trials)
-    expected, found = rows.choose_scales(*given), rows_cuda.choose_scales(*given, load=load)
+    expected, found = column_solver.choose_scales(*given), column_solver_cuda.choose_scales(*given, load=load)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
     assert (expected[0] > 0).sum() == 36
@@ -71,11 +71,9 @@ def test_solved_codes_are_those_of_the_cpu(case, width):
     scales, zeros = problem.scales()
     factor = problem.factor[:, 4 : 4 + width, 4 : 4 + width].contiguous()
     answers = []
-    for solve in (rows.solve_columns, lambda *given: rows_cuda.solve_columns(*given, load=load)):
+    for solve in (column_solver.solve_columns, lambda *given: column_solver_cuda.solve_columns(*given, load=load)):
         codes = torch.full((37, 32), 77, dtype=torch.uint8)
-        errors = solve(
-            problem.targets.clone(), 4, 4 + width, factor, problem.lam, problem.grid, scales, zeros, codes
-        )  # fmt: skip
+        errors = solve(problem.targets.clone(), 4, 4 + width, factor, problem.lam, problem.grid, scales, zeros, codes)
         answers.append((codes, errors))
     (codes, errors), (found_codes, found_errors) = answers
     assert torch.equal(found_codes, codes)
@@ -90,7 +88,7 @@ def test_a_sweep_makes_the_moves_of_the_cpu(case):
     gradient = 0.05 * torch.randn(problem.targets.shape, generator=torch.Generator().manual_seed(1))
     start = torch.randint(2**problem.master_bits, (37, 32), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
     answers = []
-    for sweep in (rows.sweep_columns, lambda *given: rows_cuda.sweep_columns(*given, load=load)):
+    for sweep in (column_solver.sweep_columns, lambda *given: column_solver_cuda.sweep_columns(*given, load=load)):
         codes = start.clone()
         hessian = problem.hessian[:, 4:28, 4:28].contiguous()
         moves = sweep(gradient, 4, 28, hessian, problem.lam, problem.grid, scales, codes)
@@ -103,6 +101,6 @@ def test_a_sweep_makes_the_moves_of_the_cpu(case):
 
 def test_the_columns_of_a_block_fit_the_smallest_shared_memory():
     for widths in range(1, 8):
-        columns = rows_cuda.largest_block(widths)
+        columns = column_solver_cuda.largest_block(widths)
         assert columns >= 64
-        assert rows_cuda._tile_bytes(widths, columns) <= 99 * 1024
+        assert column_solver_cuda._tile_bytes(widths, columns) <= 99 * 1024

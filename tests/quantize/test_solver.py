@@ -1,5 +1,6 @@
 """The solver against plain re-implementations of the published algorithms, and its properties."""
 
+import dataclasses
 import itertools
 
 import numba
@@ -9,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matquant.errors import UserError
-from matquant.nested import levels
-from matquant.quantize import solver
-from matquant.quantize.solver import Inputs, SolverOptions, calibrate, relative_error
-from matquant.quantize.solver import solve as nested_solve
+from matquant.formats.nested import levels
+from matquant.quantize.gptq import solver
+from matquant.quantize.gptq.solver import Inputs, SolverOptions, calibrate, relative_error
+from matquant.quantize.gptq.solver import solve as nested_solve
 
 BALANCED = {2: 1.0, 3: 2.0, 4: 4.0, 6: 16.0, 8: 64.0}
 
@@ -84,9 +85,13 @@ def test_codes_are_the_textbooks(group_size, block_size, slicing, shared):
     weight, hessian = layer(seed=group_size)
     expected, scales, costs = textbook(weight, hessian, BALANCED, 8, slicing, group_size, shared)
     options = SolverOptions(
-        weights=BALANCED, slicing=slicing, feedback="mean" if shared else "per_width", group_size=group_size,
-        block_size=block_size, scale="minmax",
-    )  # fmt: skip
+        weights=BALANCED,
+        slicing=slicing,
+        feedback="mean" if shared else "per_width",
+        group_size=group_size,
+        block_size=block_size,
+        scale="minmax",
+    )
     solution = solve(weight, hessian, options)
     torch.testing.assert_close(solution.scales.float(), scales, rtol=2e-3, atol=0)
     assert_same_choices(solution, expected, costs)
@@ -131,7 +136,7 @@ def test_one_width_alone_is_dedicated_gptq_on_the_same_grid(bits, scale):
     nested = solve(weight, hessian, SolverOptions(**options, master_bits=8))
     alone = solve(weight, hessian, SolverOptions(**options, master_bits=bits))
     assert torch.equal(nested.codes >> (8 - bits), alone.codes)
-    assert torch.equal(nested.decode(bits), alone.decode(bits))
+    assert torch.equal(nested.dequantize(bits), alone.dequantize(bits))
 
 
 def test_permuting_rows_permutes_codes():
@@ -158,7 +163,7 @@ def test_act_order_keeps_groups_whole_and_helps(group_size):
     hessian = hessian * decay[:, None] * decay
     plain = SolverOptions(weights={3: 1.0}, master_bits=8, group_size=group_size, scale="minmax")
     ordered = SolverOptions(weights={3: 1.0}, master_bits=8, group_size=group_size, scale="minmax", act_order=True)
-    errors = [relative_error(weight, solve(weight, hessian, o).decode(3), hessian) for o in (plain, ordered)]
+    errors = [relative_error(weight, solve(weight, hessian, o).dequantize(3), hessian) for o in (plain, ordered)]
     assert errors[1] < errors[0]
 
 
@@ -179,7 +184,7 @@ def test_zero_points_help_a_shifted_weight():
     weight, hessian = layer(8, 64)
     weight = weight + 0.1
     errors = [
-        relative_error(weight, solve(weight, hessian, o).decode(4), hessian)
+        relative_error(weight, solve(weight, hessian, o).dequantize(4), hessian)
         for o in (SolverOptions(weights=BALANCED, group_size=32, symmetric=s) for s in (True, False))
     ]
     assert errors[1] < 0.5 * errors[0]
@@ -194,7 +199,7 @@ def test_a_sweep_never_raises_the_objective(seed, slicing):
     for sweeps in (0, 1, 2, 4):
         options = SolverOptions(weights=BALANCED, slicing=slicing, group_size=32, sweeps=sweeps)
         solution = solve(weight, hessian, options)
-        costs.append(sum(lam * relative_error(weight, solution.decode(b), damped) for b, lam in BALANCED.items()))
+        costs.append(sum(lam * relative_error(weight, solution.dequantize(b), damped) for b, lam in BALANCED.items()))
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(costs))
 
 
@@ -205,8 +210,8 @@ def test_a_sweep_ends_where_no_single_code_helps():
     solution = solve(weight, hessian, options)
 
     def cost(codes):
-        changed = type(solution)(codes=codes, scales=solution.scales, zeros=None, master_bits=8, slicing="msb")
-        errors = [(weight - changed.decode(b)).double() for b in BALANCED]
+        changed = dataclasses.replace(solution, codes=codes)
+        errors = [(weight - changed.dequantize(b)).double() for b in BALANCED]
         return sum(lam * (e @ damped * e).sum(1) for lam, e in zip(BALANCED.values(), errors, strict=True))
 
     best = cost(solution.codes)
@@ -234,7 +239,7 @@ def test_a_singular_hessian_grows_its_damping_and_says_so():
     calibration = calibrate([Inputs(hessian=hessian)], options, "layer x")
     assert "layer x" in calibration.notes[0]
     assert "damping grew from 0.001" in calibration.notes[0]
-    assert torch.isfinite(nested_solve(weight, calibration, options).decode(2)).all()
+    assert torch.isfinite(nested_solve(weight, calibration, options).dequantize(2)).all()
 
 
 def test_a_hessian_that_is_not_finite_is_refused():
@@ -249,8 +254,8 @@ def test_dead_inputs_and_groups_of_zeros_are_harmless():
     hessian[:, 5] = hessian[5] = 0
     weight[1, 32:] = 0
     solution = solve(weight, hessian, SolverOptions(weights=BALANCED, group_size=32))
-    assert torch.isfinite(solution.decode(2)).all()
-    relative = relative_error(weight, solution.decode(8), hessian)
+    assert torch.isfinite(solution.dequantize(2)).all()
+    relative = relative_error(weight, solution.dequantize(8), hessian)
     assert relative < 1e-3
 
 
@@ -263,7 +268,7 @@ def test_scales_keep_the_models_dtype_and_choices_use_the_stored_values(dtype):
     # Without feedback every code is the nearest on the stored grid.
     inside = solution.codes.gt(0) & solution.codes.lt(255)
     half_step = solution.scales.float().repeat_interleave(32, 1) / 2
-    assert ((weight - solution.decode(8)).abs() <= half_step * 1.001)[inside].all()
+    assert ((weight - solution.dequantize(8)).abs() <= half_step * 1.001)[inside].all()
 
 
 # Asymmetric calibration
@@ -292,7 +297,7 @@ def test_cross_moments_bring_the_outputs_nearer_to_those_of_the_full_model(seed,
     lost = []
     for inputs in (Inputs(hessian=given_inputs.hessian), given_inputs):
         solved = nested_solve(weight, calibrate([inputs], options), options)
-        lost.append({b: ((full @ weight.T - quantized @ solved.decode(b).T) ** 2).sum().item() for b in BALANCED})
+        lost.append({b: ((full @ weight.T - quantized @ solved.dequantize(b).T) ** 2).sum().item() for b in BALANCED})
     assert sum(lam * lost[1][b] for b, lam in BALANCED.items()) < sum(lam * lost[0][b] for b, lam in BALANCED.items())
     assert all(lost[1][b] < lost[0][b] for b in (4, 6, 8))
 
@@ -352,7 +357,7 @@ def objective(weight, solved, hessians, weights=BALANCED):
     """sum_k lambda_k tr(E_k H_k E_k^T) in float64."""
     total = 0.0
     for (bits, lam), hessian in zip(weights.items(), hessians, strict=True):
-        error = (weight - solved.decode(bits)).double()
+        error = (weight - solved.dequantize(bits)).double()
         total += lam * torch.einsum("ij,jk,ik->", error, hessian.double(), error).item()
     return total
 
@@ -378,7 +383,7 @@ def test_an_offset_costs_normal_weights_little_and_helps_skewed_ones(seed):
             solve(given_weight, hessian, SolverOptions(weights=BALANCED, group_size=32, sweeps=1, offset=o))
             for o in (0.0, 16.0)
         )
-        assert (moved.offset, plain.offset) == (16.0, 0.0)
+        assert (moved.format.zero_point_offset, plain.format.zero_point_offset) == (16.0, 0.0)
         assert (plain.scales >= 0).all()
         assert (moved.scales < 0).any()
         assert (moved.scales > 0).any()
@@ -401,7 +406,10 @@ def test_mirrored_codes_decode_to_what_the_solver_chose(act_order):
     chosen = cost.gather(2, solved.codes.long()[:, :, None]).squeeze(2)
     torch.testing.assert_close(chosen, cost.amin(2), rtol=1e-4, atol=1e-12)
     for bits in BALANCED:
-        assert relative_error(weight, solved.decode(bits), hessian) < {2: 0.3, 3: 0.08, 4: 0.02, 6: 2e-3, 8: 1e-3}[bits]
+        assert (
+            relative_error(weight, solved.dequantize(bits), hessian)
+            < {2: 0.3, 3: 0.08, 4: 0.02, 6: 2e-3, 8: 1e-3}[bits]
+        )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -413,7 +421,7 @@ def test_one_width_alone_is_dedicated_gptq_however_refined(bits, offset, act_ord
     nested = solve(weight, hessian, SolverOptions(**refined, master_bits=8, offset=offset))
     alone = solve(weight, hessian, SolverOptions(**refined, master_bits=bits, offset=offset * 2.0 ** (bits - 8)))
     assert torch.equal(nested.codes >> (8 - bits), alone.codes)
-    assert torch.equal(nested.decode(bits), alone.decode(bits))  # a step is 2^(8 - bits) codes
+    assert torch.equal(nested.dequantize(bits), alone.dequantize(bits))  # a step is 2^(8 - bits) codes
 
 
 # Parts
@@ -430,8 +438,8 @@ def test_a_matrix_in_parts_of_its_rows_is_the_same(monkeypatch, symmetric):
     # A product of fewer rows may be summed in another order, and one other choice changes the rest of its row.
     assert (parts.codes != whole.codes).float().mean() < 0.01
     for bits in BALANCED:
-        assert relative_error(weight, parts.decode(bits), hessian) == pytest.approx(
-            relative_error(weight, whole.decode(bits), hessian), rel=1e-3
+        assert relative_error(weight, parts.dequantize(bits), hessian) == pytest.approx(
+            relative_error(weight, whole.dequantize(bits), hessian), rel=1e-3
         )
 
 

@@ -63,8 +63,9 @@ def browse(tmp_path):
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
     browser = subprocess.Popen(
         [BROWSER, *flags, "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         deadline = time.monotonic() + 60
         while not (port := profile / "DevToolsActivePort").exists() or not port.read_text().strip():
@@ -89,8 +90,15 @@ def with_search(results: dict) -> dict:
         {"budget": "2.5 bits", "generation": g, "loss": 0.5 / g, "evaluations": 16, "tokens": 4096, "skipped": 100}
         for g in range(1, 5)
     ]
-    results["search"] = {"method": "hybrid", "fitness": "kl", "evaluations": 64, "tokens": 16384, "skipped": 400,
-                         "history": history, "evaluations_per_second": 12.5}  # fmt: skip
+    results["search"] = {
+        "method": "hybrid",
+        "fitness": "kl",
+        "evaluations": 64,
+        "tokens": 16384,
+        "skipped": 400,
+        "history": history,
+        "evaluations_per_second": 12.5,
+    }
     return results
 
 

@@ -121,11 +121,7 @@ def test_heat_map_averages_experts_and_keeps_names_apart():
     ]
     layers.append({"name": "lm_head", "block": None, "parameters": 1, "error": {"2": 0.5}})
     titles = re.findall(r"<title>([^<]*)</title>", to_svg(layer_figure(layers, "2"), "h", ""))
-    assert titles == [
-        "block 3, mlp experts down: 0.700",
-        "block 3, shared down: 0.100",
-        "block 3, q: 0.200",
-    ]
+    assert titles == ["block 3, mlp experts down: 0.700", "block 3, shared down: 0.100", "block 3, q: 0.200"]
 
 
 def test_a_single_error_and_zeros_draw():

@@ -205,9 +205,10 @@ def test_a_search_reads_back_with_its_curve_and_its_allocation(make_results, tmp
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     artifacts = [r.artifact for r in records(path) if r.WhichOneof("record_type") == "artifact"]
     artifacts += [
-        r.request.log_artifact.artifact for r in records(path)
+        r.request.log_artifact.artifact
+        for r in records(path)
         if r.WhichOneof("record_type") == "request" and r.request.WhichOneof("request_type") == "log_artifact"
-    ]  # fmt: skip
+    ]
     (artifact,) = [a for a in artifacts if a.type == "allocation"]
     assert [entry.path for entry in artifact.manifest.contents] == ["allocation.yaml"]
 

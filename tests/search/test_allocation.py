@@ -3,7 +3,7 @@
 import pytest
 
 from matquant.errors import UserError
-from matquant.search.allocation import Allocation, check, is_file_name, read, to_text, to_yaml
+from matquant.formats.allocation import Allocation, check, is_file_name, read, to_text, to_yaml
 
 WIDTHS = {"model.layers.0.self_attn.q_proj": 2, "model.layers.0.mlp.down_proj": 8}
 

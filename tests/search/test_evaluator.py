@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
+from matquant.distributed import ProcessGroup
 from matquant.evaluate.slices import FULL as FULL_NAME
 from matquant.evaluate.slices import evaluate_slices
-from matquant.ranks import Ranks
 from matquant.search.evaluator import FULL
 from tests.search.measuring import WINDOWS, evaluator, units_of
 
@@ -25,7 +25,7 @@ def reference(blocks, units, codes, candidates):
     def weights_of(index, variant):
         widths = {n: bits for unit, bits in zip(units, names[variant], strict=True) for n in unit.layers}
         linears = blocks.linears(index) if index < len(blocks) else {}
-        return {n: codes[n].decode(widths[n]) for n in linears if widths[n] != FULL}
+        return {n: codes[n].dequantize(widths[n]) for n in linears if widths[n] != FULL}
 
     return evaluate_slices(blocks, WINDOWS, weights_of, list(names), 2, "cpu")
 
@@ -56,10 +56,10 @@ def test_nested_layers_serve_the_same_candidates(make_model, bias):
     assert reference(blocks, units, codes, candidates)["0"].kl == expected["0"].kl  # the layers are their own again
 
 
-class Apart(Ranks):
+class Apart(ProcessGroup):
     """One of several processes, which keeps what it has instead of adding what the others have."""
 
-    def add(self, tensor):
+    def all_reduce(self, tensor):
         pass
 
 
@@ -73,7 +73,7 @@ def test_several_processes_measure_each_candidate_once_and_the_same(make_model, 
         spent = dataclasses.asdict(it.counts)
     parts = []
     for rank in range(count):
-        with evaluator(blocks, units, codes, ranks=Apart(rank, count)) as it:
+        with evaluator(blocks, units, codes, process_group=Apart(rank, count)) as it:
             parts.append(it.losses(candidates, it.everything()))
             assert dataclasses.asdict(it.counts) == spent  # of all processes together
     assert [sum(values) for values in zip(*parts, strict=True)] == expected

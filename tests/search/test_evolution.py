@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matquant.search import knapsack, sensitivity
+from matquant.search.allocation_problem import Budget, Layer, exact, make_problem
 from matquant.search.evaluator import Counts, Sample, open_evaluator
 from matquant.search.evolution import Chance, Guided, Selection, evolve
+from matquant.search.layer_forwards import DecodedSlices
 from matquant.search.mutation import breed, random_start, switch_levels, trade, uniform_start
-from matquant.search.problem import Budget, Layer, exact, make_problem
-from matquant.search.slices import DecodedSlices
 from matquant.search.surrogate import Surrogate
 
 CPU = torch.device("cpu")
@@ -226,9 +226,16 @@ def test_guided_evolution_is_within_two_percent_of_the_best_of_all_allocations(m
         losses = sensitivity.measure(problem, it, it.everything())
         guided = Guided(Surrogate(problem, losses), proposals=32)
         found, _ = evolve(
-            problem, it, knapsack.solve(problem, losses), guided,
+            problem,
+            it,
+            knapsack.solve(problem, losses),
+            guided,
             Selection(offspring=8, survivors=(1,), tokens=(64,)),
-            generations=10, max_tokens=None, seed="0", journal=Memory(), name="x",
-        )  # fmt: skip
+            generations=10,
+            max_tokens=None,
+            seed="0",
+            journal=Memory(),
+            name="x",
+        )
         assert it.counts.evaluations - spent < len(everything) / 4
         assert it.losses([found], it.everything())[0] <= 1.02 * best

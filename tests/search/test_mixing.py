@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from matquant.errors import UserError
 from matquant.models.blocks import BlockModel
+from matquant.search.candidate_batching import branches, by_width, forward_by_width, spread
 from matquant.search.evaluator import FULL, open_evaluator
-from matquant.search.mixing import branches, by_width, forward_by_width, spread
-from matquant.search.slices import DecodedSlices
+from matquant.search.layer_forwards import DecodedSlices
 from tests.search.measuring import CPU, WINDOWS, evaluator, units_of
 
 
@@ -70,14 +70,27 @@ def test_slices_that_do_not_fit_in_memory_together_are_used_one_after_the_other(
 def test_experts_see_one_candidate_at_a_time():
     torch.manual_seed(0)
     config = MixtralConfig(
-        hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1,
-        vocab_size=64, num_local_experts=2, num_experts_per_tok=1, pad_token_id=None,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=1,
+        vocab_size=64,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        pad_token_id=None,
+    )
     blocks = BlockModel(AutoModelForCausalLM.from_config(config).eval().requires_grad_(False))
     with open_evaluator(
-        blocks, [], DecodedSlices({}, CPU, torch.float32, 2**30), WINDOWS, batch_size=1000, fitness="perplexity", top_k=1,
+        blocks,
+        [],
+        DecodedSlices({}, CPU, torch.float32, 2**30),
+        WINDOWS,
+        batch_size=1000,
+        fitness="perplexity",
+        top_k=1,
         device=CPU,
-    ) as it:  # fmt: skip
+    ) as it:
         assert [len(group) for group in it._passes([(), ()], 5)] == [1, 1]
 
 

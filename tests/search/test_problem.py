@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from matquant.errors import UserError
 from matquant.search import knapsack
-from matquant.search.problem import Budget, Layer, Problem, exact, make_problem
+from matquant.search.allocation_problem import Budget, Layer, Problem, exact, make_problem
 
 WIDTHS = (2, 3, 4, 6, 8)
 

@@ -11,10 +11,20 @@ from matquant import cli
 
 # Rounded to nearest, as the parent's quality is not what is looked at.
 QUICK = (
-    *SMALL, "method=rtn", "method.dedicated=false", "method.group_size=64", "search.sequences=4",
-    "search.sequence_length=32", "search.sensitivity_tokens=32", "search.tokens=[32,64]", "search.generations=3",
-    "search.offspring=4", "search.survivors=[2,1]", "search.widths=[2,3,4,8]", "bits=[2,3]",
-)  # fmt: skip
+    *SMALL,
+    "method=rtn",
+    "method.dedicated=false",
+    "method.group_size=64",
+    "search.sequences=4",
+    "search.sequence_length=32",
+    "search.sensitivity_tokens=32",
+    "search.tokens=[32,64]",
+    "search.generations=3",
+    "search.offspring=4",
+    "search.survivors=[2,1]",
+    "search.widths=[2,3,4,8]",
+    "bits=[2,3]",
+)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +98,16 @@ def test_a_byte_budget_counts_scales_and_is_never_exceeded(first, job):
     budget = (full[2] + full[3]) // 2
     (entry,) = found(job(f"search.gigabytes={budget / 1e9:.9f}", "search=sensitivity"))
     assert full[2] < entry["bytes"] <= budget
-    (entry,) = found(job(f"search.gigabytes={full[3] / 1e9:.9f}", "search=evolve", "search.initial_tokens=32",
-                         "search.survivors=[2,1]", "search.tokens=[32,64]", "search.generations=1"))  # fmt: skip
+    (entry,) = found(
+        job(
+            f"search.gigabytes={full[3] / 1e9:.9f}",
+            "search=evolve",
+            "search.initial_tokens=32",
+            "search.survivors=[2,1]",
+            "search.tokens=[32,64]",
+            "search.generations=1",
+        )
+    )
     assert entry["bytes"] <= full[3]
 
 

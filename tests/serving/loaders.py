@@ -59,7 +59,10 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ |= {
-        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_PLUGINS": "",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }  # fmt: skip
+    }
     main()

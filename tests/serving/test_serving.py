@@ -18,9 +18,9 @@ import transformers as tf
 from engine import QUIET
 from shared import ROOT, TINY
 
+from matquant.formats import matgptq
+from matquant.formats.parent import Parent
 from matquant.inference import replace_linears, set_bits
-from matquant.pack import published
-from matquant.quantize.parent import Parent
 from matquant.store.artifact import read_artifact
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: make test-vllm")
@@ -30,10 +30,18 @@ MIXED = {"q_proj": 2, "k_proj": 8, "v_proj": 4, "gate_proj": 3, "up_proj": 6, "g
 PROMPTS = [[5, 9, 100, 7], [1000, 3], [17] * 9]
 TOKENS = 16
 SIZES: dict[str, Any] = {
-    "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 2048, "max_position_embeddings": 256, "pad_token_id": None,
-    "bos_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 2048,
+    "max_position_embeddings": 256,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 MODELS = {
     "qwen3": lambda: tf.Qwen3Config(**SIZES),
     "mixtral": lambda: tf.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
@@ -54,7 +62,7 @@ class Packed:
         model = tf.AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32)
         for index in range(len(self.parent.blocks)):
             for name, weight in self.parent.block(index).items():
-                dense = weight.decode(bits if isinstance(bits, int) else bits[name])
+                dense = weight.dequantize(bits if isinstance(bits, int) else bits[name])
                 owner, _, last = name.rpartition(".")
                 if owner.rpartition(".")[2].isdecimal():  # an expert: one of a stack of matrices
                     stack, _, expert = owner.rpartition(".")
@@ -143,7 +151,7 @@ def test_shipped_model_compiled(tiny, tmp_path):
 
 @pytest.mark.parametrize("random_model", ["qwen3"], indirect=True)
 def test_tensor_parallel_cuts_inside_tiles_and_groups(random_model, tmp_path):
-    """On two ranks the 192 columns of down_proj fall into parts of 96, of which groups of 64 and tiles are no divisors."""
+    """On two process_group the 192 columns of down_proj fall into parts of 96, of which groups of 64 and tiles are no divisors."""
     check_widths(random_model, tmp_path, enforce_eager=True, tensor_parallel_size=2, distributed_executor_backend="mp")
 
 
@@ -164,7 +172,7 @@ def test_half_precision_and_fewer_planes(tiny, tmp_path, dtype):
 def test_published_checkpoint(tmp_path):
     model = packed(TINY, tmp_path, "pack=matgptq_v1", "method=matgptq_v1", "method.group_size=64", "pack.bits=4")
     config = json.loads((model.folder / "config.json").read_text())
-    assert config["quantization_config"]["quant_method"] == published.QUANT_METHOD
+    assert config["quantization_config"]["quant_method"] == matgptq.QUANT_METHOD
     found = run_engine(model.folder, tmp_path, [None, [2]], enforce_eager=True)
     assert found == [model.greedy(4), model.greedy(2)]
 
@@ -189,12 +197,31 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "m",
-            "--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--host", "127.0.0.1", "--port", self.port,
-            "--api-key", "secret", "--hf-overrides", '{"bits": 8}',
-            "--worker-extension-cls", "matquant.vllm.worker.WidthExtension",
-            "--middleware", "matquant.vllm.endpoint.WidthEndpoint",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            folder,
+            "--served-model-name",
+            "m",
+            "--dtype",
+            "float32",
+            "--max-model-len",
+            "128",
+            "--enforce-eager",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            self.port,
+            "--api-key",
+            "secret",
+            "--hf-overrides",
+            '{"bits": 8}',
+            "--worker-extension-cls",
+            "matquant.vllm.worker.WidthExtension",
+            "--middleware",
+            "matquant.vllm.endpoint.WidthEndpoint",
+        ]
         with log.open("w") as stream:
             self.process = subprocess.Popen(
                 list(map(str, command)), env=os.environ | QUIET, stdout=stream, stderr=subprocess.STDOUT
@@ -216,7 +243,7 @@ class Server:
             f"http://127.0.0.1:{self.port}{path}",
             headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
             data=None if content is None else json.dumps(content).encode(),
-        )  # fmt: skip
+        )
         try:
             with urllib.request.urlopen(request, timeout=120) as response:
                 return response.status, json.load(response)

@@ -1,0 +1,158 @@
+"""What is needed of CuPy and of torch's CUDA runtime, and nothing of it before a kernel is asked for."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from matquant.cuda.pdl import FIRST_CAPABILITY, Overlap
+from matquant.errors import UserError
+
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not used the device yet
+_FIRST_SPECIFIC = 9  # major compute capability from which an architecture has features of its own: sm_90a
+
+
+class Driver:
+    """NVRTC and the driver by way of CuPy, devices and streams by way of torch.
+
+    Raises:
+        UserError: CuPy is not installed, or torch sees no CUDA device.
+    """
+
+    def __init__(self) -> None:
+        _require_cupy()
+        if not torch.cuda.is_available():
+            raise UserError(
+                "CUDA kernels need an NVIDIA GPU, and torch sees none. Tensors on the CPU need no kernel; for a GPU check "
+                "the driver (nvidia-smi) and that torch was built for CUDA."
+            )
+        from cupy_backends.cuda.api import driver, runtime
+
+        self._driver, self._runtime = driver, runtime
+        self._overlap = Overlap()
+        self.current_stream = torch._C._cuda_getCurrentRawStream
+        self.current_device = torch._C._cuda_getDevice
+
+    def architecture(self, device: int) -> str:
+        """The real architecture, as ``sm_86``, or ``sm_90a`` with what only that one has."""
+        return architecture(torch.cuda.get_device_capability(device))
+
+    def load(self, cubin: bytes, device: int) -> int:
+        """Load a cubin for the life of the process; returns the module's handle."""
+        self.use(device)
+        return self._driver.moduleLoadData(cubin)
+
+    def function(self, module: int, name: str) -> int:
+        """The handle of a kernel of a loaded module."""
+        return self._driver.moduleGetFunction(module, name)
+
+    def prefer_shared(self, function: int) -> None:
+        """All that L1 can give to shared memory: left to itself the driver makes room for one block of a kernel only."""
+        self._driver.funcSetAttribute(function, self._driver.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
+
+    def can_overlap(self, device: int) -> bool:
+        """Whether a launch there may begin before the kernel in front of it has ended."""
+        return torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
+
+    def use(self, device: int) -> None:
+        """Make the device's primary context, which torch works in, current on this thread."""
+        torch.cuda.init()
+        self._runtime.setDevice(device)
+
+    def launch(self, function: int, device: int, overlap: bool, *launch: int) -> None:
+        """``cuLaunchKernel``, or with ``overlap`` the like of it; raises RuntimeError when the driver refuses it."""
+        try:
+            self._launch(function, overlap, launch)
+        except self._driver.CUDADriverError as error:
+            if error.status != _INVALID_CONTEXT:
+                raise RuntimeError(str(error)) from error
+            self.use(device)
+            self._launch(function, overlap, launch)
+
+    def _launch(self, function: int, overlap: bool, launch: tuple[int, ...]) -> None:
+        if overlap:
+            self._driver.check_status(self._overlap.launch(function, *launch))
+        else:
+            self._driver.launchKernel(function, *launch)
+
+    def allow_shared(self, function: int, bytes_: int) -> None:
+        """Let a kernel have so much dynamic shared memory; raises RuntimeError when the device has less."""
+        attribute = self._driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        try:
+            self._driver.funcSetAttribute(function, attribute, bytes_)
+        except self._driver.CUDADriverError as error:
+            raise RuntimeError(str(error)) from error
+
+    def registers(self, function: int) -> int:
+        """Registers of a thread."""
+        return self._driver.funcGetAttribute(self._driver.CU_FUNC_ATTRIBUTE_NUM_REGS, function)
+
+    def local_bytes(self, function: int) -> int:
+        """Local memory of a thread in bytes; more than 0 as a rule means spilled registers."""
+        return self._driver.funcGetAttribute(self._driver.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function)
+
+    def blocks_per_multiprocessor(self, function: int, threads: int, shared_bytes: int) -> int:
+        """How many blocks of a kernel a multiprocessor runs at once."""
+        return self._driver.occupancyMaxActiveBlocksPerMultiprocessor(function, threads, shared_bytes)
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """NVRTC's name of a compute capability: (8, 6) is ``sm_86``, (9, 0) is ``sm_90a``."""
+    major, minor = capability
+    return f"sm_{major}{minor}" + ("a" if major >= _FIRST_SPECIFIC else "")
+
+
+def nvrtc_version() -> str:
+    """Of the NVRTC that CuPy finds, as ``13.5``. Raises UserError without CuPy or NVRTC."""
+    _require_cupy()
+    from cupy_backends.cuda.libs import nvrtc
+
+    try:
+        return "{}.{}".format(*nvrtc.getVersion())
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"CuPy finds no NVRTC, which compiles the CUDA kernels: {error}. Install the CUDA toolkit, or the wheels with "
+            f"pip install 'cupy-cuda{_cuda_major()}x[ctk]'."
+        ) from error
+
+
+def nvrtc_compile(name: str, text: str, headers: Mapping[str, str], options: Sequence[str]) -> bytes:
+    """Compile one source to a cubin; needs no GPU.
+
+    Raises:
+        RuntimeError: it does not compile; the message is the compiler's log.
+        UserError: CuPy or NVRTC is not installed.
+    """
+    nvrtc_version()
+    from cupy_backends.cuda.libs import nvrtc
+
+    included = [(content.encode(), include.encode()) for include, content in headers.items()]
+    program = nvrtc.createProgram(
+        text, name, [content for content, _ in included], [include for _, include in included]
+    )
+    try:
+        nvrtc.compileProgram(program, tuple(options))
+        # CuPy leaves out the last byte, which is 0; tools that read the ELF file miss it.
+        return nvrtc.getCUBIN(program) + b"\0"
+    except nvrtc.NVRTCError as error:
+        log = nvrtc.getProgramLog(program)
+        raise RuntimeError(f"{name} does not compile with {' '.join(options)}: {error}\n{log}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _require_cupy() -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        raise UserError(
+            f"CUDA kernels need CuPy, which is not installed ({error}). It comes with an extra: "
+            "pip install 'matquant[gpu13]' for CUDA 13, 'matquant[gpu]' for CUDA 12; this torch was built for "
+            f"{f'CUDA {torch.version.cuda}' if torch.version.cuda else 'the CPU alone'}."
+        ) from error
+    return cupy
+
+
+def _cuda_major() -> str:
+    """12 or 13: what torch was built for, 13 where it was built for none."""
+    return "12" if str(torch.version.cuda).startswith("12.") else "13"

@@ -1,0 +1,164 @@
+"""Nested format: codes of M bits whose first b bits are a model of b bits.
+
+A code q of M master bits is sliced to its first b bits. With d = M - b, the two kinds of slicing and their values are
+
+    msb    c_b(q) = q >> d                                     value = s (2^d (c_b + 1/2) - z)
+    round  c_b(q) = min((q >> d) + bit(q, d - 1), 2^b - 1)     value = s (2^d  c_b        - z)
+
+``msb`` is the native slicing: it reads exactly b bits, and each slice dequantizes to the centre of the cell that its codes share.
+``round`` is the slicing of MatGPTQ v1 (arXiv 2602.03537); below M bits it reads one bit more. A scale of 0 dequantizes to exactly 0.
+
+The zero point z of symmetric weights is one constant of the matrix, 2^(M-1) + zero_point_offset; asymmetric weights have a zero
+point per group. With an offset the representable range is longer on one side. A negative scale mirrors it, so each group can
+take the better orientation at no storage cost. (An offset of 2^(M-5) also puts zero on the 4-bit grid.)
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Slicing = Literal["msb", "round"]
+
+
+def slice_codes(codes: Tensor, bits: int, master_bits: int, slicing: Slicing) -> Tensor:
+    """First ``bits`` bits of each code: integers in 0..2^bits - 1, of the dtype and shape of ``codes``."""
+    drop = master_bits - bits
+    if drop < 0:
+        raise ValueError(f"a slice of {bits} bits cannot be cut from codes of {master_bits} bits")
+    if drop == 0:
+        return codes
+    kept = codes >> drop
+    if slicing == "msb":
+        return kept
+    return torch.clamp(kept + ((codes >> (drop - 1)) & 1), max=2**bits - 1)
+
+
+def levels(bits: int, master_bits: int, slicing: Slicing) -> Tensor:
+    """Value of each code at ``bits`` bits in units of the scale, before the zero point: float32 [2^master_bits]."""
+    codes = torch.arange(2**master_bits)
+    centre = 0.5 if slicing == "msb" else 0.0
+    return (slice_codes(codes, bits, master_bits, slicing) + centre) * 2.0 ** (master_bits - bits)
+
+
+def planes_read(bits: int, master_bits: int, slicing: Slicing) -> int:
+    """Number of bits of each code that a slice of ``bits`` bits depends on."""
+    return bits if slicing == "msb" else min(bits + 1, master_bits)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class WeightFormat:
+    """Meaning of the stored codes of one weight matrix.
+
+    Attributes:
+        master_bits: bits of a code, 2..8.
+        slicing: rule that takes a slice from a code.
+        zero_point_offset: offset of the zero point of symmetric weights from 2^(master_bits - 1), in code steps.
+        group_size: consecutive input features that share a scale; all of them for one scale per row.
+        has_zero_points: True if every group stores a zero point of its own.
+        scale_dtype: float16, bfloat16 or float32.
+    """
+
+    group_size: int
+    master_bits: int = 8
+    slicing: Slicing = "msb"
+    zero_point_offset: float = 0.0
+    has_zero_points: bool = False
+    scale_dtype: torch.dtype = torch.float16
+
+    @classmethod
+    def from_op_args(
+        cls, scales: Tensor, zeros: Tensor | None, group_size: int, master_bits: int, slicing: Slicing, offset: float
+    ) -> "WeightFormat":
+        """Format from the flat arguments of a torch operator, whose schema holds no dataclass."""
+        return cls(
+            group_size=group_size,
+            master_bits=master_bits,
+            slicing=slicing,
+            zero_point_offset=offset,
+            has_zero_points=zeros is not None,
+            scale_dtype=scales.dtype,
+        )
+
+    @property
+    def op_args(self) -> tuple[int, int, Slicing, float]:
+        """Flat arguments of the torch operators: group size, master bits, slicing, zero-point offset."""
+        return self.group_size, self.master_bits, self.slicing, self.zero_point_offset
+
+    @property
+    def zero_point(self) -> float:
+        """Zero point of symmetric weights, in code steps."""
+        return 2.0 ** (self.master_bits - 1) + self.zero_point_offset
+
+    def planes_read(self, bits: int) -> int:
+        """Number of bit planes that a slice of ``bits`` bits reads."""
+        return planes_read(bits, self.master_bits, self.slicing)
+
+    def max_bits(self, planes: int) -> int:
+        """Largest bit-width that the first ``planes`` planes hold: ``round`` needs one more below ``master_bits``."""
+        return planes if self.slicing == "msb" or planes == self.master_bits else planes - 1
+
+    def levels(self, bits: int) -> Tensor:
+        """Value of each code at ``bits`` bits before the zero point, see ``levels``: float32 [2^master_bits]."""
+        return levels(bits, self.master_bits, self.slicing)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class NestedWeight:
+    """Weight matrix of one linear layer in the nested format.
+
+    Attributes:
+        codes: uint8 [out_features, in_features].
+        scales: ``format.scale_dtype`` [out_features, groups]; negative values mirror the grid.
+        zeros: uint8 [out_features, groups], or None for symmetric weights.
+        format: meaning of the codes.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit the format.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    format: WeightFormat
+
+    def __post_init__(self) -> None:
+        if self.codes.dtype != torch.uint8 or self.codes.ndim != 2 or self.codes.shape[1] % self.format.group_size:
+            raise ValueError(
+                f"codes must be uint8 [out, in] in equal groups of {self.format.group_size}, not {self.codes.shape}"
+            )
+        shape = (self.codes.shape[0], self.codes.shape[1] // self.format.group_size)
+        if self.scales.shape != shape or (self.zeros is not None and self.zeros.shape != shape):
+            raise ValueError(f"scales and zeros must be [out, groups] = {list(shape)}, not {list(self.scales.shape)}")
+        if (self.zeros is not None, self.scales.dtype) != (self.format.has_zero_points, self.format.scale_dtype):
+            raise ValueError("scales and zeros must be of the dtype and kind that the format names")
+
+    def to(self, device: torch.device | str) -> "NestedWeight":
+        """Copy with all tensors on ``device``."""
+        return self.map_tensors(lambda tensor: tensor.to(device))
+
+    def map_tensors(self, fn: Callable[[Tensor], Tensor]) -> "NestedWeight":
+        """Copy with ``fn`` applied to each tensor."""
+        zeros = None if self.zeros is None else fn(self.zeros)
+        return dataclasses.replace(self, codes=fn(self.codes), scales=fn(self.scales), zeros=zeros)
+
+    def dequantize(self, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Dense weight [out_features, in_features] at ``bits`` bits, computed in float32 and cast to ``dtype``."""
+        table = self.format.levels(bits).to(self.codes.device)
+        rows, groups = self.scales.shape
+        value = table[self.codes.int()].view(rows, groups, -1)  # (out, groups, group_size)
+        zero = self.format.zero_point if self.zeros is None else self.zeros.float()[:, :, None]
+        return ((value - zero) * self.scales.float()[:, :, None]).view(self.codes.shape).to(dtype)
+
+    def bytes_read(self, bits: int) -> int:
+        """Bytes that a runtime reads for this layer at ``bits`` bits: planes, scales and zero points."""
+        side = self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
+        return math.ceil(self.codes.numel() * self.format.planes_read(bits) / 8) + side
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Stored tensors by name."""
+        stored = {"codes": self.codes, "scales": self.scales}
+        return stored if self.zeros is None else {**stored, "zeros": self.zeros}

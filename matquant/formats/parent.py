@@ -1,0 +1,108 @@
+"""The parent artifact: one safetensors file per decoder block, whose header says what the tensors mean.
+
+Tensors are ``<layer>.codes``, ``<layer>.scales`` and ``<layer>.zeros``, as in ``matquant.formats.nested.NestedWeight``. The header's
+metadata entry ``matquant`` is JSON: master bits, slicing, and for each layer its shape and its relative error per width.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from matquant.errors import UserError
+from matquant.formats.nested import NestedWeight, WeightFormat
+from matquant.store import Artifact
+from matquant.store.distributed_store import DraftLike
+
+
+def block_file(index: int) -> str:
+    return f"block-{index:04d}.safetensors"
+
+
+def write_block(draft: DraftLike, name: str, weights: dict[str, NestedWeight], record: dict[str, Any]) -> None:
+    """Commit one block; ``record`` is kept beside the tensors and comes back from ``read_block``."""
+    tensors = {f"{layer}.{part}": t for layer, weight in weights.items() for part, t in weight.tensors().items()}
+    layers = {
+        layer: record["layers"][layer]
+        | dict(zip(("master_bits", "slicing", "offset"), weight.format.op_args[1:], strict=True))
+        for layer, weight in weights.items()
+    }
+    header = json.dumps(record | {"layers": layers}, sort_keys=True, allow_nan=False)
+    draft.write_tensors(name, tensors, {"matquant": header})
+
+
+def read_block(source: DraftLike | Artifact, name: str) -> tuple[dict[str, NestedWeight], dict[str, Any]]:
+    """The layers of one block by full name, and its record.
+
+    Raises:
+        UserError: the header does not describe the tensors.
+    """
+    tensors, metadata = source.read_tensors(name)
+    try:
+        record = json.loads(metadata["matquant"])
+        weights = {
+            layer: NestedWeight(
+                codes=tensors[f"{layer}.codes"],
+                scales=tensors[f"{layer}.scales"],
+                zeros=tensors.get(f"{layer}.zeros"),
+                format=WeightFormat.from_op_args(
+                    tensors[f"{layer}.scales"],
+                    tensors.get(f"{layer}.zeros"),
+                    _group_size(tensors, layer),
+                    about["master_bits"],
+                    about["slicing"],
+                    about["offset"],
+                ),
+            )
+            for layer, about in record["layers"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{name} is not a block of a parent: {error}. Remove its artifact's folder; the next run remakes it."
+        ) from error
+    return weights, record
+
+
+def _group_size(tensors: Mapping[str, Tensor], layer: str) -> int:
+    """Input features per scale, from the shapes of codes and scales."""
+    return tensors[f"{layer}.codes"].shape[1] // tensors[f"{layer}.scales"].shape[1]
+
+
+class Parent:
+    """A finished parent, read block by block."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+        self.blocks: list[dict[str, Any]] = artifact.about["blocks"]
+        self._last: tuple[int, dict[str, NestedWeight]] = (-1, {})
+
+    def block(self, index: int) -> dict[str, NestedWeight]:
+        """The quantized layers of one block, by full name; the last block that was asked for is kept."""
+        if self._last[0] != index:
+            self._last = (index, read_block(self.artifact, self.blocks[index]["file"])[0])
+        return self._last[1]
+
+    def bytes_read(self, bits: int) -> int:
+        """Bytes that a runtime reads for all quantized layers at ``bits`` bits."""
+        return sum(w.bytes_read(bits) for i in range(len(self.blocks)) for w in self.block(i).values())
+
+    def layer_errors(self) -> list[dict[str, Any]]:
+        """A row per layer for the results: name, block, parameters and relative error per width."""
+        rows = []
+        for index, block in enumerate(self.blocks):
+            for name, layer in block["layers"].items():
+                out_features, in_features = layer["shape"]
+                size = out_features * in_features
+                rows.append({"name": name, "block": index, "parameters": size, "error": layer["errors"]})
+        return rows
+
+    def poor_experts(self) -> list[dict[str, Any]]:
+        """Layers of experts that saw fewer calibration tokens than they have inputs: ``name``, ``tokens``, ``inputs``.
+
+        Their statistics were filled up with what all experts of the block saw on average.
+        """
+        return [row for block in self.blocks for row in block.get("experts", [])]
+
+    def notes(self) -> list[str]:
+        return [note for block in self.blocks for note in block["notes"]]

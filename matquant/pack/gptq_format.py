@@ -1,0 +1,78 @@
+"""The GPTQ format, version 1, as GPTQModel, Transformers and vLLM load it.
+
+A layer X with weight [out, in] is stored as X.qweight int32 [in bits / 32, out], X.qzeros int32 [groups, out bits / 32] with
+zero points less one, X.scales [groups, out], and X.g_idx int32 [in], the group of each input feature.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matquant import __version__
+from matquant.errors import UserError
+from matquant.formats.packed import LayerSpec, TensorSpec
+from matquant.pack.export_format import Format, group_size, name_pattern
+from matquant.pack.integer_grid import Grid, IntegerWeight, pack_bits
+from matquant.pack.pack_input import Source
+
+_BITS = (2, 3, 4, 8)
+_WORD = 32
+
+
+class Gptq(Format):
+    """See ``formats.Format``."""
+
+    name = "gptq"
+    supported = tuple((bits, symmetric) for symmetric in (True, False) for bits in _BITS)
+    least_zero = 1  # since they are stored less one
+
+    def tensors(self, layer: LayerSpec, grid: Grid) -> dict[str, TensorSpec]:
+        rows, columns = layer.out_features, layer.in_features
+        if rows % _WORD or columns % _WORD:
+            raise UserError(
+                f"pack=gptq holds layers whose sizes are multiples of {_WORD}; found [{rows}, {columns}]. Leave such layers "
+                "out (method.skip), or use pack=compressed_tensors or pack=nested."
+            )
+        groups = columns // layer.format.group_size
+        return {
+            "qweight": TensorSpec((columns * grid.bits // _WORD, rows), torch.int32),
+            "qzeros": TensorSpec((groups, rows * grid.bits // _WORD), torch.int32),
+            "scales": TensorSpec((groups, rows), layer.format.scale_dtype),
+            "g_idx": TensorSpec((columns,), torch.int32),
+        }
+
+    def encode(self, weight: IntegerWeight) -> dict[str, Tensor]:
+        columns, groups = weight.codes.shape[1], weight.scales.shape[1]
+        return {
+            "qweight": pack_bits(weight.codes, weight.bits).t(),
+            "qzeros": pack_bits(weight.zeros.t() - 1, weight.bits),
+            "scales": weight.scales.t(),
+            "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // groups),
+        }
+
+    def config(self, source: Source, grids: Mapping[str, Grid]) -> dict[str, Any]:
+        about = {name: _about(source.layers[name], grid) for name, grid in grids.items()}
+        common = dict(Counter(tuple(own.items()) for own in about.values()).most_common(1)[0][0])
+        dynamic: dict[str, dict[str, Any]] = {}
+        for name, own in about.items():
+            if own != common:
+                dynamic[f"+:{name_pattern(name)}"] = own
+        for name in source.unconverted:
+            if "." in name:  # the output head has an entry of its own
+                dynamic[f"-:{name_pattern(name)}"] = {}
+        return {
+            "quant_method": "gptq",
+            **common,
+            "desc_act": False,
+            "lm_head": "lm_head" in grids,
+            "checkpoint_format": "gptq",
+            "pack_dtype": "int32",
+            "meta": {"quantizer": [f"matquant:{__version__}"]},
+        } | ({"dynamic": dynamic} if dynamic else {})
+
+
+def _about(layer: LayerSpec, grid: Grid) -> dict[str, Any]:
+    return {"bits": grid.bits, "group_size": group_size(layer), "sym": grid.symmetric}

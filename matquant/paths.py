@@ -1,0 +1,10 @@
+"""Location of the folders conf, kernels and assets: beside the package in a checkout, inside it in an installed wheel."""
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def resource_root() -> Path:
+    """Folder that holds ``conf/``, ``kernels/`` and ``experiments/``."""
+    return _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent

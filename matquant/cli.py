@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from matquant.config import Config, from_hydra
+from matquant.config import Config, from_hydra, schemas
 from matquant.errors import UserError
 from matquant.paths import resource_root
 
@@ -25,12 +25,14 @@ _SILENT = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=non
 
 
 def register() -> None:
-    """Make ``${matquant.paths:}`` and the presets in ``experiments/NAME/config.yaml`` known to Hydra."""
-    OmegaConf.register_new_resolver("matquant.paths", lambda: str(resource_root()), replace=True)
+    """Register the resolver ``${matquant.root:}`` and the group ``schema`` with Hydra."""
+    OmegaConf.register_new_resolver("matquant.root", lambda: str(resource_root()), replace=True)
     store = ConfigStore.instance()
+    for name, node in schemas().items():
+        store.store(group="schema", name=name, node=node, provider="matquant")
     for preset in sorted((resource_root() / "experiments").glob("*/config.yaml")):
-        node = OmegaConf.load(preset)
-        store.store(group="experiment", name=preset.parent.name, node=node, package="_global_", provider="experiments")
+        preset_node = OmegaConf.load(preset)
+        store.store(group="experiment", name=preset.parent.name, node=preset_node, package="_global_", provider="experiments")
 
 
 register()
@@ -42,16 +44,16 @@ def run(cfg: DictConfig) -> float | None:
     register()  # a launcher's worker process imports this module, but its config may be resolved anew
     config = from_hydra(cfg)
     if config.store.action is not None:
-        from matquant.housekeeping import look_after
+        from matquant import store_commands
 
-        look_after(config.store)
+        store_commands.run(config.store)
         return None
     return _run_job(config, cfg)
 
 
 def _run_job(config: Config, cfg: DictConfig) -> float | None:
     # Imported late, so that --help, --cfg and a wrong config answer at once.
-    from matquant.pipeline import Job, run_job
+    from matquant.stages.job import JobInfo, run_job
 
     hydra_config = HydraConfig.get()
     sweeping = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
@@ -61,14 +63,14 @@ def _run_job(config: Config, cfg: DictConfig) -> float | None:
         )
     folder = Path(hydra_config.runtime.output_dir)
     overrides = [str(o) for o in hydra_config.overrides.task]
-    job = Job(
+    info = JobInfo(
         folder=folder,
         command=shlex.join(["python", "run.py", *overrides]),
         name=folder.name,
         group=str(Path(hydra_config.sweep.dir).name) if sweeping else None,
         resolved=OmegaConf.to_container(cfg, resolve=True),
     )
-    return run_job(config, job)
+    return run_job(config, info)
 
 
 def _stop(_signal: int, _frame: object) -> None:

@@ -8,7 +8,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import numba
 import psutil
 import torch
 
@@ -95,6 +94,8 @@ def device_peak(device: torch.device) -> int:
 
 def use_threads(threads: int | None) -> None:
     """Let torch and the compiled solver use so many threads of the CPU; None: as many as torch uses by itself."""
+    import numba  # slow to import, and of no use to a runtime that only serves
+
     threads = threads or torch.get_num_threads()
     most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     numba.set_num_threads(min(threads, most))
@@ -102,7 +103,7 @@ def use_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def give_back_memory() -> None:
+def tune_malloc() -> None:
     """Have large tensors that are freed go back to the system at once.
 
     The C library keeps blocks of up to 32 MB for itself once some were freed; between tensors of a calibration batch they

@@ -1,4 +1,4 @@
-"""Where the seconds of a long job go."""
+"""Timer for the phases of long work on one device."""
 
 import collections
 import contextlib
@@ -11,11 +11,11 @@ import torch
 class PhaseTimer:
     """Seconds by phase, of work on one device.
 
-    A GPU works on while the host goes ahead. So a phase ends with waiting for it; what is measured within a phase does not, and
-    takes the GPU's own time between two points of its stream.
+    GPU work is asynchronous. A phase therefore ends with a synchronization. A nested phase does not: it measures the GPU time between two
+    events of the stream.
 
     Attributes:
-        seconds: of each phase so far; what was measured within another one counts there and not in the other.
+        seconds: of each phase so far; a nested phase is not counted in the phase around it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,7 +25,7 @@ class PhaseTimer:
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Adds the seconds spent inside to ``phase``."""
+        """Add the seconds spent inside the context to ``phase``."""
         self._parts = []
         start = time.perf_counter()
         yield
@@ -38,8 +38,8 @@ class PhaseTimer:
             self.seconds[phase] -= seconds
 
     @contextlib.contextmanager
-    def within(self, part: str) -> Iterator[None]:
-        """Inside ``timed``: adds the device's seconds to ``part`` instead of to the phase."""
+    def nested(self, part: str) -> Iterator[None]:
+        """Add the device's seconds to ``part`` instead of to the phase around it; for use inside ``timed``."""
         if self._device.type != "cuda":
             start = time.perf_counter()
             yield

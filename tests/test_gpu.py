@@ -159,7 +159,7 @@ def test_a_model_generates_the_same_tokens_as_with_dense_weights():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_moments_of_half_precision_inputs_lose_nothing(dtype, monkeypatch):
-    monkeypatch.setattr(hessian, "PANEL", 192)
+    monkeypatch.setattr(hessian, "PANEL_COLUMNS", 192)
     moments = hessian.HessianAccumulator(512, "cuda", asymmetric=True)
     batches = [activations(4, 600, 512, dtype=dtype) * (1 + k) for k in range(3)]
     for full, _, inputs, _ in batches:

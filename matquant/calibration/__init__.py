@@ -1,1 +1,1 @@
-"""What a calibration text tells about a layer's inputs."""
+"""Activations of a calibration text: hidden states of several slices, and second moments of layer inputs."""

@@ -1,4 +1,4 @@
-"""The calibration text on its way through the blocks: as the full-precision model sees it, and as its slices do."""
+"""Hidden states of the calibration sequences on their way through the blocks, in the full-precision model and in its slices."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -9,24 +9,23 @@ from torch import Tensor, nn
 from matquant.models.activation_cache import OffloadTarget
 from matquant.models.blocks import BlockModel
 
-Weights = Mapping[str, Tensor]  # of some linear layers of a block, by full name, instead of their own
+Weights = Mapping[str, Tensor]  # replacement weights of linear layers of a block, by full name
 
 FULL = "full"
 
 
 class ActivationStreams:
-    """Hidden states of the calibration windows in front of one block after the other, one stream per variant of the model.
+    """Hidden states of the calibration sequences in front of one block after the other, one stream per model.
 
-    A block has to be on the device (``BlockModel.on_device``) while inputs are caught in it or streams advance through it.
+    A block has to be on the device (``BlockModel.on_device``) while it is run.
 
     Args:
         blocks: the model.
         windows: int64 [sequences, length].
-        names: of the streams, such as ``full`` or a width.
-        batch_size: windows in one forward pass; changes nothing but speed and memory.
-        device: where blocks run.
-        dtype: in which they run.
-        place: where the hidden states wait; ``device`` when None.
+        names: of the streams: ``full``, or a bit-width.
+        batch_size: sequences of one forward pass; has no effect but on speed and memory.
+        device, dtype: of the blocks.
+        place: storage of the hidden states between two blocks; ``device`` if None.
     """
 
     def __init__(
@@ -44,68 +43,80 @@ class ActivationStreams:
         self.dtype = dtype
         self._ids = windows
         self._windows = blocks.capture_block_inputs(windows, batch_size, device, dtype, place)
-        # All variants have the same embeddings, so the streams part at the first block.
+        # All models have the same embeddings, so the streams differ from the first block's output on.
         self.hidden = {
             name: self._windows.hidden.clone() if i else self._windows.hidden for i, name in enumerate(names)
         }
 
-    def inputs(
+    @property
+    def batches(self) -> int:
+        """Number of batches."""
+        return len(self._windows.rows)
+
+    def block_inputs(self, name: str, batch: int) -> Tensor:
+        """Hidden states in front of the current block: [batch, length, hidden] of one stream, on the device."""
+        return self.hidden[name][self._windows.rows[batch]]
+
+    @torch.no_grad()
+    def layer_inputs(
         self, index: int, layers: Sequence[nn.Linear], weights: Mapping[str, Weights]
     ) -> Iterator[dict[str, list[Tensor | None]]]:
-        """What reaches some layers of block ``index`` (or the head, the block after the last), batch by batch.
+        """Yield the inputs of some layers of block ``index`` batch by batch; the head is the block after the last.
 
-        The block runs no further than it has to.
+        The forward pass of the block stops when all inputs are captured.
 
         Args:
             layers: linear layers of the block.
-            weights: of each stream.
+            weights: replacement weights of each stream, see ``BlockModel.with_weights``.
 
         Yields:
-            For each stream the input of each layer, [tokens, in_features], or None where it was not called.
+            For each stream the input of each layer, [tokens, in_features], or None if it was not called.
         """
-        for batch, rows in enumerate(self._windows.rows):
+        for batch in range(self.batches):
             found = {}
-            for name, hidden in self.hidden.items():
-                # The exception ends before it reaches a context manager made of a generator. From Python 3.12 on that would be
-                # part of its traceback: a cycle that keeps all that the forward pass had made.
-                changed = self.blocks.with_weights(index, weights.get(name, {}))
-                with changed, _caught(layers) as caught, suppress(_Enough):
-                    self._run(index, batch, hidden[rows])
-                found[name] = [caught.get(layer) for layer in layers]
+            for name in self.hidden:
+                # The exception must not reach a generator-based context manager. From Python 3.12 on that would be part of its
+                # traceback: a reference cycle that keeps all tensors of the forward pass.
+                swapped = self.blocks.with_weights(index, weights.get(name, {}))
+                with swapped, _capture_inputs(layers) as captured, suppress(_AllCaptured):
+                    self.run(index, batch, self.block_inputs(name, batch))
+                found[name] = [captured.get(layer) for layer in layers]
             yield found
 
-    def _run(self, index: int, batch: int, hidden: Tensor) -> Tensor:
+    def run(self, index: int, batch: int, hidden: Tensor) -> Tensor:
+        """Output of block ``index`` (logits for the head) for hidden states [batch, length, hidden] of a batch."""
         if index == len(self.blocks):
             return self.blocks.head(self._ids[self._windows.rows[batch]].to(self.device), hidden)
         return self.blocks.run_block(index, hidden, self._windows.calls[batch][index])
 
+    @torch.no_grad()
     def advance(self, index: int, weights_of: Callable[[str], Weights]) -> None:
-        """Let what block ``index`` puts out, with each stream's weights, be what enters the next one.
+        """Replace the hidden states of each stream by the output of block ``index`` with the stream's weights.
 
         Args:
-            weights_of: asked for one stream after the other, so that the weights of one at a time need memory.
+            weights_of: returns the weights of one stream; called stream by stream, so that one set is in memory at a time.
         """
         for name, hidden in self.hidden.items():
             with self.blocks.with_weights(index, weights_of(name)):
                 for batch, rows in enumerate(self._windows.rows):
-                    hidden[rows] = self._run(index, batch, hidden[rows])
+                    hidden[rows] = self.run(index, batch, hidden[rows])
 
 
-class _Enough(Exception):
-    """Leaves a block's forward once all inputs are caught."""
+class _AllCaptured(Exception):
+    """Ends a block's forward pass once all inputs are captured."""
 
 
 @contextmanager
-def _caught(layers: Sequence[nn.Linear]) -> Iterator[dict[nn.Module, Tensor]]:
-    """Inside, the first input of each layer is caught, and a forward pass ends with _Enough when there is one of each."""
-    caught: dict[nn.Module, Tensor] = {}
+def _capture_inputs(layers: Sequence[nn.Linear]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Capture the first input of each layer; raise _AllCaptured in the forward pass when there is one of each."""
+    captured: dict[nn.Module, Tensor] = {}
 
-    def catch(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        caught[layer] = inputs[0].reshape(-1, inputs[0].shape[-1])
-        if len(caught) == len(layers):
-            raise _Enough
+    def capture(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        captured[layer] = inputs[0].reshape(-1, inputs[0].shape[-1])
+        if len(captured) == len(layers):
+            raise _AllCaptured
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(layer.register_forward_pre_hook(catch).remove)
-        yield caught
+            stack.callback(layer.register_forward_pre_hook(capture).remove)
+        yield captured

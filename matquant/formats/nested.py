@@ -136,6 +136,18 @@ class NestedWeight:
         if (self.zeros is not None, self.scales.dtype) != (self.format.has_zero_points, self.format.scale_dtype):
             raise ValueError("scales and zeros must be of the dtype and kind that the format names")
 
+    @classmethod
+    def planned(cls, format: WeightFormat, out_features: int, in_features: int) -> "NestedWeight":
+        """Weight of this shape without values, on the meta device, for its size in bytes."""
+        groups = in_features // format.group_size
+        zeros = torch.empty(out_features, groups, dtype=torch.uint8, device="meta") if format.has_zero_points else None
+        return cls(
+            codes=torch.empty(out_features, in_features, dtype=torch.uint8, device="meta"),
+            scales=torch.empty(out_features, groups, dtype=format.scale_dtype, device="meta"),
+            zeros=zeros,
+            format=format,
+        )
+
     def to(self, device: torch.device | str) -> "NestedWeight":
         """Copy with all tensors on ``device``."""
         return self.map_tensors(lambda tensor: tensor.to(device))

@@ -16,7 +16,18 @@ from matquant.store import Artifact
 from matquant.store.distributed_store import DraftLike
 
 
+def parent_bytes(parameters: int, group_size: int) -> int:
+    """Bytes of a parent of so many quantized parameters: 8-bit codes, and 16-bit scales."""
+    return parameters + scale_bytes(parameters, group_size)
+
+
+def scale_bytes(parameters: int, group_size: int) -> int:
+    """Bytes of the 16-bit scales of so many quantized parameters; negligible with one scale per row."""
+    return 2 * (parameters // group_size) if group_size > 0 else 0
+
+
 def block_file(index: int) -> str:
+    """File name of a block."""
     return f"block-{index:04d}.safetensors"
 
 

@@ -12,7 +12,7 @@ from matquant.models.tracing import shared_input_groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Layer:
+class LayerSize:
     """A linear layer: its shape, the number of the input that it shares with others, and that of its stage of solving."""
 
     rows: int
@@ -36,7 +36,7 @@ class ModelSizes:
         stored, computing: bytes of a number as stored, and as computed with.
     """
 
-    layers: Sequence[Layer]
+    layers: Sequence[LayerSize]
     blocks: int
     parameters: int
     block: int
@@ -47,6 +47,15 @@ class ModelSizes:
     vocabulary: int
     stored: int
     computing: int
+
+    def load_bytes(self, parameters: int) -> int:
+        """Bytes of loading so many parameters: mapped from the file, and copied if they are computed with in another dtype."""
+        return parameters * (self.computing + (self.stored if self.stored != self.computing else 0))
+
+    def activation_bytes(self, tokens: int) -> int:
+        """Bytes of the widest intermediate results of a block for one batch, a few of which are alive together."""
+        widest = max((max(layer.rows, layer.columns) for layer in self.layers), default=self.hidden)
+        return 4 * tokens * widest * self.computing
 
 
 def measure(
@@ -74,7 +83,7 @@ def measure(
     )
 
 
-def _layers(blocks: BlockModel, index: int, layers: Mapping[str, nn.Linear]) -> list[Layer]:
+def _layers(blocks: BlockModel, index: int, layers: Mapping[str, nn.Linear]) -> list[LayerSize]:
     inputs, pools = shared_input_groups(blocks, index), blocks.expert_groups(index)
     stages: dict[str, int] = {}
     found = []
@@ -83,5 +92,5 @@ def _layers(blocks: BlockModel, index: int, layers: Mapping[str, nn.Linear]) -> 
         for name in group:
             if name in layers:
                 rows, columns = layers[name].weight.shape
-                found.append(Layer(rows=rows, columns=columns, input=number, stage=stage))
+                found.append(LayerSize(rows=rows, columns=columns, input=number, stage=stage))
     return found

@@ -168,7 +168,7 @@ def test_moments_of_other_tokens_give_up_the_cross():
 
 @pytest.mark.parametrize("columns", [3, 4, 10])
 def test_half_of_the_squares_is_computed_and_all_of_them_known(columns, monkeypatch):
-    monkeypatch.setattr(hessian, "PANEL", 4)
+    monkeypatch.setattr(hessian, "PANEL_COLUMNS", 4)
     inputs, other = torch.randn(2, 20, columns, generator=torch.Generator().manual_seed(0))
     moments, more = HessianAccumulator(columns), HessianAccumulator(columns)
     moments.add(inputs)

@@ -1,0 +1,1 @@
+"""GPTQ and its extension to all bit-widths of the objective."""

@@ -1,4 +1,4 @@
-"""Factorisations of a damped Hessian, which never give up without saying so."""
+"""Cholesky factorization of the damped inverse Hessian; raises instead of silently falling back to round-to-nearest."""
 
 import dataclasses
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 from matquant.errors import UserError
 
-_MOST_DAMPING = 1.0
+_MAX_DAMPING = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Factor:
+class InverseFactor:
     """Upper Cholesky factor U of the inverse damped Hessian, inverse = U^T U.
 
     Attributes:
         upper: float32 [columns, columns].
-        damp: the damping that was needed, as a fraction of the Hessian's mean diagonal.
-        note: a sentence when it took more than was asked for, else None.
+        damp: damping that was used, as a fraction of the Hessian's mean diagonal.
+        note: sentence if that is more than was requested, else None.
     """
 
     upper: Tensor
@@ -26,7 +26,7 @@ class Factor:
 
 
 def damped(hessian: Tensor, damp: float) -> Tensor:
-    """The Hessian plus ``damp`` times its mean diagonal; inputs that were always zero get a diagonal of one mean.
+    """Add ``damp`` times the mean diagonal to a Hessian; inputs that were always zero get the mean as their diagonal.
 
     Args:
         hessian: float32 [columns, columns].
@@ -40,30 +40,32 @@ def damped(hessian: Tensor, damp: float) -> Tensor:
     return out
 
 
-def inverse_factor(hessian: Tensor, damp: float, layer: str = "this layer") -> Factor:
-    """Factor the inverse of the damped Hessian, raising precision first and damping then when it is not positive definite.
+def inverse_factor(hessian: Tensor, damp: float, layer: str = "this layer") -> InverseFactor:
+    """Factorize the inverse of the damped Hessian; if it is not positive definite, raise precision first, then damping.
 
     Raises:
         UserError: no damping up to the mean diagonal itself makes it positive definite, or it is not finite.
     """
     if not torch.isfinite(hessian).all():
         raise UserError(
-            f"The calibration inputs of {layer} hold NaN or Inf: no codes can be chosen. Check the model and text."
+            f"The calibration inputs of {layer} hold NaN or Inf, so no codes can be chosen. Check the model and the calibration text."
         )
-    asked = damp
-    while damp <= _MOST_DAMPING:
+    requested = damp
+    while damp <= _MAX_DAMPING:
         for dtype in (torch.float32, torch.float64):
-            upper = _try_factor(damped(hessian, damp).to(dtype))
+            upper = _try_factorize(damped(hessian, damp).to(dtype))
             if upper is not None:
                 note = None
-                if damp > asked:
-                    note = f"{layer}: the Hessian was not positive definite; damping grew from {asked:g} to {damp:g}."
-                return Factor(upper.float(), damp, note)
+                if damp > requested:
+                    note = (
+                        f"{layer}: the Hessian was not positive definite; damping grew from {requested:g} to {damp:g}."
+                    )
+                return InverseFactor(upper.float(), damp, note)
         damp *= 10
     raise UserError(f"The Hessian of {layer} is not positive definite even with damping 1. Use more calibration text.")
 
 
-def _try_factor(matrix: Tensor) -> Tensor | None:
+def _try_factorize(matrix: Tensor) -> Tensor | None:
     lower, info = torch.linalg.cholesky_ex(matrix)
     if info.item():
         return None

@@ -1,4 +1,4 @@
-"""What the row solver's choices are made among: the cells of the widths, and the scales that are tried."""
+"""Candidate codes and scales of the column solver."""
 
 import dataclasses
 import itertools
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from matquant.formats.nested import Slicing
 
-# Stands for a zero point that follows from a group's smallest and largest weight.
+# Marks a zero point that follows from the smallest and largest weight of a group.
 FROM_RANGE = math.nan
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Grid:
-    """The cells of the objective's widths.
+class CodeGrid:
+    """Cells of the objective's bit-widths, each a range of codes with the same value.
 
     Attributes:
-        cells: float32 [3, K]; of each width the codes in one cell, the cells in one of the width before, and its cells.
+        cells: float32 [3, K]; per bit-width the codes in one cell, its cells in one cell of the bit-width before, and its cells.
         codes: 2^M.
-        centre: of a cell in cells, 1/2 for msb slices and 0 for round ones.
-        nested: whether the cells of a width hold whole cells of the next.
+        centre: offset of a cell's value from its start, in cells: 1/2 for msb slices, 0 for round ones.
+        nested: True if a cell of a bit-width holds whole cells of the next.
     """
 
     cells: Tensor
@@ -32,25 +32,26 @@ class Grid:
 
     @classmethod
     def of(
-        cls, widths: Sequence[int], master_bits: int, slicing: Slicing, device: torch.device | str = "cpu"
-    ) -> "Grid":
-        steps = [2.0 ** (master_bits - b) for b in widths]
+        cls, bits: Sequence[int], master_bits: int, slicing: Slicing, device: torch.device | str = "cpu"
+    ) -> "CodeGrid":
+        """Grid of the objective's bit-widths, ascending."""
+        steps = [2.0 ** (master_bits - b) for b in bits]
         ratios = [1.0, *(above / below for above, below in itertools.pairwise(steps))]
-        cells = torch.tensor([steps, ratios, [2.0**b for b in widths]], device=device)
-        nested = slicing == "msb" or list(widths) == [master_bits]
+        cells = torch.tensor([steps, ratios, [2.0**b for b in bits]], device=device)
+        nested = slicing == "msb" or list(bits) == [master_bits]
         return cls(cells, 2**master_bits, 0.5 if slicing == "msb" else 0.0, nested)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Trials:
-    """The scales that are tried for a group.
+class ScaleSearchSpace:
+    """Scales that are tried for a group.
 
     Attributes:
-        clips: float32, shares of the group's range that the grid covers, falling.
-        zero_points: float32, each tried with the clips; ``FROM_RANGE`` among them where there is a zero point per group.
-        dtype: in which scales are stored; what is tried is rounded to it.
+        clip_ratios: float32, shares of the group's range that the grid covers, falling.
+        zero_points: float32, each tried with all clip ratios; ``FROM_RANGE`` is one of them where each group has a zero point.
+        dtype: dtype of stored scales; candidates are rounded to it.
     """
 
-    clips: Tensor
+    clip_ratios: Tensor
     zero_points: Tensor
     dtype: torch.dtype

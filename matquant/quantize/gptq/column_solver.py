@@ -1,8 +1,7 @@
-"""The row solver, on the device where the weights are: compiled for the CPU in ``rows_cpu``, which also says how it works,
-and as CUDA kernels in ``rows_cuda``.
+"""Column solver on the device of the weights: ``column_solver_cpu`` (which describes the algorithm) or ``column_solver_cuda``.
 
-K is the number of widths in the objective, ascending, each with a weight above zero; T the number of compensated targets,
-K or 1 when all widths share one; F the number of Hessians, K or 1.
+K is the number of bit-widths in the objective, ascending, each with a weight above zero; T the number of compensated targets, K, or 1
+when all bit-widths share one; F the number of Hessians, K or 1.
 """
 
 import numpy as np
@@ -10,38 +9,44 @@ import torch
 from torch import Tensor
 
 from matquant.quantize.gptq import column_solver_cpu, column_solver_cuda
-from matquant.quantize.gptq.code_grid import Grid, Trials
+from matquant.quantize.gptq.code_grid import CodeGrid, ScaleSearchSpace
 
 # Mantissa bits and smallest normal exponent of the dtypes in which scales are stored.
 _SCALE_FORMATS = {torch.float16: (10, -14), torch.bfloat16: (7, -126), torch.float32: (23, -126)}
 
 
 def choose_scales(
-    targets: Tensor, first: int, last: int, importance: Tensor, lam: Tensor, grid: Grid, trials: Trials
+    targets: Tensor,
+    first: int,
+    last: int,
+    hessian_diag: Tensor,
+    lambdas: Tensor,
+    grid: CodeGrid,
+    search_space: ScaleSearchSpace,
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of every row for the group of columns first..last: the pair of least nested rounding error.
+    """Choose scale and zero point of every row for the group of columns first..last, by the least nested rounding error.
 
     Args:
-        targets: float32 [T, rows, columns], with all feedback so far.
-        importance: float32 [columns], weight of the squared errors in a column.
-        lam: float32 [K, columns], weight of each width in a column.
+        targets: float32 [T, rows, columns], error-compensated so far.
+        hessian_diag: float32 [columns], weight of the squared errors in a column.
+        lambdas: float32 [K, columns], weight of each bit-width in a column.
 
     Returns:
-        float32 [rows] each; with a single clip and zero point they are plain min-max.
+        float32 [rows] each; plain min-max with a single clip ratio and zero point.
     """
     if targets.is_cuda:
-        return column_solver_cuda.choose_scales(targets, first, last, importance, lam, grid, trials)
+        return column_solver_cuda.choose_scales(targets, first, last, hessian_diag, lambdas, grid, search_space)
     scales, zeros = targets.new_empty(2, targets.shape[1]).unbind()
     column_solver_cpu.choose_scales(
         targets.numpy(),
         first,
         last,
-        importance.numpy(),
-        lam.numpy(),
+        hessian_diag.numpy(),
+        lambdas.numpy(),
         *_cells(grid),
-        trials.clips.numpy(),
-        trials.zero_points.numpy(),
-        *_SCALE_FORMATS[trials.dtype],
+        search_space.clip_ratios.numpy(),
+        search_space.zero_points.numpy(),
+        *_SCALE_FORMATS[search_space.dtype],
         scales.numpy(),
         zeros.numpy(),
     )
@@ -53,18 +58,18 @@ def solve_columns(
     first: int,
     last: int,
     factor: Tensor,
-    lam: Tensor,
-    grid: Grid,
+    lambdas: Tensor,
+    grid: CodeGrid,
     scales: Tensor,
     zeros: Tensor,
     codes: Tensor,
 ) -> Tensor:
-    """Choose the codes of the columns first..last of every row, feeding each column's error into the later of them.
+    """Choose the codes of the columns first..last of every row, and feed each column's error into the later ones.
 
     Args:
         targets: float32 [T, rows, columns].
         factor: float32 [F, last - first, last - first], the block of each inverse Hessian's upper Cholesky factor.
-        lam: float32 [K, columns].
+        lambdas: float32 [K, columns].
         scales, zeros: float32 [rows], of the one group in which these columns lie.
         codes: uint8 [rows, columns], updated in place.
 
@@ -72,12 +77,12 @@ def solve_columns(
         float32 [T, rows, last - first]: each target's error over the factor's diagonal.
     """
     if targets.is_cuda:
-        return column_solver_cuda.solve_columns(targets, first, last, factor, lam, grid, scales, zeros, codes)
+        return column_solver_cuda.solve_columns(targets, first, last, factor, lambdas, grid, scales, zeros, codes)
     errors = targets.new_empty(len(targets), targets.shape[1], last - first)
     column_solver_cpu.solve_columns(
         targets.numpy(),
         factor.numpy(),
-        lam.numpy(),
+        lambdas.numpy(),
         *_cells(grid),
         first,
         last,
@@ -89,26 +94,33 @@ def solve_columns(
     return errors
 
 
-def sweep_columns(
-    gradient: Tensor, first: int, last: int, hessian: Tensor, lam: Tensor, grid: Grid, scales: Tensor, codes: Tensor
+def descend_columns(
+    gradient: Tensor,
+    first: int,
+    last: int,
+    hessian: Tensor,
+    lambdas: Tensor,
+    grid: CodeGrid,
+    scales: Tensor,
+    codes: Tensor,
 ) -> Tensor:
-    """One pass of coordinate descent over the columns first..last of every row, on the exact quadratic objective.
+    """Run one pass of coordinate descent over the columns first..last of every row, on the exact quadratic objective.
 
     Args:
         gradient: float32 [K, rows, columns], half the gradient.
         hessian: float32 [F, last - first, last - first], the block on each Hessian's diagonal.
-        lam, scales, codes: as in ``solve_columns``.
+        lambdas, scales, codes: as in ``solve_columns``.
 
     Returns:
-        float32 [K, rows, last - first]: the change of each width's value.
+        float32 [K, rows, last - first]: the change of the value at each bit-width.
     """
     if gradient.is_cuda:
-        return column_solver_cuda.sweep_columns(gradient, first, last, hessian, lam, grid, scales, codes)
+        return column_solver_cuda.descend_columns(gradient, first, last, hessian, lambdas, grid, scales, codes)
     moves = gradient.new_empty(len(gradient), gradient.shape[1], last - first)
-    column_solver_cpu.sweep_columns(
+    column_solver_cpu.descend_columns(
         gradient.numpy(),
         hessian.numpy(),
-        lam.numpy(),
+        lambdas.numpy(),
         *_cells(grid),
         first,
         last,
@@ -119,10 +131,10 @@ def sweep_columns(
     return moves
 
 
-def largest_block(device: torch.device, widths: int) -> int:
-    """How many columns ``solve_columns`` and ``sweep_columns`` take at most at once."""
-    return column_solver_cuda.largest_block(widths) if device.type == "cuda" else 1024
+def max_block_size(device: torch.device, bit_widths: int) -> int:
+    """Largest number of columns that ``solve_columns`` and ``descend_columns`` process at once."""
+    return column_solver_cuda.max_block_size(bit_widths) if device.type == "cuda" else 1024
 
 
-def _cells(grid: Grid) -> tuple[np.ndarray, int, np.float32, bool]:
+def _cells(grid: CodeGrid) -> tuple[np.ndarray, int, np.float32, bool]:
     return grid.cells.numpy(), grid.codes, np.float32(grid.centre), grid.nested

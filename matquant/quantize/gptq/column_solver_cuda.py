@@ -1,4 +1,4 @@
-"""The row solver as CUDA kernels, from ``kernels/solver.cu``; what it does is said in ``rows_cpu``."""
+"""Column solver as CUDA kernels of ``kernels/solver.cu``; ``column_solver_cpu`` describes the algorithm."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from matquant import cuda
-from matquant.quantize.gptq.code_grid import Grid, Trials
+from matquant.quantize.gptq.code_grid import CodeGrid, ScaleSearchSpace
 
 SOURCE = "solver.cu"
-# Contracting a product and a sum into one rounding would make other floats than the CPU's.
+# Fused multiply-adds would give other floats than the CPU.
 OPTIONS = ("-fmad=false",)
 
 _LANES = 32
@@ -29,7 +29,7 @@ Load = Callable[[str, Mapping[str, int], torch.device], Launchable]
 
 
 def load(function: str, defines: Mapping[str, int], device: torch.device) -> Launchable:
-    """A kernel of ``solver.cu`` for a CUDA device."""
+    """Load a kernel of ``solver.cu`` on a CUDA device."""
     return cuda.load(SOURCE, function, defines=dict(defines), device=device, options=OPTIONS)
 
 
@@ -37,27 +37,27 @@ def choose_scales(
     targets: Tensor,
     first: int,
     last: int,
-    importance: Tensor,
-    lam: Tensor,
-    grid: Grid,
-    trials: Trials,
+    hessian_diag: Tensor,
+    lambdas: Tensor,
+    grid: CodeGrid,
+    search_space: ScaleSearchSpace,
     load: Load = load,
 ) -> tuple[Tensor, Tensor]:
-    """As ``rows.choose_scales``."""
+    """Choose scales and zero points, see ``column_solver.choose_scales``."""
     count, rows, columns = targets.shape
-    kernel = load("choose_scales", _defines(grid, lam, count, 1, trials.dtype), targets.device)
+    kernel = load("choose_scales", _defines(grid, lambdas, count, 1, search_space.dtype), targets.device)
     scales, zeros = targets.new_empty(2, rows).unbind()
     args = (
         targets,
-        importance,
-        lam,
+        hessian_diag,
+        lambdas,
         grid.cells,
         grid.codes,
         float(grid.centre),
-        trials.clips,
-        len(trials.clips),
-        trials.zero_points,
-        len(trials.zero_points),
+        search_space.clip_ratios,
+        len(search_space.clip_ratios),
+        search_space.zero_points,
+        len(search_space.zero_points),
         rows,
         columns,
         first,
@@ -74,22 +74,22 @@ def solve_columns(
     first: int,
     last: int,
     factor: Tensor,
-    lam: Tensor,
-    grid: Grid,
+    lambdas: Tensor,
+    grid: CodeGrid,
     scales: Tensor,
     zeros: Tensor,
     codes: Tensor,
     load: Load = load,
 ) -> Tensor:
-    """As ``rows.solve_columns``."""
+    """Choose codes, see ``column_solver.solve_columns``."""
     count, rows, columns = targets.shape
     width = last - first
-    kernel = load("solve_columns", _defines(grid, lam, count, len(factor), torch.float32), targets.device)
+    kernel = load("solve_columns", _defines(grid, lambdas, count, len(factor), torch.float32), targets.device)
     errors = targets.new_empty(count, width, rows)
     args = (
         targets,
         factor,
-        lam,
+        lambdas,
         grid.cells,
         grid.codes,
         float(grid.centre),
@@ -106,26 +106,26 @@ def solve_columns(
     return errors.transpose(1, 2)
 
 
-def sweep_columns(
+def descend_columns(
     gradient: Tensor,
     first: int,
     last: int,
     hessian: Tensor,
-    lam: Tensor,
-    grid: Grid,
+    lambdas: Tensor,
+    grid: CodeGrid,
     scales: Tensor,
     codes: Tensor,
     load: Load = load,
 ) -> Tensor:
-    """As ``rows.sweep_columns``."""
+    """Run a pass of coordinate descent, see ``column_solver.descend_columns``."""
     count, rows, columns = gradient.shape
     width = last - first
-    kernel = load("sweep_columns", _defines(grid, lam, count, len(hessian), torch.float32), gradient.device)
+    kernel = load("sweep_columns", _defines(grid, lambdas, count, len(hessian), torch.float32), gradient.device)
     moves = gradient.new_empty(count, width, rows)
     args = (
         gradient,
         hessian,
-        lam,
+        lambdas,
         grid.cells,
         grid.codes,
         float(grid.centre),
@@ -141,17 +141,17 @@ def sweep_columns(
     return moves.transpose(1, 2)
 
 
-def largest_block(widths: int) -> int:
-    """Columns whose tile fits the shared memory of a block, on the GPUs that have least."""
+def max_block_size(bit_widths: int) -> int:
+    """Columns whose tile fits the shared memory of a block on the GPUs with the least of it."""
     columns = 128
-    while _tile_bytes(widths, columns) > _SHARED_BYTES:
+    while _tile_bytes(bit_widths, columns) > _SHARED_BYTES:
         columns //= 2
     return columns
 
 
-def _defines(grid: Grid, lam: Tensor, targets: int, factors: int, dtype: torch.dtype) -> dict[str, int]:
+def _defines(grid: CodeGrid, lambdas: Tensor, targets: int, factors: int, dtype: torch.dtype) -> dict[str, int]:
     return {
-        "WIDTHS": len(lam),
+        "WIDTHS": len(lambdas),
         "TARGETS": targets,
         "FACTORS": factors,
         "NESTED": int(grid.nested),

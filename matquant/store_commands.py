@@ -1,4 +1,4 @@
-"""What ``store=ls``, ``store=verify`` and ``store=clean`` do."""
+"""Store commands: ls, verify and clean."""
 
 import datetime
 from pathlib import Path
@@ -11,8 +11,8 @@ from matquant.errors import UserError
 from matquant.store import Store
 
 
-def look_after(config: StoreConfig) -> None:
-    """List, verify or clean the store.
+def run(config: StoreConfig) -> None:
+    """List, verify or clean the store, as ``config.action`` says.
 
     Raises:
         UserError: verification found damage.

@@ -1,4 +1,4 @@
-"""What a job found, in the form in which results.json holds it."""
+"""Results of a job, as results.json holds them."""
 
 import contextlib
 import hashlib
@@ -56,22 +56,6 @@ def slice_entry(
         "tasks": scores.get(variant.name, {}),
         "recovery": recovery(scores[variant.name], scores["full"]) if scores else {},
     }
-
-
-def changes(variant: SliceSpec) -> list[str]:
-    """What an allocation's file says of itself and what no longer holds, because it was edited or for another parent."""
-    recorded, notes = variant.allocation, []
-    if recorded is None:
-        return []
-    average, parent = variant.average_bits(), recorded.about.get("parent")
-    if recorded.average_bits is not None and abs(recorded.average_bits - average) > 1e-4:
-        notes.append(
-            f"{variant.name} says {recorded.average_bits:g} bits on average, but its widths make {average:g}: it was edited, "
-            "and the losses that it records are of what it was."
-        )
-    if parent is not None and parent != variant.parent.artifact.sha256:
-        notes.append(f"{variant.name} was found for another parent ({str(parent)[:12]}); it is measured on this one.")
-    return notes
 
 
 def finite(value: float) -> float | None:

@@ -1,0 +1,110 @@
+"""Options of one solve, from the settings of a method, and the options of layers that override them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+
+from matquant.formats.nested import Slicing, WeightFormat
+from matquant.quantize.base import QuantizerTask, normalized
+from matquant.quantize.config import MethodConfig
+
+# Names in a parent's key, which older stores hold: they never change.
+_KEY_NAMES = {"lambdas": "weights", "error_feedback": "feedback", "zero_point_offset": "offset", "cd_passes": "sweeps"}
+_KEY_VALUES = {"per_bit": "per_width"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SolverOptions:
+    """Settings of a solve besides its tensors; techniques as in ``GptqConfig``.
+
+    Attributes:
+        lambdas: weight of each bit-width; bit-widths of weight zero are left out.
+        zero_point_offset: of symmetric weights from the middle of the codes, in code steps. With an offset each group takes the better
+            of the grid and its mirror image, which a negative scale stands for.
+        cd_passes: passes of coordinate descent after the solve.
+        scale_dtype: dtype in which scales are stored; codes are chosen with the stored values.
+    """
+
+    lambdas: Mapping[int, float]
+    master_bits: int = 8
+    slicing: Slicing = "msb"
+    error_feedback: Literal["per_bit", "mean"] = "per_bit"
+    group_size: int = 128
+    symmetric: bool = True
+    zero_point_offset: float = 0.0
+    scale: Literal["minmax", "search"] = "search"
+    act_order: bool = False
+    cd_passes: int = 0
+    damp: float = 0.01
+    block_size: int = 128
+    scale_dtype: torch.dtype = torch.float16
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Bit-widths with a positive weight, ascending."""
+        return tuple(sorted(b for b, weight in self.lambdas.items() if weight > 0))
+
+    def weight_format(self, in_features: int) -> WeightFormat:
+        """Format of a weight of ``in_features`` input features."""
+        return WeightFormat(
+            group_size=in_features if self.group_size == -1 else self.group_size,
+            master_bits=self.master_bits,
+            slicing=self.slicing,
+            zero_point_offset=self.zero_point_offset if self.symmetric else 0.0,
+            has_zero_points=not self.symmetric,
+            scale_dtype=self.scale_dtype,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able options for a parent's key."""
+        fields = {_KEY_NAMES.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+        fields["feedback"] = _KEY_VALUES.get(fields["feedback"], fields["feedback"])
+        weights = {str(bits): weight for bits, weight in self.lambdas.items()}
+        return fields | {"weights": weights, "scale_dtype": str(self.scale_dtype)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LayerOptions:
+    """Options of all layers of a parent; layers that match the same pattern share one object."""
+
+    default: SolverOptions
+    own: Mapping[str, SolverOptions]
+
+    @classmethod
+    def of(cls, method: MethodConfig, task: QuantizerTask, **techniques: Any) -> "LayerOptions":
+        """Options for a task, with the techniques that the method sets."""
+        default = SolverOptions(
+            lambdas=task.lambdas,
+            master_bits=task.master_bits,
+            slicing=method.slicing,
+            group_size=method.group_size,
+            symmetric=method.symmetric,
+            zero_point_offset=method.zero_point_offset * 2.0 ** (task.master_bits - 8) if method.symmetric else 0.0,
+            scale_dtype=task.scale_dtype,
+            **techniques,
+        )
+        made: dict[int, SolverOptions] = {}
+        own: dict[str, SolverOptions] = {}
+        for name in task.layers:
+            override = method.override_of(name)
+            if (override.group_size, override.weights) == (None, None):
+                continue
+            if id(override) not in made:
+                lambdas = dict(default.lambdas)
+                if override.weights is not None and not method.per_bit_models:
+                    lambdas = normalized(override.weights)
+                group_size = override.group_size or default.group_size
+                made[id(override)] = dataclasses.replace(default, lambdas=lambdas, group_size=group_size)
+            own[name] = made[id(override)]
+        return cls(default=default, own=own)
+
+    def of_layer(self, name: str) -> SolverOptions:
+        """Options of one layer."""
+        return self.own.get(name, self.default)
+
+    def cache_key(self) -> dict[str, Any]:
+        """JSON-able options for a parent's key; overrides only where there are some."""
+        key: dict[str, Any] = {"options": self.default.to_json()}
+        return key | ({"overrides": {name: own.to_json() for name, own in self.own.items()}} if self.own else {})

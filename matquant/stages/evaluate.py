@@ -1,0 +1,79 @@
+"""Stage evaluate: metrics and task scores of the full-precision model and of every slice."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from matquant.config import Config
+from matquant.evaluate.metrics import Metrics
+from matquant.evaluate.slices import evaluate_slices, steps
+from matquant.evaluate.tasks import Scores, Tasks, evaluate_tasks
+from matquant.formats.slice_spec import SliceSpec
+from matquant.stages.load import LoadedJob
+from matquant.stages.runtime import Runtime
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Measured figures, by the name of the slice; ``full`` is the full-precision model.
+
+    Attributes:
+        metrics: of each dataset.
+        scores: of the lm-eval tasks.
+    """
+
+    metrics: Mapping[str, Mapping[str, Metrics]] = dataclasses.field(default_factory=dict)
+    scores: Mapping[str, Scores] = dataclasses.field(default_factory=dict)
+
+
+def load_tasks(config: Config) -> Tasks | None:
+    """Load the lm-eval tasks of a job before any long work; None without any."""
+    asked = config.eval
+    wanted = asked.tasks and "evaluate" in config.stages
+    return Tasks(asked.tasks, asked.task_folder, asked.fewshot) if wanted else None
+
+
+def evaluate(job: LoadedJob, slices: Sequence[SliceSpec], runtime: Runtime) -> dict[str, dict[str, Metrics]]:
+    """Metrics of the full-precision model and of every slice, for each dataset; empty without the stage evaluate."""
+    by_name = {one.name: one for one in slices}
+
+    def weights_of(index: int, name: str) -> dict[str, Tensor]:
+        return by_name[name].weights(index)
+
+    measured = {}
+    for name, sequences in job.evaluation.items():
+        with runtime.bars.bar(f"evaluate on {name}", steps(job.blocks, sequences, list(by_name))) as progress:
+            measured[name] = evaluate_slices(
+                job.blocks,
+                sequences,
+                weights_of,
+                list(by_name),
+                job.config.eval.datasets[name].batch_size,
+                runtime.device,
+                progress,
+                job.offload_target(runtime, sequences, 1 + len(by_name)),
+                runtime.process_group,
+            )
+    return measured
+
+
+def score_tasks(
+    job: LoadedJob, tasks: Tasks | None, slices: Sequence[SliceSpec], runtime: Runtime
+) -> dict[str, Scores]:
+    """Task scores of the full-precision model and of every slice; empty without tasks."""
+    if tasks is None:
+        return {}
+    by_name = {one.name: one for one in slices}
+    with runtime.bars.bar("tasks", len(slices) + 1) as progress:
+        return evaluate_tasks(
+            tasks,
+            job.blocks,
+            job.model.tokenizer,
+            lambda index, name: by_name[name].weights(index),
+            list(by_name),
+            limit=job.config.eval.limit,
+            batch_size=job.config.eval.task_batch_size,
+            device=runtime.device,
+            progress=progress,
+        )

@@ -1,0 +1,201 @@
+"""Stage load: model, layers and texts of a job, checked before any long work."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from matquant.config import Config, TextConfig
+from matquant.data import texts
+from matquant.errors import UserError
+from matquant.formats import allocation
+from matquant.formats.allocation import Allocation
+from matquant.formats.nested import NestedWeight
+from matquant.models.activation_cache import OffloadTarget, choose_offload_target
+from matquant.models.blocks import BlockModel, compute_dtype
+from matquant.models.loading import LoadedModel, open_model
+from matquant.models.model_sizes import ModelSizes, measure
+from matquant.models.tracing import check
+from matquant.quantize.base import BlockQuantizer, QuantizerTask
+from matquant.quantize.layers import check_layers, layers_to_quantize
+from matquant.search.stage import check_budgets
+from matquant.stages.runtime import Runtime
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedJob:
+    """Model and texts of a job.
+
+    Attributes:
+        config: of the job.
+        model, blocks: the model, and the same as a row of blocks.
+        dtype: in which blocks run.
+        layers: layers to quantize of each block, by full name.
+        sizes: sizes of the model's parts.
+        allocations: allocation files among ``bits``, by path.
+        calibration: int64 [sequences, length] of the calibration text; None for a method without calibration.
+        evaluation: int64 [sequences, length] of each dataset; empty without the stage evaluate.
+        search: int64 [sequences, length] of the search; None without one.
+    """
+
+    config: Config
+    model: LoadedModel
+    blocks: BlockModel
+    dtype: torch.dtype
+    layers: list[dict[str, nn.Linear]]
+    sizes: ModelSizes
+    allocations: Mapping[str, Allocation]
+    calibration: Tensor | None
+    evaluation: Mapping[str, Tensor]
+    search: Tensor | None
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Full names of all layers to quantize, in the order of the model."""
+        return tuple(name for block in self.layers for name in block)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the quantized layers in the model's own dtype."""
+        return self.sizes.quantized * self.model.dtype.itemsize
+
+    def quantizer(self, lambdas: Mapping[int, float] | None = None, master_bits: int | None = None) -> BlockQuantizer:
+        """Quantizer of the job's method; for the job's objective by default."""
+        config = self.config
+        task = QuantizerTask.of(
+            config.objective.lambdas if lambdas is None else lambdas,
+            config.method.master_bits if master_bits is None else master_bits,
+            self.model.dtype,
+            self.layer_names,
+        )
+        return config.method.build(task)
+
+    def prompt_tokens(self) -> int:
+        """Number of tokens in the prompt of the stage generate."""
+        return count_tokens(self.model, str(self.config.prompt))
+
+    def offload_target(self, runtime: Runtime, sequences: Tensor | None, models: int) -> OffloadTarget:
+        """Storage for the hidden states of so many models between two blocks."""
+        needed = models * own_tokens(runtime, sequences) * self.sizes.hidden * self.dtype.itemsize
+        return choose_offload_target(needed, runtime.device, runtime.store.path / "scratch")
+
+
+def load_job(config: Config, runtime: Runtime) -> LoadedJob:
+    """Load and check everything that a job reads.
+
+    Raises:
+        UserError: something in the config, model or texts cannot be used.
+    """
+    model = open_model(config.model)
+    runtime.log.warnings.extend(model.warnings)
+    blocks = BlockModel(model.model, model.checkpoint)
+    dtype = compute_dtype(model.dtype, runtime.device)
+    layers = layers_to_quantize(blocks, config.method.skips, lm_head=config.method.quantize_lm_head)
+    check_layers(layers, config.method.group_size_of)
+    _check_lengths(config, model, runtime.process_group.world_size)
+    allocations = _read_allocations(config, [name for block in layers for name in block])
+    evaluation = _evaluation_texts(config, model, runtime)
+    check(blocks, runtime.device, dtype)
+    job = LoadedJob(
+        config=config,
+        model=model,
+        blocks=blocks,
+        dtype=dtype,
+        layers=layers,
+        sizes=measure(blocks, layers, model.dtype, dtype),
+        allocations=allocations,
+        calibration=None,
+        evaluation=evaluation,
+        search=None,
+    )
+    if config.search.wanted:
+        _check_budgets(job)
+        job = dataclasses.replace(job, search=_read(_search_text(config), "calibration", model, runtime))
+    if config.method.uses_calibration:
+        job = dataclasses.replace(job, calibration=_read(config.calibration, "calibration", model, runtime))
+    return job
+
+
+def own_tokens(runtime: Runtime, sequences: Tensor | None) -> int:
+    """Number of tokens of these sequences that run on this process."""
+    return 0 if sequences is None else sequences[runtime.process_group.shard(len(sequences))].numel()
+
+
+def count_tokens(model: LoadedModel, text: str) -> int:
+    """Number of tokens of a text."""
+    return len(model.tokenizer(text)["input_ids"])
+
+
+def _read(text: TextConfig, split: str, model: LoadedModel, runtime: Runtime) -> Tensor:
+    return runtime.process_group.rank0_first(lambda: texts.windows(text, split, model.tokenizer, runtime.store))
+
+
+def _check_lengths(config: Config, model: LoadedModel, world_size: int) -> None:
+    """Refuse sequences and a prompt that are longer than the model's context; texts that are not read are not checked."""
+    longest = model.context_length
+    for name, text in _texts(config).items():
+        if longest is not None and text.sequence_length > longest:
+            raise UserError(
+                f"{name}.sequence_length={text.sequence_length} is longer than the context of {longest} tokens of "
+                f"{model.label}."
+            )
+        if text.sequences < world_size:
+            raise UserError(f"{name}.sequences={text.sequences} cannot be shared by {world_size} processes.")
+    if "generate" in config.stages and longest is not None:
+        prompt, new = count_tokens(model, str(config.prompt)), config.max_new_tokens
+        if prompt + new > longest:
+            raise UserError(
+                f"The prompt has {prompt} tokens; with max_new_tokens={new} that is longer than the context of {longest} "
+                f"tokens of {model.label}."
+            )
+
+
+def _texts(config: Config) -> dict[str, TextConfig]:
+    """Texts that the job reads, by their names in the config."""
+    named = {"calibration": config.calibration} if config.method.uses_calibration else {}
+    if config.search.wanted:
+        named["search"] = _search_text(config)
+    if "evaluate" in config.stages:
+        named |= {f"eval.datasets.{name}": text for name, text in config.eval.datasets.items()}
+    return named
+
+
+def _search_text(config: Config) -> TextConfig:
+    """Sequences of the calibration text that the parent is not calibrated on."""
+    search, text = config.search, config.calibration
+    seed = None if text.seed is None else text.seed + 1 + search.seed
+    return dataclasses.replace(text, sequences=search.sequences, sequence_length=search.sequence_length, seed=seed)
+
+
+def _evaluation_texts(config: Config, model: LoadedModel, runtime: Runtime) -> dict[str, Tensor]:
+    """Read the evaluation texts before any long work, so that a missing or short one is refused at once."""
+    if "evaluate" not in config.stages:
+        return {}
+    if config.method.uses_calibration:
+        texts.check_apart(config.calibration, dict(config.eval.datasets))
+    return {name: _read(text, "evaluation", model, runtime) for name, text in config.eval.datasets.items()}
+
+
+def _read_allocations(config: Config, layers: list[str]) -> dict[str, Allocation]:
+    """Allocation files among ``bits`` by path, checked against the layers."""
+    found = {path: allocation.read(Path(path)) for path in config.allocations}
+    for path, one in found.items():
+        allocation.check(one, layers, config.method.master_bits, path)
+    return found
+
+
+def _check_budgets(job: LoadedJob) -> None:
+    """Refuse a search budget that the narrowest bit-widths exceed."""
+    quantizer = job.quantizer()
+    check_budgets(
+        job.config.search,
+        [
+            {
+                name: NestedWeight.planned(quantizer.weight_format(name, layer.in_features), *layer.weight.shape)
+                for name, layer in block.items()
+            }
+            for block in job.layers
+        ],
+    )

@@ -1,0 +1,91 @@
+"""Memory plan of a job from the estimates of its stages."""
+
+from matquant import machine
+from matquant.evaluate.memory import evaluate_memory, evaluate_operations
+from matquant.formats.nested import planes_read
+from matquant.formats.parent import parent_bytes
+from matquant.memory import MemoryEstimate, MemoryPlan, Offload, make_plan
+from matquant.quantize.base import BlockQuantizer, CalibrationTokens
+from matquant.quantize.memory import quantize_memory
+from matquant.stages.generate import generate_memory
+from matquant.stages.load import LoadedJob, own_tokens
+from matquant.stages.runtime import Runtime
+
+
+def plan_with_quantize(job: LoadedJob, runtime: Runtime, quantizer: BlockQuantizer) -> MemoryPlan:
+    """Plan of a job that makes a parent."""
+    quantizer.prepare()  # before free memory is measured
+    sequences = job.calibration
+    batch = job.config.calibration.batch_size * (1 if sequences is None else sequences.shape[1])
+    tokens = CalibrationTokens(total=own_tokens(runtime, sequences), batch=batch)
+    offload = quantize_offload(job, runtime, quantizer)
+    solver_on_gpu = machine.solver_device(runtime.device, []).type == "cuda"
+    estimate = quantize_memory(
+        job.sizes,
+        quantizer,
+        tokens,
+        job.config.method.group_size,
+        on_gpu=runtime.on_gpu,
+        solver_on_gpu=solver_on_gpu,
+        offload=offload,
+    )
+    later, operations = _later_stages(job, runtime)
+    return _plan(job, runtime, [estimate, *later], quantizer.operations(job.sizes, tokens) + operations, offload)
+
+
+def plan_without_quantize(job: LoadedJob, runtime: Runtime) -> MemoryPlan | None:
+    """Plan of a job that finds its parent in the store; None if no further stage needs memory."""
+    estimates, operations = _later_stages(job, runtime)
+    offload = runtime.device if job.evaluation else None
+    return _plan(job, runtime, estimates, operations, offload) if estimates else None
+
+
+def quantize_offload(job: LoadedJob, runtime: Runtime, quantizer: BlockQuantizer) -> Offload:
+    """Storage of the hidden states while a parent is made."""
+    streams = 1 if quantizer.calibration is None else 1 + len(quantizer.calibration.bits)
+    return job.offload_target(runtime, job.calibration, streams)
+
+
+def _later_stages(job: LoadedJob, runtime: Runtime) -> tuple[list[MemoryEstimate], float]:
+    """Estimates and operations of evaluating and generating."""
+    config, estimates, operations = job.config, [], 0.0
+    slices = len(config.slice_bits) + len(job.allocations)
+    for name, sequences in job.evaluation.items():
+        tokens, batch = own_tokens(runtime, sequences), config.eval.datasets[name].batch_size
+        offload = job.offload_target(runtime, sequences, 1 + slices)
+        estimates.append(
+            evaluate_memory(
+                job.sizes, tokens, sequences.shape[1], batch, slices, on_gpu=runtime.on_gpu, offload=offload
+            )
+        )
+        operations += evaluate_operations(job.sizes, tokens, slices)
+    if "generate" in config.stages:
+        prompt, new = job.prompt_tokens(), config.max_new_tokens
+        group_size = config.method.group_size
+        estimates.append(generate_memory(job.sizes, _planes(job), group_size, prompt, new, on_gpu=runtime.on_gpu))
+        operations += evaluate_operations(job.sizes, prompt + new, slices)
+    return estimates, operations
+
+
+def _planes(job: LoadedJob) -> int:
+    """Largest number of bit planes that text is generated with."""
+    config, method = job.config, job.config.method
+    bits = [*config.slice_bits, *(b for found in job.allocations.values() for b in found.widths.values())]
+    most = method.master_bits if config.search.wanted else max(bits)
+    return planes_read(most, most if method.per_bit_models else method.master_bits, method.slicing)
+
+
+def _plan(
+    job: LoadedJob, runtime: Runtime, estimates: list[MemoryEstimate], operations: float, offload: Offload | None
+) -> MemoryPlan:
+    sizes = job.sizes
+    return make_plan(
+        estimates,
+        operations,
+        parameters=sizes.parameters,
+        checkpoint=sizes.parameters * sizes.stored,
+        parent=parent_bytes(sizes.quantized, job.config.method.group_size),
+        device=runtime.device,
+        offload=offload,
+        store=runtime.store.path,
+    )

@@ -1,6 +1,6 @@
-"""The command line: composes the config with Hydra, and turns errors into sentences and exit statuses.
+"""Command line: composes the config with Hydra, and turns errors into sentences and exit statuses.
 
-``python run.py`` and the console script ``matquant`` are the same.
+``python run.py`` and the console script ``matquant`` are the same; ``matquant store ls`` is ``matquant store=ls``.
 """
 
 import os
@@ -16,9 +16,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from matquant.config import Config, from_hydra, schemas
+from matquant.config import RENAMED, Config, from_hydra, schemas
 from matquant.errors import UserError
 from matquant.paths import resource_root
+from matquant.typed_config import renamed_sentence
 
 # Keeps Hydra from making a folder and a log.
 _SILENT = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
@@ -32,7 +33,9 @@ def register() -> None:
         store.store(group="schema", name=name, node=node, provider="matquant")
     for preset in sorted((resource_root() / "experiments").glob("*/config.yaml")):
         preset_node = OmegaConf.load(preset)
-        store.store(group="experiment", name=preset.parent.name, node=preset_node, package="_global_", provider="experiments")
+        store.store(
+            group="experiment", name=preset.parent.name, node=preset_node, package="_global_", provider="experiments"
+        )
 
 
 register()
@@ -40,8 +43,8 @@ register()
 
 @hydra.main(version_base="1.3", config_path=str(resource_root() / "conf"), config_name="config")
 def run(cfg: DictConfig) -> float | None:
-    """One job of a composed config; returns the figure that a sweeper minimises."""
-    register()  # a launcher's worker process imports this module, but its config may be resolved anew
+    """Run one job of a composed config; return the figure that a sweeper minimises."""
+    register()  # a launcher's worker process imports this module, but may resolve its config again
     config = from_hydra(cfg)
     if config.store.action is not None:
         from matquant import store_commands
@@ -73,27 +76,43 @@ def _run_job(config: Config, cfg: DictConfig) -> float | None:
     return run_job(config, info)
 
 
-def _stop(_signal: int, _frame: object) -> None:
-    """A batch system's notice ends a run as Ctrl-C does."""
+def _interrupt(_signal: int, _frame: object) -> None:
+    """Handle the termination notice of a batch system like Ctrl-C."""
     raise KeyboardInterrupt
 
 
+def _translate(arguments: list[str]) -> list[str]:
+    """Translate ``store ls`` to the override ``store=ls``; refuse settings by their old names.
+
+    Raises:
+        UserError: names the new setting.
+    """
+    if arguments[:1] == ["store"]:
+        arguments = [f"store={arguments[1] if len(arguments) > 1 else 'ls'}", *arguments[2:]]
+    for argument in arguments:
+        name = argument.lstrip("+~").partition("=")[0]
+        if name in RENAMED:
+            raise UserError(renamed_sentence(name, RENAMED))
+    return arguments
+
+
 def main() -> None:
-    """Entry point: exit status 0, or 2 with one sentence when the user can mend what is wrong."""
-    # Hydra would print a shortened traceback of its own and exit; this way errors come here.
+    """Entry point: exit status 0, or 2 with one sentence for an error that the user can fix."""
+    # Hydra would print a shortened traceback of its own and exit; this way errors are raised here.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, _interrupt)
     rank = int(os.environ.get("RANK", "0"))
-    if rank > 0:  # the first process of a job has the folder and the terminal
-        sys.argv += _SILENT
     try:
+        sys.argv[1:] = _translate(sys.argv[1:])
+        if rank > 0:  # the main process alone has the output folder and the terminal
+            sys.argv += _SILENT
         run()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         print(f"error{f' in process {rank}' if rank else ''}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if rank == 0:
-            print("interrupted: finished blocks are kept, and the same command goes on from there", file=sys.stderr)
+            print("interrupted: finished blocks are kept, and the same command continues from there", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,6 +1,5 @@
 """Small parents, rounded to nearest, and folders packed from them."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ from matquant.models.blocks import BlockModel
 from matquant.models.loading import load, open_model
 from matquant.pack.config import PackConfig
 from matquant.pack.stage import Packing
-from matquant.quantize.driver import CalibrationOptions, Driver, layers_to_quantize
-from matquant.quantize.gptq.solver import SolverOptions
+from matquant.quantize.base import QuantizerTask
+from matquant.quantize.driver import BlockwiseQuantizer
+from matquant.quantize.layers import layers_to_quantize
+from matquant.quantize.rtn.config import RtnConfig
 from matquant.store import Store
 
 RESULTS: dict[str, Any] = {"model": "m", "method": "rtn", "command": "", "baseline": {}, "slices": []}
@@ -41,12 +42,14 @@ class Opened:
         )
         self.loaded = open_model(self.config)
         self.blocks = BlockModel(self.loaded.model, self.loaded.checkpoint)
-        self.layers = layers_to_quantize(self.blocks, lambda name: skip in name, head=head)
+        self.layers = layers_to_quantize(self.blocks, lambda name: skip in name, lm_head=head)
         self.head = head
-        self.options = SolverOptions(**{"weights": {8: 1.0}, "group_size": 32, "block_size": 32} | options)
-        calibration = CalibrationOptions(streams=(8,), asymmetric=False, staged=False, batch_size=1)
-        cpu = torch.device("cpu")
-        driver = Driver(self.blocks, self.layers, self.options, calibration, device=cpu, dtype=torch.float32)
+        self.method = RtnConfig(**{"slicing": "msb", "scale": "search", "group_size": 32} | options)
+        lambdas = {self.method.master_bits: 1.0}
+        quantizer = self.method.build(QuantizerTask.of(lambdas, self.method.master_bits, self.loaded.dtype))
+        driver = BlockwiseQuantizer(
+            self.blocks, self.layers, quantizer, device=torch.device("cpu"), dtype=torch.float32
+        )
         self.parent = Parent(
             Store(store).open_or_build("parent", {}, lambda draft: {"blocks": driver.run(draft, None)})
         )
@@ -56,13 +59,7 @@ class Opened:
 
     def pack(self, folder: Path, widths: Any = 8, **config: Any) -> Path:
         settings = PackConfig(**{"name": "nested", "path": str(folder)} | config)
-        made = dataclasses.replace(
-            method(),
-            slicing=self.options.slicing,
-            symmetric=self.options.symmetric,
-            master_bits=self.options.master_bits,
-        )
-        packing = Packing(settings, self.names(), made, folder)
+        packing = Packing(settings, self.names(), self.method, folder)
         packing.run(self.loaded, self.blocks, [SliceSpec(name="v", parent=self.parent, bits=widths)], RESULTS)
         return folder
 

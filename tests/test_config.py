@@ -24,7 +24,7 @@ def test_every_preset_composes(choice, monkeypatch, tmp_path):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = from_hydra(compose("config", overrides))
     assert config.search.wanted == (choice.startswith("search=") and choice != "search=none")
-    assert config.widths == config.objective.widths
+    assert config.slice_bits == config.objective.bits
 
 
 def test_bits_may_be_one_width_or_a_list():
@@ -36,7 +36,7 @@ def test_bits_may_be_one_width_or_a_list():
 def test_a_tilt_multiplies_each_weight_by_a_factor_for_every_bit_above_two():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         plain = from_hydra(compose("config", [])).objective
-        tilted = from_hydra(compose("config", ["objective.tilt=1.5"])).objective
+        tilted = from_hydra(compose("config", ["objective.per_bit_factor=1.5"])).objective
     assert plain.lambdas == dict(plain.weights) == dict(tilted.weights)
     assert tilted.lambdas == pytest.approx({b: w * 1.5 ** (b - 2) for b, w in plain.weights.items()})
 

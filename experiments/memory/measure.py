@@ -1,7 +1,7 @@
 """Measures whether memory grows with depth, and whether the plan was right, on random Llamas of the 8B shape and a CPU.
 
     python experiments/memory/measure.py FOLDER --out memory.json --width 1 --blocks 2,4,8
-    python experiments/memory/measure.py FOLDER --out memory.json --width 0.125 --blocks 2,8 method.sweeps=0
+    python experiments/memory/measure.py FOLDER --out memory.json --width 0.125 --blocks 2,8 method.cd_passes=0
 
 Makes each model in FOLDER if it is not there, quantizes and measures it in processes of their own, and prints a line for
 each: the peak that the plan gave, the peak resident memory of the process, and seconds. Further arguments are overrides.

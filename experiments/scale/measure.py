@@ -1,7 +1,7 @@
 """Quantizes a random model of the 8B shape on this machine's device and writes down seconds by phase and peaks of memory.
 
     python experiments/scale/measure.py FOLDER --out results.json                                # 32 blocks, 2 M tokens
-    python experiments/scale/measure.py FOLDER --out results.json --blocks 4 method.streams=[8] method.asymmetric=false
+    python experiments/scale/measure.py FOLDER --out results.json --blocks 4 method.calibration_bits=[8] method.asymmetric_calibration=false
 
 Makes the model in FOLDER if it is not there. The calibration text is random tokens, since weights are random too. Further
 arguments are overrides of the config. The JSON is written anew after each block, so that a run which is cut short, or which
@@ -144,12 +144,12 @@ def operations(config: Config, blocks: BlockModel, dtype: torch.dtype) -> dict[s
     """
     method, text = config.method, config.calibration
     tokens = text.sequences * text.sequence_length
-    streams, widths = len(method.streams) + method.asymmetric, len(config.objective.lambdas)
+    streams, widths = len(method.calibration_bits) + method.asymmetric_calibration, len(config.objective.lambdas)
     sizes = {name.rsplit(".", 1)[-1]: layer.weight.shape for name, layer in blocks.linears(0).items()}
     order = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     # Weights in front of o, of gate and up, of down, and of the next block.
     passes = [sum(sizes[n].numel() for n in order[:count]) for count in (3, 4, 6, 7)]
-    passes = passes if method.staged else passes[2:]
+    passes = passes if method.true_sequential else passes[2:]
     hidden = sizes["q_proj"][1]
     scores = len(passes) * text.sequence_length * hidden  # half of a square for q k and half of one for p v
     squares = sum(
@@ -159,10 +159,10 @@ def operations(config: Config, blocks: BlockModel, dtype: torch.dtype) -> dict[s
     product = sum(2.0 * rows * columns**2 for rows, columns in sizes.values())
     return {
         "forward_flop": 2.0 * tokens * streams * (sum(passes) + scores),
-        "moments_flop": 1.0 * tokens * len(method.streams) * (squares + method.asymmetric * crossed),
+        "moments_flop": 1.0 * tokens * len(method.calibration_bits) * (squares + method.asymmetric_calibration * crossed),
         "solve_float32_flop": product
-        * (widths * (0.5 + 1.5 * method.sweeps) + method.asymmetric * len(method.streams)),
-        "errors_float32_flop": product * (widths + len(method.streams)),
+        * (widths * (0.5 + 1.5 * method.cd_passes) + method.asymmetric_calibration * len(method.calibration_bits)),
+        "errors_float32_flop": product * (widths + len(method.calibration_bits)),
         "hidden_states_bytes": 1.0 * tokens * streams * hidden * dtype.itemsize,
     }
 
@@ -194,7 +194,7 @@ def quantize(config: Config, loaded: LoadedModel, blocks: BlockModel, record: Re
     """Make the parent in a store of its own; raises Enough when the time is over."""
     device, method, text = record.device, config.method, config.calibration
     dtype = loaded.compute_dtype(device)
-    layers = layers_to_quantize(blocks, method.skips, head=method.head)
+    layers = layers_to_quantize(blocks, method.skips, head=method.quantize_lm_head)
     options = solver_options(method, config.objective.lambdas, method.master_bits, loaded.dtype)
     shape = (text.sequences, text.sequence_length)
     windows: Tensor = torch.randint(arguments.vocabulary, shape, generator=torch.Generator().manual_seed(0))
@@ -204,10 +204,10 @@ def quantize(config: Config, loaded: LoadedModel, blocks: BlockModel, record: Re
     job = plan.Calibrating(
         tokens=windows.numel(),
         batch=text.batch_size * text.sequence_length,
-        streams=len(method.streams),
+        streams=len(method.calibration_bits),
         widths=len(options.widths),
-        asymmetric=method.asymmetric,
-        staged=method.staged,
+        asymmetric=method.asymmetric_calibration,
+        staged=method.true_sequential,
         group_size=options.group_size,
     )
     on_gpu = device.type == "cuda"
@@ -226,7 +226,7 @@ def quantize(config: Config, loaded: LoadedModel, blocks: BlockModel, record: Re
         layers,
         options,
         CalibrationOptions(
-            streams=method.streams, asymmetric=method.asymmetric, staged=method.staged, batch_size=text.batch_size
+            streams=method.calibration_bits, asymmetric=method.asymmetric_calibration, staged=method.true_sequential, batch_size=text.batch_size
         ),
         device=device,
         dtype=dtype,

@@ -30,7 +30,7 @@ DEDICATED = {
     "GPTQ, searched scales, zero on the grid": ["method=gptq", "method.scale=search"],
     "GPTQ, searched scales, half-step grid": ["method=gptq", "method.scale=search", "method.slicing=msb"],
 }
-PLAIN = ["method.streams=[]", "method.asymmetric=false", "method.staged=false", "method.offset=0", "method.sweeps=0"]
+PLAIN = ["method.calibration_bits=[]", "method.asymmetric_calibration=false", "method.true_sequential=false", "method.zero_point_offset=0", "method.cd_passes=0"]
 NESTED = {
     "MatGPTQ v1": ["method=matgptq_v1"],
     "one target per width, min-max scales": [*PLAIN, "method.scale=minmax"],
@@ -40,21 +40,21 @@ NESTED = {
     "all: + a stream per slice, asymmetric": [],
 }
 WITHOUT = {
-    "all, no sweep": ["method.sweeps=0"],
-    "all, one sweep": ["method.sweeps=1"],
-    "all, four sweeps": ["method.sweeps=4"],
-    "all, no mirrored grids": ["method.offset=0"],
-    "all, offset 4": ["method.offset=4"],
-    "all, offset 12": ["method.offset=12"],
+    "all, no sweep": ["method.cd_passes=0"],
+    "all, one sweep": ["method.cd_passes=1"],
+    "all, four sweeps": ["method.cd_passes=4"],
+    "all, no mirrored grids": ["method.zero_point_offset=0"],
+    "all, offset 4": ["method.zero_point_offset=4"],
+    "all, offset 12": ["method.zero_point_offset=12"],
     "all, min-max scales": ["method.scale=minmax"],
-    "all, symmetric calibration": ["method.asymmetric=false"],
-    "all, not staged": ["method.staged=false"],
-    "all, one stream (8 bits)": ["method.streams=[8]"],
-    "all, streams of 2 and 8 bits": ["method.streams=[2,8]"],
-    "all, a stream for 6 bits too": ["method.streams=[2,3,4,6,8]"],
+    "all, symmetric calibration": ["method.asymmetric_calibration=false"],
+    "all, not staged": ["method.true_sequential=false"],
+    "all, one stream (8 bits)": ["method.calibration_bits=[8]"],
+    "all, streams of 2 and 8 bits": ["method.calibration_bits=[2,8]"],
+    "all, a stream for 6 bits too": ["method.calibration_bits=[2,3,4,6,8]"],
     "all, act_order": ["method.act_order=true"],
-    "all, zero points": ["method.symmetric=false", "method.offset=0"],
-    "all, round slices": ["method.slicing=round", "method.offset=0"],
+    "all, zero points": ["method.symmetric=false", "method.zero_point_offset=0"],
+    "all, round slices": ["method.slicing=round", "method.zero_point_offset=0"],
     "all, damping 0.003": ["method.damp=0.003"],
     "all, damping 0.03": ["method.damp=0.03"],
     "all, group size 64": ["method.group_size=64"],

@@ -64,7 +64,7 @@ def unquantized_parameters(
         if tensor is embedding:
             reason = "embeddings" + (", tied to the head" if head is embedding else "")
         elif tensor is head:
-            reason = "the head; method.head=true quantizes it"
+            reason = "the head; method.quantize_lm_head=true quantizes it"
         elif tensor.ndim < 2:
             reason = "norm or bias"
         key = re.sub(r"\.\d+(?=\.)", ".*", name) if tensor.ndim > 1 else "norms and biases", reasons.get(name, reason)

@@ -71,7 +71,7 @@ def check(search: SearchConfig, master_bits: int, *, dedicated: bool) -> None:
     if dedicated:
         raise UserError(
             f"search={search.name} mixes widths of one parent, but the method makes a model for each width. "
-            "Use method=matgptq, or method.dedicated=false."
+            "Use method=matgptq, or method.per_bit_models=false."
         )
     given = [search.average_bits is not None, search.gigabytes is not None, bool(search.ladder)]
     if sum(given) != 1:

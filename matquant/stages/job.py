@@ -155,7 +155,7 @@ def _assemble(
             "quantize_seconds": {phase: round(seconds, 3) for phase, seconds in sorted(log.quantize_seconds.items())},
             **runtime.peaks(),
         },
-        "left_alone": _unquantized(job),
+        "unquantized": _unquantized(job),
         "experts": [row for parent in dict.fromkeys(one.parent for one in slices) for row in parent.poor_experts()],
         "layers": results_.layer_rows(slices),
         "warnings": list(dict.fromkeys(log.warnings)),

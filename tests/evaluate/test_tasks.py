@@ -135,7 +135,7 @@ def test_a_job_puts_scores_errors_and_recovery_into_its_results(matquant, small_
         *SMALL,
         f"model.path={small_model}",
         "method=rtn",
-        "method.dedicated=false",
+        "method.per_bit_models=false",
         "method.group_size=64",
         "bits=[2,8]",
         "eval=offline_tasks",

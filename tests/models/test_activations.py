@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantizers import gptq
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -15,8 +16,8 @@ from matquant.evaluate.slices import evaluate_slices
 from matquant.formats.parent import Parent
 from matquant.models.activation_cache import ActivationCache, OffloadTarget, choose_offload_target
 from matquant.models.blocks import BlockModel
-from matquant.quantize.driver import CalibrationOptions, Driver, layers_to_quantize
-from matquant.quantize.gptq.solver import SolverOptions
+from matquant.quantize.driver import BlockwiseQuantizer
+from matquant.quantize.layers import layers_to_quantize
 from matquant.store import Store
 
 CPU = torch.device("cpu")
@@ -75,14 +76,14 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
 
 
 def quantize(blocks: BlockModel, windows: Tensor, place: OffloadTarget, folder: Path) -> Parent:
-    driver = Driver(
+    driver = BlockwiseQuantizer(
         blocks,
-        layers_to_quantize(blocks, lambda _: False, head=False),
-        SolverOptions(weights={2: 1.0, 8: 64.0}, group_size=32, block_size=32),
-        CalibrationOptions(streams=(2, 8), asymmetric=True, staged=True, batch_size=2),
+        layers_to_quantize(blocks, lambda _: False, lm_head=False),
+        gptq({2: 1.0, 8: 64.0}),
         device=CPU,
         dtype=torch.float32,
-        place=place,
+        batch_size=2,
+        offload=place,
     )
     build = lambda draft: {"blocks": driver.run(draft, windows)}  # noqa: E731
     return Parent(Store(folder).open_or_build("parent", {}, build))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import CONFIGS, VOCABULARY, make_model, save
+from quantizers import gptq
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -17,8 +18,8 @@ from matquant.models.blocks import BlockModel
 from matquant.models.loading import LoadedModel, load, open_model
 from matquant.models.summary import fused_groups, unquantized_parameters
 from matquant.models.tracing import check
-from matquant.quantize.driver import CalibrationOptions, Driver, layers_to_quantize
-from matquant.quantize.gptq.solver import SolverOptions
+from matquant.quantize.driver import BlockwiseQuantizer
+from matquant.quantize.layers import layers_to_quantize
 from matquant.store import Store
 
 CPU = torch.device("cpu")
@@ -33,10 +34,9 @@ def windows_of(count: int, length: int, seed: int) -> Tensor:
 
 
 def quantize(blocks: BlockModel, folder: Path) -> Parent:
-    options = SolverOptions(weights={2: 1.0, 8: 64.0}, group_size=32, block_size=32)
-    calibration = CalibrationOptions(streams=(2, 8), asymmetric=True, staged=True, batch_size=4)
-    layers = layers_to_quantize(blocks, lambda _: False, head=False)
-    driver = Driver(blocks, layers, options, calibration, device=CPU, dtype=torch.float32)
+    layers = layers_to_quantize(blocks, lambda _: False, lm_head=False)
+    quantizer = gptq({2: 1.0, 8: 64.0})
+    driver = BlockwiseQuantizer(blocks, layers, quantizer, device=CPU, dtype=torch.float32, batch_size=4)
     build = lambda draft: {"label": "parent", "blocks": driver.run(draft, windows_of(8, 24, 1))}  # noqa: E731
     return Parent(Store(folder).open_or_build("parent", {}, build))
 
@@ -121,7 +121,7 @@ def test_what_stays_as_it_is_is_listed_with_a_reason() -> None:
     rows = unquantized_parameters(blocks, quantized, skipped)
     assert {row["name"]: row["reason"] for row in rows} == {
         "model.embed_tokens.weight": "embeddings",
-        "lm_head.weight": "the head; method.head=true quantizes it",
+        "lm_head.weight": "the head; method.quantize_lm_head=true quantizes it",
         "model.layers.*.self_attn.o_proj.weight": "left out by method.skip",
         "model.layers.*.mlp.gate.weight": "no linear layer",
         "norms and biases": "norm or bias",
@@ -148,7 +148,7 @@ def test_experts_with_too_few_tokens_are_filled_and_named(tmp_path: Path) -> Non
 def test_experts_in_parts_are_the_same_as_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = quantize(BlockModel(make_model("qwen3_moe")), tmp_path / "at_once")
     monkeypatch.setattr(
-        "matquant.quantize.gptq.block_solver.MOST_MOMENTS", 3 * 2 * 2 * 64**2 * 8
+        "matquant.quantize.gptq.memory.MAX_HESSIAN_BYTES", 3 * 2 * 2 * 64**2 * 8
     )  # of three experts, or two streams
     parts = quantize(BlockModel(make_model("qwen3_moe")), tmp_path / "parts")
     assert at_once.poor_experts()

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from matquant.inference import nested_layers
 
-QUICK = (*SMALL, "method=rtn", "method.dedicated=false", "method.group_size=64")
+QUICK = (*SMALL, "method=rtn", "method.per_bit_models=false", "method.group_size=64")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import gc
 
 import pytest
 import torch
+from quantizers import gptq, rtn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from matquant.calibration import hessian
@@ -14,8 +15,8 @@ from matquant.errors import UserError
 from matquant.formats.parent import read_block
 from matquant.models import tracing
 from matquant.models.blocks import BlockModel
-from matquant.quantize.driver import CalibrationOptions, Driver, check_layers, layers_to_quantize
-from matquant.quantize.gptq.solver import SolverOptions
+from matquant.quantize.driver import BlockwiseQuantizer
+from matquant.quantize.layers import check_layers, layers_to_quantize
 from matquant.store import Store
 from matquant.timing import PhaseTimer
 
@@ -45,25 +46,16 @@ def windows():
     return torch.randint(2048, (5, 16), generator=torch.Generator().manual_seed(1))
 
 
-def options_of(streams=(2, 8), *, asymmetric=True, staged=True):
-    return CalibrationOptions(streams=streams, asymmetric=asymmetric, staged=staged, batch_size=2)
-
-
-def driver_of(model, calibration, skip=(), head=False):
+def driver_of(model, quantizer, skip=(), lm_head=False):
     blocks = BlockModel(model)
-    return Driver(
-        blocks,
-        layers_of(blocks, skip, head),
-        SolverOptions(weights=LAMBDAS, group_size=32, block_size=32),
-        calibration,
-        device=CPU,
-        dtype=torch.float32,
+    return BlockwiseQuantizer(
+        blocks, layers_of(blocks, skip, lm_head), quantizer, device=CPU, dtype=torch.float32, batch_size=2
     )
 
 
-def layers_of(blocks, skip=(), head=False):
+def layers_of(blocks, skip=(), lm_head=False):
     return layers_to_quantize(
-        blocks, lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in skip), head=head
+        blocks, lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in skip), lm_head=lm_head
     )
 
 
@@ -83,7 +75,7 @@ def run(driver, windows, folder):
 
 def test_a_block_leaves_nothing_behind_that_only_the_garbage_collector_would_find(model, windows, tmp_path):
     """It seldom looks, and does not know how much of a GPU's memory a tensor keeps."""
-    driver = driver_of(model, options_of())
+    driver = driver_of(model, gptq(LAMBDAS))
     alive = []
 
     def count(_: dict) -> None:
@@ -121,10 +113,10 @@ def test_the_moments_of_block_0_are_those_of_the_whole_model(model, windows):
     streams = ActivationStreams(blocks, windows, [FULL, "2", "8"], 2, CPU, torch.float32)
     moments = {s: [HessianAccumulator(m.in_features, asymmetric=True) for m in layers.values()] for s in ("2", "8")}
     with blocks.on_device(0, CPU, torch.float32):
-        for batch in streams.inputs(0, list(layers.values()), {}):
+        for batch in streams.layer_inputs(0, list(layers.values()), {}):
             for stream, of_layers in moments.items():
                 for moment, found, full in zip(of_layers, batch[stream], batch[FULL], strict=True):
-                    moment.add(found, full)
+                    moment.update(found, full)
     direct = inputs_of(model, windows, layers)
     for stream in moments.values():
         for moment, name in zip(stream, layers, strict=True):
@@ -145,8 +137,8 @@ def test_the_moments_of_block_1_follow_each_streams_own_weights(model, windows):
         streams.advance(0, lambda name: changed if name == "2" else {})
     moments = HessianAccumulator(64, asymmetric=True)
     with blocks.on_device(1, CPU, torch.float32):
-        for batch in streams.inputs(1, [model.get_submodule(name)], {}):
-            moments.add(batch["2"][0], batch[FULL][0])
+        for batch in streams.layer_inputs(1, [model.get_submodule(name)], {}):
+            moments.update(batch["2"][0], batch[FULL][0])
     full = inputs_of(model, windows, [name])[name]
     with blocks.with_weights(0, changed):
         quantized = inputs_of(model, windows, [name])[name]
@@ -158,9 +150,9 @@ def test_the_moments_of_block_1_follow_each_streams_own_weights(model, windows):
 
 def test_moments_of_other_tokens_give_up_the_cross():
     moments = HessianAccumulator(4, asymmetric=True)
-    moments.add(torch.ones(3, 4), torch.ones(3, 4))
-    moments.add(torch.ones(2, 4), torch.ones(1, 4))
-    moments.add(torch.ones(3, 4), torch.ones(3, 4))
+    moments.update(torch.ones(3, 4), torch.ones(3, 4))
+    moments.update(torch.ones(2, 4), torch.ones(1, 4))
+    moments.update(torch.ones(3, 4), torch.ones(3, 4))
     assert moments.cross is None
     assert moments.tokens == 8
     assert torch.equal(moments.hessian, torch.full((4, 4), 2.0))
@@ -171,8 +163,8 @@ def test_half_of_the_squares_is_computed_and_all_of_them_known(columns, monkeypa
     monkeypatch.setattr(hessian, "PANEL_COLUMNS", 4)
     inputs, other = torch.randn(2, 20, columns, generator=torch.Generator().manual_seed(0))
     moments, more = HessianAccumulator(columns), HessianAccumulator(columns)
-    moments.add(inputs)
-    more.add(other)
+    moments.update(inputs)
+    more.update(other)
     moments.merge(more)
     torch.testing.assert_close(moments.hessian, (inputs.T @ inputs + other.T @ other) / 20)
 
@@ -186,15 +178,15 @@ def test_half_of_the_squares_is_computed_and_all_of_them_known(columns, monkeypa
     ],
 )
 def test_each_width_takes_the_nearest_stream_and_the_higher_of_two(streams, expected):
-    assert {bits: options_of(streams).stream_of(bits) for bits in expected} == expected
+    assert {bits: gptq(LAMBDAS, streams).calibration_bits_of(bits) for bits in expected} == expected
 
 
 @pytest.mark.parametrize(
-    "calibration", [options_of((8,), asymmetric=False, staged=False), options_of()], ids=["one", "two"]
+    "quantizer", [gptq(LAMBDAS, (8,), asymmetric=False, true_sequential=False), gptq(LAMBDAS)], ids=["one", "two"]
 )
-def test_every_layer_is_quantized_near_its_weight(model, windows, tmp_path, calibration):
+def test_every_layer_is_quantized_near_its_weight(model, windows, tmp_path, quantizer):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    records, weights = run(driver_of(model, calibration), windows, tmp_path)
+    records, weights = run(driver_of(model, quantizer), windows, tmp_path)
     assert [record["notes"] for record in records] == [[], []]
     assert sum(len(record["layers"]) for record in records) == len(weights) == 2 * len(LAYERS)
     for record in records:
@@ -206,7 +198,7 @@ def test_every_layer_is_quantized_near_its_weight(model, windows, tmp_path, cali
 
 
 def test_skipped_layers_are_left_out(model, windows, tmp_path):
-    driver = driver_of(model, options_of(), skip=["*.down_proj", "model.layers.1.self_attn.*"])
+    driver = driver_of(model, gptq(LAMBDAS), skip=["*.down_proj", "model.layers.1.self_attn.*"])
     records, weights = run(driver, windows, tmp_path)
     left = {f"model.layers.0.self_attn.{n}" for n in LAYERS[:4]}
     left |= {f"model.layers.{i}.mlp.{n}" for i in (0, 1) for n in LAYERS[4:6]}
@@ -224,10 +216,10 @@ def test_a_layer_that_saw_no_data_is_rounded_and_noted(model, windows, tmp_path,
         found.groups[:] = [group for group in found.groups if "gate_proj" not in group[0]]
         return found
 
-    plain, dropped = driver_of(model, options_of()), ["gate_proj", "up_proj"]
-    monkeypatch.setattr("matquant.quantize.gptq.block_solver.shared_input_groups", without_gates)
+    plain, dropped = driver_of(model, gptq(LAMBDAS)), ["gate_proj", "up_proj"]
+    monkeypatch.setattr("matquant.quantize.gptq.quantizer.shared_input_groups", without_gates)
     records, weights = run(plain, windows, tmp_path / "calibrated")
-    _, nearest = run(plain, None, tmp_path / "nearest")
+    _, nearest = run(driver_of(model, rtn(LAMBDAS)), None, tmp_path / "nearest")
     for index, record in enumerate(records):
         names = [f"model.layers.{index}.mlp.{n}" for n in dropped]
         assert record["notes"] == [f"{name} saw no calibration data; it was rounded to nearest." for name in names]
@@ -242,11 +234,11 @@ def test_a_resumed_run_makes_the_same_codes(model, windows, tmp_path):
     class Interrupted(Exception):
         pass
 
-    _, expected = run(driver_of(model, options_of()), windows, tmp_path / "whole")
+    _, expected = run(driver_of(model, gptq(LAMBDAS)), windows, tmp_path / "whole")
     store, solved, weights = Store(tmp_path / "parts"), [], {}
 
     def build(draft, stop_after=None):
-        driver = driver_of(model, options_of())
+        driver = driver_of(model, gptq(LAMBDAS))
 
         def progress(count):
             solved.append(count)
@@ -279,7 +271,7 @@ def test_group_sizes_that_do_not_fit_and_nothing_to_do_are_refused(model):
 
 
 def test_the_head_is_a_block_after_the_last_when_asked_for(model, windows, tmp_path):
-    records, weights = run(driver_of(model, options_of(), head=True), windows, tmp_path)
+    records, weights = run(driver_of(model, gptq(LAMBDAS), lm_head=True), windows, tmp_path)
     assert [len(record["layers"]) for record in records] == [7, 7, 1]
     (name,) = records[-1]["layers"]
     assert weights[name].codes.shape == (2048, 64)
@@ -292,7 +284,7 @@ def test_what_is_measured_within_a_phase_does_not_count_for_it(monkeypatch):
     phases = PhaseTimer(CPU)
     with phases.timed("forward"):
         for _ in range(2):
-            with phases.within("moments"):
+            with phases.nested("moments"):
                 pass
     with phases.timed("forward"):
         pass

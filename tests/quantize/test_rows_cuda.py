@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from matquant.quantize.gptq import column_solver, column_solver_cuda
-from matquant.quantize.gptq.code_grid import FROM_RANGE, Grid, Trials
+from matquant.quantize.gptq.code_grid import FROM_RANGE, CodeGrid, ScaleSearchSpace
 from tests.standin import compile_kernel, have_compiler, read_source
 
 pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
@@ -32,7 +32,7 @@ class Problem:
         self.lam = torch.tensor(list(weights.values()))[:, None] * (
             0.5 + torch.rand(len(weights), columns, generator=generator)
         )
-        self.grid = Grid.of(self.widths, self.master_bits, slicing)
+        self.grid = CodeGrid.of(self.widths, self.master_bits, slicing)
         spread = torch.tensor([0.3 / 2**b for b in self.widths])[:, None, None]
         noise = torch.randn(len(weights), out_features, columns, generator=generator)
         targets = torch.randn(out_features, columns, generator=generator) * 0.1 + spread * noise
@@ -44,7 +44,7 @@ class Problem:
         self.importance = 0.5 + torch.rand(columns, generator=generator)
 
     def scales(self):
-        trials = Trials(torch.tensor([0.9]), torch.tensor([2.0 ** (self.master_bits - 1)]), torch.float16)
+        trials = ScaleSearchSpace(torch.tensor([0.9]), torch.tensor([2.0 ** (self.master_bits - 1)]), torch.float16)
         return column_solver.choose_scales(
             self.targets, 0, self.targets.shape[2], self.importance, self.lam, self.grid, trials
         )
@@ -56,7 +56,7 @@ class Problem:
 def test_scales_are_those_of_the_cpu(case, zero_points, dtype):
     problem = Problem(case)
     points = torch.tensor(zero_points) * 2.0 ** (problem.master_bits - 8)
-    trials = Trials(torch.linspace(1.0, 0.4, 13), points, dtype)
+    trials = ScaleSearchSpace(torch.linspace(1.0, 0.4, 13), points, dtype)
     given = (problem.targets, 0, 32, problem.importance, problem.lam, problem.grid, trials)
     expected, found = column_solver.choose_scales(*given), column_solver_cuda.choose_scales(*given, load=load)
     assert torch.equal(found[0], expected[0])
@@ -88,7 +88,7 @@ def test_a_sweep_makes_the_moves_of_the_cpu(case):
     gradient = 0.05 * torch.randn(problem.targets.shape, generator=torch.Generator().manual_seed(1))
     start = torch.randint(2**problem.master_bits, (37, 32), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
     answers = []
-    for sweep in (column_solver.sweep_columns, lambda *given: column_solver_cuda.sweep_columns(*given, load=load)):
+    for sweep in (column_solver.descend_columns, lambda *given: column_solver_cuda.descend_columns(*given, load=load)):
         codes = start.clone()
         hessian = problem.hessian[:, 4:28, 4:28].contiguous()
         moves = sweep(gradient, 4, 28, hessian, problem.lam, problem.grid, scales, codes)
@@ -101,6 +101,6 @@ def test_a_sweep_makes_the_moves_of_the_cpu(case):
 
 def test_the_columns_of_a_block_fit_the_smallest_shared_memory():
     for widths in range(1, 8):
-        columns = column_solver_cuda.largest_block(widths)
+        columns = column_solver_cuda.max_block_size(widths)
         assert columns >= 64
         assert column_solver_cuda._tile_bytes(widths, columns) <= 99 * 1024

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from matquant.errors import UserError
 from matquant.formats.nested import levels
 from matquant.quantize.gptq import solver
-from matquant.quantize.gptq.solver import Inputs, SolverOptions, calibrate, relative_error
+from matquant.quantize.gptq.hessians import HessianStats, prepare_hessians, relative_error
+from matquant.quantize.gptq.options import SolverOptions
 from matquant.quantize.gptq.solver import solve as nested_solve
 
 BALANCED = {2: 1.0, 3: 2.0, 4: 4.0, 6: 16.0, 8: 64.0}
@@ -28,7 +29,7 @@ def layer(out_features=8, in_features=128, seed=0, tokens=512):
 
 
 def solve(weight, hessian, options):
-    calibration = None if hessian is None else calibrate([Inputs(hessian=hessian)], options)
+    calibration = None if hessian is None else prepare_hessians([HessianStats(hessian=hessian)], options)
     return nested_solve(weight, calibration, options)
 
 
@@ -85,9 +86,9 @@ def test_codes_are_the_textbooks(group_size, block_size, slicing, shared):
     weight, hessian = layer(seed=group_size)
     expected, scales, costs = textbook(weight, hessian, BALANCED, 8, slicing, group_size, shared)
     options = SolverOptions(
-        weights=BALANCED,
+        lambdas=BALANCED,
         slicing=slicing,
-        feedback="mean" if shared else "per_width",
+        error_feedback="mean" if shared else "per_bit",
         group_size=group_size,
         block_size=block_size,
         scale="minmax",
@@ -101,7 +102,7 @@ def test_codes_are_the_textbooks(group_size, block_size, slicing, shared):
 def test_dedicated_gptq_is_the_textbooks(bits):
     weight, hessian = layer(seed=bits)
     expected, _, costs = textbook(weight, hessian, {bits: 1.0}, bits, "round", 64, shared=False)
-    options = SolverOptions(weights={bits: 1.0}, master_bits=bits, slicing="round", group_size=64, scale="minmax")
+    options = SolverOptions(lambdas={bits: 1.0}, master_bits=bits, slicing="round", group_size=64, scale="minmax")
     assert_same_choices(solve(weight, hessian, options), expected, costs)
 
 
@@ -116,7 +117,7 @@ def test_codes_are_the_textbooks_for_any_objective(seed, weights, damp, slicing)
     weight, hessian = layer(4, 32, seed=seed)
     weights = dict(sorted(weights.items()))
     expected, _, costs = textbook(weight, hessian, weights, 8, slicing, 32, shared=False, damp=damp)
-    options = SolverOptions(weights=weights, slicing=slicing, group_size=32, scale="minmax", damp=damp)
+    options = SolverOptions(lambdas=weights, slicing=slicing, group_size=32, scale="minmax", damp=damp)
     solution = solve(weight, hessian, options)
     # Codes that differ in bits no width sees, or by a tie, cost the same where they first differ.
     codes = solution.codes.int()
@@ -132,7 +133,7 @@ def test_codes_are_the_textbooks_for_any_objective(seed, weights, damp, slicing)
 def test_one_width_alone_is_dedicated_gptq_on_the_same_grid(bits, scale):
     """A parent whose objective names one width has the slice that a model of that width alone has."""
     weight, hessian = layer(16, 128, seed=3)
-    options = {"weights": {bits: 1.0}, "scale": scale, "sweeps": 1}
+    options = {"lambdas": {bits: 1.0}, "scale": scale, "cd_passes": 1}
     nested = solve(weight, hessian, SolverOptions(**options, master_bits=8))
     alone = solve(weight, hessian, SolverOptions(**options, master_bits=bits))
     assert torch.equal(nested.codes >> (8 - bits), alone.codes)
@@ -141,7 +142,7 @@ def test_one_width_alone_is_dedicated_gptq_on_the_same_grid(bits, scale):
 
 def test_permuting_rows_permutes_codes():
     weight, hessian = layer(16, 64)
-    options = SolverOptions(weights=BALANCED, group_size=32, sweeps=1)
+    options = SolverOptions(lambdas=BALANCED, group_size=32, cd_passes=1)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
     whole, permuted = solve(weight, hessian, options), solve(weight[order], hessian, options)
     assert torch.equal(whole.codes[order], permuted.codes)
@@ -150,7 +151,7 @@ def test_permuting_rows_permutes_codes():
 
 def test_scaling_the_weight_scales_the_scales_only():
     weight, hessian = layer(8, 64)
-    options = SolverOptions(weights=BALANCED, group_size=64, sweeps=1, scale_dtype=torch.float32)
+    options = SolverOptions(lambdas=BALANCED, group_size=64, cd_passes=1, scale_dtype=torch.float32)
     one, eight = solve(weight, hessian, options), solve(weight * 8, hessian, options)
     assert torch.equal(one.codes, eight.codes)
     assert torch.equal(one.scales * 8, eight.scales)
@@ -161,8 +162,8 @@ def test_act_order_keeps_groups_whole_and_helps(group_size):
     weight, hessian = layer(16, 128)
     decay = torch.logspace(0, -1.5, 128)[torch.randperm(128, generator=torch.Generator().manual_seed(0))]
     hessian = hessian * decay[:, None] * decay
-    plain = SolverOptions(weights={3: 1.0}, master_bits=8, group_size=group_size, scale="minmax")
-    ordered = SolverOptions(weights={3: 1.0}, master_bits=8, group_size=group_size, scale="minmax", act_order=True)
+    plain = SolverOptions(lambdas={3: 1.0}, master_bits=8, group_size=group_size, scale="minmax")
+    ordered = SolverOptions(lambdas={3: 1.0}, master_bits=8, group_size=group_size, scale="minmax", act_order=True)
     errors = [relative_error(weight, solve(weight, hessian, o).dequantize(3), hessian) for o in (plain, ordered)]
     assert errors[1] < errors[0]
 
@@ -173,7 +174,7 @@ def test_act_order_with_an_already_ordered_hessian_changes_nothing():
     hessian = torch.diag(decay) + 0.01 * hessian
     hessian.diagonal().copy_(decay)
     results = [
-        solve(weight, hessian, SolverOptions(weights=BALANCED, group_size=32, act_order=order))
+        solve(weight, hessian, SolverOptions(lambdas=BALANCED, group_size=32, act_order=order))
         for order in (False, True)
     ]
     assert torch.equal(results[0].codes, results[1].codes)
@@ -185,7 +186,7 @@ def test_zero_points_help_a_shifted_weight():
     weight = weight + 0.1
     errors = [
         relative_error(weight, solve(weight, hessian, o).dequantize(4), hessian)
-        for o in (SolverOptions(weights=BALANCED, group_size=32, symmetric=s) for s in (True, False))
+        for o in (SolverOptions(lambdas=BALANCED, group_size=32, symmetric=s) for s in (True, False))
     ]
     assert errors[1] < 0.5 * errors[0]
 
@@ -196,8 +197,8 @@ def test_a_sweep_never_raises_the_objective(seed, slicing):
     weight, hessian = layer(4, 32, seed=seed)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(32)
     costs = []
-    for sweeps in (0, 1, 2, 4):
-        options = SolverOptions(weights=BALANCED, slicing=slicing, group_size=32, sweeps=sweeps)
+    for passes in (0, 1, 2, 4):
+        options = SolverOptions(lambdas=BALANCED, slicing=slicing, group_size=32, cd_passes=passes)
         solution = solve(weight, hessian, options)
         costs.append(sum(lam * relative_error(weight, solution.dequantize(b), damped) for b, lam in BALANCED.items()))
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(costs))
@@ -206,7 +207,7 @@ def test_a_sweep_never_raises_the_objective(seed, slicing):
 def test_a_sweep_ends_where_no_single_code_helps():
     weight, hessian = layer(2, 32, seed=5)
     damped = (hessian + 0.01 * hessian.diagonal().mean() * torch.eye(32)).double()
-    options = SolverOptions(weights=BALANCED, group_size=32, sweeps=30)
+    options = SolverOptions(lambdas=BALANCED, group_size=32, cd_passes=30)
     solution = solve(weight, hessian, options)
 
     def cost(codes):
@@ -224,7 +225,7 @@ def test_a_sweep_ends_where_no_single_code_helps():
 
 def test_rounding_to_nearest_is_the_nearest_code():
     weight, _ = layer(8, 64)
-    options = SolverOptions(weights={4: 1.0}, master_bits=4, slicing="round", group_size=32, scale="minmax")
+    options = SolverOptions(lambdas={4: 1.0}, master_bits=4, slicing="round", group_size=32, scale="minmax")
     ours = solve(weight, None, options)
     scales = minmax(weight.view(-1, 32), 4).view(8, 2)
     expected = (weight.view(8, 2, 32) / scales[:, :, None] + 8).round().clamp(0, 15).view(8, 64)
@@ -235,8 +236,8 @@ def test_a_singular_hessian_grows_its_damping_and_says_so():
     weight, _ = layer(4, 32)
     direction = torch.ones(32, 1)
     hessian = direction @ direction.T - 1e-2 * torch.eye(32)
-    options = SolverOptions(weights=BALANCED, group_size=32, damp=0.001)
-    calibration = calibrate([Inputs(hessian=hessian)], options, "layer x")
+    options = SolverOptions(lambdas=BALANCED, group_size=32, damp=0.001)
+    calibration = prepare_hessians([HessianStats(hessian=hessian)], options, "layer x")
     assert "layer x" in calibration.notes[0]
     assert "damping grew from 0.001" in calibration.notes[0]
     assert torch.isfinite(nested_solve(weight, calibration, options).dequantize(2)).all()
@@ -246,14 +247,14 @@ def test_a_hessian_that_is_not_finite_is_refused():
     _, hessian = layer(4, 32)
     hessian[0, 0] = float("nan")
     with pytest.raises(UserError, match="layer x hold NaN"):
-        calibrate([Inputs(hessian=hessian)], SolverOptions(weights=BALANCED, group_size=32), "layer x")
+        prepare_hessians([HessianStats(hessian=hessian)], SolverOptions(lambdas=BALANCED, group_size=32), "layer x")
 
 
 def test_dead_inputs_and_groups_of_zeros_are_harmless():
     weight, hessian = layer(4, 64)
     hessian[:, 5] = hessian[5] = 0
     weight[1, 32:] = 0
-    solution = solve(weight, hessian, SolverOptions(weights=BALANCED, group_size=32))
+    solution = solve(weight, hessian, SolverOptions(lambdas=BALANCED, group_size=32))
     assert torch.isfinite(solution.dequantize(2)).all()
     relative = relative_error(weight, solution.dequantize(8), hessian)
     assert relative < 1e-3
@@ -262,7 +263,7 @@ def test_dead_inputs_and_groups_of_zeros_are_harmless():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scales_keep_the_models_dtype_and_choices_use_the_stored_values(dtype):
     weight, hessian = layer(8, 64)
-    options = SolverOptions(weights={8: 1.0}, group_size=32, scale="minmax", scale_dtype=dtype)
+    options = SolverOptions(lambdas={8: 1.0}, group_size=32, scale="minmax", scale_dtype=dtype)
     solution = solve(weight, hessian * 0 + torch.eye(64), options)
     assert solution.scales.dtype == dtype
     # Without feedback every code is the nearest on the stored grid.
@@ -285,7 +286,7 @@ def two_streams(seed=0, columns=64, tokens=512):
 
 def moments(full, quantized):
     n = len(full)
-    return Inputs(hessian=2 * quantized.T @ quantized / n, cross=2 * (full - quantized).T @ quantized / n)
+    return HessianStats(hessian=2 * quantized.T @ quantized / n, cross_hessian=2 * (full - quantized).T @ quantized / n)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -293,10 +294,10 @@ def moments(full, quantized):
 def test_cross_moments_bring_the_outputs_nearer_to_those_of_the_full_model(seed, act_order):
     weight, full, quantized = two_streams(seed)
     given_inputs = moments(full, quantized)
-    options = SolverOptions(weights=BALANCED, group_size=32, sweeps=1, act_order=act_order)
+    options = SolverOptions(lambdas=BALANCED, group_size=32, cd_passes=1, act_order=act_order)
     lost = []
-    for inputs in (Inputs(hessian=given_inputs.hessian), given_inputs):
-        solved = nested_solve(weight, calibrate([inputs], options), options)
+    for inputs in (HessianStats(hessian=given_inputs.hessian), given_inputs):
+        solved = nested_solve(weight, prepare_hessians([inputs], options), options)
         lost.append({b: ((full @ weight.T - quantized @ solved.dequantize(b).T) ** 2).sum().item() for b in BALANCED})
     assert sum(lam * lost[1][b] for b, lam in BALANCED.items()) < sum(lam * lost[0][b] for b, lam in BALANCED.items())
     assert all(lost[1][b] < lost[0][b] for b in (4, 6, 8))
@@ -304,10 +305,10 @@ def test_cross_moments_bring_the_outputs_nearer_to_those_of_the_full_model(seed,
 
 def test_the_shift_is_that_of_least_squares():
     weight, full, quantized = two_streams(2)
-    options = SolverOptions(weights={4: 1.0}, group_size=32, damp=1e-7)
-    calibration = calibrate([moments(full, quantized)], options)
+    options = SolverOptions(lambdas={4: 1.0}, group_size=32, damp=1e-7)
+    calibration = prepare_hessians([moments(full, quantized)], options)
     expected = torch.linalg.lstsq(quantized.double(), full.double() @ weight.T.double()).solution.T
-    shifted = weight + weight @ calibration.shifts[0]
+    shifted = weight + weight @ calibration.corrections[0]
     torch.testing.assert_close(shifted, expected.float(), rtol=1e-3, atol=1e-4)
 
 
@@ -322,11 +323,11 @@ def own_hessians(columns, widths=BALANCED):
 @pytest.mark.parametrize("act_order", [False, True])
 def test_equal_hessians_per_width_are_one_shared(act_order):
     weight, hessian = layer(8, 64)
-    options = SolverOptions(weights=BALANCED, group_size=32, act_order=act_order, offset=8.0, sweeps=1)
-    one = calibrate([Inputs(hessian=hessian)], options)
-    many = calibrate([Inputs(hessian=hessian.clone()) for _ in BALANCED], options)
-    shared = Inputs(hessian=hessian)
-    same = calibrate([shared] * len(BALANCED), options)
+    options = SolverOptions(lambdas=BALANCED, group_size=32, act_order=act_order, zero_point_offset=8.0, cd_passes=1)
+    one = prepare_hessians([HessianStats(hessian=hessian)], options)
+    many = prepare_hessians([HessianStats(hessian=hessian.clone()) for _ in BALANCED], options)
+    shared = HessianStats(hessian=hessian)
+    same = prepare_hessians([shared] * len(BALANCED), options)
     assert (len(one.factors), len(many.factors), len(same.factors)) == (1, 5, 5)
     expected = nested_solve(weight, one, options)
     for calibration in (many, same):
@@ -339,8 +340,8 @@ def test_equal_hessians_per_width_are_one_shared(act_order):
 def test_the_first_column_minimises_what_its_errors_cost_each_width(slicing):
     weight, _ = layer(64, 32)
     hessians = own_hessians(32)
-    options = SolverOptions(weights=BALANCED, slicing=slicing, group_size=32, scale="minmax", scale_dtype=torch.float32)
-    calibration = calibrate([Inputs(hessian=h) for h in hessians], options)
+    options = SolverOptions(lambdas=BALANCED, slicing=slicing, group_size=32, scale="minmax", scale_dtype=torch.float32)
+    calibration = prepare_hessians([HessianStats(hessian=h) for h in hessians], options)
     solved = nested_solve(weight, calibration, options)
     diagonal = torch.stack([f[0, 0] for f in calibration.factors]).double()
     assert diagonal.std() / diagonal.mean() > 0.01  # the widths do differ
@@ -380,7 +381,9 @@ def test_an_offset_costs_normal_weights_little_and_helps_skewed_ones(seed):
     ratios = []
     for given_weight in (weight, skewed):
         plain, moved = (
-            solve(given_weight, hessian, SolverOptions(weights=BALANCED, group_size=32, sweeps=1, offset=o))
+            solve(
+                given_weight, hessian, SolverOptions(lambdas=BALANCED, group_size=32, cd_passes=1, zero_point_offset=o)
+            )
             for o in (0.0, 16.0)
         )
         assert (moved.format.zero_point_offset, plain.format.zero_point_offset) == (16.0, 0.0)
@@ -396,7 +399,7 @@ def test_an_offset_costs_normal_weights_little_and_helps_skewed_ones(seed):
 def test_mirrored_codes_decode_to_what_the_solver_chose(act_order):
     """Without feedback each stored code has the least cost of all codes, on the grid that the stored scale stands for."""
     weight, hessian = layer(16, 64)
-    options = SolverOptions(weights=BALANCED, group_size=32, offset=8.0, act_order=act_order)
+    options = SolverOptions(lambdas=BALANCED, group_size=32, zero_point_offset=8.0, act_order=act_order)
     solved = solve(weight, torch.diag(hessian.diagonal()), options)
     assert (solved.scales < 0).any()
     scale = solved.scales.float().repeat_interleave(32, 1)[:, :, None]
@@ -417,9 +420,11 @@ def test_mirrored_codes_decode_to_what_the_solver_chose(act_order):
 @pytest.mark.parametrize("act_order", [False, True])
 def test_one_width_alone_is_dedicated_gptq_however_refined(bits, offset, act_order):
     weight, hessian = layer(16, 128, seed=bits)
-    refined = {"weights": {bits: 1.0}, "sweeps": 2, "act_order": act_order, "group_size": 64}
-    nested = solve(weight, hessian, SolverOptions(**refined, master_bits=8, offset=offset))
-    alone = solve(weight, hessian, SolverOptions(**refined, master_bits=bits, offset=offset * 2.0 ** (bits - 8)))
+    refined = {"lambdas": {bits: 1.0}, "cd_passes": 2, "act_order": act_order, "group_size": 64}
+    nested = solve(weight, hessian, SolverOptions(**refined, master_bits=8, zero_point_offset=offset))
+    alone = solve(
+        weight, hessian, SolverOptions(**refined, master_bits=bits, zero_point_offset=offset * 2.0 ** (bits - 8))
+    )
     assert torch.equal(nested.codes >> (8 - bits), alone.codes)
     assert torch.equal(nested.dequantize(bits), alone.dequantize(bits))  # a step is 2^(8 - bits) codes
 
@@ -430,9 +435,9 @@ def test_one_width_alone_is_dedicated_gptq_however_refined(bits, offset, act_ord
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_matrix_in_parts_of_its_rows_is_the_same(monkeypatch, symmetric):
     weight, hessian = layer(70, 128)
-    options = SolverOptions(weights=BALANCED, group_size=32, symmetric=symmetric, sweeps=1)
+    options = SolverOptions(lambdas=BALANCED, group_size=32, symmetric=symmetric, cd_passes=1)
     whole = solve(weight, hessian, options)
-    monkeypatch.setattr(solver, "MOST_WEIGHTS", 33 * 128)
+    monkeypatch.setattr(solver, "MAX_WEIGHTS_AT_ONCE", 33 * 128)
     parts = solve(weight, hessian, options)
     assert parts.codes.shape == whole.codes.shape
     # A product of fewer rows may be summed in another order, and one other choice changes the rest of its row.
@@ -446,10 +451,12 @@ def test_a_matrix_in_parts_of_its_rows_is_the_same(monkeypatch, symmetric):
 # Threads
 
 
-@pytest.mark.parametrize("feedback", ["per_width", "mean"])
+@pytest.mark.parametrize("feedback", ["per_bit", "mean"])
 def test_the_number_of_threads_changes_nothing(feedback):
     weight, hessian = layer(33, 128)
-    options = SolverOptions(weights=BALANCED, feedback=feedback, group_size=32, offset=8.0, sweeps=2)
+    options = SolverOptions(
+        lambdas=BALANCED, error_feedback=feedback, group_size=32, zero_point_offset=8.0, cd_passes=2
+    )
     before = numba.get_num_threads()
     if before < 2:
         pytest.skip("numba has one thread")

@@ -13,7 +13,7 @@ from matquant import cli
 QUICK = (
     *SMALL,
     "method=rtn",
-    "method.dedicated=false",
+    "method.per_bit_models=false",
     "method.group_size=64",
     "search.sequences=4",
     "search.sequence_length=32",
@@ -162,12 +162,12 @@ def test_a_killed_search_goes_on_and_finds_the_same(first, matquant, small_model
         (["search.average_bits=3", "search.survivors=[4,2]"], "the last survivor alone"),
         (["search.average_bits=3", "search.tokens=[64]"], "describe the same stages"),
         (["search.average_bits=3", "search.survivors=[1,2,1]", "search.tokens=[2,2,2]"], "cannot grow"),
-        (["search.average_bits=3", "method.dedicated=true"], "makes a model for each width"),
+        (["search.average_bits=3", "method.per_bit_models=true"], "makes a model for each width"),
         (["search.average_bits=3", "search.fitness=speed"], "search.fitness must be one of kl, sparse_kl, perplexity"),
         (["search.average_bits=3", "search.sequence_length=4000"], "search.sequence_length=4000 is longer"),
         (["search.average_bits=3", "search.sensitivity=error"], "no second-order error is recorded"),
         (["bits=nowhere.yaml"], "There is no allocation at nowhere.yaml"),
-        (["bits=nowhere.yaml", "method.dedicated=true"], "mixes widths of one parent"),
+        (["bits=nowhere.yaml", "method.per_bit_models=true"], "mixes widths of one parent"),
     ],
 )
 def test_what_is_refused(matquant, small_model, overrides, sentence):

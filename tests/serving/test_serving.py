@@ -88,7 +88,7 @@ def run_py(*overrides: str, folder: Path) -> dict[str, Any]:
 
 
 def packed(source: Path, folder: Path, *overrides: str) -> Packed:
-    small = ("calibration.sequences=4", "calibration.sequence_length=64", "method.sweeps=0", "method.block_size=64")
+    small = ("calibration.sequences=4", "calibration.sequence_length=64", "method.cd_passes=0", "method.block_size=64")
     target = folder / "packed"
     results = run_py(
         f"model.path={source}",

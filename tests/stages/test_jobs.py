@@ -91,13 +91,13 @@ def test_round_slices_say_that_they_read_one_bit_more(job, small_model):
     [
         ["method.group_size=32", "method.act_order=true"],
         ["method.group_size=-1", "method.symmetric=false"],
-        ["method=rtn", "method.dedicated=false"],
-        ["method=gptq", "method.dedicated=false", "method.slicing=msb"],
-        ["method.slicing=round", "method.offset=0", "method.streams=[4]"],
-        ["method.staged=false", "method.asymmetric=false"],
-        ["method.master_bits=6", "++objective.weights={2:1,4:1,6:1}", "method.streams=[2,6]"],
+        ["method=rtn", "method.per_bit_models=false"],
+        ["method=gptq", "method.per_bit_models=false", "method.slicing=msb"],
+        ["method.slicing=round", "method.zero_point_offset=0", "method.calibration_bits=[4]"],
+        ["method.true_sequential=false", "method.asymmetric_calibration=false"],
+        ["method.master_bits=6", "++objective.weights={2:1,4:1,6:1}", "method.calibration_bits=[2,6]"],
         ["method.skip=['*.down_proj']"],
-        ["method.head=true"],
+        ["method.quantize_lm_head=true"],
     ],
 )
 def test_options_compose(job, small_model, overrides):
@@ -106,7 +106,7 @@ def test_options_compose(job, small_model, overrides):
     assert kl[0] > kl[-1] >= 0
     names = [row["name"] for row in results["layers"]]
     assert any("down_proj" in name for name in names) != ("method.skip=['*.down_proj']" in overrides)
-    assert ("lm_head" in names) == ("method.head=true" in overrides)
+    assert ("lm_head" in names) == ("method.quantize_lm_head=true" in overrides)
 
 
 def test_calibrating_on_a_text_of_ones_own(job, small_model, tmp_path):

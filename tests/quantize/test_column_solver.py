@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from matquant.formats.nested import levels
 from matquant.quantize.gptq import column_solver_cpu
-from matquant.quantize.gptq.code_grid import Grid
+from matquant.quantize.gptq.code_grid import CodeGrid
 
 F32 = np.float32
 LANES = column_solver_cpu._LANES
@@ -16,7 +16,7 @@ LANES = column_solver_cpu._LANES
 
 def best_codes(u, lam, widths, master_bits, slicing):
     """The compiled choice for targets u [K, n] in units of a code, and its cost: [n] each."""
-    grid, (count, n) = Grid.of(widths, master_bits, slicing), u.shape
+    grid, (count, n) = CodeGrid.of(widths, master_bits, slicing), u.shape
     lanes, weight = np.zeros((2, count, LANES), dtype=F32)
     lanes[:, :n], weight[:, :n] = u, lam
     codes, cost, scratch = np.full(LANES, np.nan, F32), np.full(LANES, np.nan, F32), np.zeros((count + 5, LANES), F32)

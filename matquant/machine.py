@@ -1,4 +1,4 @@
-"""What this machine has: devices, their memory and that of the host, and room on a disk. All sizes in bytes."""
+"""Devices of this machine, memory of devices and host, and room on a disk. All sizes are in bytes."""
 
 import ctypes
 import importlib.util
@@ -13,19 +13,19 @@ import torch
 
 from matquant.errors import UserError
 
-# M_MMAP_THRESHOLD of the GNU C library's <malloc.h>: from this size on a block is mapped by itself, and unmapped when freed.
+# M_MMAP_THRESHOLD of the GNU C library's <malloc.h>: larger blocks are mapped one by one, and unmapped when freed.
 _MMAP_THRESHOLD = -3
 
-# Where Linux tells the memory limit of a container, new and old.
+# Memory limit and use of a container, in cgroups version 2 and 1.
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _USED = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
 
 
 def device(name: str) -> torch.device:
-    """The device that ``runtime.device`` names; under torchrun each process of a machine has a GPU of its own.
+    """Resolve ``runtime.device``; under torchrun each process of a machine gets a GPU of its own.
 
     Raises:
-        UserError: there is no such device, or not one for each process.
+        UserError: there is no such device, or fewer devices than processes.
     """
     processes, number = _processes(), int(os.environ.get("LOCAL_RANK", "0"))
     if name == "auto":
@@ -47,19 +47,20 @@ def device(name: str) -> torch.device:
 
 
 def solver_device(device: torch.device, warnings: list[str]) -> torch.device:
-    """Where layers are solved: on the GPU that runs the model, if CuPy can compile the solver's kernels for it."""
+    """Device of the column solver: the GPU that runs the model if CuPy can compile kernels for it, else the CPU with a warning."""
     if device.type == "cuda" and importlib.util.find_spec("cupy") is None:
         warnings.append(
-            "Layers were solved on the CPU, which takes far longer, since CuPy is not installed. Install the extra gpu13 "
-            "(CUDA 13) or gpu (CUDA 12): pip install '.[gpu13]'."
+            "CuPy is not installed, so layers were solved on the CPU, which takes far longer. Install the extra gpu13 (CUDA 13) "
+            "or gpu (CUDA 12): pip install '.[gpu13]'."
         )
         return torch.device("cpu")
     return device
 
 
 def host_free() -> int:
-    """Memory that this process may still take: what the system has available, or what its container is still allowed, or its
-    part of that when torchrun started several."""
+    """Memory that this process may still allocate: the smaller of the system's available memory and the container's limit, divided by
+    the processes that torchrun started on this machine.
+    """
     free = psutil.virtual_memory().available
     for limit, used in zip(_LIMITS, _USED, strict=True):
         try:
@@ -70,54 +71,54 @@ def host_free() -> int:
 
 
 def device_free(device: torch.device) -> int:
-    """Free memory of a CUDA device; that of the host for the CPU."""
+    """Free memory of a CUDA device; of the host for the CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_free()
 
 
 def disk_free(folder: Path) -> int:
-    """Room where ``folder`` is or will be made."""
+    """Free room on the disk of ``folder``, which need not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def host_peak() -> int:
-    """The most memory that this process has had resident so far."""
+    """Peak resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def device_peak(device: torch.device) -> int:
-    """The most memory that torch has held on a CUDA device so far; 0 for the CPU."""
+    """Peak memory of torch on a CUDA device so far; 0 for the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def use_threads(threads: int | None) -> None:
-    """Let torch and the compiled solver use so many threads of the CPU; None: as many as torch uses by itself."""
-    import numba  # slow to import, and of no use to a runtime that only serves
+    """Set the number of CPU threads of torch and of the compiled solver; None keeps torch's default."""
+    import numba  # slow to import, and not needed for serving
 
     threads = threads or torch.get_num_threads()
     most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     numba.set_num_threads(min(threads, most))
-    # Last, since the two share an OpenMP runtime, and numba sets its number of threads when it is first used.
+    # Last: both share an OpenMP runtime, and numba sets its number of threads at its first use.
     torch.set_num_threads(threads)
 
 
 def tune_malloc() -> None:
-    """Have large tensors that are freed go back to the system at once.
+    """Make the C library return large freed blocks to the system at once.
 
-    The C library keeps blocks of up to 32 MB for itself once some were freed; between tensors of a calibration batch they
-    leave holes, so that a process may hold half as much again as it uses.
+    By default it keeps blocks of up to 32 MB once some were freed. Between the tensors of a calibration batch they fragment the heap, so
+    that a process may hold 1.5 times the memory that it uses.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_MMAP_THRESHOLD, 2**23)
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processes() -> int:
-    """How many of this job's processes torchrun started on this machine."""
+    """Number of this job's processes that torchrun started on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -19,6 +19,7 @@ from matquant.pack.config import PackConfig
 from matquant.quantize.config import MethodConfig, ObjectiveConfig, check_bits, check_method, check_objective
 from matquant.quantize.gptq.config import GptqConfig
 from matquant.quantize.rtn.config import RtnConfig
+from matquant.report.config import TrackingConfig
 from matquant.search import config as searching
 from matquant.search.config import SearchConfig
 from matquant.typed_config import TARGET, build, defaults_of
@@ -82,14 +83,6 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TrackingConfig:
-    wandb: bool
-    project: str
-    group: str | None
-    tags: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RuntimeConfig:
     """Device, threads and terminal of a job.
 
@@ -149,7 +142,13 @@ class Config:
 
 def schemas() -> dict[str, dict[str, Any]]:
     """Defaults of every component's settings, as nodes of the Hydra group ``schema``."""
-    nodes = {"objective": ObjectiveConfig, "search": SearchConfig, "pack": PackConfig, "runtime": RuntimeConfig}
+    nodes = {
+        "objective": ObjectiveConfig,
+        "search": SearchConfig,
+        "pack": PackConfig,
+        "tracking": TrackingConfig,
+        "runtime": RuntimeConfig,
+    }
     methods = {"gptq": GptqConfig, "rtn": RtnConfig}
     found = {name: defaults_of(kind) for name, kind in nodes.items()}
     for name, kind in methods.items():

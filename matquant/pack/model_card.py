@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from matquant.report import formatting
+from matquant import number_format
 
 _LOADING = """\
 ```python
@@ -30,7 +30,7 @@ def render(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
 
 
 def _about(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    size = formatting.size(record["bytes"])
+    size = number_format.size(record["bytes"])
     if record["format"] != "nested":
         return f"Format `{record['format']}`, {size}. Made by `{results['command']}`."
     most = record["max_bits"]
@@ -51,14 +51,14 @@ def _table(results: Mapping[str, Any]) -> list[str]:
     head += [f"{kind} ({name})" for name in datasets for kind in ("perplexity", "KL")]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     baseline = results["baseline"]
-    full = ["full precision", "", formatting.megabytes(baseline.get("bytes"))]
+    full = ["full precision", "", number_format.megabytes(baseline.get("bytes"))]
     for name in datasets:
-        full += [formatting.significant(baseline["perplexity"][name]), "0"]
+        full += [number_format.significant(baseline["perplexity"][name]), "0"]
     lines.append("| " + " | ".join(full) + " |")
     for entry in results["slices"]:
-        row = [str(entry.get("name", entry["bits"])), formatting.average_bits(entry["average_bits"])]
-        row.append(formatting.megabytes(entry["bytes"]))
+        row = [str(entry.get("name", entry["bits"])), number_format.average_bits(entry["average_bits"])]
+        row.append(number_format.megabytes(entry["bytes"]))
         for name in datasets:
-            row += [formatting.significant(entry[kind][name]) for kind in ("perplexity", "kl")]
+            row += [number_format.significant(entry[kind][name]) for kind in ("perplexity", "kl")]
         lines.append("| " + " | ".join(row) + " |")
     return [*lines, "", "KL is the mean over tokens of KL(full precision ‖ slice) in nats.", ""]

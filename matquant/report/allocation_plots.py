@@ -1,40 +1,38 @@
-"""A search's part of a report: its front, its generations, and the widths that it gave."""
+"""Plots of a search: its front, its generations, and bit-width maps of the allocations."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from matquant.report import formatting
+from matquant import number_format
+from matquant.number_format import is_number
 from matquant.report.drawing import INK, MUTED, PAPER, SERIES, log_ticks, styled
-from matquant.report.heatmap import _in_block, _label_cells, _new_figure, _projections
-from matquant.report.results import ALLOCATION, is_number
+from matquant.report.heatmap import label_cells, new_figure, order_in_block, projections
+from matquant.report.results import JobResults, LayerErrors, SliceResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLOURS = "cividis"  # told apart by colour-blind readers; every cell holds its number too
+_COLOURS = "cividis"  # distinct for colour-blind readers; every cell also shows its number
 _WIDEST = 24  # blocks whose cells leave room for a number
 
 
-def allocations(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The slices that have a width for each layer."""
-    return [entry for entry in results["slices"] if entry["bits"] == ALLOCATION and "allocation" in entry]
-
-
-def widths_figure(entry: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> "Figure | None":
-    """The widths of one allocation: blocks across, projections down, a number in each cell. None without layers."""
-    widths = entry["allocation"].get("widths") or {}
-    names = _projections(layers)
-    layers = [row for row in layers if row["name"] in names]
-    cells = {(row["block"], names[row["name"]]): widths[row["name"]] for row in layers if row["name"] in widths}
+def bits_figure(one: SliceResult, layers: Sequence[LayerErrors]) -> "Figure | None":
+    """Draw the bit-widths of one allocation: blocks across, projections down, a number in each cell. None without layers."""
+    layer_bits, names = one.layer_bits, projections(layers)
+    cells = {
+        (layer.block, names[layer.name]): layer_bits[layer.name]
+        for layer in layers
+        if layer.name in names and layer.name in layer_bits and layer.block is not None
+    }
     if not cells:
         return None
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
-    rows = sorted(dict.fromkeys(name for _, name in cells), key=_in_block)
+    rows = sorted(dict.fromkeys(name for _, name in cells), key=order_in_block)
     columns = sorted({block for block, _ in cells})
     with styled():
-        figure, axes, bar = _new_figure(rows)
+        figure, axes, bar = new_figure(rows)
         bar.remove()
         for (block, name), bits in cells.items():
             x, y = columns.index(block), rows.index(name)
@@ -46,12 +44,12 @@ def widths_figure(entry: Mapping[str, Any], layers: Sequence[Mapping[str, Any]])
             if len(columns) <= _WIDEST:
                 ink = INK if bits > 4 else "#fffffe"  # on light cells and on dark ones, whatever the page's colours
                 axes.text(x, y, str(bits), ha="center", va="center", fontsize=8, color=ink)
-        _label_cells(axes, columns, rows)
+        label_cells(axes, columns, rows)
     return figure
 
 
 def generations_figure(search: Mapping[str, Any]) -> "Figure | None":
-    """The fittest candidate's loss after each generation, over the tokens that were measured; a line for each budget."""
+    """Draw the loss of the fittest candidate after each generation over the measured tokens, a line per budget."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for entry in search.get("history") or []:
         if is_number(entry.get("loss")) and entry["loss"] > 0:
@@ -79,15 +77,15 @@ def generations_figure(search: Mapping[str, Any]) -> "Figure | None":
     return figure
 
 
-def front_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """For each allocation: its file, average bits, MB, and the losses that the search predicted and measured."""
+def front_rows(results: JobResults) -> list[list[str]]:
+    """Table rows of the allocations: file, average bits, MB, predicted and measured loss."""
     return [
         [
-            str(entry.get("name", "")),
-            formatting.average_bits(entry.get("average_bits")),
-            formatting.megabytes(entry.get("bytes")),
-            formatting.significant(entry["allocation"].get("predicted")),
-            formatting.significant(entry["allocation"].get("measured")),
+            one.name or "",
+            number_format.average_bits(one.average_bits),
+            number_format.megabytes(one.bytes),
+            number_format.significant((one.allocation or {}).get("predicted")),
+            number_format.significant((one.allocation or {}).get("measured")),
         ]
-        for entry in allocations(results)
+        for one in results.allocations
     ]

@@ -1,9 +1,9 @@
-"""Builds a Weights & Biases workspace over the runs of a project, with the charts that this project's runs are made for.
+"""Weights & Biases workspace over the runs of a project, with the charts that fit these runs.
 
-    python -m matquant.report.dashboard ENTITY PROJECT [--group GROUP]
+    python -m matquant.report.dashboard ENTITY PROJECT [--group GROUP] [--dataset DATASET]
 
 It needs ``pip install wandb-workspaces`` and a login, and prints the workspace's address. Without a network, ``summary.html``
-of a sweep shows the same comparisons, and ``wandb sync`` sends offline runs later.
+of a sweep shows the same comparisons, and ``wandb sync`` uploads offline runs later.
 """
 
 import argparse
@@ -11,20 +11,20 @@ import sys
 from typing import Any
 
 from matquant.errors import UserError
+from matquant.formats.bits import BIT_WIDTHS
 
-_WIDTHS = (2, 3, 4, 6, 8)
 
-
-def build(entity: str, project: str, group: str | None = None) -> Any:
-    """The workspace, not saved: quality over bits, searches, runs side by side, and the tables.
+def build(entity: str, project: str, group: str | None = None, dataset: str = "stdlib") -> Any:
+    """Workspace, not saved: quality over bits, searches, runs side by side, and tables.
 
     Args:
-        entity: a user or team.
-        project: that ``tracking.project`` names.
-        group: show the runs of one sweep only.
+        entity: user or team.
+        project: name in ``tracking.project``.
+        group: sweep whose runs are shown; all runs if None.
+        dataset: evaluation text of the curves.
 
     Raises:
-        UserError: the library that makes workspaces is not installed.
+        UserError: wandb-workspaces is not installed.
     """
     try:
         import wandb_workspaces.reports.v2 as reports
@@ -32,8 +32,8 @@ def build(entity: str, project: str, group: str | None = None) -> Any:
     except ImportError:
         raise UserError("Dashboards need one more library: pip install wandb-workspaces.") from None
     quality = [
-        reports.LinePlot(title="KL to full precision over bits", x="slice/bits", y=["slice/kl/stdlib"], log_y=True),
-        reports.LinePlot(title="Perplexity over bits", x="slice/bits", y=["slice/perplexity/stdlib"]),
+        reports.LinePlot(title="KL to full precision over bits", x="slice/bits", y=[f"slice/kl/{dataset}"], log_y=True),
+        reports.LinePlot(title="Perplexity over bits", x="slice/bits", y=[f"slice/perplexity/{dataset}"]),
         reports.BarPlot(title="KL at 2 bits", metrics=["kl/2"]),
         reports.BarPlot(title="KL of the allocation", metrics=["kl/allocation"]),
     ]
@@ -43,10 +43,10 @@ def build(entity: str, project: str, group: str | None = None) -> Any:
     ]
     runs = [
         reports.ParallelCoordinatesPlot(
-            title="KL of every width",
-            columns=[reports.ParallelCoordinatesPlotColumn(metric=f"summary:kl/{bits}") for bits in _WIDTHS],
+            title="KL by bits",
+            columns=[reports.ParallelCoordinatesPlotColumn(metric=f"summary:kl/{bits}") for bits in BIT_WIDTHS],
         ),
-        reports.MediaBrowser(title="Plots", media_keys=["plots/kl_bits", "plots/kl_bytes", "plots/widths_0"]),
+        reports.MediaBrowser(title="Plots", media_keys=["plots/kl_bits", "plots/kl_bytes", "plots/allocation_0"]),
     ]
     panels: dict[str, list[Any]] = {"Quality": quality, "Search": search, "Runs": runs}
     sections = [workspaces.Section(name=name, panels=some, is_open=True) for name, some in panels.items()]
@@ -63,14 +63,15 @@ def _quoted(group: str) -> str:
 
 
 def main() -> None:
-    """Build and save a workspace; its address is printed."""
+    """Build and save a workspace, and print its address."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("entity")
     parser.add_argument("project")
     parser.add_argument("--group")
+    parser.add_argument("--dataset", default="stdlib")
     arguments = parser.parse_args()
     try:
-        print(build(arguments.entity, arguments.project, arguments.group).save().url)
+        print(build(arguments.entity, arguments.project, arguments.group, arguments.dataset).save().url)
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -1,4 +1,4 @@
-"""How every drawing looks, and what it becomes: inline SVG or PNG, without pyplot, so nothing global is left.
+"""Style of all drawings, and their export as inline SVG or PNG; without pyplot, so that no global state is left.
 
 In an inline SVG each colour of `PALETTE` is a CSS variable, so a page can show the same drawing on light and on dark,
 and the text is text in the page's own font. The same drawing gives the same bytes.
@@ -54,7 +54,7 @@ _STYLE = {
 
 
 def to_svg(figure: "Figure", name: str, alt: str) -> str:
-    """The figure as one ``<svg>`` element for an HTML page that defines ``--ink``, ``--c0`` and so on.
+    """Export a figure as one ``<svg>`` element for an HTML page that defines ``--ink``, ``--c0`` and so on.
 
     ``name`` keeps its ids apart from other figures' on the page, ``alt`` is read to those who cannot see it.
     """
@@ -76,7 +76,7 @@ def to_svg(figure: "Figure", name: str, alt: str) -> str:
 
 
 def to_png(figure: "Figure", dpi: int = 160) -> bytes:
-    """The figure as PNG on white, for where a page's colours do not reach."""
+    """Export a figure as PNG on white."""
     buffer = io.BytesIO()
     with styled():
         figure.savefig(buffer, format="png", dpi=dpi, facecolor=PAPER, metadata={"Software": None})
@@ -85,7 +85,7 @@ def to_png(figure: "Figure", dpi: int = 160) -> bytes:
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """matplotlib's own defaults and `_STYLE`, whatever a matplotlibrc says; everything is as before afterwards."""
+    """Apply matplotlib's defaults and `_STYLE` inside the context, independent of any matplotlibrc."""
     import matplotlib
     import matplotlib.style
 
@@ -95,7 +95,7 @@ def styled() -> Iterator[None]:
 
 
 def log_ticks(axis: "Axis", low: float, high: float) -> None:
-    """Ticks of a log axis that read as plain numbers, however wide or narrow its range."""
+    """Set ticks of a log axis with plain numbers, for any range."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     decades = math.log10(high / low)

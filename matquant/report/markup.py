@@ -1,4 +1,4 @@
-"""HTML that cannot be forgotten to be escaped: plain text is escaped where it becomes part of an element."""
+"""HTML elements that escape plain text automatically."""
 
 import html
 from collections.abc import Iterable, Sequence
@@ -10,13 +10,13 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 class Markup(str):
-    """Text that is HTML already."""
+    """Text that is HTML, and is not escaped again."""
 
     __slots__ = ()
 
 
 def element(tag: str, *children: str, **attributes: str | None) -> Markup:
-    """``<tag attributes>children</tag>``; children that are no `Markup`, and all attributes, are escaped.
+    """Element ``<tag attributes>children</tag>``; children that are not `Markup`, and all attributes, are escaped.
 
     A trailing underscore of a name is dropped (``class_``), others become hyphens; an attribute of None is left out.
     """
@@ -28,14 +28,14 @@ def element(tag: str, *children: str, **attributes: str | None) -> Markup:
 
 
 def join(children: Iterable[str]) -> Markup:
-    """Children one after the other, escaped unless they are `Markup`."""
+    """Join children, escaped unless they are `Markup`."""
     return Markup("".join(c if isinstance(c, Markup) else html.escape(c) for c in children))
 
 
 def table(
     header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1, class_: str | None = None
 ) -> Markup:
-    """A table that scrolls by itself where it is too wide; after the first ``text_columns`` columns hold numbers."""
+    """Table that scrolls if it is too wide; columns after the first ``text_columns`` hold numbers."""
     kind = ["text" if index < text_columns else "number" for index in range(len(header))]
     head = element("tr", *(element("th", cell, class_=k, scope="col") for cell, k in zip(header, kind, strict=True)))
     body = [element("tr", *(element("td", c, class_=k) for c, k in zip(row, kind, strict=True))) for row in rows]
@@ -44,7 +44,7 @@ def table(
 
 
 def figure(svg: str, caption: str, **attributes: str) -> Markup:
-    """A drawing (`matquant.report.plots.to_svg`) and the words beneath it."""
+    """Figure: an SVG drawing and its caption."""
     return element("figure", Markup(svg), element("figcaption", caption), **attributes)
 
 
@@ -53,7 +53,7 @@ def section(title: str, *children: str) -> Markup:
 
 
 def page(title: str, *body: str) -> str:
-    """A whole document that needs nothing but itself."""
+    """Self-contained HTML document."""
     css = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     head = join(
         [

@@ -1,4 +1,4 @@
-"""Whole files or none: what a reader finds under the final name is complete."""
+"""Atomic text files: a file under its final name is complete."""
 
 import os
 import secrets
@@ -11,7 +11,7 @@ def write_atomic(path: Path, text: str) -> Path:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with temporary.open("xb") as file:
-            # A path given on the command line may hold bytes that are no UTF-8 (lone surrogates): escaped, not refused.
+            # A path from the command line may hold bytes that are not UTF-8 (lone surrogates): escape them.
             file.write(text.encode("utf-8", "backslashreplace"))
             file.flush()
             os.fsync(file.fileno())

@@ -1,13 +1,13 @@
-"""Curves of a job or of a sweep: KL and perplexity over bits, KL over size."""
+"""Curves of a job or a sweep: KL and perplexity over bits, KL over size."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from matquant.report import formatting
+from matquant import number_format
 from matquant.report.drawing import MUTED, PAPER, SERIES, log_ticks, styled
-from matquant.report.results import ALLOCATION, Results, datasets, is_number, normalized, slice_position
+from matquant.report.results import JobResults, SliceResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,7 @@ _MAX_LABEL = 44
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line: (x, y) of the widths, apart from it, as stars, of the allocations, and what full precision has."""
+    """One curve: (x, y) of the uniform slices and of the allocations, and the value of full precision."""
 
     name: str
     points: tuple[tuple[float, float], ...]
@@ -29,41 +29,39 @@ class Series:
 
     @property
     def values(self) -> list[float]:
+        """All y values."""
         return [y for _, y in self.points + self.allocations]
 
 
 def series(
-    name: str, slices: Sequence[Mapping[str, Any]], x: str, measure: str, dataset: str, full: float | None = None
+    name: str, slices: Sequence[SliceResult], x: str, measure: str, dataset: str, full: float | None = None
 ) -> Series:
-    """The ``measure`` (``kl`` or ``perplexity``) of slices on ``dataset`` over ``x`` (``bits`` or ``bytes``).
+    """Curve of ``measure`` (``kl`` or ``perplexity``) of slices on ``dataset`` over ``x`` (``bits`` or ``bytes``).
 
-    Slices without that figure are left out; where a width occurs twice the later one counts.
+    Slices without that figure are left out; of two slices with the same bits the later one counts.
     """
-    widths: dict[float, float] = {}
+    uniform: dict[float, float] = {}
     allocations: list[tuple[float, float]] = []
-    for entry in slices:
-        value = (entry.get(measure) or {}).get(dataset)
-        position = slice_position(entry) if x == "bits" else entry.get("bytes")
-        if not is_number(value) or not is_number(position):
+    for one in slices:
+        value = one.figure(measure, dataset)
+        if value is None or (x == "bytes" and one.bytes is None):
             continue
-        position = float(position) if x == "bits" else position / 1e6
-        if entry["bits"] == ALLOCATION:
+        position = one.position if x == "bits" else (one.bytes or 0) / 1e6
+        if one.is_allocation:
             allocations.append((position, value))
         else:
-            widths[position] = value
-    return Series(name, tuple(sorted(widths.items())), tuple(sorted(allocations)), full)
+            uniform[position] = value
+    return Series(name, tuple(sorted(uniform.items())), tuple(sorted(allocations)), full)
 
 
-def job_figures(results: Results) -> dict[str, "Figure"]:
-    """KL and perplexity over bits, and KL over size, each where there is something to draw."""
-    results = normalized(results)
-    names = datasets(results)
-    label: Callable[[str], str] = (lambda name: name) if len(names) > 1 else (lambda name: results["method"])
-
-    full = results["baseline"].get("perplexity", {})
+def job_figures(results: JobResults) -> dict[str, "Figure"]:
+    """Draw KL and perplexity over bits, and KL over size; figures without a point are left out."""
+    names = results.datasets
+    label: Callable[[str], str] = (lambda name: name) if len(names) > 1 else (lambda name: results.method)
+    full = results.baseline.perplexity
 
     def lines(x: str, measure: str) -> list[Series]:
-        return [series(label(name), results["slices"], x, measure, name, full.get(name)) for name in names]
+        return [series(label(name), results.slices, x, measure, name, full.get(name)) for name in names]
 
     figures = {
         "kl_bits": kl_figure(lines("bits", "kl"), "bits"),
@@ -74,7 +72,7 @@ def job_figures(results: Results) -> dict[str, "Figure"]:
 
 
 def kl_figure(lines: Sequence[Series], x: str) -> "Figure | None":
-    """KL(full ‖ slice) over ``bits`` or ``bytes``, log scale. None when there is no positive KL at all."""
+    """Draw KL(full ‖ slice) over ``bits`` or ``bytes`` on a log scale; None without a positive KL."""
     lines = [_only_positive(line) for line in lines]
     values = [y for line in lines for y in line.values]
     if not values:
@@ -90,7 +88,7 @@ def kl_figure(lines: Sequence[Series], x: str) -> "Figure | None":
 
 
 def perplexity_figure(lines: Sequence[Series]) -> "Figure | None":
-    """Perplexity over bits, dashed where the full-precision model is. None when there is no figure at all."""
+    """Draw perplexity over bits, with a dashed line for full precision; None without a figure."""
     lines = [_only_positive(line) for line in lines]
     values = [y for line in lines for y in line.values]
     if not values:
@@ -111,9 +109,9 @@ def perplexity_figure(lines: Sequence[Series]) -> "Figure | None":
 
 
 def ratio_figure(lines: Sequence[Series]) -> "Figure | None":
-    """KL at each width over the lowest that any line has there: shows what a log axis over decades hides.
+    """Draw KL at each bit-width relative to the lowest of all curves, which a log axis over decades hides.
 
-    None unless two lines share a width.
+    None unless two curves share a bit-width.
     """
     lines = [replace(_only_positive(line), allocations=()) for line in lines]
     best: dict[float, float] = {}
@@ -130,13 +128,13 @@ def ratio_figure(lines: Sequence[Series]) -> "Figure | None":
         _label_x(axes, "bits", relative)
         if max(values) > 4:
             _log_y(axes, values)
-        axes.set_ylabel("KL / lowest KL at that width")
+        axes.set_ylabel("KL / lowest KL at these bits")
         _legend(figure, axes, relative)
     return figure
 
 
 def _draw_full(axes: "Axes", lines: Sequence[Series], full: set[float]) -> None:
-    """One grey line with its value if all series share it, else a line of each series' colour."""
+    """Draw full precision: one grey line with its value if all curves share it, else a line in each curve's colour."""
     dashes = (0, (4, 3))
     if len(full) != 1:
         for index, line in enumerate(lines):
@@ -146,7 +144,7 @@ def _draw_full(axes: "Axes", lines: Sequence[Series], full: set[float]) -> None:
     value = next(iter(full))
     axes.axhline(value, color=MUTED, linewidth=1.1, linestyle=dashes, zorder=1.5)
     place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "xytext": (4, -3)}
-    text = f"full precision {formatting.perplexity(value)}"
+    text = f"full precision {number_format.perplexity(value)}"
     axes.annotate(text, (0, value), ha="left", va="top", fontsize=8.5, color=MUTED, **place)
 
 
@@ -193,7 +191,7 @@ def _log_y(axes: "Axes", values: Sequence[float]) -> None:
 
 
 def _legend(figure: "Figure", axes: "Axes", lines: Sequence[Series]) -> None:
-    """Below the axes, and the figure grows by it, so that many lines leave the plot its height."""
+    """Draw the legend below the axes; the figure grows with it, so that the plot keeps its height."""
     from matplotlib.lines import Line2D
 
     handles, labels = axes.get_legend_handles_labels()
@@ -209,12 +207,12 @@ def _legend(figure: "Figure", axes: "Axes", lines: Sequence[Series]) -> None:
 
 
 def _label(name: str) -> str:
-    """``name`` cut to what fits; matplotlib leaves labels with a leading underscore out of a legend."""
+    """Cut a name to the width of the legend; a leading underscore would hide it from matplotlib's legend."""
     name = name if len(name) <= _MAX_LABEL else name[: _MAX_LABEL - 1] + "…"
     return f" {name}" if name.startswith("_") else name
 
 
 def _only_positive(line: Series) -> Series:
-    """A log axis has no place for zero, and KL of a slice that equals the model is zero up to rounding."""
+    """Drop points that a log axis cannot show: KL of a slice that equals the model is zero up to rounding."""
     points = tuple(p for p in line.points if p[1] > 0)
     return replace(line, points=points, allocations=tuple(p for p in line.allocations if p[1] > 0))

@@ -1,19 +1,19 @@
 """Stage generate: greedy text at each slice, decoding speed, and bytes read per token."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
 
+from matquant import number_format
 from matquant.formats.parent import parent_bytes, scale_bytes
 from matquant.formats.slice_spec import SliceSpec
 from matquant.inference import replace_linears, set_bits
 from matquant.memory import MemoryEstimate
 from matquant.models.model_sizes import ModelSizes
-from matquant.report import formatting
 from matquant.stages.load import LoadedJob
 from matquant.stages.runtime import Runtime
 
@@ -104,7 +104,7 @@ def generate_memory(
     return MemoryEstimate(stage="generate", device=0, host=held + mapped, disk=0)
 
 
-def show(generated: dict[str, Any] | None, console: Console) -> None:
+def show(generated: Mapping[str, Any] | None, console: Console) -> None:
     """Print the texts, if the stage ran."""
     if generated is None:
         return
@@ -112,6 +112,6 @@ def show(generated: dict[str, Any] | None, console: Console) -> None:
     for column in ("bits", "tokens/s", "MB a token", "text"):
         table.add_column(column)
     for row in generated["variants"]:
-        speed = formatting.significant(row["tokens_per_second"])
-        table.add_row(row["name"], speed, formatting.megabytes(row["bytes"]), repr(row["text"])[1:-1])
+        speed = number_format.significant(row["tokens_per_second"])
+        table.add_row(row["name"], speed, number_format.megabytes(row["bytes"]), repr(row["text"])[1:-1])
     console.print(table)

@@ -1,8 +1,6 @@
 """One job: the stages one after the other, and what it writes."""
 
 import dataclasses
-import datetime
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +12,16 @@ from matquant.config import Config
 from matquant.distributed import ProcessGroup
 from matquant.formats import allocation
 from matquant.formats.allocation import Allocation
-from matquant.formats.slice_spec import SliceSpec
-from matquant.models.summary import unquantized_parameters
 from matquant.pack.stage import Packing
 from matquant.report.output_files import write_atomic
+from matquant.report.results import JobResults
 from matquant.stages import generate as generating
-from matquant.stages import results as results_
 from matquant.stages.evaluate import Evaluation, evaluate, load_tasks, score_tasks
 from matquant.stages.generate import generate
-from matquant.stages.load import LoadedJob, load_job
+from matquant.stages.load import load_job
 from matquant.stages.plan import plan_without_quantize
 from matquant.stages.quantize import quantize
+from matquant.stages.results import assemble, mean_figure, resources
 from matquant.stages.runtime import Runtime
 from matquant.stages.search import search
 
@@ -58,7 +55,7 @@ def run_job(config: Config, info: JobInfo) -> float | None:
         UserError: something in the config, model or texts cannot be used.
     """
     results = compute(config, info)
-    if distributed.rank_from_env() > 0:
+    if results is None:
         return None
     report.write(results, info.folder)
     _write_allocations(results, info.folder)
@@ -66,23 +63,23 @@ def run_job(config: Config, info: JobInfo) -> float | None:
     if config.tracking.wandb:
         failure = report.track(results, config.tracking, info.folder, info.group, info.name)
         if failure is not None:  # the results are written already; now they also say what is missing
-            results["warnings"].append(failure)
+            results = dataclasses.replace(results, warnings=[*results.warnings, failure])
             report.write(results, info.folder)
             report.write_report(results, info.folder)
     console = Console()
     report.print_table(results, console)
     console.print(f"report: {page}", soft_wrap=True, highlight=False)
-    generating.show(results.get("generate"), console)
-    if "pack" in results:
-        console.print(f"packed: {results['pack']['folder']}", soft_wrap=True, highlight=False)
-    return results_.figure(results, config.metric)
+    generating.show(results.generate, console)
+    if results.pack is not None:
+        console.print(f"packed: {results.pack['folder']}", soft_wrap=True, highlight=False)
+    return mean_figure(results, config.metric)
 
 
-def compute(config: Config, info: JobInfo) -> dict[str, Any]:
+def compute(config: Config, info: JobInfo) -> JobResults | None:
     """Run all stages; write nothing but the store and packed folders.
 
     Returns:
-        Results as in results.json; empty on all processes but the main one.
+        Results; None on all processes but the main one.
 
     Raises:
         UserError: something in the config, model or texts cannot be used.
@@ -94,7 +91,7 @@ def compute(config: Config, info: JobInfo) -> dict[str, Any]:
         return _run_stages(config, info, device, process_group)
 
 
-def _run_stages(config: Config, info: JobInfo, device: torch.device, process_group: ProcessGroup) -> dict[str, Any]:
+def _run_stages(config: Config, info: JobInfo, device: torch.device, process_group: ProcessGroup) -> JobResults | None:
     runtime = Runtime.of(config, device, process_group)
     log = runtime.log
     with log.timed("load"):
@@ -111,72 +108,27 @@ def _run_stages(config: Config, info: JobInfo, device: torch.device, process_gro
     with log.timed("evaluate"):
         metrics = evaluate(job, slices, runtime)
     if not process_group.is_main:
-        return {}
+        return None
     with log.timed("tasks"):
         evaluation = Evaluation(metrics=metrics, scores=score_tasks(job, tasks, slices, runtime))
-    results = _assemble(job, info, runtime, slices, evaluation, search_record)
+    results = assemble(job, runtime, slices, evaluation, search_record, command=info.command, resolved=info.resolved)
     if packing is not None:
         with log.timed("pack"), runtime.bars.bar("pack", len(job.layer_names)) as progress:
-            results["pack"] = packing.run(job.model, job.blocks, slices, results, progress)
+            packed = packing.run(job.model, job.blocks, slices, results.to_json(), progress)
+        results = dataclasses.replace(results, pack=packed)
     if "generate" in config.stages:
         with log.timed("generate"):
-            results["generate"] = generate(job, slices, runtime)
-        results["resources"] |= runtime.peaks()
+            generated = generate(job, slices, runtime)
+        results = dataclasses.replace(results, generate=generated, resources=resources(runtime))
     return results
 
 
-def _assemble(
-    job: LoadedJob,
-    info: JobInfo,
-    runtime: Runtime,
-    slices: Sequence[SliceSpec],
-    evaluation: Evaluation,
-    search_record: dict[str, Any] | None,
-) -> dict[str, Any]:
-    log, metrics, scores = runtime.log, evaluation.metrics, evaluation.scores
-    return {
-        "schema": 1,
-        "model": job.model.label,
-        "method": job.config.method.name,
-        "command": info.command,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "config": info.resolved,
-        "parent": results_.describe_parents(slices),
-        "baseline": {
-            "bytes": job.dense_bytes,
-            "perplexity": {name: results_.finite(m["full"].perplexity) for name, m in metrics.items()},
-            "tasks": scores.get("full", {}),
-        },
-        "slices": [results_.slice_entry(one, metrics, scores) for one in slices],
-        "search": search_record,
-        "seconds": log.seconds,
-        "resources": {
-            "plan": None if log.plan is None else dataclasses.asdict(log.plan),
-            "quantize_seconds": {phase: round(seconds, 3) for phase, seconds in sorted(log.quantize_seconds.items())},
-            **runtime.peaks(),
-        },
-        "unquantized": _unquantized(job),
-        "experts": [row for parent in dict.fromkeys(one.parent for one in slices) for row in parent.poor_experts()],
-        "layers": results_.layer_rows(slices),
-        "warnings": list(dict.fromkeys(log.warnings)),
-        "versions": results_.versions(),
-    }
-
-
-def _unquantized(job: LoadedJob) -> list[dict[str, Any]]:
-    quantized = set(job.layer_names)
-    every = {name for index in range(len(job.blocks)) for name in job.blocks.linears(index)}
-    return unquantized_parameters(job.blocks, quantized, every - quantized)
-
-
-def _write_allocations(results: Mapping[str, Any], folder: Path) -> None:
+def _write_allocations(results: JobResults, folder: Path) -> None:
     """Write the allocations of a search as files that ``bits`` accepts."""
-    entries = {entry.get("name"): entry for entry in results["slices"]}
-    for row in results["search"]["front"] if results["search"] else []:
-        entry = entries[row["file"]]
-        about = dict(entry["allocation"])
-        found = Allocation(
-            widths=about.pop("widths"), average_bits=entry["average_bits"], bytes=entry["bytes"], about=about
-        )
+    by_name = {one.name: one for one in results.slices}
+    for row in results.search["front"] if results.search else []:
+        one = by_name[row["file"]]
+        about = dict(one.allocation or {})
+        found = Allocation(widths=about.pop("widths"), average_bits=one.average_bits, bytes=one.bytes, about=about)
         write_atomic(folder / row["file"], allocation.to_yaml(found))
         write_atomic((folder / row["file"]).with_suffix(".txt"), allocation.to_text(found))

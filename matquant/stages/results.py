@@ -1,88 +1,142 @@
-"""Results of a job, as results.json holds them."""
+"""Results of a job from the values of its stages."""
 
-import contextlib
+import dataclasses
+import datetime
 import hashlib
-import importlib.metadata
+import json
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matquant import report
 from matquant.evaluate.metrics import Metrics
 from matquant.evaluate.tasks import Scores, recovery
 from matquant.formats.slice_spec import SliceSpec
+from matquant.models.summary import unquantized_parameters
+from matquant.report.provenance import versions
+from matquant.report.results import ALLOCATION, BaselineResult, JobResults, LayerErrors, ParentRecord, SliceResult
+from matquant.stages.evaluate import Evaluation
+from matquant.stages.load import LoadedJob
+from matquant.stages.runtime import Runtime
 from matquant.store import Artifact
 
-_VERSIONS = ("matquant", "torch", "transformers", "numpy", "numba", "datasets", "hydra-core")
+
+def assemble(
+    job: LoadedJob,
+    runtime: Runtime,
+    slices: Sequence[SliceSpec],
+    evaluation: Evaluation,
+    search: Mapping[str, Any] | None,
+    *,
+    command: str,
+    resolved: Any,
+) -> JobResults:
+    """Results of all stages up to the evaluation.
+
+    Args:
+        search: record of the search; None without one.
+        command: command line that runs the same job.
+        resolved: composed config as plain containers.
+    """
+    metrics, scores = evaluation.metrics, evaluation.scores
+    return JobResults(
+        model=job.model.label,
+        method=job.config.method.name,
+        command=command,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        config=json.loads(json.dumps(resolved, default=str)),
+        parent=_parent_record(slices),
+        baseline=BaselineResult(
+            bytes=job.dense_bytes,
+            perplexity={name: _finite(m["full"].perplexity) for name, m in metrics.items()},
+            tasks=scores.get("full", {}),
+        ),
+        slices=[_slice_result(one, metrics, scores) for one in slices],
+        search=search,
+        seconds=runtime.log.seconds,
+        resources=resources(runtime),
+        unquantized=_unquantized(job),
+        experts=[row for parent in dict.fromkeys(one.parent for one in slices) for row in parent.poor_experts()],
+        layers=_layer_errors(slices),
+        warnings=list(dict.fromkeys(runtime.log.warnings)),
+        versions=versions(),
+    )
 
 
-def describe_parents(variants: Sequence[SliceSpec]) -> dict[str, Any]:
-    """The parent as results name it; for a dedicated method the sum of its models, and each of them."""
-    described = {variant.name: _describe_artifact(variant.parent.artifact) for variant in variants}
-    models = list({d["sha256"]: d for d in described.values()}.values())
-    if len(models) == 1:
-        return models[0]
-    together = hashlib.sha256("".join(sorted(m["sha256"] for m in models)).encode()).hexdigest()
+def resources(runtime: Runtime) -> dict[str, Any]:
+    """Memory plan, seconds of quantizing by phase, and peak memory so far."""
+    log = runtime.log
     return {
-        "path": str(Path(models[0]["path"]).parent),
-        "sha256": together,
-        "bytes": sum(m["bytes"] for m in models),
-        "reused": all(m["reused"] for m in models),
-        "models": described,
+        "plan": None if log.plan is None else dataclasses.asdict(log.plan),
+        "quantize_seconds": {phase: round(seconds, 3) for phase, seconds in sorted(log.quantize_seconds.items())},
+        **runtime.peaks(),
     }
 
 
-def _describe_artifact(artifact: Artifact) -> dict[str, Any]:
-    return {"path": str(artifact.path), "sha256": artifact.sha256, "bytes": artifact.bytes, "reused": artifact.reused}
+def mean_figure(results: JobResults, metric: str) -> float | None:
+    """Mean of one metric over slices and datasets, for a sweeper to minimise; None without a figure."""
+    values = [value for one in results.slices for value in getattr(one, metric).values()]
+    return sum(math.inf if v is None else v for v in values) / len(values) if values else None
 
 
-def slice_entry(
-    variant: SliceSpec, measured: Mapping[str, Mapping[str, Metrics]], scores: Mapping[str, Scores]
-) -> dict[str, Any]:
-    """What was measured of one variant, by dataset and task."""
-    found = {name: metrics[variant.name] for name, metrics in measured.items()}
-    entry: dict[str, Any] = {"bits": variant.bits if isinstance(variant.bits, int) else report.ALLOCATION}
-    if variant.allocation is not None:
-        entry["name"] = variant.name
-        entry["allocation"] = {**variant.allocation.about, "widths": dict(variant.allocation.widths)}
-    return entry | {
-        "average_bits": variant.average_bits(),
-        "bytes": variant.bytes_read(),
-        "perplexity": {name: finite(m.perplexity) for name, m in found.items()},
-        "kl": {name: finite(m.kl) for name, m in found.items()},
-        "top1_agreement": {name: m.top1_agreement for name, m in found.items()},
-        "tasks": scores.get(variant.name, {}),
-        "recovery": recovery(scores[variant.name], scores["full"]) if scores else {},
-    }
+def _parent_record(slices: Sequence[SliceSpec]) -> ParentRecord:
+    """Record of the parent; with one model per bit-width the sums over the models, and each of them."""
+    records = {one.name: _artifact_record(one.parent.artifact) for one in slices}
+    distinct = list({record.sha256: record for record in records.values()}.values())
+    if len(distinct) == 1:
+        return distinct[0]
+    hashes = "".join(sorted(str(record.sha256) for record in distinct))
+    return ParentRecord(
+        path=str(Path(str(distinct[0].path)).parent),
+        sha256=hashlib.sha256(hashes.encode()).hexdigest(),
+        bytes=sum(record.bytes or 0 for record in distinct),
+        reused=all(record.reused for record in distinct),
+        models=records,
+    )
 
 
-def finite(value: float) -> float | None:
-    """JSON has no infinity: what overflowed counts as not measurable."""
+def _artifact_record(artifact: Artifact) -> ParentRecord:
+    return ParentRecord(path=str(artifact.path), sha256=artifact.sha256, bytes=artifact.bytes, reused=artifact.reused)
+
+
+def _slice_result(
+    one: SliceSpec, metrics: Mapping[str, Mapping[str, Metrics]], scores: Mapping[str, Scores]
+) -> SliceResult:
+    """Figures of one slice, by dataset and task."""
+    found = {name: of_dataset[one.name] for name, of_dataset in metrics.items()}
+    facts = None
+    if one.allocation is not None:
+        facts = {**one.allocation.about, "widths": dict(one.allocation.widths)}
+    return SliceResult(
+        bits=one.bits if isinstance(one.bits, int) else ALLOCATION,
+        name=None if one.allocation is None else one.name,
+        allocation=facts,
+        average_bits=one.average_bits(),
+        bytes=one.bytes_read(),
+        perplexity={name: _finite(m.perplexity) for name, m in found.items()},
+        kl={name: _finite(m.kl) for name, m in found.items()},
+        top1_agreement={name: m.top1_agreement for name, m in found.items()},
+        tasks=scores.get(one.name, {}),
+        recovery=recovery(scores[one.name], scores["full"]) if scores else {},
+    )
+
+
+def _finite(value: float) -> float | None:
+    """Replace an infinity or NaN, which JSON cannot hold, by None: not measurable."""
     return value if math.isfinite(value) else None
 
 
-def layer_rows(variants: Sequence[SliceSpec]) -> list[dict[str, Any]]:
-    """A row per layer, with the errors of all models that were made for different widths."""
+def _layer_errors(slices: Sequence[SliceSpec]) -> list[LayerErrors]:
+    """Errors of each layer; with one model per bit-width, those of all models."""
     rows: dict[str, dict[str, Any]] = {}
-    for parent in dict.fromkeys(variant.parent for variant in variants):
+    for parent in dict.fromkeys(one.parent for one in slices):
         for row in parent.layer_errors():
             known = rows.setdefault(row["name"], row | {"error": {}})
             known["error"] |= row["error"]
-    return list(rows.values())
+    return [LayerErrors(**row) for row in rows.values()]
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for name in _VERSIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def figure(results: Mapping[str, Any], metric: str) -> float | None:
-    """The mean of one metric over slices and datasets, for a sweeper to minimise."""
-    values = [value for entry in results["slices"] for value in entry[metric].values()]
-    return sum(math.inf if v is None else v for v in values) / len(values) if values else None
+def _unquantized(job: LoadedJob) -> list[dict[str, Any]]:
+    quantized = set(job.layer_names)
+    every = {name for index in range(len(job.blocks)) for name in job.blocks.linears(index)}
+    return unquantized_parameters(job.blocks, quantized, every - quantized)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from matquant.report import write_report
+from matquant.report import JobResults, write_report
 from matquant.report.summary import summarize
 
 BROWSER = next(
@@ -104,7 +104,7 @@ def with_search(results: dict) -> dict:
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_report_opens_without_a_word_and_without_a_request(browse, make_results, tmp_path, width):
-    page = write_report(with_search(make_results(allocation=True)), tmp_path)
+    page = write_report(JobResults.from_json(with_search(make_results(allocation=True))), tmp_path)
     found = browse(page, width)
     assert found["said"] == []
     assert [url for url in found["asked"] if not url.startswith(("file:", "data:"))] == []

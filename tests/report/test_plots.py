@@ -4,9 +4,11 @@ import xml.etree.ElementTree as ElementTree
 import matplotlib
 import pytest
 
+from matquant.report import JobResults
 from matquant.report.drawing import PALETTE, SERIES, to_png, to_svg
-from matquant.report.heatmap import layer_figure, layer_widths
+from matquant.report.heatmap import error_bits, layer_figure
 from matquant.report.plots import Series, job_figures, kl_figure, perplexity_figure, ratio_figure, series
+from matquant.report.results import LayerErrors
 
 
 def line(name="a", points=((2.0, 1.0), (4.0, 0.1)), **more):
@@ -14,7 +16,7 @@ def line(name="a", points=((2.0, 1.0), (4.0, 0.1)), **more):
 
 
 def test_a_job_has_three_plots_with_labelled_axes(make_results):
-    figures = job_figures(make_results(allocation=True))
+    figures = job_figures(JobResults.from_json(make_results(allocation=True)))
     labels = {name: (f.axes[0].get_xlabel(), f.axes[0].get_ylabel()) for name, f in figures.items()}
     assert labels == {
         "kl_bits": ("bits per weight", "KL to full precision (nats per token)"),
@@ -25,14 +27,15 @@ def test_a_job_has_three_plots_with_labelled_axes(make_results):
 
 
 def test_nothing_measured_draws_nothing(make_results):
-    assert job_figures(make_results(bits=(), layers=[])) == {}
+    assert job_figures(JobResults.from_json(make_results(bits=(), layers=[]))) == {}
     assert kl_figure([line(points=((2.0, 0.0), (3.0, -1e-9)))], "bits") is None
     assert layer_figure([], "2") is None
 
 
 def test_series_takes_figures_apart(make_results):
-    slices = make_results(allocation=True)["slices"]
-    slices[0]["kl"]["stdlib"] = None
+    results = make_results(allocation=True)
+    results["slices"][0]["kl"]["stdlib"] = None
+    slices = JobResults.from_json(results).slices
     found = series("x", slices, "bits", "kl", "stdlib")
     assert found.points == ((3.0, 0.25), (4.0, 0.0625))
     assert found.allocations == ((2.5, 0.5),)
@@ -73,7 +76,7 @@ def test_any_name_can_be_drawn(name):
 
 
 def test_svg_is_inline_and_follows_the_page(make_results):
-    svg = to_svg(job_figures(make_results())["kl_bits"], "kl", "what it shows")
+    svg = to_svg(job_figures(JobResults.from_json(make_results()))["kl_bits"], "kl", "what it shows")
     assert svg.startswith('<svg role="img" aria-label="what it shows"')
     assert svg.endswith("</svg>")
     assert "http" not in svg
@@ -93,7 +96,7 @@ def test_svg_is_inline_and_follows_the_page(make_results):
 
 def test_drawing_is_deterministic_and_leaves_no_settings(make_results):
     before = dict(matplotlib.rcParams)
-    first, second = (to_svg(job_figures(make_results())["kl_bits"], "kl", "") for _ in range(2))
+    first, second = (to_svg(job_figures(JobResults.from_json(make_results()))["kl_bits"], "kl", "") for _ in range(2))
     assert first == second
     assert to_png(kl_figure([line()], "bits")) == to_png(kl_figure([line()], "bits"))
     assert dict(matplotlib.rcParams) == before
@@ -104,8 +107,8 @@ def test_png_is_one(make_results):
 
 
 def test_heat_map_has_a_cell_per_layer_that_says_its_value(make_results):
-    layers = make_results()["layers"]
-    assert layer_widths(layers) == ["2", "3", "4"]
+    layers = [LayerErrors(**layer) for layer in make_results()["layers"]]
+    assert error_bits(layers) == ["2", "3", "4"]
     svg = to_svg(layer_figure(layers, "2"), "heat", "")
     titles = re.findall(r"<title>([^<]*)</title>", svg)
     assert len(titles) == 6
@@ -116,15 +119,15 @@ def test_heat_map_has_a_cell_per_layer_that_says_its_value(make_results):
 def test_heat_map_averages_experts_and_keeps_names_apart():
     names = ["mlp.experts.0.down_proj", "mlp.experts.1.down_proj", "shared.down_proj", "self_attn.q_proj"]
     layers = [
-        {"name": f"model.layers.3.{name}", "block": 3, "parameters": weight, "error": {"2": error}}
+        LayerErrors(name=f"model.layers.3.{name}", block=3, parameters=weight, error={"2": error})
         for name, weight, error in zip(names, (1, 3, 1, 1), (0.4, 0.8, 0.1, 0.2), strict=True)
     ]
-    layers.append({"name": "lm_head", "block": None, "parameters": 1, "error": {"2": 0.5}})
+    layers.append(LayerErrors(name="lm_head", parameters=1, error={"2": 0.5}))
     titles = re.findall(r"<title>([^<]*)</title>", to_svg(layer_figure(layers, "2"), "h", ""))
     assert titles == ["block 3, mlp experts down: 0.700", "block 3, shared down: 0.100", "block 3, q: 0.200"]
 
 
 def test_a_single_error_and_zeros_draw():
-    layer = {"name": "model.layers.0.q_proj", "block": 0, "error": {"2": 0.5, "8": 0.0}}
+    layer = LayerErrors(name="model.layers.0.q_proj", block=0, error={"2": 0.5, "8": 0.0})
     assert layer_figure([layer], "2") is not None
     assert layer_figure([layer], "8") is None

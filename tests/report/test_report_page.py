@@ -3,7 +3,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
-from matquant.report import write, write_report
+from matquant.report import JobResults, write, write_report
 from matquant.report.html import render
 from matquant.report.markup import Markup, element
 
@@ -62,7 +62,7 @@ def hostile(make_results):
 
 def test_shows_table_plots_command_config_versions_and_warnings(make_results, tmp_path):
     results = make_results(allocation=True, warnings=["the Hessian of layer 3 is singular"])
-    path = write_report(results, tmp_path)
+    path = write_report(JobResults.from_json(results), tmp_path)
     assert path == tmp_path / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
     for words in (
@@ -84,7 +84,7 @@ def test_shows_table_plots_command_config_versions_and_warnings(make_results, tm
 
 
 def test_needs_no_network_and_no_script(make_results):
-    text = render(make_results(allocation=True))
+    text = render(JobResults.from_json(make_results(allocation=True)))
     page = Page(text)
     assert "http" not in re.sub(r'http-equiv="Content', "", text)
     assert "@import" not in text
@@ -98,7 +98,7 @@ def test_needs_no_network_and_no_script(make_results):
 
 
 def test_escapes_everything_that_comes_from_data(make_results):
-    text = render(hostile(make_results))
+    text = render(JobResults.from_json(hostile(make_results)))
     page = Page(text)
     assert not {tag for tag, _ in page.tags} & {"script", "img"}
     assert "<script" not in text
@@ -108,22 +108,22 @@ def test_escapes_everything_that_comes_from_data(make_results):
 
 
 def test_ids_are_unique(make_results):
-    ids = re.findall(r'\bid="([^"]*)"', render(make_results(allocation=True)))
+    ids = re.findall(r'\bid="([^"]*)"', render(JobResults.from_json(make_results(allocation=True))))
     assert len(ids) == len(set(ids))
 
 
 def test_same_results_same_bytes_also_in_another_process(make_results, tmp_path):
     results = make_results(allocation=True, datasets=("stdlib", "wikitext"))
-    write(results, tmp_path)
-    first = write_report(results, tmp_path).read_bytes()
+    write(JobResults.from_json(results), tmp_path)
+    first = write_report(JobResults.from_json(results), tmp_path).read_bytes()
     code = "import sys; from matquant.report import *; write_report(load(sys.argv[1]), sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     assert (tmp_path / "report.html").read_bytes() == first
 
 
 def test_bare_results_make_a_page():
-    page = Page(render({"schema": 1, "model": "bare", "method": "rtn", "slices": []}))
-    assert "no slice measured" in page.text
+    page = Page(render(JobResults.from_json({"schema": 1, "model": "bare", "method": "rtn", "slices": []})))
+    assert "no slice evaluated" in page.text
 
 
 def test_elements_escape_unless_told():

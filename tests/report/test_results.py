@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -6,15 +7,19 @@ from pathlib import Path
 import pytest
 
 from matquant.errors import UserError
-from matquant.report import ResultsError, load, write
-from matquant.report.results import normalized, parent_of, task_scores
+from matquant.report import JobResults, ResultsError, load, write
+from matquant.report.results import ParentRecord, task_scores
 
 
 def test_reads_back_what_was_written_from_folder_and_file(make_results, tmp_path):
     results = make_results(allocation=True)
-    path = write(results, tmp_path / "new" / "folder")
+    path = write(JobResults.from_json(results), tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / "results.json"
-    assert load(path) == load(path.parent) == results
+    assert load(path) == load(path.parent) == JobResults.from_json(results)
+    stored = json.loads(path.read_text())
+    assert {key: stored[key] for key in results if key not in ("slices", "layers")} == {
+        key: results[key] for key in results if key not in ("slices", "layers")
+    }
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -22,37 +27,39 @@ def test_refuses_what_json_cannot_hold_and_names_the_field(make_results, tmp_pat
     results = make_results()
     results["slices"][1]["kl"]["stdlib"] = value
     with pytest.raises(ResultsError, match=r"slices\[1\]\.kl\.stdlib is -?(nan|inf)"):
-        write(results, tmp_path)
+        write(JobResults.from_json(results), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_refuses_a_nan_deep_in_the_config(make_results, tmp_path):
     with pytest.raises(ResultsError, match=r"config\.a\.b\[1\] is nan"):
-        write(make_results(config={"a": {"b": [1, float("nan")]}}), tmp_path)
+        write(JobResults.from_json(make_results(config={"a": {"b": [1, float("nan")]}})), tmp_path)
 
 
 def test_refuses_objects(make_results, tmp_path):
     with pytest.raises(ResultsError, match=r"config\.path is a PosixPath"):
-        write(make_results(config={"path": Path("x")}), tmp_path)
+        write(dataclasses.replace(JobResults.from_json(make_results()), config={"path": Path("x")}), tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_file(make_results, tmp_path):
-    write(make_results(), tmp_path)
+    write(JobResults.from_json(make_results()), tmp_path)
     with pytest.raises(ResultsError):
-        write(make_results(seconds={"quantize": float("nan")}), tmp_path)
-    assert load(tmp_path)["seconds"]["quantize"] == 12.5
+        write(JobResults.from_json(make_results(seconds={"quantize": float("nan")})), tmp_path)
+    assert load(tmp_path).seconds["quantize"] == 12.5
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_a_path_that_is_no_utf8_reads_back(make_results, tmp_path):
-    write(make_results(command="run.py model.path=a\udcff"), tmp_path)
-    assert load(tmp_path)["command"] == "run.py model.path=a\udcff"
+    write(JobResults.from_json(make_results(command="run.py model.path=a\udcff")), tmp_path)
+    assert load(tmp_path).command == "run.py model.path=a\udcff"
 
 
 def test_a_figure_that_was_not_measured_is_null(make_results, tmp_path):
     results = make_results()
     results["slices"][0]["perplexity"]["stdlib"] = None
-    assert json.loads(write(results, tmp_path).read_text())["slices"][0]["perplexity"] == {"stdlib": None}
+    assert json.loads(write(JobResults.from_json(results), tmp_path).read_text())["slices"][0]["perplexity"] == {
+        "stdlib": None
+    }
 
 
 @pytest.mark.parametrize(
@@ -73,7 +80,7 @@ def test_a_figure_that_was_not_measured_is_null(make_results, tmp_path):
 )
 def test_says_what_is_wrong(make_results, tmp_path, change, sentence):
     with pytest.raises(UserError, match=sentence):
-        write(make_results(**change), tmp_path)
+        write(JobResults.from_json(make_results(**change)), tmp_path)
 
 
 def test_what_cannot_be_read_is_a_sentence_with_the_path(make_results, tmp_path):
@@ -87,24 +94,34 @@ def test_what_cannot_be_read_is_a_sentence_with_the_path(make_results, tmp_path)
         load(tmp_path)
 
 
-def test_normalized_fills_what_is_absent_and_makes_keys_texts():
+def test_absent_fields_get_defaults_and_keys_become_texts():
     bare = {"schema": 1, "model": "m", "method": "rtn", "slices": [], "config": {"weights": {2: 1}}}
-    results = normalized(bare)
-    assert results["layers"] == []
-    assert results["parent"] == {}
-    assert results["config"] == {"weights": {"2": 1}}
+    results = JobResults.from_json(bare)
+    assert list(results.layers) == []
+    assert results.parent == ParentRecord()
+    assert results.config == {"weights": {"2": 1}}
     assert "layers" not in bare
+
+
+def test_results_of_older_versions_are_read(make_results):
+    old = make_results(left_alone=[{"name": "lm_head.weight"}])
+    old["slices"].append(
+        {"bits": "allocation", "average_bits": 2.5, "name": "a.yaml", "allocation": {"widths": {"q": 2}}}
+    )
+    results = JobResults.from_json(old)
+    assert list(results.unquantized) == [{"name": "lm_head.weight"}]
+    assert results.allocations[0].layer_bits == {"q": 2}
 
 
 def test_the_model_behind_a_slice(make_results):
     models = {"2": {"sha256": "two"}, "3": {"sha256": "three"}}
     dedicated = make_results(parent={"models": models})
-    assert parent_of(dedicated, 3) == {"sha256": "three"}
-    assert parent_of(make_results(), 3)["sha256"] == "ab" * 32
+    assert JobResults.from_json(dedicated).parent.of(3) == ParentRecord(sha256="three")
+    assert JobResults.from_json(make_results()).parent.of(3).sha256 == "ab" * 32
 
 
 def test_task_scores_of_both_shapes():
-    assert task_scores({"tasks": {"a": 0.5, "b": {"acc": 0.7, "name": "x"}}}) == {"a": 0.5, "b/acc": 0.7}
+    assert task_scores({"a": 0.5, "b": {"acc": 0.7, "name": "x"}}) == {"a": 0.5, "b/acc": 0.7}
     assert task_scores({}) == {}
 
 

@@ -9,13 +9,13 @@ import pytest
 import yaml
 from rich.console import Console
 
-from matquant.report import write, write_report
+from matquant.report import JobResults, write, write_report
 from matquant.report.summary import summarize
 from matquant.report.summary_table import print_summary
-from matquant.report.sweep import lines, read_jobs
+from matquant.report.sweep import curves, read_jobs
 
 APP = """
-import json, os, sys
+import dataclasses, json, os, sys
 import hydra
 from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
@@ -28,8 +28,9 @@ def run(cfg):
     if cfg.method.name == "exit":
         sys.exit(3)
     results = load(Path(os.environ["SAMPLE"]))
-    results["slices"] = [s for s in results["slices"] if s["bits"] == cfg.bits or cfg.bits is None]
-    write(results | {"method": cfg.method.name}, Path(HydraConfig.get().runtime.output_dir))
+    slices = [s for s in results.slices if s.bits == cfg.bits or cfg.bits is None]
+    results = dataclasses.replace(results, slices=slices, method=cfg.method.name)
+    write(results, Path(HydraConfig.get().runtime.output_dir))
 
 if __name__ == "__main__":
     run()
@@ -50,7 +51,7 @@ def add_job(folder, name, overrides, results=None, config=None):
     (hydra / "overrides.yaml").write_text(yaml.safe_dump(overrides))
     (hydra / "config.yaml").write_text(yaml.safe_dump(config or {"method": {"name": "unknown"}}))
     if results is not None:
-        write(results, folder / name)
+        write(JobResults.from_json(results), folder / name)
 
 
 def read_csv(folder):
@@ -166,17 +167,17 @@ def test_results_from_before_the_sweep_do_not_count_for_a_job_that_was_started_a
 def test_finds_nested_jobs_and_leaves_their_insides_alone(make_results, tmp_path):
     add_job(tmp_path, "method=rtn/bits=2", ["method=rtn"], make_results("rtn"))
     add_job(tmp_path, "method=rtn/bits=2/wandb/inner", [], make_results())
-    write(make_results(), tmp_path / ".cache")
-    write(make_results("bare"), tmp_path / "without-hydra")
+    write(JobResults.from_json(make_results()), tmp_path / ".cache")
+    write(JobResults.from_json(make_results("bare")), tmp_path / "without-hydra")
     assert [job.name for job in read_jobs(tmp_path)] == ["method=rtn/bits=2", "without-hydra"]
 
 
 def test_jobs_that_differ_by_widths_only_are_one_line(make_results, tmp_path):
     for bits in (2, 3, 4):
         add_job(tmp_path, str(bits), [f"bits={bits}"], make_results(bits=(bits,)))
-    (line,) = lines(read_jobs(tmp_path))
+    (line,) = curves(read_jobs(tmp_path))
     assert line.name == "matgptq"
-    assert [entry["bits"] for entry in line.slices] == [2, 3, 4]
+    assert [one.bits for one in line.slices] == [2, 3, 4]
 
 
 def test_lines_are_named_by_what_tells_them_apart(make_results, tmp_path):
@@ -186,21 +187,21 @@ def test_lines_are_named_by_what_tells_them_apart(make_results, tmp_path):
     add_job(tmp_path, "1", [], plain)
     add_job(tmp_path, "2", [], with_objective(plain, "low_bit"))
     add_job(tmp_path, "3", [], small)
-    assert [line.name for line in lines(read_jobs(tmp_path))] == [
+    assert [line.name for line in curves(read_jobs(tmp_path))] == [
         "rtn",
         "matgptq, balanced, method.group_size=128",
         "matgptq, low_bit, method.group_size=128",
         "matgptq, balanced, method.group_size=32",
     ]
     add_job(tmp_path, "4", [], make_results("rtn", model="other"))
-    assert [line.name for line in lines(read_jobs(tmp_path))][::4] == ["rtn, tiny", "rtn, other"]
+    assert [line.name for line in curves(read_jobs(tmp_path))][::4] == ["rtn, tiny", "rtn, other"]
 
 
 def test_page_compares_links_and_needs_no_network(make_results, tmp_path):
     for index, (method, scale) in enumerate((("rtn", 2.0), ("matgptq", 1.0))):
         name = f"{index} a&b"
         add_job(tmp_path, name, [f"method={method}", "eval=short"], make_results(method, scale=scale))
-        write_report(make_results(method), tmp_path / name)
+        write_report(JobResults.from_json(make_results(method)), tmp_path / name)
     summarize(tmp_path)
     page = (tmp_path / "summary.html").read_text()
     assert page.count("<svg") == 4
@@ -239,7 +240,7 @@ def test_an_empty_folder_has_an_empty_summary(tmp_path):
 def run_app(folder, results, *arguments):
     (folder / "app.py").write_text(APP)
     (folder / "config.yaml").write_text(yaml.safe_dump(APP_CONFIG))
-    write(results, folder / "sample")
+    write(JobResults.from_json(results), folder / "sample")
     root = str(Path(__file__).parents[2])
     environment = os.environ | {"SAMPLE": str(folder / "sample"), "PYTHONPATH": root, "COLUMNS": "100"}
     command = [sys.executable, "app.py", *arguments]

@@ -3,12 +3,13 @@ import io
 import pytest
 from rich.console import Console
 
-from matquant.report import formatting, print_table
+from matquant import number_format
+from matquant.report import JobResults, print_table
 
 
 def printed(results, width=80):
     buffer = io.StringIO()
-    print_table(results, Console(file=buffer, width=width))
+    print_table(JobResults.from_json(results), Console(file=buffer, width=width))
     return buffer.getvalue()
 
 
@@ -32,7 +33,7 @@ def test_says_when_the_parent_was_reused(make_results):
 def test_says_what_dedicated_models_weigh_together(make_results):
     models = {"2": {"bytes": 1_000_000, "reused": True}, "3": {"bytes": 2_000_000, "reused": False}}
     text = " ".join(printed(make_results(parent={"bytes": 0, "models": models})).split())
-    assert "(1 of 2 models reused); 2 models, one per width, take 3.00 MB together." in text
+    assert "(1 of 2 models reused); 2 models, one per bit-width, take 3.00 MB together." in text
 
 
 def test_lists_warnings(make_results):
@@ -59,7 +60,7 @@ def test_markup_in_names_is_text(make_results):
 
 def test_prints_without_unicode(make_results):
     raw = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    print_table(make_results(allocation=True), Console(file=raw, width=80))
+    print_table(JobResults.from_json(make_results(allocation=True)), Console(file=raw, width=80))
 
 
 def test_bare_results_print():
@@ -84,13 +85,13 @@ def test_bare_results_print():
     ],
 )
 def test_significant_digits(value, text):
-    assert formatting.significant(value) == text
+    assert number_format.significant(value) == text
 
 
 def test_other_figures():
-    assert [formatting.perplexity(v) for v in (6.9134, 50.0691, 12345.6, None)] == ["6.913", "50.07", "12350", "-"]
-    assert [formatting.size(v) for v in (999, 1500, 5_812_345, 16e9)] == ["999 B", "1.50 kB", "5.81 MB", "16.0 GB"]
-    assert [formatting.seconds(v) for v in (0.42, 14.23, 130, 7265)] == ["0.42 s", "14.2 s", "2.2 min", "2 h 01 min"]
-    assert [formatting.average_bits(v) for v in (2.0, 3.25, 3.14159)] == ["2.0", "3.25", "3.142"]
-    assert formatting.moment("2026-11-23T22:30:00+01:00") == "2026-11-23 21:30 UTC"
-    assert formatting.moment("yesterday") == "yesterday"
+    assert [number_format.perplexity(v) for v in (6.9134, 50.0691, 12345.6, None)] == ["6.913", "50.07", "12350", "-"]
+    assert [number_format.size(v) for v in (999, 1500, 5_812_345, 16e9)] == ["999 B", "1.50 kB", "5.81 MB", "16.0 GB"]
+    assert [number_format.seconds(v) for v in (0.42, 14.23, 130, 7265)] == ["0.42 s", "14.2 s", "2.2 min", "2 h 01 min"]
+    assert [number_format.average_bits(v) for v in (2.0, 3.25, 3.14159)] == ["2.0", "3.25", "3.142"]
+    assert number_format.timestamp("2026-11-23T22:30:00+01:00") == "2026-11-23 21:30 UTC"
+    assert number_format.timestamp("yesterday") == "yesterday"

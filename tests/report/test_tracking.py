@@ -11,7 +11,7 @@ from shared import SMALL
 from wandb.proto import wandb_internal_pb2 as pb
 
 from matquant.config import TrackingConfig
-from matquant.report import track
+from matquant.report import JobResults, track
 
 CONFIG = TrackingConfig(wandb=True, project="matquant", group=None, tags=("one", "two"))
 
@@ -79,7 +79,7 @@ def test_the_commit_the_machine_and_what_the_job_took_are_in_the_run(make_result
     git("commit", "-q", "--allow-empty", "-m", "first")
     search = {"method": "hybrid", "seconds": 2.5, "evaluations_per_second": 40.0, "tokens_per_second": 9000.0}
     results = make_results(bits=(2,), layers=[], search=search, resources={"host_peak": 7, "device_peak": None})
-    assert track(results, CONFIG, tmp_path / "run", None, "x") is None
+    assert track(JobResults.from_json(results), CONFIG, tmp_path / "run", None, "x") is None
     run = read_run(tmp_path / "run")
     assert run["commit"] == git("rev-parse", "HEAD")
     assert run["cores"] == os.cpu_count()
@@ -88,7 +88,7 @@ def test_the_commit_the_machine_and_what_the_job_took_are_in_the_run(make_result
 
 
 def test_a_run_reads_back(make_results, tmp_path, capfd):
-    assert track(make_results(allocation=True), CONFIG, tmp_path, "sweep-7", "job-3") is None
+    assert track(JobResults.from_json(make_results(allocation=True)), CONFIG, tmp_path, "sweep-7", "job-3") is None
     out, err = capfd.readouterr()
     assert out == ""
     assert err == ""
@@ -123,7 +123,16 @@ def test_a_run_reads_back(make_results, tmp_path, capfd):
 def test_two_runs_in_one_process_share_a_group_and_leave_nothing_behind(make_results, tmp_path):
     before = dict(os.environ)
     for index, method in enumerate(("rtn", "matgptq")):
-        assert track(make_results(method, layers=[]), CONFIG, tmp_path / str(index), "sweep", f"job-{index}") is None
+        assert (
+            track(
+                JobResults.from_json(make_results(method, layers=[])),
+                CONFIG,
+                tmp_path / str(index),
+                "sweep",
+                f"job-{index}",
+            )
+            is None
+        )
     first, second = read_run(tmp_path / "0"), read_run(tmp_path / "1")
     assert first["group"] == second["group"] == "sweep"
     assert first["id"] != second["id"]
@@ -135,14 +144,17 @@ def test_two_runs_in_one_process_share_a_group_and_leave_nothing_behind(make_res
 
 def test_the_configured_group_goes_first_and_folders_are_made(make_results, tmp_path):
     config = TrackingConfig(wandb=True, project="p", group="mine", tags=())
-    assert track(make_results(bits=(2,), layers=[]), config, tmp_path / "a" / "b", "sweep", "x") is None
+    assert (
+        track(JobResults.from_json(make_results(bits=(2,), layers=[])), config, tmp_path / "a" / "b", "sweep", "x")
+        is None
+    )
     assert read_run(tmp_path / "a" / "b")["group"] == "mine"
 
 
 def test_several_datasets_have_a_mean(make_results, tmp_path):
     results = make_results(bits=(2,), datasets=("a", "b"), layers=[])
     results["slices"][0]["kl"] = {"a": 1.0, "b": 2.0}
-    assert track(results, CONFIG, tmp_path, None, "x") is None
+    assert track(JobResults.from_json(results), CONFIG, tmp_path, None, "x") is None
     assert read_run(tmp_path)["summary"]["kl/2"] == 1.5
 
 
@@ -152,7 +164,7 @@ def test_a_failure_is_one_warning(make_results, tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(wandb, "init", refuse)
     with caplog.at_level(logging.WARNING):
-        sentence = track(make_results(), CONFIG, tmp_path, None, "x")
+        sentence = track(JobResults.from_json(make_results()), CONFIG, tmp_path, None, "x")
     assert sentence.startswith("Weights & Biases did not record this run")
     assert "the server said no" in sentence
     assert [record.getMessage() for record in caplog.records] == [sentence]
@@ -163,21 +175,21 @@ def test_a_failure_halfway_finishes_the_run(make_results, tmp_path, monkeypatch)
         raise MemoryError
 
     monkeypatch.setattr("matquant.report.tracking._media", fail)
-    assert "MemoryError" in track(make_results(), CONFIG, tmp_path, None, "x")
+    assert "MemoryError" in track(JobResults.from_json(make_results()), CONFIG, tmp_path, None, "x")
     assert wandb.run is None
     assert "WANDB_SERVICE" not in os.environ
 
 
 def test_a_folder_that_cannot_be_is_a_warning(make_results, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "did not record" in track(make_results(), CONFIG, tmp_path / "file", None, "x")
+    assert "did not record" in track(JobResults.from_json(make_results()), CONFIG, tmp_path / "file", None, "x")
 
 
 @pytest.mark.parametrize("switch", ["config", "environment"])
 def test_can_be_switched_off(make_results, tmp_path, monkeypatch, switch):
     monkeypatch.setenv("WANDB_MODE", "disabled" if switch == "environment" else "offline")
     config = TrackingConfig(wandb=switch == "environment", project="p", group=None, tags=())
-    assert track(make_results(), config, tmp_path, None, "x") is None
+    assert track(JobResults.from_json(make_results()), config, tmp_path, None, "x") is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -190,7 +202,7 @@ def test_a_search_reads_back_with_its_curve_and_its_allocation(make_results, tmp
         for g in (1, 2, 3)
     ]
     results["search"] = {"method": "hybrid", "fitness": "kl", "evaluations": 24, "tokens": 1536, "history": history}
-    assert track(results, CONFIG, tmp_path, "sweep", "x") is None
+    assert track(JobResults.from_json(results), CONFIG, tmp_path, "sweep", "x") is None
     run = read_run(tmp_path)
     assert run["metrics"]["search/*"] == "search/generation"
     assert run["metrics"]["allocation/*"] == "allocation/bits"
@@ -200,7 +212,7 @@ def test_a_search_reads_back_with_its_curve_and_its_allocation(make_results, tmp
         (2, 0.5),
         (3, 1 / 3),
     ]
-    assert run["summary"]["plots/widths_0/_type"] == "image-file"
+    assert run["summary"]["plots/allocation_0/_type"] == "image-file"
     assert run["summary"]["plots/generations/_type"] == "image-file"
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     artifacts = [r.artifact for r in records(path) if r.WhichOneof("record_type") == "artifact"]

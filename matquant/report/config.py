@@ -1,0 +1,18 @@
+"""Settings of Weights & Biases."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig:
+    """Weights & Biases run of a job.
+
+    Attributes:
+        wandb: record a run, offline unless ``WANDB_MODE`` says otherwise.
+        group: of the run; null: the sweep's folder.
+    """
+
+    wandb: bool = True
+    project: str = "matquant"
+    group: str | None = None
+    tags: tuple[str, ...] = ()

@@ -17,8 +17,8 @@ def test_reads_back_what_was_written_from_folder_and_file(make_results, tmp_path
     assert path == tmp_path / "new" / "folder" / "results.json"
     assert load(path) == load(path.parent) == JobResults.from_json(results)
     stored = json.loads(path.read_text())
-    assert {key: stored[key] for key in results if key not in ("slices", "layers")} == {
-        key: results[key] for key in results if key not in ("slices", "layers")
+    assert {key: stored[key] for key in results if key not in ("slices", "layers", "baseline")} == {
+        key: results[key] for key in results if key not in ("slices", "layers", "baseline")
     }
 
 

@@ -33,16 +33,16 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 
 bench-solver: $(VENV)/.ready
-	$(BIN)/python experiments/bench_solver.py
+	$(BIN)/python experiments/benchmarks/bench_solver.py
 
 bench-solver-gpu: $(VENV)/.ready
-	$(BIN)/python experiments/bench_solver_gpu.py
+	$(BIN)/python experiments/benchmarks/bench_solver_gpu.py
 
 bench-kernels: $(VENV)/.ready
-	$(BIN)/python experiments/bench_kernels.py
+	$(BIN)/python experiments/benchmarks/bench_kernels.py
 
 bench-e2e: $(VENV)/.ready
-	$(BIN)/python experiments/bench_e2e.py
+	$(BIN)/python experiments/benchmarks/bench_e2e.py
 
 # The environment, made again when what it is made from changes. `make PYTHON=python3.12 run` chooses the interpreter.
 $(VENV)/.ready: pyproject.toml constraints.txt

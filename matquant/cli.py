@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -31,11 +30,6 @@ def register() -> None:
     store = ConfigStore.instance()
     for name, node in schemas().items():
         store.store(group="schema", name=name, node=node, provider="matquant")
-    for preset in sorted((resource_root() / "experiments").glob("*/config.yaml")):
-        preset_node = OmegaConf.load(preset)
-        store.store(
-            group="experiment", name=preset.parent.name, node=preset_node, package="_global_", provider="experiments"
-        )
 
 
 register()

@@ -1,4 +1,4 @@
-"""Location of the folders conf, kernels and assets: beside the package in a checkout, inside it in an installed wheel."""
+"""Location of the resource folders: beside the package in a checkout, inside the package in an installed wheel."""
 
 from pathlib import Path
 
@@ -6,5 +6,5 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def resource_root() -> Path:
-    """Folder that holds ``conf/``, ``kernels/`` and ``experiments/``."""
+    """Folder that holds ``conf/``, ``kernels/`` and ``experiments/models/``."""
     return _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ROOT / "experiments" / "tiny" / "model"
+TINY = ROOT / "experiments" / "models" / "tiny"
 
 # The smallest job: few windows, short ones, and the first of their text, for whose sake not all of it is tokenized.
 SMALL = (

@@ -10,10 +10,9 @@ from matquant.config import from_hydra
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 CHOICES = [f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.yaml"))]
-EXPERIMENTS = [f"experiment={path.parent.name}" for path in sorted(CONF.parent.glob("experiments/*/config.yaml"))]
 
 
-@pytest.mark.parametrize("choice", [*CHOICES, *EXPERIMENTS])
+@pytest.mark.parametrize("choice", CHOICES)
 def test_every_preset_composes(choice, monkeypatch, tmp_path):
     cli.register()
     overrides = [choice]

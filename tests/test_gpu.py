@@ -17,7 +17,7 @@ from matquant.models.activation_cache import ActivationCache
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or importlib.util.find_spec("cupy") is None, reason="no NVIDIA GPU, or no CuPy"
 )
-TINY = Path(__file__).parent.parent / "experiments" / "tiny" / "model"
+TINY = Path(__file__).parent.parent / "experiments" / "models" / "tiny"
 
 
 def activations(*shape, dtype=torch.float16):

@@ -230,6 +230,6 @@ def test_correct_source_shows_nothing() -> None:
         assert shown_by(read_source(source_of(variant)), variant, case) is None
 
 
-if __name__ == "__main__":  # the table in experiments/kernels/README.md
+if __name__ == "__main__":  # the table in experiments/results/kernels/README.md
     for name in BUGS:
         print(f"| {name} | {planted(name)} |")

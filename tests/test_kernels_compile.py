@@ -179,7 +179,7 @@ def spills(one: Problem) -> bool:
         return stack_bytes(cubin(one, "sm_90a"), Path(scratch)) > 0
 
 
-if __name__ == "__main__":  # what experiments/kernels/README.md says of spilled registers
+if __name__ == "__main__":  # what experiments/results/kernels/README.md says of spilled registers
     variants = list(all_by_wgmma().values())
     with multiprocessing.get_context("spawn").Pool() as pool:
         spilling = [

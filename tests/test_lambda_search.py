@@ -14,7 +14,9 @@ pytest.importorskip("optuna")
 
 @pytest.fixture
 def recipe(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("lambda_search", ROOT / "experiments" / "lambda" / "search.py")
+    spec = importlib.util.spec_from_file_location(
+        "lambda_search", ROOT / "experiments" / "benchmarks" / "lambda_search.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     jobs = []

@@ -26,8 +26,8 @@ def test_configs_kernels_and_the_shipped_model_travel_along(unpacked):
         "conf/method/matgptq.yaml",
         "kernels/README.md",
         "report/page.css",
-        "experiments/tiny/model/model.safetensors",
-        "experiments/methods/config.yaml",
+        "experiments/models/tiny/model.safetensors",
+        "conf/experiment/methods.yaml",
     ):
         assert (unpacked / "matquant" / name).is_file(), name
 

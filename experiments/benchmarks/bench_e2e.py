@@ -1,8 +1,8 @@
 """Times a whole model in Transformers at each width, against the unquantized model in the same run: prompts and decoding.
 
     make bench-e2e                                                      # the shipped model's shape on this machine
-    .venv/bin/python experiments/bench_e2e.py --model llama-8b --device cuda --batch 1,4,16,64
-    .venv/bin/python experiments/bench_e2e.py --model llama-8b --device cuda --compile
+    .venv/bin/python experiments/benchmarks/bench_e2e.py --model llama-8b --device cuda --batch 1,4,16,64
+    .venv/bin/python experiments/benchmarks/bench_e2e.py --model llama-8b --device cuda --compile
 
 Weights are random, as speed does not depend on them, so that no checkpoint is needed. On a GPU decoding is a replayed CUDA
 graph of one step over a static cache, with --compile of what torch.compile makes of it; on a CPU it is the plain loop. The
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.cache_utils import DynamicCache, StaticCache
@@ -35,7 +35,7 @@ from matquant.formats.packed import LayerSpec, NestedSpec
 from matquant.inference import nested_layers, set_bits
 from matquant.transformers.layers import place_layers
 
-TINY = Path(__file__).resolve().parent / "tiny" / "model"
+TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"
 REPEATS = 5
 GROUP_SIZE = 128
 COPIED = 2**31  # bytes of the copy that the bandwidth is measured with
@@ -263,7 +263,7 @@ def main() -> None:
     widths, batches = ([int(n) for n in text.split(",")] for text in (asked.widths, asked.batch))
     rows = run(config_of(asked.model), dtype, device, widths, batches, asked.prompt, asked.steps, asked.compile)
     about = {
-        "model": asked.model if asked.model == "llama-8b" else Path(asked.model).parent.name,
+        "model": asked.model if asked.model == "llama-8b" else Path(asked.model).name,
         "dtype": str(dtype),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"

@@ -1,8 +1,8 @@
 """Times the matmul of ``kernels/gemm.cu`` against ``F.linear`` in float16, after checking it against float64.
 
     make bench-kernels                                                     # all shapes, widths and batches
-    .venv/bin/python experiments/bench_kernels.py --shapes 4096x4096 --bits 2,4 --tokens 1,16
-    .venv/bin/python experiments/bench_kernels.py --candidates             # tries other variants than the chosen one
+    .venv/bin/python experiments/benchmarks/bench_kernels.py --shapes 4096x4096 --bits 2,4 --tokens 1,16
+    .venv/bin/python experiments/benchmarks/bench_kernels.py --candidates             # tries other variants than the chosen one
 
 Needs a CUDA device, CuPy and nothing of Hydra. Every time is a replay of one CUDA graph with a launch for each of several
 copies of the weights, together more than three times the second-level cache, so that weights come from memory. The floor is
@@ -29,11 +29,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
-sys.path.insert(0, str(Path(__file__).resolve().parent / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 
-from candidates import variants
-from checks import activations, check, checks
+from kernel_candidates import variants
+from kernel_checks import activations, check, checks
 
 from matquant.cuda import load
 from matquant.cuda.cuda_driver import architecture, nvrtc_compile, nvrtc_version

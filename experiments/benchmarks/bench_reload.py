@@ -1,8 +1,8 @@
 """Candidates per second: layers changed in memory, against reading the layers that change from disk for each candidate.
 
-    python experiments/search/bench_reload.py                 # the shipped model
-    python experiments/search/bench_reload.py --blocks 4      # random blocks of the shape of an 8B Llama, for a GPU
-    python experiments/search/bench_reload.py --blocks 4 --tokens 1024 2048        # these rows alone
+    python experiments/benchmarks/bench_reload.py                 # the shipped model
+    python experiments/benchmarks/bench_reload.py --blocks 4      # random blocks of the shape of an 8B Llama, for a GPU
+    python experiments/benchmarks/bench_reload.py --blocks 4 --tokens 1024 2048        # these rows alone
 
 Both measure the same children of one parent on the same tokens and must find the same losses. The reference does what the
 published search does: one file with the dense weight for every layer and width; for each candidate it loads the files of
@@ -13,18 +13,15 @@ read once before, so that they come from the system's cache and not from a disk.
 import argparse
 import json
 import random
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from compare_searches import Bench
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, LlamaConfig
-
-sys.path.insert(0, str(Path(__file__).parent))
-from compare import Bench
 
 from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.models.blocks import BlockModel
@@ -33,7 +30,6 @@ from matquant.search.evaluator import open_evaluator
 from matquant.search.layer_forwards import DecodedSlices, PlaneSlices
 from matquant.search.mutation import breed, switch_levels
 
-HERE = Path(__file__).parent
 WIDTHS = (2, 3, 4, 6, 8)  # those that MatGPTQ's search chooses from
 GROUP_SIZE = 128
 

@@ -1,7 +1,7 @@
 """Times the nested solver against the published algorithm (MatGPTQ v1, arXiv 2602.03537) as a plain torch column loop.
 
     make bench-solver                                   # 1024x1024 and 2048x2048
-    .venv/bin/python experiments/bench_solver.py --sizes 4096x4096,4096x14336 --out bench.json
+    .venv/bin/python experiments/benchmarks/bench_solver.py --sizes 4096x4096,4096x14336 --out bench.json
 
 Sizes are rows x columns of one layer: random weights, correlated inputs, five widths, groups of 128, two threads. The
 baseline of a large layer runs over its first columns only, and its time is scaled up to all of them.

@@ -1,8 +1,8 @@
 """Hybrid search against evolution on the shipped model: with equal tokens, and with the published settings.
 
-    python experiments/search/compare.py --jobs 8                                # five seeds, four budgets; for a GPU
-    python experiments/search/compare.py --jobs 8 --seeds 0 --published 1        # the published settings alone, one seed
-    python experiments/search/compare.py --jobs 8 --published 1 --seconds 240    # ends in good time, and goes on the next time
+    python experiments/benchmarks/compare_searches.py --jobs 8                                # five seeds, four budgets; for a GPU
+    python experiments/benchmarks/compare_searches.py --jobs 8 --seeds 0 --published 1        # the published settings alone, one seed
+    python experiments/benchmarks/compare_searches.py --jobs 8 --published 1 --seconds 240    # ends in good time, and goes on the next time
 
 Searches on windows of the calibration split and measures on the evaluation split, which no search has seen. Each search is
 written as it ends, and what the file has for the same parent is not done again. One that --seconds cuts off goes on where it
@@ -42,7 +42,7 @@ from matquant.search.strategies import Setting
 from matquant.store import Artifact, Draft, Store
 from matquant.store.artifact import read_artifact
 
-HERE = Path(__file__).parent
+RESULTS = resource_root() / "experiments" / "results" / "search"
 BUDGETS = (2.5, 3.0, 3.5, 4.5)
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 # 1.7 million tokens in all; evolution ends with the generation in which it has measured as many.
@@ -305,7 +305,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), help="average bits")
     parser.add_argument("--jobs", type=int, default=1, help="searches at a time")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which every search stops")
-    parser.add_argument("--output", type=Path, default=HERE / "results.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "results.json")
     arguments = parser.parse_args()
     deadline = time.time() + arguments.seconds
     results = Results(arguments.output, bench().parent.artifact.sha256)

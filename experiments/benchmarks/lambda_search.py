@@ -1,8 +1,8 @@
 """Weights of the objective (lambda) by Optuna: which of them make the best slices, all widths together.
 
-    python experiments/lambda/search.py --trials 20
-    python experiments/lambda/search.py --trials 16 --jobs 8 --seconds 120 tracking=none    # a GPU with some cores
-    python experiments/lambda/search.py --trials 20 calibration.sequences=16 eval.datasets.stdlib.sequences=16
+    python experiments/benchmarks/lambda_search.py --trials 20
+    python experiments/benchmarks/lambda_search.py --trials 16 --jobs 8 --seconds 120 tracking=none    # a GPU with some cores
+    python experiments/benchmarks/lambda_search.py --trials 20 calibration.sequences=16 eval.datasets.stdlib.sequences=16
 
 Optuna itself and not Hydra's sweeper for it, which needs an Optuna older than 3. Each trial is one job, ``python run.py`` with
 its weights and the overrides given here. The study is kept in outputs/lambda: the same command goes on where it stopped, a

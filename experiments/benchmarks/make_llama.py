@@ -1,8 +1,8 @@
 """Makes a random Llama of any shape, several shards at a time, so that a model larger than memory can be made.
 
-    python experiments/scale/make_llama.py FOLDER                       # the shape of Llama 3.1 8B, 32 blocks, 16 GB
-    python experiments/scale/make_llama.py FOLDER --blocks 4            # the same, cut to 4 blocks
-    python experiments/scale/make_llama.py FOLDER --width 0.25          # every width a quarter
+    python experiments/benchmarks/make_llama.py FOLDER                       # the shape of Llama 3.1 8B, 32 blocks, 16 GB
+    python experiments/benchmarks/make_llama.py FOLDER --blocks 4            # the same, cut to 4 blocks
+    python experiments/benchmarks/make_llama.py FOLDER --width 0.25          # every width a quarter
 
 Weights are normal, scaled so that activations keep their size; norms are 1. The tokenizer is that of the shipped model. The
 same seed gives the same model on the same kind of device.
@@ -78,7 +78,7 @@ def make(folder: Path, blocks: int, width: float, vocabulary: int, seed: int = 0
     folder.mkdir(parents=True, exist_ok=True)
     config = shape(blocks, width, vocabulary)
     config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(resource_root() / "experiments" / "tiny" / "model").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(resource_root() / "experiments" / "models" / "tiny").save_pretrained(folder)
     files: dict[str, str] = {}
 
     def write(number: int) -> int:

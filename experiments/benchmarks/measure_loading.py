@@ -1,6 +1,6 @@
 """What loading a packed folder reads and keeps, for each max_bits, each in a process of its own.
 
-    .venv/bin/python experiments/serving/max_bits.py FOLDER
+    .venv/bin/python experiments/benchmarks/measure_loading.py FOLDER
 
 "read" is what the process read from files while it loaded (Linux counts it in /proc/self/io; hashes read every byte once),
 "resident" how much its memory grew.

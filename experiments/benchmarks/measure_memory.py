@@ -1,7 +1,7 @@
 """Measures whether memory grows with depth, and whether the plan was right, on random Llamas of the 8B shape and a CPU.
 
-    python experiments/memory/measure.py FOLDER --out memory.json --width 1 --blocks 2,4,8
-    python experiments/memory/measure.py FOLDER --out memory.json --width 0.125 --blocks 2,8 method.cd_passes=0
+    python experiments/benchmarks/measure_memory.py FOLDER --out memory.json --width 1 --blocks 2,4,8
+    python experiments/benchmarks/measure_memory.py FOLDER --out memory.json --width 0.125 --blocks 2,8 method.cd_passes=0
 
 Makes each model in FOLDER if it is not there, quantizes and measures it in processes of their own, and prints a line for
 each: the peak that the plan gave, the peak resident memory of the process, and seconds. Further arguments are overrides.
@@ -19,13 +19,11 @@ import time
 from pathlib import Path
 
 import torch
+from make_llama import INDEX, make
+
+from matquant import machine
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "experiments" / "scale"))
-
-from make_llama import INDEX, make  # noqa: E402  (a script beside this one, found through the line above)
-
-from matquant import machine  # noqa: E402  (so that all imports of this project stand together)
 
 
 def run(model: Path, work: Path, stage: str, overrides: list[str], seconds: float) -> dict:

@@ -1,6 +1,6 @@
 """Quantizes and measures the shipped model in one process and in two, a thread each, and compares time and results.
 
-    python experiments/scale/processes.py --out processes.json
+    python experiments/benchmarks/measure_processes.py --out processes.json
 
 Seconds of the processor are of the busiest process, so that they tell of sharing even where other work runs on the cores.
 """

@@ -1,7 +1,7 @@
 """Quantizes a random model of the 8B shape on this machine's device and writes down seconds by phase and peaks of memory.
 
-    python experiments/scale/measure.py FOLDER --out results.json                                # 32 blocks, 2 M tokens
-    python experiments/scale/measure.py FOLDER --out results.json --blocks 4 method.calibration_bits=[8] method.asymmetric_calibration=false
+    python experiments/benchmarks/measure_scale.py FOLDER --out results.json                                # 32 blocks, 2 M tokens
+    python experiments/benchmarks/measure_scale.py FOLDER --out results.json --blocks 4 method.calibration_bits=[8] method.asymmetric_calibration=false
 
 Makes the model in FOLDER if it is not there. The calibration text is random tokens, since weights are random too. Further
 arguments are overrides of the config. The JSON is written anew after each block, so that a run which is cut short, or which

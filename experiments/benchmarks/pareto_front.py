@@ -1,7 +1,7 @@
 """Allocations for a ladder of budgets against uniform slices of the same parent and against a GPTQ model for each width.
 
-    python experiments/pareto/front.py
-    python experiments/pareto/front.py model=llama3_8b eval=wikitext2
+    python experiments/benchmarks/pareto_front.py
+    python experiments/benchmarks/pareto_front.py model=llama3_8b eval=wikitext2
 
 Two jobs with the overrides given here (those of ``search`` for the first alone), and one summary over both in outputs/pareto.
 A job that is done is not run again; one that failed is reported, and the other stands.

@@ -1,4 +1,4 @@
-"""Each trick of the solver alone and together, on one model: python experiments/solver/ablation.py --help
+"""Each trick of the solver alone and together, on one model: python experiments/benchmarks/solver_ablation.py --help
 
 Every row of the table is `python run.py` with the overrides that stand in it. Rows run in parallel processes, one thread each.
 """
@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # runs from a checkout that is not installed
 
 WIDTHS = (2, 3, 4, 6, 8)
 
@@ -156,14 +156,14 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="for every row, such as model.path=FOLDER or runtime.device=cuda")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, default=HERE / "results.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "experiments" / "results" / "solver" / "results.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as store:
         tasks = [(row, tuple(args.overrides), store) for row in rows(args.seeds)]
         with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
             measured = pool.map(measure, tasks, chunksize=1)
     record = {
-        "command": " ".join(["python", "experiments/solver/ablation.py", *args.overrides]),
+        "command": " ".join(["python", "experiments/benchmarks/solver_ablation.py", *args.overrides]),
         "date": datetime.date.today().isoformat(),
         "machine": f"{_accelerator()}, {os.cpu_count()} cores",
         "text": f"Python {platform.python_version()}",

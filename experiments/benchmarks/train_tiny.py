@@ -1,4 +1,4 @@
-"""Remakes the model that ships in experiments/tiny: python experiments/tiny/train.py
+"""Train the model that ships in experiments/models/tiny: python experiments/benchmarks/train_tiny.py
 
 A Llama of 5.2 M parameters and its byte-level BPE tokenizer, trained on the source of Python's standard library. One GPU
 takes minutes, a CPU a day. Settings were chosen on the calibration split; the evaluation split is only measured.
@@ -18,11 +18,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 from matquant.data import stdlib  # noqa: E402  (the script runs from a checkout, installed or not)
 
+TINY = ROOT / "experiments" / "models" / "tiny"
+TINY_RECORD = ROOT / "experiments" / "results" / "tiny" / "training.json"
 CONTEXT = 512
 END_OF_TEXT = "<|endoftext|>"
 
@@ -158,7 +160,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stdlib", type=Path, help="folder of another standard library than this interpreter's")
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--out", type=Path, default=TINY, help="folder of the model")
     return parser.parse_args()
 
 
@@ -176,11 +178,12 @@ def main() -> None:
     train(model, splits["train"], splits["calibration"], args)
     seconds = time.time() - start
 
-    model.half().save_pretrained(args.out / "model")
-    tokenizer.save_pretrained(args.out / "model")
+    model.half().save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
     text_bytes = sum(len(text.encode()) for text in texts["evaluation"])
     figures = record(model.float(), splits, text_bytes, seconds)
-    (args.out / "training.json").write_text(json.dumps(figures, indent=2) + "\n")
+    recorded = TINY_RECORD if args.out == TINY else args.out / "training.json"
+    recorded.write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 
 

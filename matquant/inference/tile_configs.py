@@ -84,7 +84,7 @@ class Variant:
 
 # (row_warps, tile_warps, k_warps, units, panel, blocks, least stages) by tiles of 8 tokens, the best first, for matrices whose
 # tiles of 64 rows are fewer than half of the device's multiprocessors, for the others, and for large ones. The first that fits
-# a device's shared memory is taken, with as many stages as there is room for. Measured on an H200: experiments/kernels. The
+# a device's shared memory is taken, with as many stages as there is room for. Measured on an H200: experiments/results/kernels. The
 # last ones are for devices with less.
 _SMALL = ((1, 1, 4, 1, 1, 2, 2), (1, 1, 2, 1, 1, 2, 2), (1, 1, 1, 1, 1, 1, 2))
 _SMALL_MANY = ((4, 2, 1, 1, 2, 1, 2), (4, 1, 1, 1, 1, 1, 2), (2, 1, 1, 1, 1, 1, 2), (1, 2, 1, 1, 1, 1, 2))

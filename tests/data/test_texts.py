@@ -97,7 +97,7 @@ def test_only_as_many_documents_as_needed_are_read_without_a_seed(monkeypatch: p
 def test_the_standard_library_with_a_real_tokenizer_warns_of_nothing(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(resource_root() / "experiments" / "tiny" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(resource_root() / "experiments" / "models" / "tiny")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = texts.windows(config(dataset="stdlib", sequences=4, sequence_length=256), "evaluation", tokenizer)

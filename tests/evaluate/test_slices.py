@@ -195,7 +195,7 @@ def test_no_variants_and_wrong_names(windows: Tensor) -> None:
 
 def test_the_model_that_ships_with_the_project() -> None:
     model = AutoModelForCausalLM.from_pretrained(
-        resource_root() / "experiments" / "tiny" / "model", dtype="auto"
+        resource_root() / "experiments" / "models" / "tiny", dtype="auto"
     ).eval()
     windows = torch.randint(2048, (2, 96), generator=torch.Generator().manual_seed(0))
     found = evaluate_slices(BlockModel(model), windows, lambda *_: {}, ["same"], 2, "cpu")

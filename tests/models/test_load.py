@@ -23,7 +23,7 @@ from matquant.models import loading as loading
 from matquant.models.loading import load
 from matquant.paths import resource_root
 
-TINY = resource_root() / "experiments" / "tiny" / "model"
+TINY = resource_root() / "experiments" / "models" / "tiny"
 
 
 def config(**settings: Any) -> ModelConfig:

@@ -13,9 +13,11 @@ from shared import ROOT
 
 @pytest.fixture
 def recipe(monkeypatch):
-    spec = importlib.util.spec_from_file_location("compare", ROOT / "experiments" / "search" / "compare.py")
+    spec = importlib.util.spec_from_file_location(
+        "compare_searches", ROOT / "experiments" / "benchmarks" / "compare_searches.py"
+    )
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "compare", module)  # its dataclasses look themselves up
+    monkeypatch.setitem(sys.modules, "compare_searches", module)  # its dataclasses look themselves up
     spec.loader.exec_module(module)
     return module
 

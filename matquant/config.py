@@ -22,6 +22,7 @@ from matquant.quantize.rtn.config import RtnConfig
 from matquant.report.config import TrackingConfig
 from matquant.search import config as searching
 from matquant.search.config import SearchConfig
+from matquant.store.config import StoreConfig
 from matquant.typed_config import TARGET, build, defaults_of
 
 STAGES = ("quantize", "evaluate", "pack", "generate")
@@ -97,12 +98,6 @@ class RuntimeConfig:
     threads: int | None = None
     progress: bool | None = None
     check_memory: bool = True
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class StoreConfig:
-    path: str
-    action: Literal["ls", "verify", "clean"] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,9 +6,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from matquant.config import StoreConfig
 from matquant.errors import UserError
-from matquant.store import Store
+from matquant.store import Store, StoreConfig
 
 
 def run(config: StoreConfig) -> None:

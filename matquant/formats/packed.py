@@ -29,7 +29,8 @@ from matquant.formats.bits import BIT_WIDTHS, MAX_BITS, MIN_BITS
 from matquant.formats.nested import NestedWeight, Slicing, WeightFormat
 from matquant.formats.planes import group_count
 from matquant.formats.tile_layout import tiles
-from matquant.store.files import Record, hash_json
+from matquant.store.files import FileRecord
+from matquant.store.json_files import hash_json
 
 QUANT_METHOD = "matquant"
 FORMAT_VERSION = 1
@@ -107,7 +108,7 @@ class NestedSpec:
     prefill_bits: int | None = None
     modules_to_not_convert: Sequence[str] = ()
     plane_indices: Sequence[int] = ()
-    files: Mapping[str, Record] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, FileRecord] = dataclasses.field(default_factory=dict)
 
     def width(self, layer: str) -> int:
         """The width that a layer begins with."""
@@ -278,13 +279,13 @@ def _layer(fields: _Fields) -> LayerSpec:
     return LayerSpec(out_features=rows, in_features=columns, format=fmt)
 
 
-def _files(fields: _Fields) -> dict[str, Record]:
+def _files(fields: _Fields) -> dict[str, FileRecord]:
     found = {}
     for name, record in fields.mapping("files").items():
         try:
             if not _FILE.fullmatch(name) or not name.endswith(".safetensors"):
                 raise ValueError(f"{_short(name)} is no safetensors file inside the folder")
-            found[name] = Record.parse(record)
+            found[name] = FileRecord.parse(record)
         except ValueError as error:
             raise UserError(f"{fields.where}.files: {error}.") from None
     return found

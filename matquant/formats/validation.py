@@ -9,13 +9,13 @@ from pathlib import Path
 from matquant.errors import UserError
 from matquant.formats.packed import TensorSpec
 from matquant.formats.safetensors_headers import DTYPES, StoredTensor
-from matquant.store.files import Record
+from matquant.store.files import FileRecord
 
 _NAMED = 3  # names in one sentence
 _THREADS = 8  # that hash files side by side
 
 
-def check_files(files: Sequence[Path], records: Mapping[str, Record]) -> None:
+def check_files(files: Sequence[Path], records: Mapping[str, FileRecord]) -> None:
     """Make sure that the files lie in one folder and have the bytes that the checkpoint's config records.
 
     Args:
@@ -80,7 +80,7 @@ def check_tensors(
             )
 
 
-def _damage(file: Path, record: Record) -> str | None:
+def _damage(file: Path, record: FileRecord) -> str | None:
     try:
         with file.open("rb") as stream:
             if (size := os.fstat(stream.fileno()).st_size) != record.size:

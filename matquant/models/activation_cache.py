@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from matquant import machine
-from matquant.store.files import explained
+from matquant.store.files import translate_os_errors
 
 OffloadTarget = torch.device | Path  # a device, or the folder of a file
 
@@ -55,7 +55,7 @@ class ActivationCache:
         self._tensor: Tensor | None = None
         self._locked = False
         if isinstance(place, Path):
-            with explained(place):
+            with translate_os_errors(place):
                 place.mkdir(parents=True, exist_ok=True)
                 self._file: Any = tempfile.TemporaryFile(dir=place)  # noqa: SIM115  (lives as long as this object)
         else:
@@ -75,7 +75,7 @@ class ActivationCache:
             return self._tensor[rows].to(self.device, non_blocking=self._locked)
         start, stop, _ = rows.indices(self.shape[0])
         part = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
-        with explained(Path(str(self.place))):
+        with translate_os_errors(Path(str(self.place))):
             self._file.seek(start * self._row_bytes())
             self._file.readinto(part.view(torch.uint8).numpy().data)
         return part.to(self.device)
@@ -86,7 +86,7 @@ class ActivationCache:
             self._tensor[rows].copy_(values, non_blocking=self._locked)
             return
         part = values.detach().to("cpu", self.dtype).contiguous()
-        with explained(Path(str(self.place)), part.nbytes):
+        with translate_os_errors(Path(str(self.place)), part.nbytes):
             self._file.seek(rows.indices(self.shape[0])[0] * self._row_bytes())
             self._file.write(part.view(torch.uint8).numpy().data)
             self._file.flush()

@@ -8,7 +8,8 @@ from typing import Any
 
 from matquant.models.checkpoint_files import TOKENIZER_SETTINGS, TOKENIZERS
 from matquant.pack.pack_input import Source
-from matquant.store.files import explained, pretty_json
+from matquant.store.files import translate_os_errors
+from matquant.store.json_files import pretty_json
 
 _COPIED = (*TOKENIZERS, *TOKENIZER_SETTINGS, "generation_config.json", "chat_template.jinja", "chat_template.json")
 _PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*", "chat_templates/*.jinja", "additional_chat_templates/*.jinja")
@@ -26,7 +27,7 @@ def copy(original: Path, folder: Path) -> None:
     for file in files:
         if file.is_file():
             place = folder / file.relative_to(original)
-            with explained(file):
+            with translate_os_errors(file):
                 place.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, place)
 
@@ -46,5 +47,5 @@ def write_config(
             if isinstance(part, dict):
                 part["tie_word_embeddings"] = False
     config["quantization_config"] = dict(quantization_config)
-    with explained(folder / "config.json"):
+    with translate_os_errors(folder / "config.json"):
         (folder / "config.json").write_bytes(pretty_json(config))

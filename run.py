@@ -1,4 +1,4 @@
-"""The whole job from a config: python run.py --help"""
+"""Run one job, or a sweep, from a composed config; ``python run.py --help`` lists the settings."""
 
 from matquant.cli import main
 

@@ -1,4 +1,4 @@
-"""Errors that are meant for the user, and the lists of names in their sentences."""
+"""Errors for the user, and lists of names in their messages."""
 
 from collections.abc import Sequence
 

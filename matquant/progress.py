@@ -1,4 +1,4 @@
-"""Progress bars on long work, when the terminal is one."""
+"""Progress bars for long work on a terminal."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -9,14 +9,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ProgressBars:
-    """Opens one bar after another; silent when it is off."""
+    """Progress bars on standard error.
+
+    Args:
+        shown: False for no bars; None to show bars if standard error is a terminal.
+    """
 
     def __init__(self, shown: bool | None) -> None:
         self.shown = sys.stderr.isatty() if shown is None else shown
 
     @contextmanager
     def bar(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar of ``total`` steps; what it yields advances it."""
+        """Show a bar of ``total`` steps. The yielded function advances it by a number of steps."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

@@ -1,4 +1,4 @@
-"""Shared fixtures: small models made on the spot, and the command line as a user calls it."""
+"""Shared fixtures: a small random model, and the command line in this process and in a process of its own."""
 
 import os
 import signal
@@ -13,18 +13,18 @@ from shared import ROOT, TINY
 
 from matquant import machine
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads of theirs would mostly wait for one another
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: more threads than cores are slower
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
     machine.use_threads(1)
 
-# Before anything reads them: no test may look for a network.
+# Set before any library reads them: no test may use a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory) -> Path:
-    """A random Llama of 4 blocks with the shipped tokenizer: hidden 64, so that group sizes 32 and 64 fit and 128 does not."""
+    """Random Llama of 4 blocks with the shipped tokenizer. Its hidden size is 64: group size 128 does not fit."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("small")
@@ -46,15 +46,15 @@ def small_model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def matquant(tmp_path, monkeypatch, capfd):
-    """Call the command line in this process: returns exit status, standard output and standard error."""
+    """Function that calls the command line in this process; returns exit status, standard output and standard error."""
     from matquant import cli
 
     monkeypatch.setenv("MATQUANT_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
 
     def call(*overrides: str):
-        where = (f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep")
-        monkeypatch.setattr(sys, "argv", ["run.py", *overrides, *where])
+        folders = (f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep")
+        monkeypatch.setattr(sys, "argv", ["run.py", *overrides, *folders])
         capfd.readouterr()
         status = 0
         try:
@@ -69,7 +69,7 @@ def matquant(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Tiny tensors are slower on many threads, and pytest has workers beside this one."""
+    """One torch thread: small tensors are slower on several, and pytest has several workers."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -78,20 +78,20 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def run_py(tmp_path):
-    """Start ``python run.py`` as a process of its own, with a store in the test's folder; returns the Popen object."""
+    """Function that starts ``python run.py`` as a process, with a store in the test's folder; returns the Popen object."""
 
     def start(*overrides: str, **environment: str) -> subprocess.Popen:
-        where = [f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep", f"store.path={tmp_path}/store"]
+        folders = [f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep", f"store.path={tmp_path}/store"]
         flags = [o for o in overrides if o.startswith("-")]
-        values = [o for o in overrides if not o.startswith("-")]  # the last of two for one key counts
+        values = [o for o in overrides if not o.startswith("-")]  # the last of two values for one key applies
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *flags, *where, *values],
+            [sys.executable, str(ROOT / "run.py"), *flags, *folders, *values],
             cwd=tmp_path,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, **environment},
-            # A shell's background jobs ignore Ctrl-C, and so would what they start.
+            # Background jobs of a shell ignore SIGINT, and their child processes inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 

@@ -1,11 +1,11 @@
-"""What several test modules use."""
+"""Paths and overrides that several test modules use."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "experiments" / "models" / "tiny"
 
-# The smallest job: few windows, short ones, and the first of their text, for whose sake not all of it is tokenized.
+# Overrides of a small job: few short sequences. Without a seed they are the first of the text, so only these are tokenized.
 SMALL = (
     "calibration.seed=null",
     "eval.datasets.stdlib.seed=null",

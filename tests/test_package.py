@@ -1,4 +1,4 @@
-"""The wheel holds everything that a run needs, and runs without the checkout."""
+"""The wheel contains all files that a job needs, and runs without the checkout."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from shared import ROOT, SMALL
 
 
 @pytest.fixture(scope="module")
-def unpacked(tmp_path_factory):
+def unpacked_wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True, text=True)
@@ -20,7 +20,7 @@ def unpacked(tmp_path_factory):
     return folder / "site"
 
 
-def test_configs_kernels_and_the_shipped_model_travel_along(unpacked):
+def test_the_wheel_contains_configs_kernels_and_the_shipped_model(unpacked_wheel):
     for name in (
         "conf/config.yaml",
         "conf/method/matgptq.yaml",
@@ -29,17 +29,19 @@ def test_configs_kernels_and_the_shipped_model_travel_along(unpacked):
         "experiments/models/tiny/model.safetensors",
         "conf/experiment/methods.yaml",
     ):
-        assert (unpacked / "matquant" / name).is_file(), name
+        assert (unpacked_wheel / "matquant" / name).is_file(), name
+    assert [folder.name for folder in (unpacked_wheel / "matquant" / "experiments").iterdir()] == ["models"]
 
 
-def test_the_installed_command_runs_the_shipped_model(unpacked, tmp_path):
-    where = (f"hydra.run.dir={tmp_path}/run", f"store.path={tmp_path}/store", "method=rtn", "bits=4")
+@pytest.mark.slow
+def test_the_installed_command_runs_the_shipped_model(unpacked_wheel, tmp_path):
+    folders = (f"hydra.run.dir={tmp_path}/run", f"store.path={tmp_path}/store", "method=rtn", "bits=4")
     run = subprocess.run(
-        [sys.executable, "-m", "matquant.cli", *SMALL, *where],
+        [sys.executable, "-m", "matquant.cli", *SMALL, *folders],
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(unpacked)},
+        env={**os.environ, "PYTHONPATH": str(unpacked_wheel)},
         timeout=300,
     )
     assert run.returncode == 0, run.stderr

@@ -1,20 +1,17 @@
-"""Times a whole model in Transformers at each width, against the unquantized model in the same run: prompts and decoding.
+"""Time prefill and decoding of a whole model in Transformers at each bit-width, against the dense model in the same run.
 
-    make bench-e2e                                                      # the shipped model's shape on this machine
+    make bench-e2e                                                      # the shape of the shipped model, on this machine
     .venv/bin/python experiments/benchmarks/bench_e2e.py --model llama-8b --device cuda --batch 1,4,16,64
     .venv/bin/python experiments/benchmarks/bench_e2e.py --model llama-8b --device cuda --compile
 
-Weights are random, as speed does not depend on them, so that no checkpoint is needed. On a GPU decoding is a replayed CUDA
-graph of one step over a static cache, with --compile of what torch.compile makes of it; on a CPU it is the plain loop. The
-floor is what a step must read (planes and scales of its width, the head, the cache) at the bandwidth of a device-to-device
-copy measured in the same run. Writes results.json into ``--out``.
+Weights are random, since speed does not depend on them. On a GPU decoding replays a CUDA graph of one step over a static
+cache; with --compile it is a step of the compiled model. On a CPU it is a plain loop. The floor is the time to read the bytes
+of a step (planes and scales, dense weights, key-value cache) at the bandwidth of a device-to-device copy, measured in the same
+run. Writes results.json into ``--out``.
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -33,16 +30,17 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from matquant.formats.nested import WeightFormat
 from matquant.formats.packed import LayerSpec, NestedSpec
 from matquant.inference import nested_layers, set_bits
+from matquant.report.provenance import provenance
 from matquant.transformers.layers import place_layers
 
 TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"
 REPEATS = 5
 GROUP_SIZE = 128
-COPIED = 2**31  # bytes of the copy that the bandwidth is measured with
+COPY_BYTES = 2**31  # of the copy that measures the bandwidth
 
 
 def config_of(name: str) -> Any:
-    """The config of a folder, or of the shape ``llama-8b``."""
+    """Config of a folder, or of the shape ``llama-8b``."""
     if name != "llama-8b":
         return AutoConfig.from_pretrained(name)
     return LlamaConfig(
@@ -59,7 +57,7 @@ def config_of(name: str) -> Any:
 
 
 def make_model(config: Any, dtype: torch.dtype, device: torch.device, nested: bool) -> Any:
-    """Random weights; all linear layers but the head as codes of 8 bits, if ``nested``."""
+    """Model with random weights; with ``nested`` all linear layers but the head have 8-bit nested weights."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     scale_dtype = torch.float16 if dtype == torch.float32 else dtype
@@ -84,7 +82,7 @@ def make_model(config: Any, dtype: torch.dtype, device: torch.device, nested: bo
     model.to_empty(device=device)
     for module in model.modules():
         module._is_hf_initialized = False
-    model.initialize_weights()  # also what is computed, such as rotary frequencies
+    model.initialize_weights()  # also computed buffers, such as rotary frequencies
     model.tie_weights()
     for layer in nested_layers(model).values():
         layer.planes.random_(-(2**31), 2**31 - 1)
@@ -93,7 +91,7 @@ def make_model(config: Any, dtype: torch.dtype, device: torch.device, nested: bo
 
 
 def step_bytes(model: Any, cache: int) -> int:
-    """What one step of decoding reads: the layers at their widths, all dense weights but the embeddings, the cache."""
+    """Bytes that one decoding step reads: layers at their bits, dense weights without the embeddings, key-value cache."""
     embeddings = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
     dense = sum(p.numel() * p.element_size() for p in model.parameters() if p is not embeddings or p is head)
@@ -101,13 +99,14 @@ def step_bytes(model: Any, cache: int) -> int:
 
 
 def cache_bytes(model: Any, batch: int, length: int) -> int:
+    """Bytes of the key-value cache."""
     config = model.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * width * length * batch * model.dtype.itemsize
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * length * batch * model.dtype.itemsize
 
 
-def seconds(call: Callable[[], Any], device: torch.device, repeats: int = REPEATS) -> float:
-    """The median time of a call."""
+def median_seconds(call: Callable[[], Any], device: torch.device, repeats: int = REPEATS) -> float:
+    """Median time of a call."""
     times = []
     for _ in range(repeats):
         synchronize(device)
@@ -119,40 +118,41 @@ def seconds(call: Callable[[], Any], device: torch.device, repeats: int = REPEAT
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for the GPU, if ``device`` is one."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def bandwidth(device: torch.device) -> float:
-    """Bytes a second that a copy on the device reads and writes."""
-    size = COPIED if device.type == "cuda" else COPIED // 16
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy on the device reads and writes."""
+    size = COPY_BYTES if device.type == "cuda" else COPY_BYTES // 16
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     target.copy_(source)
-    return 2 * size / seconds(lambda: target.copy_(source), device)
+    return 2 * size / median_seconds(lambda: target.copy_(source), device)
 
 
 @torch.no_grad()
 def measure(model: Any, batch: int, prompt: int, steps: int, compiled: bool) -> dict[str, float]:
-    """Tokens a second of prompts and of decoding, over the whole batch."""
+    """Tokens per second of prefill and of decoding, over the whole batch."""
     device = model.device
     ids = torch.arange(batch * prompt, device=device).view(batch, prompt) % model.config.vocab_size
     length = prompt + steps + 8
     on_gpu = device.type == "cuda"
     cache = StaticCache(config=model.config, max_cache_len=length) if on_gpu else None
 
-    def read_prompt() -> tuple[Any, Tensor]:
+    def prefill() -> tuple[Any, Tensor]:
         if cache is not None:
             cache.reset()
         kept = cache if cache is not None else DynamicCache(config=model.config)
         logits = model(input_ids=ids, past_key_values=kept, use_cache=True, logits_to_keep=1).logits
         return kept, logits[:, -1:].argmax(-1)
 
-    read_prompt()  # kernels are compiled here
-    prompt_seconds = seconds(read_prompt, device, 3)
-    decode = replayed if on_gpu else looped
-    torch._dynamo.reset()  # a graph for each width and batch would be too many
-    step_seconds = decode(torch.compile(model, fullgraph=True) if compiled else model, read_prompt, steps)
+    prefill()  # compiles the kernels
+    prompt_seconds = median_seconds(prefill, device, 3)
+    decode = decode_graph if on_gpu else decode_loop
+    torch._dynamo.reset()  # one graph per bit-width and batch size would exceed the recompile limit
+    step_seconds = decode(torch.compile(model, fullgraph=True) if compiled else model, prefill, steps)
     return {
         "prompt_tokens_per_second": batch * prompt / prompt_seconds,
         "decode_tokens_per_second": batch / step_seconds,
@@ -161,18 +161,18 @@ def measure(model: Any, batch: int, prompt: int, steps: int, compiled: bool) -> 
     }
 
 
-def looped(model: Any, read_prompt: Callable[[], tuple[Any, Tensor]], steps: int) -> float:
-    """Seconds of a step, the plain way."""
-    kept, token = read_prompt()
+def decode_loop(model: Any, prefill: Callable[[], tuple[Any, Tensor]], steps: int) -> float:
+    """Seconds of one decoding step in a plain loop."""
+    kept, token = prefill()
     start = time.perf_counter()
     for _ in range(steps):
         token = model(input_ids=token, past_key_values=kept, use_cache=True).logits[:, -1:].argmax(-1)
     return (time.perf_counter() - start) / steps
 
 
-def replayed(model: Any, read_prompt: Callable[[], tuple[Any, Tensor]], steps: int) -> float:
-    """Seconds of a step that a CUDA graph holds."""
-    kept, first = read_prompt()
+def decode_graph(model: Any, prefill: Callable[[], tuple[Any, Tensor]], steps: int) -> float:
+    """Seconds of one decoding step as a replayed CUDA graph."""
+    kept, first = prefill()
     token = first.clone()
 
     def step() -> None:
@@ -189,7 +189,7 @@ def replayed(model: Any, read_prompt: Callable[[], tuple[Any, Tensor]], steps: i
         step()
     times = []
     for _ in range(REPEATS):
-        read_prompt()
+        prefill()
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(steps):
@@ -203,25 +203,25 @@ def run(
     config: Any,
     dtype: torch.dtype,
     device: torch.device,
-    widths: Sequence[int],
+    bit_widths: Sequence[int],
     batches: Sequence[int],
     prompt: int,
     steps: int,
     compiled: bool,
 ) -> list[dict[str, Any]]:
-    """A row for the unquantized model and each width, at each batch size."""
-    rate = bandwidth(device)
+    """Rows of the dense model and of each bit-width, at each batch size."""
+    rate = copy_bandwidth(device)
     print(
         f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}: a copy moves {rate / 1e9:.0f} GB/s"
     )
     print(
-        f"{'bits':>6} {'batch':>6} {'prompt tok/s':>13} {'decode tok/s':>13} {'ms a step':>10} {'of the floor':>13} {'x':>6}"
+        f"{'bits':>6} {'batch':>6} {'prompt tok/s':>13} {'decode tok/s':>13} {'ms/step':>10} {'floor share':>13} {'x':>6}"
     )
     rows: list[dict[str, Any]] = []
     full: dict[int, float] = {}
     for nested in (False, True):
         model = make_model(config, dtype, device, nested)
-        for bits in widths if nested else [None]:
+        for bits in bit_widths if nested else [None]:
             if bits is not None:
                 set_bits(model, bits)
             for batch in batches:
@@ -238,6 +238,7 @@ def run(
 
 
 def line(row: dict[str, Any]) -> str:
+    """Line of the table."""
     speeds = (
         f"{row['prompt_tokens_per_second']:>13.1f} {row['decode_tokens_per_second']:>13.1f} {row['step_ms']:>10.2f}"
     )
@@ -247,36 +248,42 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Measure the model of the command line and write results.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(TINY), help="a folder with a config.json, or llama-8b")
+    parser.add_argument("--model", default=str(TINY), help="folder with a config.json, or llama-8b")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default=None, help="float16 on a GPU, float32 on a CPU")
-    parser.add_argument("--widths", default="2,3,4,8")
+    parser.add_argument("--dtype", default=None, help="default: float16 on a GPU, float32 on a CPU")
+    parser.add_argument("--bits", default="2,3,4,8")
     parser.add_argument("--batch", default="1")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
-    parser.add_argument("--steps", type=int, default=64, help="tokens that are decoded")
-    parser.add_argument("--compile", action="store_true", help="decode with what torch.compile makes of the model")
+    parser.add_argument("--steps", type=int, default=64, help="decoded tokens")
+    parser.add_argument("--compile", action="store_true", help="decode with the model compiled by torch.compile")
     parser.add_argument("--out", default="outputs/bench_e2e")
-    asked = parser.parse_args()
-    device = torch.device(asked.device)
-    dtype = getattr(torch, asked.dtype or ("float16" if device.type == "cuda" else "float32"))
-    widths, batches = ([int(n) for n in text.split(",")] for text in (asked.widths, asked.batch))
-    rows = run(config_of(asked.model), dtype, device, widths, batches, asked.prompt, asked.steps, asked.compile)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    dtype = getattr(torch, arguments.dtype or ("float16" if device.type == "cuda" else "float32"))
+    bit_widths, batches = ([int(n) for n in text.split(",")] for text in (arguments.bits, arguments.batch))
+    rows = run(
+        config_of(arguments.model),
+        dtype,
+        device,
+        bit_widths,
+        batches,
+        arguments.prompt,
+        arguments.steps,
+        arguments.compile,
+    )
     about = {
-        "model": asked.model if asked.model == "llama-8b" else Path(asked.model).name,
+        "provenance": provenance(),
+        "model": arguments.model if arguments.model == "llama-8b" else Path(arguments.model).name,
         "dtype": str(dtype),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
+        "device": str(device),
         "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "prompt": asked.prompt,
-        "steps": asked.steps,
-        "compile": asked.compile,
-        "date": datetime.date.today().isoformat(),
+        "prompt": arguments.prompt,
+        "steps": arguments.steps,
+        "compile": arguments.compile,
     }
-    out = Path(asked.out)
+    out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     print(f"written: {out / 'results.json'}")

@@ -43,6 +43,7 @@ from matquant.inference import cuda_ops, ops
 from matquant.inference.gemm_shape import Device, Problem
 from matquant.inference.launch_config import Plan, most_tokens, plan
 from matquant.inference.tile_configs import TOKENS, Variant, choose
+from matquant.report.provenance import provenance
 
 SHAPES = "4096x4096,4096x14336,14336x4096,8192x8192,16384x16384"
 BATCHES = "1,2,3,4,5,8,12,16,32,64,128,512"
@@ -380,6 +381,7 @@ def main() -> None:
                 print(line(timing), flush=True)
     finally:  # also of a run that is cut short
         record = {
+            "provenance": provenance(),
             "command": command(sys.argv),
             "date": datetime.date.today().isoformat(),
             "device": properties.name,

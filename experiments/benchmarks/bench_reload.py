@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.models.blocks import BlockModel
+from matquant.report.provenance import provenance
 from matquant.search.allocation_problem import Budget, Layer, exact, make_problem
 from matquant.search.evaluator import open_evaluator
 from matquant.search.layer_forwards import DecodedSlices, PlaneSlices
@@ -192,7 +193,7 @@ def main() -> None:
             slow, fast = (sum(row[key] * row["candidates"] for row in generation) for key in ("reloading", name))
             print(f"a generation as published, {name}: {slow / fast:.2f} times", flush=True)
     if arguments.output:
-        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+        arguments.output.write_text(json.dumps({"provenance": provenance(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

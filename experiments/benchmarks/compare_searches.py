@@ -34,6 +34,7 @@ from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.loading import load
 from matquant.paths import resource_root
 from matquant.pipeline import Job, compute
+from matquant.report.provenance import provenance
 from matquant.search.config import SearchConfig
 from matquant.search.evaluator import open_evaluator
 from matquant.search.layer_forwards import DecodedSlices
@@ -259,7 +260,9 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        text = json.dumps({"parent": self.parent, "uniform": self.uniform, "rows": self.rows})
+        text = json.dumps(
+            {"provenance": provenance(), "parent": self.parent, "uniform": self.uniform, "rows": self.rows}
+        )
         partial = self.path.with_name(self.path.name + ".partial")
         partial.write_text(text.replace(', {"method"', ',\n{"method"') + "\n")
         partial.replace(self.path)

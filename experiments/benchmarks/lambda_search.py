@@ -25,6 +25,7 @@ from optuna.trial import TrialState
 
 from matquant.report import load
 from matquant.report.output_files import write_atomic
+from matquant.report.provenance import provenance
 from matquant.report.summary import summarize
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,7 +102,7 @@ def main() -> int:
     output = arguments.output or folder / "trials.json"
     study, seed = open_study(folder, arguments.seed)
     sampler = {"seed": seed, "jobs": arguments.jobs}
-    about = {"seed": arguments.seed, "overrides": arguments.overrides}
+    about = {"provenance": provenance(), "seed": arguments.seed, "overrides": arguments.overrides}
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
 
     def run(trial: optuna.Trial) -> float:

@@ -1,33 +1,30 @@
-"""Measures whether memory grows with depth, and whether the plan was right, on random Llamas of the 8B shape and a CPU.
+"""Compare the planned with the measured memory of jobs on random Llamas of the 8B shape and several depths, on a CPU.
 
     python experiments/benchmarks/measure_memory.py FOLDER --out memory.json --width 1 --blocks 2,4,8
     python experiments/benchmarks/measure_memory.py FOLDER --out memory.json --width 0.125 --blocks 2,8 method.cd_passes=0
 
-Makes each model in FOLDER if it is not there, quantizes and measures it in processes of their own, and prints a line for
-each: the peak that the plan gave, the peak resident memory of the process, and seconds. Further arguments are overrides.
+Makes each model in FOLDER if it is missing. The stages quantize and evaluate run in processes of their own. Each prints a line:
+planned peak, measured peak of resident memory, and seconds. Further arguments are overrides of the config.
 
-The JSON is written anew after each line. No stage lives beyond ``--seconds`` of the whole run: one that was ended has no line,
-and the same command goes on at the block where it stopped.
+The JSON is rewritten after each line. ``--seconds`` limits the whole run: a stage that exceeds it is stopped and has no line;
+the same command resumes it at the block where it stopped.
 """
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import torch
 from make_llama import INDEX, make
-
-from matquant import machine
+from matquant.report.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(model: Path, work: Path, stage: str, overrides: list[str], seconds: float) -> dict:
-    """The results of one stage, run as a process of its own; raises subprocess.TimeoutExpired after so many seconds."""
+def run_stage(model: Path, work: Path, stage: str, overrides: list[str], seconds: float) -> dict:
+    """Results of one stage, run as a process. Raises subprocess.TimeoutExpired after ``seconds``."""
     command = [
         sys.executable,
         str(ROOT / "run.py"),
@@ -45,42 +42,40 @@ def run(model: Path, work: Path, stage: str, overrides: list[str], seconds: floa
     return json.loads((work / "run" / "results.json").read_text())
 
 
-def line(blocks: int, stage: str, results: dict) -> dict:
-    """What one stage planned and took: bytes and seconds."""
-    found = results["resources"]
-    planned = found["plan"]["host_peak"] if found["plan"] else None
+def make_row(blocks: int, stage: str, results: dict) -> dict:
+    """Planned and measured bytes, and seconds, of one stage."""
+    resources = results["resources"]
     return {
         "blocks": blocks,
         "stage": stage,
-        "planned": planned,
-        "measured": found["host_peak"],
+        "planned": resources["plan"]["host_peak"] if resources["plan"] else None,
+        "measured": resources["host_peak"],
         "seconds": results["seconds"][stage],
     }
 
 
-def shown(row: dict) -> str:
+def markdown(row: dict) -> str:
+    """Line of the table."""
     planned = "?" if row["planned"] is None else f"{row['planned'] / 1e6:.0f}"
     return f"| {row['blocks']} | {row['stage']} | {planned} | {row['measured'] / 1e6:.0f} | {row['seconds']:.0f} |"
 
 
 def main() -> None:
+    """Measure all models of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--width", type=float, default=1.0, help="factor on all sizes of the 8B shape")
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--blocks", default="2,4,8")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="of the whole run")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="limit of the whole run")
     arguments, overrides = parser.parse_known_args()
     end = time.monotonic() + arguments.seconds
     about = {
+        "provenance": provenance(),
         "overrides": overrides,
         "width": arguments.width,
         "vocabulary": arguments.vocabulary,
-        "cores": machine.cores(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
     }
     rows: list[dict] = []
     print("| blocks | stage | planned, MB | measured, MB | seconds |\n|---|---|---|---|---|")
@@ -90,11 +85,13 @@ def main() -> None:
             make(model, blocks, arguments.width, arguments.vocabulary)
         for stage in ("quantize", "evaluate"):
             try:
-                results = run(model, arguments.folder / f"work-{blocks}", stage, overrides, end - time.monotonic())
+                results = run_stage(
+                    model, arguments.folder / f"work-{blocks}", stage, overrides, end - time.monotonic()
+                )
             except subprocess.TimeoutExpired:
-                sys.exit(f"{stage} of {blocks} blocks was ended: the time is over")
-            rows.append(line(blocks, stage, results))
-            print(shown(rows[-1]), flush=True)
+                sys.exit(f"{stage} of {blocks} blocks was stopped after --seconds; the same command resumes it")
+            rows.append(make_row(blocks, stage, results))
+            print(markdown(rows[-1]), flush=True)
             arguments.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 

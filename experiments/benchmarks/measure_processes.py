@@ -1,12 +1,11 @@
-"""Quantizes and measures the shipped model in one process and in two, a thread each, and compares time and results.
+"""Quantize and evaluate the shipped model in one process and in two, one thread each; compare times and results.
 
     python experiments/benchmarks/measure_processes.py --out processes.json
 
-Seconds of the processor are of the busiest process, so that they tell of sharing even where other work runs on the cores.
+CPU seconds are those of the busiest process: they show the division of work even if other programs use the cores.
 """
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -18,31 +17,33 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from matquant.report.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def busiest(process: psutil.Process, found: dict[int, float], stop: threading.Event) -> None:
-    """Note the processor's seconds of a process and its children, until told to stop."""
+def watch_cpu_seconds(process: psutil.Process, seconds: dict[int, float], stop: threading.Event) -> None:
+    """Record the CPU seconds of a process and its descendants by process id, until ``stop`` is set."""
     while not stop.wait(0.2):
         for one in (process, *process.children(recursive=True)):
             try:
-                found[one.pid] = sum(one.cpu_times()[:2])
+                seconds[one.pid] = sum(one.cpu_times()[:2])
             except psutil.NoSuchProcess:
                 continue
 
 
 def run(processes: int, overrides: list[str]) -> dict[str, Any]:
-    """Seconds and results of one job."""
+    """Times and results of one job."""
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
     with tempfile.TemporaryDirectory() as folder:
-        places = ["tracking=none", f"hydra.run.dir={folder}/run", f"store.path={folder}/store"]
+        settings = ["tracking=none", f"hydra.run.dir={folder}/run", f"store.path={folder}/store"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         start = time.perf_counter()
-        job = subprocess.Popen([sys.executable, *launcher, str(ROOT / "run.py"), *places, *overrides], env=environment)
-        found: dict[int, float] = {}
+        command = [sys.executable, *launcher, str(ROOT / "run.py"), *settings, *overrides]
+        job = subprocess.Popen(command, env=environment)
+        cpu_seconds: dict[int, float] = {}
         stop = threading.Event()
-        watcher = threading.Thread(target=busiest, args=(psutil.Process(job.pid), found, stop))
+        watcher = threading.Thread(target=watch_cpu_seconds, args=(psutil.Process(job.pid), cpu_seconds, stop))
         watcher.start()
         status = job.wait()
         seconds = time.perf_counter() - start
@@ -51,27 +52,26 @@ def run(processes: int, overrides: list[str]) -> dict[str, Any]:
         if status:
             sys.exit(status)
         results = json.loads((Path(folder) / "run" / "results.json").read_text())
-    kl = {str(entry["bits"]): entry["kl"]["stdlib"] for entry in results["slices"]}
-    stages = {stage: results["seconds"][stage] for stage in ("load", "quantize", "evaluate")}
     return {
         "processes": processes,
         "seconds": seconds,
-        "stages": stages,
-        "busiest": max(found.values()),
-        "kl": kl,
+        "stages": {stage: results["seconds"][stage] for stage in ("load", "quantize", "evaluate")},
+        "busiest": max(cpu_seconds.values()),
+        "kl": {str(entry["bits"]): entry["kl"]["stdlib"] for entry in results["slices"]},
         "parent": results["parent"]["sha256"],
     }
 
 
 def main() -> None:
+    """Run both jobs, print the comparison and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     arguments, overrides = parser.parse_known_args()
     one, two = (run(processes, overrides) for processes in (1, 2))
-    ratios = {what: two[what] / one[what] for what in ("seconds", "busiest")}
+    ratios = {name: two[name] / one[name] for name in ("seconds", "busiest")}
     ratios |= {stage: two["stages"][stage] / one["stages"][stage] for stage in ("quantize", "evaluate")}
     record = {
-        "date": datetime.date.today().isoformat(),
+        "provenance": provenance(),
         "overrides": overrides,
         "runs": [one, two],
         "ratios": ratios,

@@ -1,16 +1,17 @@
-"""Each trick of the solver alone and together, on one model: python experiments/benchmarks/solver_ablation.py --help
+"""Measure each technique of the solver alone and together, on one model.
 
-Every row of the table is `python run.py` with the overrides that stand in it. Rows run in parallel processes, one thread each.
+    python experiments/benchmarks/solver_ablation.py runtime.device=cuda
+
+Every row of the table is a job, `python run.py` with the overrides of that row. Rows run in parallel processes with one
+thread each. Writes results.json and results.png, and prints the table.
 """
 
 import argparse
 import dataclasses
-import datetime
 import json
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -21,40 +22,48 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # runs from a checkout that is not installed
 
-WIDTHS = (2, 3, 4, 6, 8)
+BIT_WIDTHS = (2, 3, 4, 6, 8)
 
-# The bars: one model per width.
-DEDICATED = {
+# Baselines: one model per bit-width.
+BASELINES = {
     "round to nearest": ["method=rtn"],
     "GPTQ, min-max scales": ["method=gptq"],
-    "GPTQ, searched scales, zero on the grid": ["method=gptq", "method.scale=search"],
-    "GPTQ, searched scales, half-step grid": ["method=gptq", "method.scale=search", "method.slicing=msb"],
+    "GPTQ, scale search, zero on the grid": ["method=gptq", "method.scale=search"],
+    "GPTQ, scale search, half-step grid": ["method=gptq", "method.scale=search", "method.slicing=msb"],
 }
-PLAIN = ["method.calibration_bits=[]", "method.asymmetric_calibration=false", "method.true_sequential=false", "method.zero_point_offset=0", "method.cd_passes=0"]
+NO_PASSES = ["method.cd_passes=0"]
+NO_OFFSET = ["method.zero_point_offset=0"]
+ONE_PARENT_STREAM = [
+    "method.calibration_bits=[]",
+    "method.asymmetric_calibration=false",
+    "method.true_sequential=false",
+]
+ALL = "all: + one stream per slice, asymmetric calibration"
 NESTED = {
     "MatGPTQ v1": ["method=matgptq_v1"],
-    "one target per width, min-max scales": [*PLAIN, "method.scale=minmax"],
-    "+ searched scales": PLAIN,
-    "+ two sweeps": [o for o in PLAIN if "sweeps" not in o],
-    "+ mirrored grids": [o for o in PLAIN if "sweeps" not in o and "offset" not in o],
-    "all: + a stream per slice, asymmetric": [],
+    "one target per bit-width, min-max scales": [*ONE_PARENT_STREAM, *NO_OFFSET, *NO_PASSES, "method.scale=minmax"],
+    "+ scale search": [*ONE_PARENT_STREAM, *NO_OFFSET, *NO_PASSES],
+    "+ 2 coordinate-descent passes": [*ONE_PARENT_STREAM, *NO_OFFSET],
+    "+ mirrored grids": ONE_PARENT_STREAM,
+    ALL: [],
 }
-WITHOUT = {
-    "all, no sweep": ["method.cd_passes=0"],
-    "all, one sweep": ["method.cd_passes=1"],
-    "all, four sweeps": ["method.cd_passes=4"],
-    "all, no mirrored grids": ["method.zero_point_offset=0"],
-    "all, offset 4": ["method.zero_point_offset=4"],
-    "all, offset 12": ["method.zero_point_offset=12"],
+# One change of ``ALL`` each.
+SINGLE_CHANGES = {
+    "all, no coordinate descent": NO_PASSES,
+    "all, 1 pass": ["method.cd_passes=1"],
+    "all, 4 passes": ["method.cd_passes=4"],
+    "all, no mirrored grids": NO_OFFSET,
+    "all, zero-point offset 4": ["method.zero_point_offset=4"],
+    "all, zero-point offset 12": ["method.zero_point_offset=12"],
     "all, min-max scales": ["method.scale=minmax"],
     "all, symmetric calibration": ["method.asymmetric_calibration=false"],
-    "all, not staged": ["method.true_sequential=false"],
+    "all, not true-sequential": ["method.true_sequential=false"],
     "all, one stream (8 bits)": ["method.calibration_bits=[8]"],
     "all, streams of 2 and 8 bits": ["method.calibration_bits=[2,8]"],
-    "all, a stream for 6 bits too": ["method.calibration_bits=[2,3,4,6,8]"],
-    "all, act_order": ["method.act_order=true"],
-    "all, zero points": ["method.symmetric=false", "method.zero_point_offset=0"],
-    "all, round slices": ["method.slicing=round", "method.zero_point_offset=0"],
+    "all, also a stream of 6 bits": ["method.calibration_bits=[2,3,4,6,8]"],
+    "all, act-order": ["method.act_order=true"],
+    "all, zero points": ["method.symmetric=false", *NO_OFFSET],
+    "all, round slices": ["method.slicing=round", *NO_OFFSET],
     "all, damping 0.003": ["method.damp=0.003"],
     "all, damping 0.03": ["method.damp=0.03"],
     "all, group size 64": ["method.group_size=64"],
@@ -65,20 +74,19 @@ WITHOUT = {
     "all, objective high_bit": ["objective=high_bit"],
 }
 
-
-# Rows in the plot, and what it calls them.
-DRAWN = {
-    "round to nearest": "round to nearest, a model per width",
-    "GPTQ, min-max scales": "GPTQ, a model per width",
-    "GPTQ, searched scales, half-step grid": "GPTQ, searched scales, a model per width",
+# Rows in the plot, and their labels there.
+PLOTTED = {
+    "round to nearest": "round to nearest, one model per bit-width",
+    "GPTQ, min-max scales": "GPTQ, one model per bit-width",
+    "GPTQ, scale search, half-step grid": "GPTQ, scale search, one model per bit-width",
     "MatGPTQ v1": "MatGPTQ v1, one parent",
-    "all: + a stream per slice, asymmetric": "matgptq, one parent",
+    ALL: "matgptq, one parent",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table: a set of overrides, and a seed that draws the calibration windows."""
+    """One line of the table: overrides, and the seed of the calibration sequences."""
 
     name: str
     overrides: tuple[str, ...]
@@ -86,20 +94,21 @@ class Row:
 
 
 def measure(task: tuple[Row, tuple[str, ...], str]) -> dict[str, Any]:
-    """Run one row; called in a process of its own."""
+    """Run one row in a process of its own."""
     row, common, store = task
     from hydra import compose, initialize_config_dir
 
-    from matquant import cli, pipeline
+    from matquant import cli
     from matquant.config import from_hydra
+    from matquant.stages.job import JobInfo, compute
 
     cli.register()
     overrides = [*common, *row.overrides, f"calibration.seed={row.seed}"]
     fixed = [f"store.path={store}", "bits=[2,3,4,6,8]", "tracking=none", "runtime.threads=1", "runtime.progress=false"]
     with initialize_config_dir(str(cli.resource_root() / "conf"), version_base="1.3"):
         config = from_hydra(compose("config", [*overrides, *fixed]))
-    job = pipeline.Job(folder=Path(store), command="", name=row.name, group=None, resolved={})
-    results = pipeline.compute(config, job)
+    info = JobInfo(folder=Path(store), command="", name=row.name, group=None, resolved={})
+    results = compute(config, info)
     dataset = next(iter(results["baseline"]["perplexity"]))
     kl = {str(entry["bits"]): entry["kl"][dataset] for entry in results["slices"]}
     print(f"{row.name} (seed {row.seed}): " + " ".join(f"{b}: {v:.5f}" for b, v in kl.items()), flush=True)
@@ -108,43 +117,37 @@ def measure(task: tuple[Row, tuple[str, ...], str]) -> dict[str, Any]:
 
 
 def rows(seeds: Sequence[int]) -> list[Row]:
-    """What is compared on every seed, and what on the first only."""
-    compared = {**DEDICATED, **NESTED}
+    """Rows: baselines and cumulative techniques for every seed, single changes for the first seed."""
+    compared = {**BASELINES, **NESTED}
     return [Row(name, tuple(o), seed) for seed in seeds for name, o in compared.items()] + [
-        Row(name, tuple(o), seeds[0]) for name, o in WITHOUT.items()
+        Row(name, tuple(o), seeds[0]) for name, o in SINGLE_CHANGES.items()
     ]
 
 
 def table(measured: Sequence[dict[str, Any]]) -> str:
-    """Markdown: mean KL over the seeds of each row and width, and seconds of one thread."""
+    """Markdown table: mean KL over the seeds of each row at each bit-width, and mean seconds."""
     lines = ["| | 2 | 3 | 4 | 6 | 8 bits | s |", "|---|---|---|---|---|---|---|"]
     names = list(dict.fromkeys(m["name"] for m in measured))
     for name in names:
         runs = [m for m in measured if m["name"] == name]
-        means = [statistics.mean(run["kl"][str(b)] for run in runs) for b in WIDTHS]
+        means = [statistics.mean(run["kl"][str(b)] for run in runs) for b in BIT_WIDTHS]
         seconds = statistics.mean(run["seconds_quantize"] for run in runs)
         lines.append(f"| {name} | " + " | ".join(_short(v) for v in means) + f" | {seconds:.0f} |")
     return "\n".join(lines)
 
 
 def draw(measured: Sequence[dict[str, Any]], path: Path) -> None:
-    """The README's plot: KL against bits of our parent, MatGPTQ v1's, and the dedicated models of every width."""
+    """Plot of the README: KL against bits of our parent, of MatGPTQ v1's parent, and of the baseline models."""
     from matquant.report import drawing, plots
 
     lines = []
-    for name, label in DRAWN.items():
+    for name, label in PLOTTED.items():
         runs = [m for m in measured if m["name"] == name]
-        points = tuple((float(b), statistics.mean(run["kl"][str(b)] for run in runs)) for b in WIDTHS)
+        points = tuple((float(b), statistics.mean(run["kl"][str(b)] for run in runs)) for b in BIT_WIDTHS)
         lines.append(plots.Series(label, points))
     figure = plots.kl_figure(lines, "bits")
     if figure is not None:
         path.write_bytes(drawing.to_png(figure))
-
-
-def _accelerator() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
 
 
 def _short(value: float) -> str:
@@ -152,8 +155,9 @@ def _short(value: float) -> str:
 
 
 def main() -> None:
+    """Measure all rows and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="for every row, such as model.path=FOLDER or runtime.device=cuda")
+    parser.add_argument("overrides", nargs="*", help="of every row, such as model.path=FOLDER or runtime.device=cuda")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=ROOT / "experiments" / "results" / "solver" / "results.json")
@@ -162,13 +166,9 @@ def main() -> None:
         tasks = [(row, tuple(args.overrides), store) for row in rows(args.seeds)]
         with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
             measured = pool.map(measure, tasks, chunksize=1)
-    record = {
-        "command": " ".join(["python", "experiments/benchmarks/solver_ablation.py", *args.overrides]),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{_accelerator()}, {os.cpu_count()} cores",
-        "text": f"Python {platform.python_version()}",
-        "rows": measured,
-    }
+    from matquant.report.provenance import provenance
+
+    record = {"provenance": provenance(), "rows": measured}
     args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(table(measured))
     draw(measured, args.out.with_suffix(".png"))

@@ -1,15 +1,16 @@
-"""Train the model that ships in experiments/models/tiny: python experiments/benchmarks/train_tiny.py
+"""Train the model that ships in experiments/models/tiny.
+
+    python experiments/benchmarks/train_tiny.py
+    python experiments/benchmarks/train_tiny.py --architecture qwen3 --out FOLDER      # a model that nothing is tuned on
 
 A Llama of 5.2 M parameters and its byte-level BPE tokenizer, trained on the source of Python's standard library. One GPU
 takes minutes, a CPU a day. Settings were chosen on the calibration split; the evaluation split is only measured.
 """
 
 import argparse
-import datetime
 import json
 import math
 import platform
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -19,9 +20,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # runs from a checkout that is not installed
 
-from matquant.data import stdlib  # noqa: E402  (the script runs from a checkout, installed or not)
+from matquant.report.provenance import provenance  # noqa: E402
+
+from matquant.data import stdlib  # noqa: E402
 
 TINY = ROOT / "experiments" / "models" / "tiny"
 TINY_RECORD = ROOT / "experiments" / "results" / "tiny" / "training.json"
@@ -30,6 +33,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -42,14 +46,14 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All texts as one row of token ids, each text followed by the end-of-text token."""
+    """Token ids of all texts in one row; the end-of-text token follows each text."""
     end = tokenizer.eos_token_id
     ids = [i for text in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in (*text, end)]
     return torch.tensor(ids, dtype=torch.int32)
 
 
 def build_model(architecture: str, vocabulary: int) -> LlamaForCausalLM | Qwen3ForCausalLM:
-    """The shipped Llama of 5.2 M parameters, or a Qwen3 of 26 M that nothing is tuned on."""
+    """Untrained Llama of 5.2 M parameters (the shipped model), or Qwen3 of 26 M."""
     common = {
         "vocab_size": vocabulary,
         "max_position_embeddings": CONTEXT,
@@ -66,7 +70,7 @@ def build_model(architecture: str, vocabulary: int) -> LlamaForCausalLM | Qwen3F
 
 
 def add_dropout(model: torch.nn.Module, p: float) -> None:
-    """Dropout on what each attention and feed-forward layer adds to the residual stream, while training."""
+    """Add dropout to the output of each attention and feed-forward module during training."""
 
     def drop(module: torch.nn.Module, _inputs: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
         if isinstance(output, tuple):
@@ -80,15 +84,15 @@ def add_dropout(model: torch.nn.Module, p: float) -> None:
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
-    """Nats per token over non-overlapping windows, each predicting all its tokens but the first."""
+    """Cross-entropy in nats per token over non-overlapping sequences; the first token of each is not predicted."""
     model.eval()
-    windows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT).long()
-    losses = [model(input_ids=batch, labels=batch).loss * len(batch) for batch in windows.split(32)]
-    return float(torch.stack(losses).double().sum() / len(windows))
+    sequences = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT).long()
+    losses = [model(input_ids=batch, labels=batch).loss * len(batch) for batch in sequences.split(32)]
+    return float(torch.stack(losses).double().sum() / len(sequences))
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 2 % of the steps, then a cosine down to a fiftieth of the peak."""
+    """Linear warm-up over 2 % of the steps, then cosine decay to 2 % of the peak."""
     warmup = max(1, steps // 50)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -97,6 +101,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def train(model: torch.nn.Module, ids: torch.Tensor, held_out: torch.Tensor, args: argparse.Namespace) -> None:
+    """Train the model with AdamW; print the losses ten times."""
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -121,22 +126,19 @@ def train(model: torch.nn.Module, ids: torch.Tensor, held_out: torch.Tensor, arg
             held = mean_loss(model, held_out)
             tokens = (step + 1) * batch.numel()
             print(
-                f"step {step + 1}: train {loss.item():.4f}, held out {held:.4f} nats a token, "
+                f"step {step + 1}: train {loss.item():.4f}, held out {held:.4f} nats/token, "
                 f"{tokens / 1e6:.0f} M tokens, {time.time() - start:.0f} s",
                 flush=True,
             )
 
 
 def record(model: torch.nn.Module, splits: dict[str, torch.Tensor], text_bytes: int, seconds: float) -> dict:
-    """What training.json says of the model."""
+    """Record of a trained model, for training.json."""
     loss = mean_loss(model, splits["evaluation"])
     nats_per_byte = loss * len(splits["evaluation"]) / text_bytes
     return {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),  # whose library the text is, unless --stdlib names another
+        "provenance": provenance(),
+        "python": platform.python_version(),  # version of the library that is the text, unless --stdlib names another
         "corpus_tokens": {name: len(ids) for name, ids in splits.items()},
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(seconds),
@@ -150,21 +152,23 @@ def record(model: torch.nn.Module, splits: dict[str, torch.Tensor], text_bytes: 
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", choices=("llama", "qwen3"), default="llama")
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=128, help=f"sequences of {CONTEXT} tokens a step")
+    parser.add_argument("--batch", type=int, default=128, help=f"sequences of {CONTEXT} tokens per step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--weight-decay", type=float, default=1.0)
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stdlib", type=Path, help="folder of another standard library than this interpreter's")
+    parser.add_argument("--stdlib", type=Path, help="folder of another standard library; default: this interpreter's")
     parser.add_argument("--out", type=Path, default=TINY, help="folder of the model")
     return parser.parse_args()
 
 
 def main() -> None:
+    """Train tokenizer and model, and record the evaluation."""
     args = parse_arguments()
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"

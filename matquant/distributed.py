@@ -29,7 +29,12 @@ def rank_from_env() -> int:
 
 
 class ProcessGroup:
-    """Process ``rank`` of the ``world_size`` processes of a job."""
+    """Process ``rank`` of the ``world_size`` processes of a job.
+
+    Attributes:
+        rank: of this process, 0 to ``world_size - 1``.
+        world_size: number of processes.
+    """
 
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
         self.rank = rank
@@ -74,14 +79,14 @@ class ProcessGroup:
                 dist.broadcast(content, source)
 
     def all_gather_rows(self, part: Tensor, rows: int) -> Tensor:
-        """Matrix of ``rows`` rows from the ``shard`` of each process; the same in all of them."""
+        """Gather the ``shard`` of each process into a matrix of ``rows`` rows, in all processes."""
         if self.world_size == 1:
             return part
-        whole = part.new_empty(rows, *part.shape[1:])
-        whole[self.shard(rows)] = part
+        matrix = part.new_empty(rows, *part.shape[1:])
+        matrix[self.shard(rows)] = part
         for source in range(self.world_size):
-            self.broadcast(whole[self.shard(rows, source)], source)
-        return whole
+            self.broadcast(matrix[self.shard(rows, source)], source)
+        return matrix
 
     def broadcast_object(self, value: Any = None, source: int = 0) -> Any:
         """Return the JSON-able value of rank ``source`` in all processes."""
@@ -134,7 +139,7 @@ def init_distributed(device: torch.device) -> Iterator[ProcessGroup]:
 
 @contextlib.contextmanager
 def _explain_lost_process() -> Iterator[None]:
-    """Turn torch's error about a lost process into a sentence."""
+    """Translate torch's error about a lost process into a UserError."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Several processes for one job: what each gets, that they make what one makes, and what happens when one of them dies."""
+"""One job in several processes: sharding, equality with one process, and the death of a process."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from shared import ROOT, SMALL
 from matquant import distributed, machine
 from matquant.distributed import SINGLE_PROCESS, ProcessGroup
 
-# Batches of one window, so that both processes sum over the same batches as one does.
+# Batches of one sequence: both world sizes sum over the same batches.
 JOB = (
     *SMALL,
     "method.group_size=64",
@@ -31,11 +31,11 @@ JOB = (
 
 
 @pytest.fixture
-def start(tmp_path):
-    """Start a job in two processes; returns the Popen object of torchrun."""
+def start_two(tmp_path):
+    """Function that starts a job in two processes and returns the Popen object of torchrun."""
 
     def run(*overrides: str) -> subprocess.Popen:
-        places = [f"hydra.run.dir={tmp_path}/run", f"store.path={tmp_path}/store"]
+        folders = [f"hydra.run.dir={tmp_path}/run", f"store.path={tmp_path}/store"]
         return subprocess.Popen(
             [
                 sys.executable,
@@ -43,7 +43,7 @@ def start(tmp_path):
                 "torch.distributed.run",
                 "--nproc-per-node=2",
                 str(ROOT / "run.py"),
-                *places,
+                *folders,
                 *overrides,
             ],
             cwd=tmp_path,
@@ -56,8 +56,8 @@ def start(tmp_path):
 
 
 @pytest.fixture
-def alone(matquant, tmp_path):
-    """Run a job in this process; returns its results."""
+def run_one(matquant, tmp_path):
+    """Function that runs a job in this process and returns its results."""
     threads = torch.get_num_threads()
 
     def run(*overrides: str) -> dict:
@@ -70,18 +70,18 @@ def alone(matquant, tmp_path):
 
 
 @given(st.integers(1, 8), st.integers(1, 100), st.integers(1, 9))
-def test_every_window_goes_to_one_process(count, sequences, batch_size):
-    for shares in (
+def test_each_sequence_belongs_to_one_shard(count, sequences, batch_size):
+    for shards in (
         [ProcessGroup(rank, count).shard_batches(sequences, batch_size) for rank in range(count)],
         [ProcessGroup(rank, count).shard(sequences) for rank in range(count)],
     ):
-        sizes = [share.stop - share.start for share in shares]
+        sizes = [shard.stop - shard.start for shard in shards]
         assert min(sizes) >= 1
         if sequences >= count:
-            assert [i for share in shares for i in range(*share.indices(sequences))] == list(range(sequences))
+            assert [i for shard in shards for i in range(*shard.indices(sequences))] == list(range(sequences))
 
 
-def test_one_process_keeps_what_it_has():
+def test_collectives_of_one_process_return_their_argument():
     tensor = torch.arange(4.0)
     SINGLE_PROCESS.all_reduce(tensor)
     assert SINGLE_PROCESS.all_gather_rows(tensor, 4) is tensor
@@ -90,7 +90,8 @@ def test_one_process_keeps_what_it_has():
     assert SINGLE_PROCESS.rank0_first(lambda: 5) == 5
 
 
-def test_two_processes_make_what_one_makes(start, alone, small_model, tmp_path):
+@pytest.mark.slow
+def test_two_processes_give_the_results_of_one(start_two, run_one, small_model, tmp_path):
     search = (
         "search.average_bits=3",
         "search.sequences=2",
@@ -102,11 +103,11 @@ def test_two_processes_make_what_one_makes(start, alone, small_model, tmp_path):
         "search.survivors=[2,1]",
     )
     job = (*JOB, f"model.path={small_model}", *search)
-    process = start(*job)
+    process = start_two(*job)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     two = json.loads((tmp_path / "run" / "results.json").read_text())
-    one = alone(*job, f"store.path={tmp_path}/other")
+    one = run_one(*job, f"store.path={tmp_path}/other")
     assert one["parent"]["reused"] is two["parent"]["reused"] is False
     assert one["parent"]["sha256"] == two["parent"]["sha256"]
     assert Path(one["parent"]["path"]).name == Path(two["parent"]["path"]).name
@@ -117,9 +118,10 @@ def test_two_processes_make_what_one_makes(start, alone, small_model, tmp_path):
         assert a["kl"] == pytest.approx(b["kl"], rel=1e-4)
 
 
-def test_one_process_dies_and_another_number_goes_on(start, alone, small_model, tmp_path):
+@pytest.mark.slow
+def test_a_job_whose_process_died_resumes_with_another_world_size(start_two, run_one, small_model, tmp_path):
     job = (*JOB, f"model.path={small_model}")
-    process = start(*job)
+    process = start_two(*job)
     deadline = time.monotonic() + 120
     while not any((tmp_path / "store").glob("partial/parent-*/block-0001.safetensors")):
         assert time.monotonic() < deadline, "the block was never written"
@@ -132,12 +134,12 @@ def test_one_process_dies_and_another_number_goes_on(start, alone, small_model, 
     assert "inished blocks are kept" in err
     assert not (tmp_path / "run" / "results.json").exists()
     draft = next((tmp_path / "store" / "partial").glob("parent-*"))
-    resumed = alone(*job, f"store.path={tmp_path}/store")["parent"]
+    resumed = run_one(*job, f"store.path={tmp_path}/store")["parent"]
     assert draft.name == f"parent-{Path(resumed['path']).name}"
-    assert resumed["sha256"] == alone(*job, f"store.path={tmp_path}/other")["parent"]["sha256"]
+    assert resumed["sha256"] == run_one(*job, f"store.path={tmp_path}/other")["parent"]["sha256"]
 
 
-def test_what_several_processes_cannot_do_is_refused(matquant, small_model, monkeypatch):
+def test_too_few_sequences_and_multiruns_are_rejected(matquant, small_model, monkeypatch):
     job = (*JOB, f"model.path={small_model}")
     monkeypatch.setattr(distributed, "init_distributed", lambda _: contextlib.nullcontext(ProcessGroup(0, 2)))
     status, _, err = matquant(*job, "calibration.sequences=1")

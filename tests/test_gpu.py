@@ -14,9 +14,12 @@ from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.inference import NestedLinear, NestedPlanes, ops, set_bits
 from matquant.models.activation_cache import ActivationCache
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or importlib.util.find_spec("cupy") is None, reason="no NVIDIA GPU, or no CuPy"
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or importlib.util.find_spec("cupy") is None, reason="no NVIDIA GPU, or no CuPy"
+    ),
+]
 TINY = Path(__file__).parent.parent / "experiments" / "models" / "tiny"
 
 

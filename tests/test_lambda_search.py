@@ -33,6 +33,7 @@ def recipe(monkeypatch, tmp_path):
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(module.subprocess, "run", run)
+    monkeypatch.setattr(module, "provenance", lambda: {"commit": "0123abc"})  # runs git, by subprocess.run
 
     def call(trials, *more):
         folder = str(tmp_path / "study")
@@ -65,6 +66,7 @@ def test_trials_at_the_same_time_are_recorded_with_their_seeds(recipe, tmp_path)
     call(5, "--jobs", "2", "--seed", "7", "--output", str(output), "tracking=none")
     found = json.loads(output.read_text())
     assert found["seed"] == 7
+    assert found["provenance"] == {"commit": "0123abc"}
     assert found["overrides"] == ["tracking=none"]
     assert [trial["number"] for trial in found["trials"]] == list(range(5))
     assert sorted(trial["state"] for trial in found["trials"]) == ["complete"] * 4 + ["fail"]

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numba
 import torch
-from matquant.report.provenance import provenance
 from torch import Tensor
 
 from matquant.formats.nested import NestedWeight, WeightFormat, slice_codes
 from matquant.quantize.gptq.hessians import HessianStats, prepare_hessians, relative_error
 from matquant.quantize.gptq.options import SolverOptions
 from matquant.quantize.gptq.solver import solve
+from matquant.report.provenance import provenance
 
 LAMBDAS = {2: 1.0, 3: 2.0, 4: 4.0, 6: 16.0, 8: 64.0}
 GROUP_SIZE = 128

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matquant.report.provenance import provenance
 from torch import Tensor
 
 from matquant.formats.nested import NestedWeight
 from matquant.quantize.gptq.hessians import HessianStats, prepare_hessians, relative_error
 from matquant.quantize.gptq.options import SolverOptions
 from matquant.quantize.gptq.solver import solve
+from matquant.report.provenance import provenance
 
 BLOCKS = 32
 LAMBDAS = {2: 1.0, 3: 1.5, 4: 3.0, 6: 12.0, 8: 48.0}

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from make_llama import INDEX, make
+
 from matquant.report.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[2]

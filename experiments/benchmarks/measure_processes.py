@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from matquant.report.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[2]

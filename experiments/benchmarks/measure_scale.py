@@ -28,7 +28,6 @@ import psutil
 import torch
 from hydra import compose, initialize_config_dir
 from make_llama import INDEX, make
-from matquant.report.provenance import provenance
 from torch import Tensor
 
 from matquant import cli, machine
@@ -44,6 +43,7 @@ from matquant.quantize.driver import BlockwiseQuantizer
 from matquant.quantize.gptq.config import GptqConfig
 from matquant.quantize.layers import layers_to_quantize
 from matquant.quantize.memory import quantize_memory
+from matquant.report.provenance import provenance
 from matquant.store import Store
 
 DEFAULTS = ["calibration.sequences=1024", "calibration.sequence_length=2048", "calibration.batch_size=8"]

@@ -109,10 +109,11 @@ def measure(task: tuple[Row, tuple[str, ...], str]) -> dict[str, Any]:
         config = from_hydra(compose("config", [*overrides, *fixed]))
     info = JobInfo(folder=Path(store), command="", name=row.name, group=None, resolved={})
     results = compute(config, info)
-    dataset = next(iter(results["baseline"]["perplexity"]))
-    kl = {str(entry["bits"]): entry["kl"][dataset] for entry in results["slices"]}
+    assert results is not None  # one process
+    dataset = next(iter(results.baseline.perplexity))
+    kl = {str(one.bits): one.kl[dataset] for one in results.slices}
     print(f"{row.name} (seed {row.seed}): " + " ".join(f"{b}: {v:.5f}" for b, v in kl.items()), flush=True)
-    seconds = results["seconds"]["quantize"]
+    seconds = results.seconds["quantize"]
     return {"name": row.name, "overrides": overrides, "seed": row.seed, "kl": kl, "seconds_quantize": seconds}
 
 

@@ -12,11 +12,11 @@ from matquant.formats.tile_layout import TILE, tiles
 from matquant.inference.gemm_shape import Device, Problem, centred_exactly
 from matquant.inference.tile_configs import TOKENS, WARP, Variant, choose
 
-MOST_TOKENS = 1024  # that one launch takes with wgmma; more are faster by strips (H200: experiments/results/kernels)
+MOST_TOKENS = 1024  # that one launch takes with wgmma; more are faster by strips (H200: results/kernels)
 _MOST_OF_MANY_PLANES = 512  # likewise, where decoding takes long
 _MANY_PLANES = 6
 STRIP_WEIGHTS = 2**26  # decoded at a time: fewer are too little work for cuBLAS to share out among all multiprocessors
-_TWICE_WEIGHTS = 2**25  # of matrices from which two launches take less time than strips (H200: experiments/results/kernels)
+_TWICE_WEIGHTS = 2**25  # of matrices from which two launches take less time than strips (H200: results/kernels)
 _EVEN = 0.94  # of the blocks that could be resident must be left for every tile to have as many as the others
 _DECODE_WARPS = 4  # a block of kernels/dequant.cu, a tile each
 _DECODE_ROW_BYTES = 144  # of a tile in its shared memory

@@ -30,7 +30,7 @@ template <int bits, bool bfloat> struct Fragments {
 
     // A fragment's value is bias + unit(c, p) * code.
     static constexpr DEVICE_CONSTANT float unit(int c, int p) { return (float)(1 << low(c, p)) / (bfloat ? 128.0f : 16777216.0f); }
-    static constexpr DEVICE_CONSTANT float bias() { return !bfloat ? 0.0f : parts == 2 ? 17.0f : 1.0f; }
+    static constexpr DEVICE_CONSTANT float bias() { return !bfloat ? 0.0f : parts == 2 ? 17.0f : 1.0f; } /*bug:fragment-bias*/
 
     // planes: one word of each plane. fragment: [part][c][register], for `tiles` tiles of 16 rows from number `first` on, which is
     // 0 or a multiple of `tiles`; c counts from there. Words are not turned for that but masks, which a loop keeps.
@@ -39,8 +39,10 @@ template <int bits, bool bfloat> struct Fragments {
         for (int p = 0; p < 2; p++) {
             u32 pair[4];
             UNROLL
-            for (int q = 0; 2 * q < bits; q++)
-                pair[q] = 2 * q + 1 < bits ? bit_select(p ? 0x55555555u : 0xAAAAAAAAu, planes[2 * q], planes[2 * q + 1]) : planes[2 * q];
+            for (int q = 0; 2 * q < bits; q++) {
+                const u32 mask = p ? 0x55555555u : 0xAAAAAAAAu; /*bug:plane-masks*/
+                pair[q] = 2 * q + 1 < bits ? bit_select(mask, planes[2 * q], planes[2 * q + 1]) : planes[2 * q];
+            }
             UNROLL
             for (int c = 0; c < tiles; c++) {
                 u32 merged[2];
@@ -48,7 +50,7 @@ template <int bits, bool bfloat> struct Fragments {
                 UNROLL
                 for (int part = 0; part < parts; part++)
                     UNROLL
-                    for (int u = 0; u < 2; u++) fragment[part][c][p + 2 * u] = extract(merged[part], c, p, u, part, 2 * first);
+                    for (int u = 0; u < 2; u++) fragment[part][c][p + 2 * u] = extract(merged[part], c, p, u, part, 2 * first); /*bug:fragment-registers*/
             }
         }
     }
@@ -67,7 +69,7 @@ template <int bits, bool bfloat> struct Fragments {
         else merged[0] = bit_select(c & 2 ? byte_mask : ~byte_mask, merged[0], low_nibble);
     }
 
-    static DEVICE_MEMBER u32 turned(u32 mask, int p, int turn) { return rotate_right(mask, p - turn & 31); }
+    static DEVICE_MEMBER u32 turned(u32 mask, int p, int turn) { return rotate_right(mask, p - turn & 31); } /*bug:mask-rotation*/
 
     static DEVICE_MEMBER u32 extract(u32 merged, int c, int p, int u, int part, int turn) {
         const u32 mask = ((1u << field) - 1) << low(c, p);
@@ -85,7 +87,7 @@ template <int bits> DEVICE void round_slice(u32 (&planes)[bits + 1]) {
     u32 aligned[bits], all = ~0u; // every plane turned to the place of plane 0
     UNROLL
     for (int d = 0; d < bits; d++) all &= aligned[d] = rotate_right(planes[d], 32 - d);
-    u32 carry = rotate_right(planes[bits], 32 - bits) & ~all;
+    u32 carry = rotate_right(planes[bits], 32 - bits) & ~all; /*bug:round-overflow*/
     UNROLL
     for (int d = bits - 1; d >= 0; d--) {
         planes[d] = rotate_right(aligned[d] ^ carry, d);

@@ -96,9 +96,9 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words],
     sums.clear();
     u32 stage = 0, slot = 0;
     for (u32 i = 0; i < count; i++) {
-        copy_async_wait<STAGES - 2>(); // this thread's copies of this chunk's weights and of its panel
+        copy_async_wait<STAGES - 2>(); /*bug:ring-wait*/ // this thread's copies of this chunk's weights and of its panel
         if (slot == 0) panels.enter(a, shared, at.lane, warp, chunk, count - i);
-        meet(at); // this chunk's weights are there, and the last one's are done with
+        meet(at); /*bug:ring-sync*/ // this chunk's weights are there, and the last one's are done with
         if (i + STAGES - 1 < count) copy_weights(a, at, next);
         copy_async_commit();
         sums.add_chunk(ring[stage], shared, panels.now, slot, at, offset, zero_step);
@@ -109,10 +109,10 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words],
         }
         if (++chunk == (u32)a.chunks || i + 1 == count) {
             finish_tile(a, out, shared, at, tile, 0, tile, all, gain, workspace, tickets, sums);
-            sums.clear();
+            sums.clear(); /*bug:clear-accumulator*/
             chunk = 0;
             tile++;
         }
     }
-    copy_async_wait<0>();
+    copy_async_wait<0>(); /*bug:final-wait*/
 }

@@ -34,7 +34,7 @@ struct Centre {
                 UNROLL
                 for (int r = 0; r < 4; r++) {
                     u32& f = fragment[part][c][r];
-                    const u32 one = 0x3F803F80u, bias = part + 1 == Fragment::parts ? 0xBF80BF80u : 0xC180C180u; // -1 or -16
+                    const u32 one = 0x3F803F80u, bias = part + 1 == Fragment::parts ? 0xBF80BF80u : 0xC180C180u; /*bug:nibble-bias*/ // -1 or -16
                     if (BFLOAT) f = fma_bfloats(fma_bfloats(f, one, bias), one, add[part][c][r % 2]);
                     else f = fma_halves(f, 0x78007800u, add[part][c][r % 2]); // times 2^15: no longer subnormal
                 }

@@ -59,6 +59,7 @@ template <bool whole> DEVICE void copy_planes(const Problem& a, const Place& at,
     const uint4* from = next.planes;
     UNROLL
     for (int plane = 0; plane < PLANES; plane++) {
+        if (plane > 0) from += a.plane_stride; /*bug:first-plane*/
         UNROLL
         for (int unit = 0; unit < UNITS; unit++) {
             const int i = plane * UNITS + unit;
@@ -66,7 +67,6 @@ template <bool whole> DEVICE void copy_planes(const Problem& a, const Place& at,
             if ((TILE_WARPS == 1 || i % TILE_WARPS == at.tile_warp) && (whole || unit < units))
                 copy_async(to + (unit * PLANES + plane) * sizeof(uint4[32]) + at.lane * 16, from + unit * 32);
         }
-        from += a.plane_stride;
     }
 }
 
@@ -78,7 +78,7 @@ DEVICE void copy_scales(const Problem& a, const Place& at, SharedAddress to, int
     for (int i = at.lane / 8; i < groups; i += 4) {
         const int column = unit * 64 + i * group;
         const bool inside = !GROUP || column < a.units * 64; // there is no scale beyond, and 0 * NaN is not 0
-        const u32 place = inside ? (GROUP ? column / max(GROUP, 1) : 0) * a.row_blocks + row_block : 0;
+        const u32 place = inside ? (GROUP ? column / max(GROUP, 1) : 0) * a.row_blocks + row_block : 0; /*bug:scale-group*/
         copy_async(scales + i * 128 + part * 16, a.scales + (u64)place * 64 + part * 8, inside ? 16 : 0);
 #if ZEROS
         if (part < 4) copy_async(scales + groups * 128 + i * 64 + part * 16, a.zeros + (u64)place * 64 + part * 16, inside ? 16 : 0);
@@ -96,7 +96,7 @@ DEVICE void copy_weights(const Problem& a, const Place& at, Cursor& next) {
         copy_scales(a, at, to, row_block, unit);
     }
     next.planes += K_WARPS * UNITS * 32;
-    if (++next.stage == STAGES) next.stage = 0;
+    if (++next.stage == STAGES) next.stage = 0; /*bug:ring-wrap*/
     if (++next.chunk == (u32)a.chunks) {
         next.chunk = 0;
         next.tile++;

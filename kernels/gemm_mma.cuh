@@ -16,7 +16,7 @@ DEVICE void copy_x(const Problem& a, SharedAddress to, int chunk, int count) {
         int from_chunk = chunk + slot;
         while (from_chunk >= a.chunks) from_chunk -= a.chunks;
         const int from = from_chunk * x_columns + column;
-        const bool inside = from < a.depth;
+        const bool inside = from < a.depth; /*bug:x-bounds*/
         copy_async(to + slot * x_bytes + x_offset(token, column), a.x + (inside ? (u64)token * a.depth + from : 0), inside ? 16 : 0);
     }
 }
@@ -65,10 +65,10 @@ struct Panels {
     // Where a panel begins, of which this thread's copies have arrived. left: chunks from its first one on.
     DEVICE_MEMBER void enter(const Problem& a, Shared& shared, int lane, int warp, u32 chunk, u32 left) {
         constexpr u32 ahead = panels_ahead * PANEL;
-        __syncthreads(); // all threads' copies of the panel are there, and nobody needs the one before it any more
+        __syncthreads(); /*bug:x-stage-full-sync*/ // all threads' copies of the panel are there, and nobody needs the one before it any more
         if (ahead < left) copy_x(a, before, chunk + ahead, min(left - ahead, (u32)PANEL));
         sum_x(now, shared.x_sums, min(left, (u32)PANEL), lane, warp);
-        __syncthreads();
+        __syncthreads(); /*bug:x-sums-sync*/
     }
 
     DEVICE_MEMBER void leave(Shared& shared) {

@@ -35,7 +35,7 @@ struct Shared {
     u64 arrived[STAGES], free[STAGES]; // barriers: of a chunk's bytes, and of the warps that need it no more
 };
 
-constexpr u32 bytes_of_chunk = UNITS * unit_bytes + ROW_WARPS * (PLANES * UNITS * 512 + groups * (ZEROS ? 192 : 128));
+constexpr u32 bytes_of_chunk = UNITS * unit_bytes + ROW_WARPS * (PLANES * UNITS * 512 + groups * (ZEROS ? 192 : 128)); /*bug:expect-bytes*/
 
 #ifdef SHARED_BYTES
 static_assert(sizeof(Shared) == SHARED_BYTES, "the launcher computes the size as well");
@@ -66,7 +66,7 @@ struct Work {
         if (rounds) {
             piece = {tile, 0, chunks};
             rounds--;
-            tile += gridDim.x;
+            tile += gridDim.x; /*bug:wave-stride*/
             return true;
         }
         if (begin == end) return false;
@@ -101,10 +101,10 @@ struct Arrays {
 DEVICE void ask_for_chunk(const Arrays& from, Shared& shared, u32 row_tile, u32 token_tile, u32 chunk, const Stage& stage, bool is_free) {
     const int row_block = (int)row_tile * ROW_WARPS, unit = (int)chunk * UNITS, s = stage.index;
     const SharedAddress arrived = shared_address(shared.arrived + s);
-    if (!is_free) barrier_wait(shared_address(shared.free + s), stage.phase ^ 1);
+    if (!is_free) barrier_wait(shared_address(shared.free + s), stage.phase ^ 1); /*bug:empty-wait*/
     barrier_expect(arrived, bytes_of_chunk);
     copy_tile(shared_address(shared.planes[s]), from.planes, 0, row_block, unit * 64, arrived);
-    const int index = GROUP ? unit * 64 / max(GROUP, 1) : 0;
+    const int index = GROUP ? unit * 64 / max(GROUP, 1) : 0; /*bug:ws-scale-group*/
     copy_tile(shared_address(shared.scales[s]), from.scales, index, row_block * 16, arrived);
 #if ZEROS
     copy_tile(shared_address(shared.zeros[s]), from.zeros, index, row_block * 8, arrived);
@@ -119,7 +119,7 @@ DEVICE void ask_for_chunks(const Arrays& from, Shared& shared, Work work, u32 to
     bool all_free = true; // stages, as they are at first
     for (Piece piece; work.next(piece);)
         for (u32 i = 0; i < piece.count; i++) {
-            ask_for_chunk(from, shared, piece.tile / token_tiles, piece.tile % token_tiles, piece.chunk + i, stage, all_free);
+            ask_for_chunk(from, shared, piece.tile / token_tiles, piece.tile % token_tiles, piece.chunk + i, stage, all_free); /*bug:token-tile*/
             stage.advance();
             all_free = all_free && stage.index;
         }
@@ -156,7 +156,7 @@ struct Scale {
                     f = fma_halves(f, s, minus_zero);
                     continue;
                 }
-                const u32 small = two ? fma_bfloats(f, low[c][r % 2], minus_zero) : minus_zero;
+                const u32 small = two ? fma_bfloats(f, low[c][r % 2], minus_zero) : minus_zero; /*bug:scale-residual*/
                 f = fma_bfloats(f, s, Fragment::parts == 2 ? fma_bfloats(fragment[Fragment::parts - 1][c][r], s, small) : small);
             }
     }
@@ -221,11 +221,11 @@ struct Sums {
     // their fragment may be written again.
     DEVICE_MEMBER void multiply_step(SharedAddress x, const u32 (&step)[row_tiles_of_warp][4]) {
         const WgmmaOperand tokens = wgmma_operand(x);
-        wgmma_fence();
+        wgmma_fence(); /*bug:wgmma-fence*/
         UNROLL
         for (int c = 0; c < row_tiles_of_warp; c++) wgmma<TOKEN_TILES, BFLOAT>(total + c * TOKEN_TILES, step[c], tokens);
         wgmma_commit();
-        wgmma_wait<1>();
+        wgmma_wait<1>(); /*bug:fragment-wait*/
     }
 };
 
@@ -258,7 +258,7 @@ void nested_gemm_sm90_ws(const GRID_CONSTANT TensorMap planes, // in tiles of al
     if (threadIdx.x == 0)
         for (int i = 0; i < STAGES; i++) {
             barrier_set_up(shared_address(shared.arrived + i), 1);
-            barrier_set_up(shared_address(shared.free + i), warps);
+            barrier_set_up(shared_address(shared.free + i), warps); /*bug:empty-arrivals*/
         }
     __syncthreads();
     wait_for_earlier_kernels();
@@ -275,11 +275,11 @@ void nested_gemm_sm90_ws(const GRID_CONSTANT TensorMap planes, // in tiles of al
         Sums sums;
         sums.clear();
         _Pragma("unroll 1") for (u32 i = 0; i < piece.count; i++, stage.advance()) {
-            barrier_wait(shared_address(shared.arrived + stage.index), stage.phase);
-            sums.add_chunk(shared, stage.index, at, offset, zero_step, gain, before);
-            before = shared_address(shared.free + stage.index);
+            barrier_wait(shared_address(shared.arrived + stage.index), stage.phase); /*bug:full-wait*/
+            sums.add_chunk(shared, stage.index, at, offset, zero_step, gain, before); /*bug:consume*/
+            before = shared_address(shared.free + stage.index); /*bug:release-stage*/
         }
-        sums.wait();
+        sums.wait(); /*bug:epilogue-wait*/
         const bool whole = piece.count == work.chunks;
         finish_tile(a, out, shared, at, piece.tile / token_tiles, piece.tile % token_tiles, whole ? 0 : piece.tile - work.first_left(),
                     whole ? 0 : work.all, gain, workspace, tickets, sums);

@@ -16,7 +16,7 @@ DEVICE void write_output(const Output& out, int row, int token, int lane, const 
     UNROLL
     for (int p = 0; p < 2; p++) {
         const int n = row + lane / 4 + 8 * p, m = token + 2 * (lane % 4);
-        if (n >= out.rows) continue;
+        if (n >= out.rows) continue; /*bug:row-bounds*/
         const float bias = out.bias ? from_bias(out.bias[n]) : 0.0f;
         if (m < out.tokens) out.y[(u64)m * out.rows + n] = to_output((p ? sum.z : sum.x) + bias);
         if (m + 1 < out.tokens) out.y[(u64)(m + 1) * out.rows + n] = to_output((p ? sum.w : sum.y) + bias);
@@ -36,11 +36,11 @@ template <class Shared> DEVICE void share_sums(Shared& shared, const Place& at, 
     for (int j = 0; j < accumulators; j++) sums[j] = make_float4(total[j][0], total[j][1], total[j][2], total[j][3]);
 #else
     const int rows = at.row_warp * TILE_WARPS + at.tile_warp;
-    __syncthreads(); // nobody reads the sums of the tile before any more
+    __syncthreads(); /*bug:k-warps-read*/ // nobody reads the sums of the tile before any more
     UNROLL
     for (int j = 0; j < accumulators; j++)
         shared.sums[at.k_warp][rows][j][at.lane] = make_float4(total[j][0], total[j][1], total[j][2], total[j][3]);
-    __syncthreads();
+    __syncthreads(); /*bug:k-warps-written*/
     UNROLL
     for (int i = 0; i < shares; i++) {
         const int j = at.k_warp + i * K_WARPS;
@@ -82,14 +82,14 @@ DEVICE void collect_sums(const float4* workspace, u32 first, u32 last, u32 tile,
 
 // True for the last of `count` warps that leave sums for the same outputs; those of the others are then to be seen.
 DEVICE bool is_last(u32* ticket, u32 count, int lane) {
-    device_fence(); // by each lane, after its stores
+    device_fence(); /*bug:release-fence*/ // by each lane, after its stores
     __syncwarp();
     u32 earlier = 0;
     if (lane == 0) earlier = atomicAdd(ticket, 1u);
     earlier = __shfl_sync(~0u, earlier, 0);
-    if (earlier != count - 1) return false;
-    if (lane == 0) *ticket = 0;
-    device_fence();
+    if (earlier != count - 1) return false; /*bug:last-arrival*/
+    if (lane == 0) *ticket = 0; /*bug:semaphore-reset*/
+    device_fence(); /*bug:acquire-fence*/
     return true;
 }
 

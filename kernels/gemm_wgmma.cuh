@@ -32,10 +32,10 @@ struct Panels {
     // Where a panel begins. left: chunks from its first one on.
     DEVICE_MEMBER void enter(const Problem& a, Shared& shared, int, int, u32 chunk, u32 left) {
         constexpr u32 ahead = panels_ahead * PANEL;
-        __syncthreads(); // nobody needs the panel before it any more
+        __syncthreads(); /*bug:x-stage-empty-sync*/ // nobody needs the panel before it any more
         if (threadIdx.x == 0 && ahead < left)
             ask(a, shared, index == 0 ? x_panels - 1 : index - 1, chunk + ahead, min(left - ahead, (u32)PANEL));
-        barrier_wait(shared_address(shared.arrived + index), phase);
+        barrier_wait(shared_address(shared.arrived + index), phase); /*bug:x-full-wait*/
     }
 
     DEVICE_MEMBER void leave(Shared& shared) {
@@ -43,14 +43,14 @@ struct Panels {
         if (++index < x_panels) return;
         now = shared_address(shared.x);
         index = 0;
-        phase ^= 1;
+        phase ^= 1; /*bug:x-parity*/
     }
 
   private:
     // Asks for `count` chunks from `chunk` on; after a tile's last chunk comes the next tile's first one.
     static DEVICE_MEMBER void ask(const Problem& a, Shared& shared, u32 panel, u32 chunk, u32 count) {
         const SharedAddress barrier = shared_address(shared.arrived + panel);
-        barrier_expect(barrier, count * x_bytes);
+        barrier_expect(barrier, count * x_bytes); /*bug:x-expect-bytes*/
         for (u32 slot = 0; slot < count; slot++, chunk++) {
             while (chunk >= (u32)a.chunks) chunk -= a.chunks;
             for (int unit = 0; unit < x_columns / 64; unit++)
@@ -96,7 +96,7 @@ struct Sums {
                 multiply_step(x + unit * unit_bytes + r * 32, fragment[step % 2]);
             }
         }
-        wait(); // the compiler lets products be under way only where all threads go one way, as they do not in copying
+        wait(); /*bug:k-tile-wait*/ // the compiler lets products be under way only where all threads go one way, as they do not in copying
     }
 
     // Every sum times `gain` and in units of y.
@@ -122,13 +122,13 @@ struct Sums {
     // their fragment may be written again.
     DEVICE_MEMBER void multiply_step(SharedAddress x, const u32 (&step)[Fragment::parts][row_tiles_of_warp][4]) {
         const WgmmaOperand tokens = wgmma_operand(x);
-        wgmma_fence();
+        wgmma_fence(); /*bug:wgmma-fence*/
         UNROLL
         for (int part = 0; part < Fragment::parts; part++)
             UNROLL
             for (int c = 0; c < row_tiles_of_warp; c++) wgmma<TOKEN_TILES, BFLOAT>(total + c * TOKEN_TILES, step[part][c], tokens);
         wgmma_commit();
-        wgmma_wait<1>();
+        wgmma_wait<1>(); /*bug:fragment-wait*/
     }
 
     // Sums in units of the group's scale.
@@ -140,11 +140,11 @@ struct Sums {
             for (int p = 0; p < 2; p++) {
                 // A scale of 0, or one so small that no float16 holds it, must leave the sums finite; 2^-60 of it all is nothing.
                 const float least = 0x1p-60f, next = fabsf(group.scale[c][p]) < least ? least : group.scale[c][p];
-                ratio[c][p] = scale[c][p] * reciprocal(next);
+                ratio[c][p] = scale[c][p] * reciprocal(next); /*bug:scale-ratio*/
                 scale[c][p] = next;
             }
         if (!GROUP) return; // one scale for a whole row
-        wait();
+        wait(); /*bug:rescale-wait*/
         UNROLL
         for (int j = 0; j < accumulators; j++)
             UNROLL

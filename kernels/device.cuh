@@ -1,14 +1,14 @@
 // Everything that a kernel here asks of the machine: types, launch qualifiers, and each PTX instruction as a function.
 //
-// Kernels include this file and no CUDA header, so that NVRTC needs no include path. With STANDIN defined the same names come
-// from standin/standin.h instead and a kernel compiles as plain C++, to run on a CPU. What CUDA itself declares (threadIdx,
+// Kernels include this file and no CUDA header, so that NVRTC needs no include path. With EMULATOR defined the same names come
+// from cpu_emulator/emulator.h instead and a kernel compiles as plain C++, to run on a CPU. What CUDA itself declares (threadIdx,
 // __syncthreads, __shfl_xor_sync, atomicAdd, fmaf, ...) is used by its own name; the stand-in declares that too.
 #pragma once
 
 #define UNROLL _Pragma("unroll")
 
-#ifdef STANDIN
-#include "standin/standin.h"
+#ifdef EMULATOR
+#include "cpu_emulator/emulator.h"
 #else
 
 typedef unsigned char u8;

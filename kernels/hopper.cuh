@@ -11,7 +11,7 @@
 #pragma once
 #include "device.cuh"
 
-#ifndef STANDIN // which declares the same
+#ifndef EMULATOR // which declares the same
 
 // ---- registers: by four warps together, which have the same number as all others at first
 

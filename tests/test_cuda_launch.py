@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from standin import TensorMap, compile_kernel, have_compiler, read_source
+from tests.kernels.emulator import TensorMap, compile_kernel, have_compiler, read_source
 from weights import make_weight
 
 from matquant.errors import UserError

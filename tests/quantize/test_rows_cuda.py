@@ -5,7 +5,7 @@ import torch
 
 from matquant.quantize.gptq import column_solver, column_solver_cuda
 from matquant.quantize.gptq.code_grid import FROM_RANGE, CodeGrid, ScaleSearchSpace
-from tests.standin import compile_kernel, have_compiler, read_source
+from tests.kernels.emulator import compile_kernel, have_compiler, read_source
 
 pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
 

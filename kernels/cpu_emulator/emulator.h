@@ -1,4 +1,4 @@
-// A CPU stand-in for the device: the very source of a kernel, compiled as C++ with STANDIN defined, runs on this.
+// A CPU stand-in for the device: the very source of a kernel, compiled as C++ with EMULATOR defined, runs on this.
 //
 // What it checks beyond results: operations of a warp that not all its lanes reach together, barriers that not all threads
 // reach (deadlock), asynchronous copies read before they were waited for (their destination holds NaNs until then) or never
@@ -32,7 +32,7 @@ typedef uint64_t u64;
 #define KERNEL static
 #define LAUNCH_BOUNDS(threads, blocks_per_sm)
 #define GRID_CONSTANT
-#define SHARED_MEMORY(name) unsigned char* name = standin::shared_memory()
+#define SHARED_MEMORY(name) unsigned char* name = emulator::shared_memory()
 #define __restrict__ __restrict
 
 struct uint3 { u32 x, y, z; };
@@ -49,7 +49,7 @@ static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}
 extern uint3 threadIdx, blockIdx;
 extern dim3 gridDim, blockDim;
 
-namespace standin {
+namespace emulator {
 u32 lane();
 unsigned char* shared_memory();
 const float* half_table();                                                // the value of each float16
@@ -57,7 +57,7 @@ u32 shuffle(u32 mask, u32 value, u32 source, const char* operation);
 void wait_for_copies(int pending);
 void maybe_yield(); // lets other threads run first, now and then: what a seed may place between two operations on memory
 void note_atomic(); // what this thread learns from an atomic is not to be relied on without a fence after it
-} // namespace standin
+} // namespace emulator
 
 // ---- threads and warps
 
@@ -68,7 +68,7 @@ u32 __ballot_sync(u32 mask, int predicate);
 static inline int __any_sync(u32 mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 static inline int __all_sync(u32 mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
 
-namespace standin {
+namespace emulator {
 template <class T> static T shuffle_any(u32 mask, T value, int source, const char* operation) {
     static_assert(sizeof(T) == 4, "shuffles move 4 bytes");
     u32 bits;
@@ -77,23 +77,23 @@ template <class T> static T shuffle_any(u32 mask, T value, int source, const cha
     memcpy(&value, &bits, 4);
     return value;
 }
-} // namespace standin
+} // namespace emulator
 
 template <class T> static inline T __shfl_sync(u32 mask, T value, int source, int width = 32) {
-    int lane = (int)standin::lane();
-    return standin::shuffle_any(mask, value, (lane & ~(width - 1)) | (source & (width - 1)), "__shfl_sync");
+    int lane = (int)emulator::lane();
+    return emulator::shuffle_any(mask, value, (lane & ~(width - 1)) | (source & (width - 1)), "__shfl_sync");
 }
 template <class T> static inline T __shfl_xor_sync(u32 mask, T value, int lanes, int width = 32) {
-    int lane = (int)standin::lane(), source = lane ^ lanes;
-    return standin::shuffle_any(mask, value, source / width > lane / width ? lane : source, "__shfl_xor_sync");
+    int lane = (int)emulator::lane(), source = lane ^ lanes;
+    return emulator::shuffle_any(mask, value, source / width > lane / width ? lane : source, "__shfl_xor_sync");
 }
 template <class T> static inline T __shfl_down_sync(u32 mask, T value, u32 lanes, int width = 32) {
-    int lane = (int)standin::lane(), source = lane + (int)lanes;
-    return standin::shuffle_any(mask, value, source / width > lane / width ? lane : source, "__shfl_down_sync");
+    int lane = (int)emulator::lane(), source = lane + (int)lanes;
+    return emulator::shuffle_any(mask, value, source / width > lane / width ? lane : source, "__shfl_down_sync");
 }
 template <class T> static inline T __shfl_up_sync(u32 mask, T value, u32 lanes, int width = 32) {
-    int lane = (int)standin::lane(), source = lane - (int)lanes;
-    return standin::shuffle_any(mask, value, source < (lane & ~(width - 1)) ? lane : source, "__shfl_up_sync");
+    int lane = (int)emulator::lane(), source = lane - (int)lanes;
+    return emulator::shuffle_any(mask, value, source < (lane & ~(width - 1)) ? lane : source, "__shfl_up_sync");
 }
 
 typedef uintptr_t SharedAddress;
@@ -128,13 +128,13 @@ static inline WgmmaOperand wgmma_operand(SharedAddress b) { return b; }
 void wgmma_fence();
 void wgmma_commit();
 static inline void wgmma_done(float (&)[4]) {}
-namespace standin {
+namespace emulator {
 void wait_for_products(int pending);
 void start_product(float (*d)[4], const u32* a, WgmmaOperand operand, int tiles, bool bfloat);
-} // namespace standin
-template <int pending> static inline void wgmma_wait() { standin::wait_for_products(pending); }
+} // namespace emulator
+template <int pending> static inline void wgmma_wait() { emulator::wait_for_products(pending); }
 template <int tiles, bool bfloat> static inline void wgmma(float (*d)[4], const u32 (&a)[4], WgmmaOperand operand) {
-    standin::start_product(d, a, operand, tiles, bfloat);
+    emulator::start_product(d, a, operand, tiles, bfloat);
 }
 
 // ---- memory
@@ -146,22 +146,22 @@ void store_for_other_blocks(float4* p, float4 v);
 float4 load_from_other_blocks(const float4* p);
 void copy_async(SharedAddress shared, const void* source, int valid = 16);
 void copy_async_commit();
-template <int pending> static inline void copy_async_wait() { standin::wait_for_copies(pending); }
+template <int pending> static inline void copy_async_wait() { emulator::wait_for_copies(pending); }
 
 static inline void prefetch(const void*) {}
 static inline void wait_for_earlier_kernels() {} // one launch at a time here
 static inline void let_next_kernel_begin() {}
 
 template <class T> static inline T atomicAdd(T* p, T v) {
-    standin::maybe_yield();
+    emulator::maybe_yield();
     T old = *p;
     *p = old + v;
-    standin::note_atomic();
+    emulator::note_atomic();
     return old;
 }
 template <class T> static inline T atomicExch(T* p, T v) {
-    standin::maybe_yield();
-    standin::note_atomic();
+    emulator::maybe_yield();
+    emulator::note_atomic();
     return std::exchange(*p, v);
 }
 template <class T> static inline T __ldg(const T* p) { return *p; }
@@ -194,7 +194,7 @@ static inline int __float2int_rn(float f) { return (int)std::nearbyintf(f); }
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline float rsqrtf(float f) { return 1.0f / std::sqrt(f); }
 
-static inline float half_to_float(u16 bits) { return standin::half_table()[bits]; }
+static inline float half_to_float(u16 bits) { return emulator::half_table()[bits]; }
 static inline float bfloat_to_float(u16 bits) { return __uint_as_float((u32)bits << 16); }
 
 static inline u16 float_to_half(float f) {

@@ -3,7 +3,7 @@
 
 #include "memory.h"
 
-namespace standin {
+namespace emulator {
 
 u32 lane() { return current->thread % 32; }
 
@@ -104,26 +104,26 @@ template <bool bfloat> static void mma(float (&d)[4], const u32 (&a)[4], u32 b0,
     memcpy(d, m.out[lane()], 16);
 }
 
-} // namespace standin
+} // namespace emulator
 
 u32 __ballot_sync(u32 mask, int predicate) {
-    standin::Meeting& m = standin::meeting_of(mask);
-    m.in[standin::lane()][0] = predicate != 0;
-    standin::meet(m, "__ballot_sync", [](standin::Meeting& m) {
+    emulator::Meeting& m = emulator::meeting_of(mask);
+    m.in[emulator::lane()][0] = predicate != 0;
+    emulator::meet(m, "__ballot_sync", [](emulator::Meeting& m) {
         u32 votes = 0;
         for (int i = 0; i < 32; i++) votes |= (m.arrived >> i & 1 ? m.in[i][0] : 0) << i;
         for (int i = 0; i < 32; i++) m.out[i][0] = votes;
     });
-    return m.out[standin::lane()][0];
+    return m.out[emulator::lane()][0];
 }
 
 // Orders memory among the lanes too: what one lane has seen by its fences, all have seen.
 void __syncwarp(u32 mask) {
-    standin::Meeting& m = standin::meeting_of(mask);
-    standin::Fiber& f = *standin::current;
-    memcpy(&m.in[standin::lane()][0], &f.seen, 8);
-    memcpy(&m.in[standin::lane()][2], &f.asked, 8);
-    standin::meet(m, "__syncwarp", [](standin::Meeting& m) {
+    emulator::Meeting& m = emulator::meeting_of(mask);
+    emulator::Fiber& f = *emulator::current;
+    memcpy(&m.in[emulator::lane()][0], &f.seen, 8);
+    memcpy(&m.in[emulator::lane()][2], &f.asked, 8);
+    emulator::meet(m, "__syncwarp", [](emulator::Meeting& m) {
         u64 latest[2] = {0, 0}, times[2];
         for (int i = 0; i < 32; i++)
             if (m.arrived >> i & 1) {
@@ -133,22 +133,22 @@ void __syncwarp(u32 mask) {
         for (int i = 0; i < 32; i++) memcpy(m.out[i], latest, 16);
     });
     u64 latest[2];
-    memcpy(latest, m.out[standin::lane()], 16);
+    memcpy(latest, m.out[emulator::lane()], 16);
     f.seen = latest[0];
     f.asked = latest[1];
 }
 
 void load_matrices(u32 (&r)[4], SharedAddress address) {
     const void* row = (const void*)address;
-    standin::aligned(row, 16, "row of ldmatrix");
-    standin::Meeting& m = standin::meeting_of(~0u);
-    m.address[standin::lane()] = row;
-    standin::meet(m, "ldmatrix", [](standin::Meeting& m) {
+    emulator::aligned(row, 16, "row of ldmatrix");
+    emulator::Meeting& m = emulator::meeting_of(~0u);
+    m.address[emulator::lane()] = row;
+    emulator::meet(m, "ldmatrix", [](emulator::Meeting& m) {
         for (int q = 0; q < 4; q++)
             for (int i = 0; i < 32; i++) memcpy(&m.out[i][q], (const char*)m.address[q * 8 + i / 4] + (i % 4) * 4, 4);
     });
-    memcpy(r, m.out[standin::lane()], 16);
+    memcpy(r, m.out[emulator::lane()], 16);
 }
 
-void mma_half(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) { standin::mma<false>(d, a, b0, b1, c); }
-void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) { standin::mma<true>(d, a, b0, b1, c); }
+void mma_half(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) { emulator::mma<false>(d, a, b0, b1, c); }
+void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) { emulator::mma<true>(d, a, b0, b1, c); }

@@ -6,7 +6,7 @@
 
 #include "warp.h"
 
-namespace standin {
+namespace emulator {
 
 const u32 in_use = 0xFFFFFFFFu; // of sums at work
 
@@ -93,21 +93,21 @@ void wait_for_products(int pending) {
     meet(meeting_of(~0u), "wgmma_wait", [](Meeting&) {}); // a warp goes on together
 }
 
-} // namespace standin
+} // namespace emulator
 
 void wgmma_fence() {
-    standin::Fiber& f = *standin::current;
-    standin::meet_at_barrier(f.block->warpgroups[f.thread / 128], 128, "wgmma_fence");
+    emulator::Fiber& f = *emulator::current;
+    emulator::meet_at_barrier(f.block->warpgroups[f.thread / 128], 128, "wgmma_fence");
     f.may_multiply = true;
 }
 
 void wgmma_commit() {
-    auto& f = *standin::current;
+    auto& f = *emulator::current;
     f.product_groups.push_back(std::move(f.open_products));
     f.open_products.clear();
 }
 
-namespace standin {
+namespace emulator {
 static BytesBarrier& byte_barrier(SharedAddress barrier) {
     auto found = current->block->byte_barriers.find(barrier);
     if (found == current->block->byte_barriers.end()) fail("a barrier that nobody has set up");
@@ -164,29 +164,29 @@ static void start_copy(SharedAddress to, u64 bytes, SharedAddress barrier, std::
     b.copies.push_back({bytes, std::move(copy)});
     b.asked++;
 }
-} // namespace standin
+} // namespace emulator
 
 void barrier_set_up(SharedAddress barrier, u32 arrivals) {
-    standin::aligned((const void*)barrier, 8, "barrier");
-    standin::BytesBarrier made;
+    emulator::aligned((const void*)barrier, 8, "barrier");
+    emulator::BytesBarrier made;
     made.arrivals = arrivals;
-    standin::current->block->byte_barriers[barrier] = made;
+    emulator::current->block->byte_barriers[barrier] = made;
 }
 
-void barrier_arrive(SharedAddress barrier) { standin::arrive(barrier, 0); }
-void barrier_expect(SharedAddress barrier, u32 bytes) { standin::arrive(barrier, bytes); }
+void barrier_arrive(SharedAddress barrier) { emulator::arrive(barrier, 0); }
+void barrier_expect(SharedAddress barrier, u32 bytes) { emulator::arrive(barrier, bytes); }
 
 void copy_tile(SharedAddress to, const TensorMap* from, int layer, int row, int column, SharedAddress barrier) {
-    if (to % (from->turned ? tile_alignment : 128)) standin::fail("a tile that does not begin at a multiple of 128 or 1024 bytes");
-    standin::start_copy(to, standin::bytes_of_tile(*from), barrier, [=] { standin::copy(to, *from, {layer, row, column}); });
+    if (to % (from->turned ? tile_alignment : 128)) emulator::fail("a tile that does not begin at a multiple of 128 or 1024 bytes");
+    emulator::start_copy(to, emulator::bytes_of_tile(*from), barrier, [=] { emulator::copy(to, *from, {layer, row, column}); });
 }
 
 void barrier_wait(SharedAddress barrier, u32 phase) {
-    standin::maybe_yield();
-    standin::BytesBarrier& b = standin::byte_barrier(barrier);
+    emulator::maybe_yield();
+    emulator::BytesBarrier& b = emulator::byte_barrier(barrier);
     for (;;) {
-        if (b.phases % 2 == phase) standin::settle(b);
+        if (b.phases % 2 == phase) emulator::settle(b);
         if (b.phases % 2 != phase) return;
-        standin::wait(&b.asked, b.asked, "barrier_wait");
+        emulator::wait(&b.asked, b.asked, "barrier_wait");
     }
 }

@@ -11,10 +11,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import nvrtc
+from tests.kernels import nvrtc
 import pytest
 import torch
-from standin import KERNELS, read_source
+from tests.kernels.emulator import KERNELS, read_source
 
 from matquant.formats.nested import WeightFormat
 from matquant.inference.gemm_shape import Device, Problem

@@ -1,9 +1,9 @@
-"""Runs the CUDA sources on a CPU: compiles a kernel against ``kernels/standin`` and launches it on torch tensors.
+"""Runs the CUDA sources on a CPU: compiles a kernel against ``kernels/cpu_emulator`` and launches it on torch tensors.
 
     kernel = compile_kernel(read_source("plane_gemm.cu"), "plane_gemm", {"BITS": 4})
     kernel.launch(grid=(8,), block=(128,), args=[planes, scales, x, y, 5, 1.0], shared_bytes=4096, seed=1)
 
-What the stand-in checks and what it cannot show is said in ``kernels/standin/standin.h``.
+What the stand-in checks and what it cannot show is said in ``kernels/cpu_emulator/emulator.h``.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ FLAGS = (
     "-w",
     "-fPIC",
     "-fvisibility=hidden",
-    "-DSTANDIN",
+    "-DEMULATOR",
 )
 SANITIZE_FLAGS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover=undefined")
 
@@ -48,7 +48,7 @@ class TensorMap:
     tiling: Tiling
 
     def packed(self, address: int) -> bytes:
-        """``TensorMap`` of kernels/standin/standin.h."""
+        """``TensorMap`` of kernels/cpu_emulator/emulator.h."""
         sizes, tile = ((1, 1, *of)[-3:] for of in (self.tiling.sizes, self.tiling.tile))
         return struct.pack("<Q8I88x", address, self.tiling.element_bytes, *sizes, *tile, self.tiling.turned)
 
@@ -56,7 +56,7 @@ class TensorMap:
 Argument = Tensor | TensorMap | int | float | ctypes._SimpleCData | None
 
 
-class StandinError(RuntimeError):
+class EmulatorError(RuntimeError):
     """The kernel did something that a GPU would not survive, or compute something undefined from."""
 
 
@@ -83,7 +83,7 @@ def read_source(name: str) -> str:
     return inserted(name)
 
 
-class StandinKernel:
+class EmulatedKernel:
     """One compiled kernel. ``build`` is a shared library, or a program when it was compiled for the sanitizer."""
 
     def __init__(self, build: Path, function: str, *, sanitize: bool) -> None:
@@ -104,7 +104,7 @@ class StandinKernel:
             seed: 0 runs threads and blocks in order, another number shuffles them.
 
         Raises:
-            StandinError: with the block, the thread and what it did.
+            EmulatorError: with the block, the thread and what it did.
         """
         shape = [*grid, 1, 1][:3] + [*block, 1, 1][:3]
         if self._library is None:
@@ -114,7 +114,7 @@ class StandinKernel:
         self._check_sizes(values)
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         message = ctypes.create_string_buffer(1024)
-        failed = self._library.standin_launch(
+        failed = self._library.emulator_launch(
             (ctypes.c_uint32 * 3)(*shape[:3]),
             (ctypes.c_uint32 * 3)(*shape[3:]),
             ctypes.c_uint64(shared_bytes),
@@ -124,13 +124,13 @@ class StandinKernel:
             ctypes.c_uint64(len(message)),
         )
         if failed:
-            raise StandinError(message.value.decode())
+            raise EmulatorError(message.value.decode())
 
     def _check_sizes(self, values: Sequence[ctypes._SimpleCData | ctypes.Array]) -> None:
         """A launch on a GPU reads past short arguments; here they are refused."""
         assert self._library is not None
-        sizes = (ctypes.c_int * self._library.standin_parameters())()
-        self._library.standin_parameter_sizes(sizes)
+        sizes = (ctypes.c_int * self._library.emulator_parameters())()
+        self._library.emulator_parameter_sizes(sizes)
         found = [ctypes.sizeof(v) for v in values]
         if list(sizes) != found:
             raise TypeError(f"{self.function} takes parameters of {list(sizes)} bytes, not {found}")
@@ -144,7 +144,7 @@ class StandinKernel:
             environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
             done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
             if done.returncode:
-                raise StandinError(done.stderr[:4000])
+                raise EmulatorError(done.stderr[:4000])
             _read_back(path.read_bytes(), args)
 
 
@@ -199,13 +199,13 @@ def _compiler_version() -> str:
 
 @functools.cache
 def _headers() -> bytes:
-    return b"".join(p.read_bytes() for p in [KERNELS / "device.cuh", *sorted((KERNELS / "standin").iterdir())])
+    return b"".join(p.read_bytes() for p in [KERNELS / "device.cuh", *sorted((KERNELS / "cpu_emulator").iterdir())])
 
 
 def cache_folder() -> Path:
     """Where builds are kept: named after what made them, so they are never stale and can be deleted at any time."""
     folder = Path(
-        os.environ.get("MATQUANT_STANDIN_CACHE", Path(tempfile.gettempdir()) / f"matquant-standin-{os.getuid()}")
+        os.environ.get("MATQUANT_EMULATOR_CACHE", Path(tempfile.gettempdir()) / f"matquant-emulator-{os.getuid()}")
     )
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder
@@ -213,7 +213,7 @@ def cache_folder() -> Path:
 
 def compile_kernel(
     source: str, function: str, defines: Mapping[str, object], *, sanitize: bool = False
-) -> StandinKernel:
+) -> EmulatedKernel:
     """A kernel built for the CPU, from the cache if the same one was built before.
 
     Args:
@@ -230,21 +230,21 @@ def compile_kernel(
         text = folder / "kernel.cu"
         text.write_text(source)
         kernel = [
-            f"-DSTANDIN_KERNEL={function}",
-            f'-DSTANDIN_SOURCE="{text}"',
-            str(KERNELS / "standin" / f"{name}.cpp"),
+            f"-DEMULATOR_KERNEL={function}",
+            f'-DEMULATOR_SOURCE="{text}"',
+            str(KERNELS / "cpu_emulator" / f"{name}.cpp"),
         ]
         _run(
             [*flags, *macros, *([] if sanitize else ["-shared"]), *kernel, str(_runtime(tuple(flags))), "-o", str(made)]
         )
 
-    return StandinKernel(_cached([name, source, function, *flags, *macros], build), function, sanitize=sanitize)
+    return EmulatedKernel(_cached([name, source, function, *flags, *macros], build), function, sanitize=sanitize)
 
 
 @functools.cache
 def _runtime(flags: tuple[str, ...]) -> Path:
     """What every kernel is linked to."""
-    source = str(KERNELS / "standin" / "runtime.cpp")
+    source = str(KERNELS / "cpu_emulator" / "runtime.cpp")
     return _cached(["runtime", *flags], lambda _, made: _run([*flags, "-c", source, "-o", str(made)]))
 
 

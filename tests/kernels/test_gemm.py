@@ -9,8 +9,8 @@ import dataclasses
 
 import pytest
 import torch
-from kernel_cases import Case, Variant, error_ratio, run
-from standin import have_compiler
+from tests.kernels.cases import Case, Variant, error_ratio, run
+from tests.kernels.emulator import have_compiler
 
 pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
 

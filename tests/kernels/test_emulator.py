@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from standin import StandinError, compile_kernel, have_compiler
+from tests.kernels.emulator import EmulatorError, compile_kernel, have_compiler
 
 pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
 
@@ -114,7 +114,7 @@ def test_copies_count_only_after_their_wait() -> None:
     a, b = torch.ones(16, 16, dtype=torch.float16), torch.ones(8, 16, dtype=torch.float16)
     d = torch.zeros(16, 8)
     args = [a.view(torch.int16), b.view(torch.int16), d]
-    with pytest.raises(StandinError, match="waited for"):
+    with pytest.raises(EmulatorError, match="waited for"):
         build("product", WAIT="").launch((1,), (32,), args, shared_bytes=24 * 48)
 
 
@@ -151,7 +151,7 @@ def test_mistakes_are_named(which: int, says: str) -> None:
     out = torch.zeros(64, dtype=torch.int32)
     kernel = build("mistakes")
     kernel.launch((1,), (64,), [0, out], shared_bytes=128)
-    with pytest.raises(StandinError, match=says):
+    with pytest.raises(EmulatorError, match=says):
         kernel.launch((1,), (64,), [which, out], shared_bytes=128)
 
 
@@ -160,7 +160,7 @@ def test_sanitizer_sees_reads_outside_a_buffer() -> None:
     out = torch.zeros(64, dtype=torch.int32)
     kernel.launch((1,), (64,), [8, out], shared_bytes=128)
     assert (out == 8).all()
-    with pytest.raises(StandinError, match="AddressSanitizer"):
+    with pytest.raises(EmulatorError, match="AddressSanitizer"):
         kernel.launch((1,), (64,), [6, out], shared_bytes=128)
 
 

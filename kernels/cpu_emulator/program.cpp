@@ -41,7 +41,7 @@ int main(int, char** argv) {
     u32 n[8];
     for (int i = 0; i < 8; i++) n[i] = (u32)strtoul(argv[2 + i], nullptr, 10);
     char message[1024];
-    int failed = standin_launch(n, n + 3, n[6], n[7], pointers.data(), message, sizeof message);
+    int failed = emulator_launch(n, n + 3, n[6], n[7], pointers.data(), message, sizeof message);
     if (failed) fprintf(stderr, "%s\n", message);
     file = fopen(argv[1], "wb");
     for (auto& a : all) {

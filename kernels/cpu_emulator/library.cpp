@@ -1,9 +1,9 @@
-// One kernel as a library: the harness passes its name as STANDIN_KERNEL and its source as STANDIN_SOURCE.
-#include STANDIN_SOURCE
+// One kernel as a library: the harness passes its name as EMULATOR_KERNEL and its source as EMULATOR_SOURCE.
+#include EMULATOR_SOURCE
 
 #include "launch.h"
 
-namespace standin {
+namespace emulator {
 
 // Calls a kernel with its arguments given as cuLaunchKernel takes them: one pointer to each.
 template <class... P, size_t... i> static void call(void (*kernel)(P...), void** arguments, std::index_sequence<i...>) {
@@ -15,15 +15,15 @@ template <class... P> static void call(void (*kernel)(P...), void** arguments) {
 template <class... P> static constexpr int parameters(void (*)(P...)) { return sizeof...(P); }
 template <class... P> static void sizes(void (*)(P...), int* bytes) { ((*bytes++ = sizeof(P)), ...); }
 
-} // namespace standin
+} // namespace emulator
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int standin_parameters() { return standin::parameters(STANDIN_KERNEL); }
-EXPORT void standin_parameter_sizes(int* bytes) { standin::sizes(STANDIN_KERNEL, bytes); }
+EXPORT int emulator_parameters() { return emulator::parameters(EMULATOR_KERNEL); }
+EXPORT void emulator_parameter_sizes(int* bytes) { emulator::sizes(EMULATOR_KERNEL, bytes); }
 
 // 0, or 1 with a message of at most `capacity` bytes.
-EXPORT int standin_launch(const u32* grid, const u32* block, u64 shared_bytes, u32 seed, void** arguments, char* message, u64 capacity) {
-    return standin::launch({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes, seed,
-                           [](void** a) { standin::call(STANDIN_KERNEL, a); }, arguments, message, capacity);
+EXPORT int emulator_launch(const u32* grid, const u32* block, u64 shared_bytes, u32 seed, void** arguments, char* message, u64 capacity) {
+    return emulator::launch({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes, seed,
+                           [](void** a) { emulator::call(EMULATOR_KERNEL, a); }, arguments, message, capacity);
 }

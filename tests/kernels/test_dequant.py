@@ -4,8 +4,8 @@ import ctypes
 
 import pytest
 import torch
-from kernel_cases import Case, Variant, make_weight
-from standin import compile_kernel, have_compiler, read_source
+from tests.kernels.cases import Case, Variant, make_weight
+from tests.kernels.emulator import compile_kernel, have_compiler, read_source
 
 from matquant.formats.nested import planes_read
 from matquant.formats.tile_layout import pack_groups, pack_planes, tiles

@@ -9,8 +9,8 @@ import re
 
 import pytest
 import torch
-from kernel_cases import Case, Variant, error_ratio, run
-from standin import StandinError, have_compiler, read_source
+from tests.kernels.cases import Case, Variant, error_ratio, run
+from tests.kernels.emulator import EmulatorError, have_compiler, read_source
 
 pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
 
@@ -158,7 +158,7 @@ def detection(source: str, variant: Variant, case: Case, *, sanitize: bool = Fal
     for order in range(4):
         try:
             found = run(variant, case, source=source, order=order, launches=1 + order % 2, sanitize=sanitize)
-        except StandinError as error:
+        except EmulatorError as error:
             return f"emulator: {str(error).splitlines()[0]}"
         except AssertionError as error:
             return f"semaphores: {str(error).splitlines()[0]}"

@@ -3,7 +3,7 @@
 
 #include "fibers.h"
 
-namespace standin {
+namespace emulator {
 
 static u64 now; // counts fences and atomics
 static std::unordered_map<const void*, u64> published; // address -> when its last store became visible
@@ -44,35 +44,35 @@ void wait_for_copies(int pending) {
 
 unsigned char* shared_memory() { return current->block->shared; }
 
-} // namespace standin
+} // namespace emulator
 
 void __threadfence() {
-    standin::maybe_yield();
-    standin::publish();
+    emulator::maybe_yield();
+    emulator::publish();
 }
 
 uint4 load_streaming(const uint4* p) {
-    standin::aligned(p, 16, "16-byte load");
+    emulator::aligned(p, 16, "16-byte load");
     return *p;
 }
 
 // The store stays with its thread until the thread fences; until then the place holds NaNs for everyone else.
 void store_for_other_blocks(float4* p, float4 v) {
-    standin::aligned(p, 16, "16-byte store");
+    emulator::aligned(p, 16, "16-byte store");
     memset((void*)p, 0xFF, 16);
-    standin::PendingStore s;
+    emulator::PendingStore s;
     s.to = p;
     memcpy(s.bytes, &v, 16);
-    standin::current->stores.push_back(s);
+    emulator::current->stores.push_back(s);
 }
 
 // NaNs unless the writer fenced, and after that this thread (or one it met at a barrier) fenced after its last atomic.
 float4 load_from_other_blocks(const float4* p) {
-    standin::aligned(p, 16, "16-byte load");
-    auto found = standin::published.find(p);
-    u64 seen = standin::current->seen;
+    emulator::aligned(p, 16, "16-byte load");
+    auto found = emulator::published.find(p);
+    u64 seen = emulator::current->seen;
     float4 v = *p;
-    bool stale = found != standin::published.end() && (found->second > seen || standin::current->asked > seen);
+    bool stale = found != emulator::published.end() && (found->second > seen || emulator::current->asked > seen);
     if (stale) memset((void*)&v, 0xFF, 16);
     return v;
 }
@@ -80,15 +80,15 @@ float4 load_from_other_blocks(const float4* p) {
 // The destination holds NaNs from here until this thread waits for the copy's group.
 void copy_async(SharedAddress address, const void* source, int valid) {
     void* shared = (void*)address;
-    standin::aligned(shared, 16, "destination of an asynchronous copy");
-    standin::aligned(source, 16, "source of an asynchronous copy");
-    if (valid < 0 || valid > 16) standin::fail("an asynchronous copy of " + std::to_string(valid) + " bytes");
+    emulator::aligned(shared, 16, "destination of an asynchronous copy");
+    emulator::aligned(source, 16, "source of an asynchronous copy");
+    if (valid < 0 || valid > 16) emulator::fail("an asynchronous copy of " + std::to_string(valid) + " bytes");
     memset(shared, 0xFF, 16);
-    standin::current->open_copies.push_back({shared, source, valid});
+    emulator::current->open_copies.push_back({shared, source, valid});
 }
 
 void copy_async_commit() {
-    auto& f = *standin::current;
+    auto& f = *emulator::current;
     f.copy_groups.push_back(std::move(f.open_copies));
     f.open_copies.clear();
 }

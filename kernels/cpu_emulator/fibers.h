@@ -21,12 +21,12 @@
 #include <ucontext.h>
 #endif
 
-#include "standin.h"
+#include "emulator.h"
 
 uint3 threadIdx, blockIdx;
 dim3 gridDim, blockDim;
 
-namespace standin {
+namespace emulator {
 
 const size_t stack_bytes = 128 << 10;
 const u32 resident_blocks = 3;
@@ -144,13 +144,13 @@ static bool shuffled;
 
 #if defined(__x86_64__)
 static void* scheduler_stack_pointer;
-extern "C" void standin_switch(void** from, void* to);
-asm(".text\n.globl standin_switch\n.hidden standin_switch\nstandin_switch:\n"
+extern "C" void emulator_switch(void** from, void* to);
+asm(".text\n.globl emulator_switch\n.hidden emulator_switch\nemulator_switch:\n"
     " push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n"
     " mov %rsp,(%rdi)\n mov %rsi,%rsp\n"
     " pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n ret\n");
-static void to_scheduler() { standin_switch(&current->stack_pointer, scheduler_stack_pointer); }
-static void to_fiber(Fiber& f) { standin_switch(&scheduler_stack_pointer, f.stack_pointer); }
+static void to_scheduler() { emulator_switch(&current->stack_pointer, scheduler_stack_pointer); }
+static void to_fiber(Fiber& f) { emulator_switch(&scheduler_stack_pointer, f.stack_pointer); }
 static void prepare(Fiber& f, void (*body)()) {
     void** top = (void**)((uintptr_t)(f.stack.get() + stack_bytes) & ~(uintptr_t)63);
     *--top = nullptr; // so that body starts with the stack alignment of a called function
@@ -312,14 +312,14 @@ static std::string run_grid(dim3 grid, dim3 block, size_t shared_bytes, u32 seed
     return error;
 }
 
-} // namespace standin
+} // namespace emulator
 
 void __syncthreads() {
-    standin::Block& block = *standin::current->block;
-    standin::meet_at_barrier(block.barriers[0], block.alive, "__syncthreads");
+    emulator::Block& block = *emulator::current->block;
+    emulator::meet_at_barrier(block.barriers[0], block.alive, "__syncthreads");
 }
 
 void named_barrier(int id, int threads) {
-    if (id < 1 || id > 15 || threads % 32) standin::fail("a named barrier is one of 1..15, for whole warps");
-    standin::meet_at_barrier(standin::current->block->barriers[id], (u32)threads, "named_barrier");
+    if (id < 1 || id > 15 || threads % 32) emulator::fail("a named barrier is one of 1..15, for whole warps");
+    emulator::meet_at_barrier(emulator::current->block->barriers[id], (u32)threads, "named_barrier");
 }

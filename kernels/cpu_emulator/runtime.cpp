@@ -1,9 +1,9 @@
-// What is behind standin.h, compiled once and linked to every kernel.
+// What is behind emulator.h, compiled once and linked to every kernel.
 #include "hopper.h"
 
 #include "launch.h"
 
-int standin::launch(dim3 grid, dim3 block, size_t shared_bytes, u32 seed, void (*e)(void**), void** arguments, char* message, size_t capacity) {
+int emulator::launch(dim3 grid, dim3 block, size_t shared_bytes, u32 seed, void (*e)(void**), void** arguments, char* message, size_t capacity) {
     forget_exchanges();
     std::string what = run_grid(grid, block, shared_bytes, seed, e, arguments);
     snprintf(message, capacity, "%s", what.c_str());

@@ -4,7 +4,7 @@ import ctypes
 import dataclasses
 
 import torch
-from standin import Argument, TensorMap, compile_kernel, read_source
+from tests.kernels.emulator import Argument, TensorMap, compile_kernel, read_source
 from torch import Tensor
 
 from matquant.cuda.tma import Tiling

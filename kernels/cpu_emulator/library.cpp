@@ -1,11 +1,13 @@
-// One kernel as a library: the harness passes its name as EMULATOR_KERNEL and its source as EMULATOR_SOURCE.
+// Shared library of one kernel. Macros: EMULATOR_KERNEL, its name; EMULATOR_SOURCE, its source file.
 #include EMULATOR_SOURCE
+
+#include <utility>
 
 #include "launch.h"
 
 namespace emulator {
 
-// Calls a kernel with its arguments given as cuLaunchKernel takes them: one pointer to each.
+// Call a kernel. arguments: one pointer per kernel parameter, as for cuLaunchKernel.
 template <class... P, size_t... i> static void call(void (*kernel)(P...), void** arguments, std::index_sequence<i...>) {
     kernel(*(std::remove_cv_t<std::remove_reference_t<P>>*)arguments[i]...);
 }
@@ -22,7 +24,7 @@ template <class... P> static void sizes(void (*)(P...), int* bytes) { ((*bytes++
 EXPORT int emulator_parameters() { return emulator::parameters(EMULATOR_KERNEL); }
 EXPORT void emulator_parameter_sizes(int* bytes) { emulator::sizes(EMULATOR_KERNEL, bytes); }
 
-// 0, or 1 with a message of at most `capacity` bytes.
+// Return 0, or 1 with an error message of at most `capacity` bytes.
 EXPORT int emulator_launch(const u32* grid, const u32* block, u64 shared_bytes, u32 seed, void** arguments, char* message, u64 capacity) {
     return emulator::launch({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes, seed,
                            [](void** a) { emulator::call(EMULATOR_KERNEL, a); }, arguments, message, capacity);

@@ -1,37 +1,37 @@
-// Memory as the kernels use it: asynchronous copies, atomics, and what blocks hand to each other.
+// cp.async copies, fences, atomics, and data exchange between blocks.
 #pragma once
 
 #include "fibers.h"
 
 namespace emulator {
 
-static u64 now; // counts fences and atomics
-static std::unordered_map<const void*, u64> published; // address -> when its last store became visible
+static u64 now;                                           // logical time: counts fences and atomics
+static std::unordered_map<const void*, u64> visible_since; // address -> time at which its last store was published
 
-static void aligned(const void* p, size_t to, const char* what) {
-    if ((uintptr_t)p % to) fail(std::string("misaligned ") + what);
+static void check_aligned(const void* p, size_t alignment, const char* what) {
+    if ((uintptr_t)p % alignment) fail(std::string("misaligned ") + what);
 }
 
-static void forget_exchanges() {
+static void reset_visibility() {
     now = 0;
-    published.clear();
+    visible_since.clear();
 }
 
-// The stores of this thread become visible to whoever fences later.
-static void publish() {
+// Make this thread's stores visible to threads that fence later.
+static void publish_stores() {
     Fiber& f = *current;
     now++;
     for (auto& s : f.stores) {
         memcpy(s.to, s.bytes, 16);
-        published[s.to] = now;
+        visible_since[s.to] = now;
     }
     f.stores.clear();
-    f.seen = now;
+    f.last_fence = now;
 }
 
-void note_atomic() { current->asked = ++now; }
+void record_atomic() { current->last_atomic = ++now; }
 
-void wait_for_copies(int pending) {
+void wait_for_cp_async(int pending) {
     auto& groups = current->copy_groups;
     while ((int)groups.size() > pending) {
         for (auto& c : groups.front()) {
@@ -48,17 +48,17 @@ unsigned char* shared_memory() { return current->block->shared; }
 
 void __threadfence() {
     emulator::maybe_yield();
-    emulator::publish();
+    emulator::publish_stores();
 }
 
 uint4 load_streaming(const uint4* p) {
-    emulator::aligned(p, 16, "16-byte load");
+    emulator::check_aligned(p, 16, "16-byte load");
     return *p;
 }
 
-// The store stays with its thread until the thread fences; until then the place holds NaNs for everyone else.
-void store_for_other_blocks(float4* p, float4 v) {
-    emulator::aligned(p, 16, "16-byte store");
+// Keep the store in its thread until a fence. Until then all other threads read NaNs.
+void store_cg(float4* p, float4 v) {
+    emulator::check_aligned(p, 16, "16-byte store");
     memset((void*)p, 0xFF, 16);
     emulator::PendingStore s;
     s.to = p;
@@ -66,28 +66,28 @@ void store_for_other_blocks(float4* p, float4 v) {
     emulator::current->stores.push_back(s);
 }
 
-// NaNs unless the writer fenced, and after that this thread (or one it met at a barrier) fenced after its last atomic.
-float4 load_from_other_blocks(const float4* p) {
-    emulator::aligned(p, 16, "16-byte load");
-    auto found = emulator::published.find(p);
-    u64 seen = emulator::current->seen;
+// NaNs, unless the writer fenced, and this thread (or one that it synchronized with) fenced after that and after its last atomic.
+float4 load_cg(const float4* p) {
+    emulator::check_aligned(p, 16, "16-byte load");
+    auto found = emulator::visible_since.find(p);
+    u64 fence = emulator::current->last_fence;
     float4 v = *p;
-    bool stale = found != emulator::published.end() && (found->second > seen || emulator::current->asked > seen);
+    bool stale = found != emulator::visible_since.end() && (found->second > fence || emulator::current->last_atomic > fence);
     if (stale) memset((void*)&v, 0xFF, 16);
     return v;
 }
 
-// The destination holds NaNs from here until this thread waits for the copy's group.
-void copy_async(SharedAddress address, const void* source, int valid) {
+// The destination holds NaNs until this thread waits for the copy's group.
+void cp_async(SharedAddress address, const void* source, int valid) {
     void* shared = (void*)address;
-    emulator::aligned(shared, 16, "destination of an asynchronous copy");
-    emulator::aligned(source, 16, "source of an asynchronous copy");
-    if (valid < 0 || valid > 16) emulator::fail("an asynchronous copy of " + std::to_string(valid) + " bytes");
+    emulator::check_aligned(shared, 16, "destination of cp.async");
+    emulator::check_aligned(source, 16, "source of cp.async");
+    if (valid < 0 || valid > 16) emulator::fail("cp.async of " + std::to_string(valid) + " bytes; 0 to 16 are possible");
     memset(shared, 0xFF, 16);
     emulator::current->open_copies.push_back({shared, source, valid});
 }
 
-void copy_async_commit() {
+void cp_async_commit() {
     auto& f = *emulator::current;
     f.copy_groups.push_back(std::move(f.open_copies));
     f.open_copies.clear();

@@ -1,4 +1,4 @@
-// Operations of a whole warp: shuffles, votes, ldmatrix, mma. Lanes meet; the last to come computes for all.
+// Warp-level operations: shuffles, votes, ldmatrix, mma.
 #pragma once
 
 #include "memory.h"
@@ -7,45 +7,45 @@ namespace emulator {
 
 u32 lane() { return current->thread % 32; }
 
-static Meeting& meeting_of(u32 mask) {
+static WarpCollective& collective_of(u32 mask) {
     Warp& w = current->block->warps[current->thread / 32];
-    for (auto& m : w.meetings)
-        if (m->mask == mask) return *m;
-    w.meetings.push_back(std::make_unique<Meeting>());
-    w.meetings.back()->mask = mask;
-    return *w.meetings.back();
+    for (auto& c : w.collectives)
+        if (c->mask == mask) return *c;
+    w.collectives.push_back(std::make_unique<WarpCollective>());
+    w.collectives.back()->mask = mask;
+    return *w.collectives.back();
 }
 
-// The lanes of `mask` that exist: the last warp of a block may be short.
-static u32 present(u32 mask) {
+// Lanes of `mask` that exist: the last warp of a block may have fewer than 32.
+static u32 existing_lanes(u32 mask) {
     u32 threads = (u32)current->block->fibers.size() - current->thread / 32 * 32;
     return threads >= 32 ? mask : mask & ((1u << threads) - 1);
 }
 
-// Waits for all lanes of `mask`, whose operands the caller has left in the meeting; `compute` runs once.
-template <class Compute> static void meet(Meeting& m, const char* operation, Compute compute) {
-    if (!(m.mask >> lane() & 1)) fail(std::string(operation) + " by a lane that its mask leaves out");
-    if (m.arrived && strcmp(m.operation, operation)) fail(std::string("lanes of one warp diverged: ") + m.operation + " and " + operation);
-    m.operation = operation;
-    m.arrived |= 1u << lane();
-    if (m.arrived != present(m.mask)) return wait(&m.generation, m.generation, operation);
-    compute(m);
-    m.arrived = 0;
-    m.generation++;
+// Wait for all lanes of the mask. The caller has stored its operands; the last lane to arrive runs `compute`.
+template <class Compute> static void run_collective(WarpCollective& c, const char* operation, Compute compute) {
+    if (!(c.mask >> lane() & 1)) fail(std::string(operation) + " by a lane that its mask leaves out");
+    if (c.arrived && strcmp(c.operation, operation)) fail(std::string("lanes of one warp diverged: ") + c.operation + " and " + operation);
+    c.operation = operation;
+    c.arrived |= 1u << lane();
+    if (c.arrived != existing_lanes(c.mask)) return wait(&c.generation, c.generation, operation);
+    compute(c);
+    c.arrived = 0;
+    c.generation++;
 }
 
 u32 shuffle(u32 mask, u32 value, u32 source, const char* operation) {
-    Meeting& m = meeting_of(mask);
-    m.in[lane()][0] = value;
-    m.in[lane()][1] = source;
-    meet(m, operation, [](Meeting& m) {
+    WarpCollective& c = collective_of(mask);
+    c.in[lane()][0] = value;
+    c.in[lane()][1] = source;
+    run_collective(c, operation, [](WarpCollective& c) {
         for (u32 i = 0; i < 32; i++) {
-            u32 source = m.in[i][1] & 31;
-            // A lane outside the mask has nothing to give: CUDA leaves the result undefined, here it is a NaN.
-            m.out[i][0] = m.mask >> source & 1 ? m.in[source][0] : 0xFFFFFFFFu;
+            u32 source = c.in[i][1] & 31;
+            // The value of a lane outside the mask is undefined in CUDA; here it is a NaN.
+            c.out[i][0] = c.mask >> source & 1 ? c.in[source][0] : 0xFFFFFFFFu;
         }
     });
-    return m.out[lane()][0];
+    return c.out[lane()][0];
 }
 
 static float half_value(u32 bits) {
@@ -74,8 +74,8 @@ static float element_value(u32 bits, bool bfloat) {
     return bfloat ? bfloat_to_float((u16)bits) : half[bits & 0xFFFF];
 }
 
-// d = a b + c on the fragments of one warp; sums run over k in order, in float32.
-template <bool bfloat> static void multiply(Meeting& m) {
+// d = a b + c on the fragments of one warp, summed over k in order, in float32.
+template <bool bfloat> static void multiply(WarpCollective& m) {
     auto value = [](u32 word, int h) { return element_value(word >> (16 * h), bfloat); };
     float a[16][16], b[16][8], d[16][8];
     for (int i = 0; i < 32; i++) {
@@ -94,61 +94,61 @@ template <bool bfloat> static void multiply(Meeting& m) {
 }
 
 template <bool bfloat> static void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
-    Meeting& m = meeting_of(~0u);
+    WarpCollective& m = collective_of(~0u);
     u32(&in)[10] = m.in[lane()];
     memcpy(in, a, 16);
     in[4] = b0;
     in[5] = b1;
     memcpy(in + 6, c, 16);
-    meet(m, bfloat ? "mma_bfloat" : "mma_half", multiply<bfloat>);
+    run_collective(m, bfloat ? "mma_bf16" : "mma_f16", multiply<bfloat>);
     memcpy(d, m.out[lane()], 16);
 }
 
 } // namespace emulator
 
 u32 __ballot_sync(u32 mask, int predicate) {
-    emulator::Meeting& m = emulator::meeting_of(mask);
-    m.in[emulator::lane()][0] = predicate != 0;
-    emulator::meet(m, "__ballot_sync", [](emulator::Meeting& m) {
+    emulator::WarpCollective& c = emulator::collective_of(mask);
+    c.in[emulator::lane()][0] = predicate != 0;
+    emulator::run_collective(c, "__ballot_sync", [](emulator::WarpCollective& c) {
         u32 votes = 0;
-        for (int i = 0; i < 32; i++) votes |= (m.arrived >> i & 1 ? m.in[i][0] : 0) << i;
-        for (int i = 0; i < 32; i++) m.out[i][0] = votes;
+        for (int i = 0; i < 32; i++) votes |= (c.arrived >> i & 1 ? c.in[i][0] : 0) << i;
+        for (int i = 0; i < 32; i++) c.out[i][0] = votes;
     });
-    return m.out[emulator::lane()][0];
+    return c.out[emulator::lane()][0];
 }
 
-// Orders memory among the lanes too: what one lane has seen by its fences, all have seen.
+// Also orders memory among the lanes: all of them get the latest fence and atomic times.
 void __syncwarp(u32 mask) {
-    emulator::Meeting& m = emulator::meeting_of(mask);
+    emulator::WarpCollective& c = emulator::collective_of(mask);
     emulator::Fiber& f = *emulator::current;
-    memcpy(&m.in[emulator::lane()][0], &f.seen, 8);
-    memcpy(&m.in[emulator::lane()][2], &f.asked, 8);
-    emulator::meet(m, "__syncwarp", [](emulator::Meeting& m) {
+    memcpy(&c.in[emulator::lane()][0], &f.last_fence, 8);
+    memcpy(&c.in[emulator::lane()][2], &f.last_atomic, 8);
+    emulator::run_collective(c, "__syncwarp", [](emulator::WarpCollective& c) {
         u64 latest[2] = {0, 0}, times[2];
         for (int i = 0; i < 32; i++)
-            if (m.arrived >> i & 1) {
-                memcpy(times, m.in[i], 16);
+            if (c.arrived >> i & 1) {
+                memcpy(times, c.in[i], 16);
                 for (int k = 0; k < 2; k++) latest[k] = std::max(latest[k], times[k]);
             }
-        for (int i = 0; i < 32; i++) memcpy(m.out[i], latest, 16);
+        for (int i = 0; i < 32; i++) memcpy(c.out[i], latest, 16);
     });
     u64 latest[2];
-    memcpy(latest, m.out[emulator::lane()], 16);
-    f.seen = latest[0];
-    f.asked = latest[1];
+    memcpy(latest, c.out[emulator::lane()], 16);
+    f.last_fence = latest[0];
+    f.last_atomic = latest[1];
 }
 
-void load_matrices(u32 (&r)[4], SharedAddress address) {
+void ldmatrix_x4(u32 (&r)[4], SharedAddress address) {
     const void* row = (const void*)address;
-    emulator::aligned(row, 16, "row of ldmatrix");
-    emulator::Meeting& m = emulator::meeting_of(~0u);
-    m.address[emulator::lane()] = row;
-    emulator::meet(m, "ldmatrix", [](emulator::Meeting& m) {
+    emulator::check_aligned(row, 16, "row of ldmatrix");
+    emulator::WarpCollective& c = emulator::collective_of(~0u);
+    c.address[emulator::lane()] = row;
+    emulator::run_collective(c, "ldmatrix", [](emulator::WarpCollective& c) {
         for (int q = 0; q < 4; q++)
-            for (int i = 0; i < 32; i++) memcpy(&m.out[i][q], (const char*)m.address[q * 8 + i / 4] + (i % 4) * 4, 4);
+            for (int i = 0; i < 32; i++) memcpy(&c.out[i][q], (const char*)c.address[q * 8 + i / 4] + (i % 4) * 4, 4);
     });
-    memcpy(r, m.out[emulator::lane()], 16);
+    memcpy(r, c.out[emulator::lane()], 16);
 }
 
-void mma_half(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) { emulator::mma<false>(d, a, b0, b1, c); }
-void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) { emulator::mma<true>(d, a, b0, b1, c); }
+void mma_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) { emulator::mma<false>(d, a, b0, b1, c); }
+void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) { emulator::mma<true>(d, a, b0, b1, c); }

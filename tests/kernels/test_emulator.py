@@ -31,21 +31,21 @@ KERNEL void product(const u16* a, const u16* b, float* d) {
     int lane = threadIdx.x;
     for (int i = lane; i < 48; i += 32) {
         const u16* from = i < 32 ? a + i / 2 * 16 + i % 2 * 8 : b + (i - 32) / 2 * 16 + i % 2 * 8;
-        copy_async(shared_address(tile + (i / 2) * 24 + i % 2 * 8), from);
+        cp_async(shared_address(tile + (i / 2) * 24 + i % 2 * 8), from);
     }
-    copy_async_commit();
+    cp_async_commit();
     WAIT
     BARRIER
     u32 fa[4], fb[4];
-    load_matrices(fa, shared_address(tile + (lane % 16) * 24 + lane / 16 * 8));
-    load_matrices(fb, shared_address(tile + (16 + lane % 8) * 24 + (lane / 8 % 2) * 8));
+    ldmatrix_x4(fa, shared_address(tile + (lane % 16) * 24 + lane / 16 * 8));
+    ldmatrix_x4(fb, shared_address(tile + (16 + lane % 8) * 24 + (lane / 8 % 2) * 8));
     float c[4] = {0, 0, 0, 0};
     MMA(c, fa, fb[0], fb[1], c);
     for (int e = 0; e < 4; e++) d[(lane / 4 + 8 * (e / 2)) * 8 + lane % 4 * 2 + e % 2] = c[e];
 }
 KERNEL void exchange(float4* partial, u32* ticket, float* sum) {
     SHARED_MEMORY(shared);
-    store_for_other_blocks(partial + blockIdx.x * blockDim.x + threadIdx.x, make_float4(1, 2, 3, blockIdx.x));
+    store_cg(partial + blockIdx.x * blockDim.x + threadIdx.x, make_float4(1, 2, 3, blockIdx.x));
     WRITER_FENCE
     __syncthreads();
     u32* last = (u32*)shared;
@@ -54,7 +54,7 @@ KERNEL void exchange(float4* partial, u32* ticket, float* sum) {
     if (*last != gridDim.x - 1) return;
     READER_FENCE
     float total = 0;
-    for (int i = 0; i < (int)gridDim.x; i++) total += load_from_other_blocks(partial + i * blockDim.x + threadIdx.x).w;
+    for (int i = 0; i < (int)gridDim.x; i++) total += load_cg(partial + i * blockDim.x + threadIdx.x).w;
     sum[threadIdx.x] = total;
 }
 KERNEL void mistakes(int which, int* out) {
@@ -63,18 +63,18 @@ KERNEL void mistakes(int which, int* out) {
     if (which == 1 && lane < 16) __syncwarp();
     if (which == 2) { if (lane < 16) __syncwarp(); else __ballot_sync(~0u, 1); }
     if (which == 3) { if (threadIdx.x < 32) __syncthreads(); else if (lane == 0) __syncwarp(1u << 1); }
-    if (which == 4) copy_async(shared_address(shared + 8), shared);
-    if (which == 5) { copy_async(shared_address(shared), out); copy_async_commit(); }
+    if (which == 4) cp_async(shared_address(shared + 8), shared);
+    if (which == 5) { cp_async(shared_address(shared), out); cp_async_commit(); }
     if (which == 6) out[lane] = out[64 + threadIdx.x * 100000];
-    if (which == 7 && threadIdx.x < 32) { u32 r[4]; if (lane < 31) load_matrices(r, shared_address(shared)); }
+    if (which == 7 && threadIdx.x < 32) { u32 r[4]; if (lane < 31) ldmatrix_x4(r, shared_address(shared)); }
     out[threadIdx.x] = which;
 }
 """
 )
 SOUND = {
-    "WAIT": "copy_async_wait<0>\\(\\)\\;",
+    "WAIT": "cp_async_wait<0>\\(\\)\\;",
     "BARRIER": "__syncwarp\\(\\)\\;",
-    "MMA": "mma_half",
+    "MMA": "mma_f16",
     "WRITER_FENCE": "__threadfence\\(\\)\\;",
     "READER_FENCE": "__threadfence\\(\\)\\;",
 }
@@ -101,7 +101,7 @@ def test_shuffles_and_votes(seed: int) -> None:
     assert (out[192:] == 11).all()
 
 
-@pytest.mark.parametrize(("dtype", "mma"), [(torch.float16, "mma_half"), (torch.bfloat16, "mma_bfloat")])
+@pytest.mark.parametrize(("dtype", "mma"), [(torch.float16, "mma_f16"), (torch.bfloat16, "mma_bf16")])
 def test_tensor_core_product(dtype: torch.dtype, mma: str) -> None:
     a, b = torch.randn(16, 16).to(dtype), torch.randn(8, 16).to(dtype)
     a[0, 0] = 2.0**-24 if dtype == torch.float16 else 2.0**-100  # subnormal in half
@@ -114,7 +114,7 @@ def test_copies_count_only_after_their_wait() -> None:
     a, b = torch.ones(16, 16, dtype=torch.float16), torch.ones(8, 16, dtype=torch.float16)
     d = torch.zeros(16, 8)
     args = [a.view(torch.int16), b.view(torch.int16), d]
-    with pytest.raises(EmulatorError, match="waited for"):
+    with pytest.raises(EmulatorError, match="pending"):
         build("product", WAIT="").launch((1,), (32,), args, shared_bytes=24 * 48)
 
 
@@ -145,7 +145,7 @@ def test_missing_fence_is_noticed(missing: str) -> None:
 
 @pytest.mark.parametrize(
     ("which", "says"),
-    [(1, "deadlock"), (2, "diverged"), (3, "mask leaves out"), (4, "misaligned"), (5, "waited for"), (7, "deadlock")],
+    [(1, "deadlock"), (2, "diverged"), (3, "mask leaves out"), (4, "misaligned"), (5, "pending"), (7, "deadlock")],
 )
 def test_mistakes_are_named(which: int, says: str) -> None:
     out = torch.zeros(64, dtype=torch.int32)

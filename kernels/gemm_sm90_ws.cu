@@ -18,7 +18,7 @@
 //   PANEL       unused; x has the stages of the weights
 //   SHARED_BYTES  optional: sizeof(WarpSpecializedSharedStorage)
 //   block       384 threads: ROW_WARPS * TILE_WARPS = 8 consumer warps, 4 producer warps
-//   grid        number of resident blocks
+//   grid        1 .. tiles * k_tiles blocks; best is one per multiprocessor
 //               tiles = ceil(M / BLOCK_M) * ceil(N / BLOCK_N); stream-K distributes tiles % grid of them
 //   workspace   (grid + tiles % grid) * BLOCK_N * BLOCK_M float32
 //   semaphores  tiles % grid * 8
@@ -31,7 +31,6 @@ static_assert(WGMMA && K_WARPS == 1 && kWarps == 8, "two consumer warpgroups");
 
 constexpr int kProducerThreads = 128;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-constexpr int kXUnitBytes = kBlockM * 128; // x of 64 columns
 
 struct WarpSpecializedSharedStorage {
     alignas(kSwizzleAlignment) u8 x[kNumStages][UNITS][kXUnitBytes];

@@ -2,7 +2,6 @@
 #pragma once
 #include "gemm_smem.cuh"
 
-constexpr int kXUnitBytes = kBlockM * 128; // x of 64 columns
 static_assert(kXUnitBytes % kSwizzleAlignment == 0, "every x tile must have the alignment of the 128-byte swizzle");
 
 // Pipeline of x stages with one full barrier each; thread 0 issues the loads. Every member function is called by all threads of the

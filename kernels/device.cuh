@@ -1,14 +1,14 @@
-// Everything that a kernel here asks of the machine: types, launch qualifiers, and each PTX instruction as a function.
+// Integer types, launch qualifiers, and PTX instructions as functions.
 //
-// Kernels include this file and no CUDA header, so that NVRTC needs no include path. With STANDIN defined the same names come
-// from standin/standin.h instead and a kernel compiles as plain C++, to run on a CPU. What CUDA itself declares (threadIdx,
-// __syncthreads, __shfl_xor_sync, atomicAdd, fmaf, ...) is used by its own name; the stand-in declares that too.
+// Kernels include this header and no CUDA header, so NVRTC needs no include path. With EMULATOR defined, cpu_emulator/emulator.h
+// declares the same names, and a kernel compiles as plain C++ for the CPU. Names that CUDA itself declares (threadIdx,
+// __syncthreads, __shfl_xor_sync, atomicAdd, fmaf, ...) are used directly; the emulator declares them too.
 #pragma once
 
 #define UNROLL _Pragma("unroll")
 
-#ifdef STANDIN
-#include "standin/standin.h"
+#ifdef EMULATOR
+#include "cpu_emulator/emulator.h"
 #else
 
 typedef unsigned char u8;
@@ -21,16 +21,16 @@ typedef unsigned long long u64;
 #define DEVICE_CONSTANT __host__ __device__
 #define KERNEL extern "C" __global__
 #define LAUNCH_BOUNDS(threads, blocks_per_sm) __launch_bounds__(threads, blocks_per_sm)
-// The block's dynamic shared memory; there is no static one in this project.
+// Dynamic shared memory of the block. No kernel uses static shared memory.
 #define SHARED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
-// Of a structure that is a kernel's argument and whose address is taken.
+// For kernel parameters whose address is taken, for example TMA descriptors.
 #define GRID_CONSTANT __grid_constant__
 
-// Waits for `threads` threads of the block, a multiple of 32, at barrier `id` of 1..15 (0 is __syncthreads).
-DEVICE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// bar.sync: barrier `id` (1..15; 0 is __syncthreads) for `threads` threads of the block, a multiple of 32.
+DEVICE void named_barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// The same number, of which the compiler knows nothing: what follows from it is computed where it is used, and not long before, in
-// registers that are needed until then.
+// Return `a`, opaque to the compiler. Expressions that depend on the result are computed where they are used; the compiler cannot
+// hoist them and keep them in registers.
 DEVICE u32 opaque(u32 a) {
     asm volatile("" : "+r"(a));
     return a;
@@ -38,14 +38,14 @@ DEVICE u32 opaque(u32 a) {
 
 // ---- integers
 
-// Bits of `a` where `mask` is set, of `b` elsewhere.
+// Bits of `a` where `mask` is 1, bits of `b` where it is 0.
 DEVICE u32 bit_select(u32 mask, u32 a, u32 b) {
     u32 d;
     asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(d) : "r"(mask), "r"(a), "r"(b));
     return d;
 }
 
-// (a & mask) | b, in one instruction.
+// (a & mask) | b in one instruction.
 DEVICE u32 and_or(u32 a, u32 mask, u32 b) {
     u32 d;
     asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(b));
@@ -54,8 +54,8 @@ DEVICE u32 and_or(u32 a, u32 mask, u32 b) {
 
 DEVICE u32 rotate_right(u32 a, int by) { return __funnelshift_r(a, a, by); }
 
-// 1 / f to two units in the last place; a subnormal f counts as 0.
-DEVICE float reciprocal(float f) {
+// 1 / f within 2 ulp. Subnormal inputs are flushed to 0.
+DEVICE float reciprocal_approx(float f) {
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(f));
     return r;
@@ -83,27 +83,27 @@ DEVICE u16 float_to_bfloat(float f) {
     return bits;
 }
 
-// Two at once, the first in the low half.
-DEVICE u32 floats_to_halves(float low, float high) {
+// Packed pair; `low` is in bits 0..15.
+DEVICE u32 floats_to_half2(float low, float high) {
     u32 bits;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
     return bits;
 }
 
-DEVICE u32 floats_to_bfloats(float low, float high) {
+DEVICE u32 floats_to_bfloat2(float low, float high) {
     u32 bits;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
     return bits;
 }
 
-// a * b + c for two at once, rounded once; subnormal numbers count in full.
-DEVICE u32 fma_halves(u32 a, u32 b, u32 c) {
+// a * b + c on packed pairs, rounded once. Subnormals are not flushed.
+DEVICE u32 fma_half2(u32 a, u32 b, u32 c) {
     u32 d;
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
 }
 
-DEVICE u32 fma_bfloats(u32 a, u32 b, u32 c) {
+DEVICE u32 fma_bfloat2(u32 a, u32 b, u32 c) {
     u32 d;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
@@ -111,12 +111,11 @@ DEVICE u32 fma_bfloats(u32 a, u32 b, u32 c) {
 
 // ---- memory
 
-// An address within shared memory, as the instructions below take it. Made once and then added to: each conversion of a pointer
-// costs instructions.
+// Address in the shared window, as PTX instructions take it. Convert once and add offsets: every conversion costs instructions.
 typedef u32 SharedAddress;
 DEVICE SharedAddress shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// 16 bytes that are read once: not kept in L1.
+// 16-byte load of read-once data; bypasses L1 allocation.
 DEVICE uint4 load_streaming(const uint4* p) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -125,28 +124,29 @@ DEVICE uint4 load_streaming(const uint4* p) {
     return v;
 }
 
-// Starts copying 16 bytes to shared memory: the first `valid` from `source`, zeros after them.
-DEVICE void copy_async(SharedAddress shared, const void* source, int valid = 16) {
+// Start a 16-byte cp.async from global to shared memory: the first `valid` bytes from `source`, zeros after them.
+DEVICE void cp_async(SharedAddress shared, const void* source, int valid = 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(source), "r"(valid)
                  : "memory");
 }
 
-// Closes the group of the copies that this thread started since the last call.
-DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Commit this thread's cp.async copies since the last call as one group.
+DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most `pending` of this thread's youngest groups are still on their way.
-template <int pending> DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }
+// Wait until at most `pending` of this thread's most recent groups are incomplete.
+template <int pending> DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }
 
-// What blocks of one launch hand to each other goes through these two, past L1: the writer calls device_fence() after the
-// store and before it tells the reader (an atomic), the reader calls it after it was told and before the load. It orders as
-// much as that needs; __threadfence() also orders all fences of the device and takes longer.
-DEVICE void device_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+// Acquire-release fence of device scope. Data exchanged between blocks needs one on both sides: store_cg, fence, atomic in the
+// writer; atomic, fence, load_cg in the reader. __threadfence() is sequentially consistent and slower.
+DEVICE void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
-DEVICE void store_for_other_blocks(float4* p, float4 v) {
+// Store that bypasses L1.
+DEVICE void store_cg(float4* p, float4 v) {
     asm volatile("st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 
-DEVICE float4 load_from_other_blocks(const float4* p) {
+// Load that bypasses L1.
+DEVICE float4 load_cg(const float4* p) {
     float4 v;
     asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
@@ -155,45 +155,47 @@ DEVICE float4 load_from_other_blocks(const float4* p) {
     return v;
 }
 
-// ---- launches that overlap: matquant/cuda/pdl.py, from sm_90 on; elsewhere these do nothing, as a launch waits by itself
+// Prefetch the cache line of an address into L2. Valid before pdl_wait(), because no value is read.
+DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// A kernel that is launched so calls this before it reads what an earlier kernel may have written, and before it writes. All
-// that ran before it is then complete and to be seen.
-DEVICE void wait_for_earlier_kernels() {
+// ---- programmatic dependent launch (PDL; matquant/cuda/pdl.py), from sm_90 on. No-ops elsewhere: there a launch starts after the
+// previous kernel has ended.
+
+// Wait until all earlier kernels have completed and their writes are visible. A kernel launched with PDL calls this before it
+// reads data of an earlier kernel and before it writes.
+DEVICE void pdl_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// The next kernel's blocks may come in as this one's make room. After the wait, so that no more than two kernels are under way.
-DEVICE void let_next_kernel_begin() {
+// Allow the next kernel's blocks to be scheduled as this kernel's blocks exit. Call after pdl_wait(), so that at most two kernels
+// overlap.
+DEVICE void pdl_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// Brings the line of an address to the second-level cache, which is right to do at any time: nothing is read.
-DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 // ---- tensor cores (PTX ISA, "Matrix fragments for mma.m16n8k16 with .f16 and .bf16")
 
-// Four 8x8 matrices of 16-bit elements; lane 8i + j gives the address of row j of matrix i.
-DEVICE void load_matrices(u32 (&r)[4], SharedAddress row) {
+// ldmatrix.x4: four 8x8 matrices of 16-bit elements. Lane 8i + j holds the address of row j of matrix i.
+DEVICE void ldmatrix_x4(u32 (&r)[4], SharedAddress row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(row)
                  : "memory");
 }
 
-// d = a b + c, with a 16x16, b 16x8, c and d 16x8 in float32. Subnormal float16 inputs count in full.
-DEVICE void mma_half(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
+// d = a b + c with a [16, 16], b [16, 8], c and d [16, 8] in float32. Subnormal float16 inputs are not flushed.
+DEVICE void mma_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
                  : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
-DEVICE void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
+DEVICE void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
                  : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])

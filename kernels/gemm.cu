@@ -1,118 +1,141 @@
-// y[M, N] = x[M, K] W^T + bias, for W in bit planes, of which it reads the first BITS. M <= 8 * TOKEN_TILES; for more on sm_90a see
-// gemm_sm90_ws.cu.
+// Nested GEMM: y[M, N] = x[M, K] W[N, K]^T + bias with W in bit planes, of which the kernel reads the first BITS. M <= 8 * TOKEN_TILES.
+// More tokens on sm_90a: gemm_sm90_ws.cu.
 //
-// The value of a weight is   gain * s * (2^(8 - BITS) * code + offset - zero)   with s and zero of its group; `code` is the
-// slice of BITS bits of an 8-bit code (codes of fewer bits are an 8-bit code's first planes; `gain` and `offset` are scaled).
+// Weight value: gain * scale * (2^(8 - BITS) * code + offset - zero point), with one scale and zero point per group. `code` is the slice
+// of BITS bits of an 8-bit code. Codes of fewer master bits are the first planes of an 8-bit code; `gain` and `offset` are adapted.
 //
-// Work. A block is ROW_WARPS x TILE_WARPS x K_WARPS warps and works on tiles of 64 * ROW_WARPS rows, a
-// chunk of 64 * UNITS * K_WARPS columns at a time: each of the K_WARPS takes its own 64 * UNITS columns, each of the TILE_WARPS
-// its own 64 / TILE_WARPS rows of 64. All chunks of all tiles in a row, tile by tile, are dealt out to the blocks in equal runs, so
-// a run may end or begin within a tile. Where several blocks have worked on a tile, each leaves its sums in the workspace, and
-// the warp that comes last adds them up, always in the same order, and sets its ticket back to 0.
-//
-// Planes, scales and zero points are copied to shared memory STAGES - 1 chunks before they are used, into a ring that belongs
-// to one warp (to the TILE_WARPS that share rows), so that warps do not wait for each other. Activations belong to the whole
-// block; they come PANEL chunks at a time, as far ahead as the weights, and the block meets only where a panel begins.
-//
-// By mma.sync (gemm_mma.cuh) weights stay integers in the tensor cores (see fragments.cuh). With t = sum of x * fragment and X = sum of x over a
-// group, its part of y is  s * unit^-1 * 2^(8 - BITS) * (t + X * (unit * (offset - zero) / 2^(8 - BITS) - bias));  X is
-// computed once per block, by a product with ones. By wgmma, see gemm_wgmma.cuh.
+// Tiling
+//   An output tile has BLOCK_M = 8 * TOKEN_TILES tokens and BLOCK_N = 64 * ROW_WARPS rows. A block has ROW_WARPS x TILE_WARPS warps along N
+//   (ROW_WARPS row blocks of 64 rows, each split among TILE_WARPS warps) and K_WARPS warps along K. A k-tile has BLOCK_K = 64 * UNITS
+//   columns per warp along K, BLOCK_K * K_WARPS in all. The warps along K are reduced through shared memory (sliced K).
+// Schedule
+//   Stream-K: the k-tiles of all output tiles, tile by tile, are split into equal contiguous ranges, one per block. A range may start or
+//   end within a tile. If several blocks share a tile, each stores partial sums to the workspace. The last warp to arrive at the tile's
+//   semaphore reduces them in a fixed order and resets the semaphore to 0.
+// Pipeline
+//   Weights are loaded by cp.async, STAGES - 1 k-tiles ahead, into a ring in shared memory that belongs to one warp (to TILE_WARPS warps
+//   that share a row block), so a k-tile needs no block-wide barrier. x belongs to the whole block. It is loaded in x stages of PANEL
+//   k-tiles, at least as far ahead as the weights; the block synchronizes once or twice per x stage.
+// Mainloop
+//   mma.sync (gemm_mma.cuh): codes stay integers in the tensor cores (fragments.cuh). With t = sum of x * fragment and X = sum of x over a
+//   group, the group contributes  scale / code_scale * 2^(8 - BITS) * (t + X * (code_scale * (offset - zero) / 2^(8 - BITS) - bias)).
+//   X is computed once per block by MMAs with a fragment of ones.
+//   WGMMA: gemm_wgmma.cuh.
 //
 // Macros
-//   BITS 2..8, ROUND 0 or 1 (slices are rounded, one plane more is read), GROUP 32, 64, 128 or 0 (a scale per row),
-//   ZEROS 0 or 1, BFLOAT 0 or 1 (x, bias and y), SCALE_BFLOAT 0 or 1, TOKEN_TILES 1, 2, 4, 8,
-//   ROW_WARPS, K_WARPS, TILE_WARPS (1, 2, 4), UNITS (1, 2, 4), STAGES >= 2, PANEL >= 1, BLOCKS_PER_SM,
-//   WGMMA 0, or 1 on sm_90a: then TOKEN_TILES is 2, 4 or 8, and ROW_WARPS * TILE_WARPS a multiple of 4
+//   BITS          2..8, planes of the slice
+//   ROUND         1 for `round` slicing, which reads one plane more; 0 for `msb`
+//   GROUP         group size: 32, a multiple of 64, or 0 for one scale per row
+//   ZEROS         1 if groups have zero points
+//   BFLOAT        1 if x, bias and y are bfloat16; 0 for float16
+//   SCALE_BFLOAT  1 if scales are bfloat16; 0 for float16
+//   TOKEN_TILES   1, 2, 4 or 8: BLOCK_M / 8
+//   ROW_WARPS     BLOCK_N / 64
+//   TILE_WARPS    1, 2 or 4: warps per 64-row block
+//   K_WARPS       warps along K
+//   UNITS         1, 2 or 4: BLOCK_K / 64
+//   STAGES        >= 2: pipeline stages of the weights
+//   PANEL         >= 1: k-tiles per x stage
+//   BLOCKS_PER_SM resident blocks per multiprocessor, the second number of __launch_bounds__
+//   WGMMA         1 for WGMMA, on sm_90a with TOKEN_TILES 2, 4 or 8 and ROW_WARPS * TILE_WARPS a multiple of 4; 0 for mma.sync
+//   SHARED_BYTES  optional: sizeof(GemmSharedStorage) as computed by the launcher, checked at compile time
 // Launch
-//   block   32 * ROW_WARPS * TILE_WARPS * K_WARPS threads
-//   grid    any number of blocks up to tiles * chunks; as many as are resident at once is best
-//           tiles = ceil(N / (64 * ROW_WARPS)), chunks = ceil(ceil(K / 64) / (UNITS * K_WARPS))
-//   shared  sizeof(Shared); a launcher that computes it can have it checked with -DSHARED_BYTES
-//   workspace  (grid + tiles) * 64 * ROW_WARPS * 8 * TOKEN_TILES float32, never initialised
-//   tickets    tiles * warps of a block, uint32, 0 before the first launch and after every launch
-//   A workspace and its tickets serve one launch at a time.
-#include "gemm_copies.cuh"
-#include "gemm_groups.cuh"
-#include "gemm_sums.cuh"
+//   block       32 * ROW_WARPS * TILE_WARPS * K_WARPS threads
+//   grid        1 .. tiles * k_tiles blocks; best is the number of resident blocks
+//               tiles = ceil(N / BLOCK_N), k_tiles = ceil(ceil(K / 64) / (UNITS * K_WARPS)) per output tile
+//   shared      sizeof(GemmSharedStorage) bytes
+//   workspace   (grid + tiles) * BLOCK_N * BLOCK_M float32, uninitialized
+//   semaphores  tiles * warps of a block, uint32: 0 before the first launch and after every launch
+//   PDL         may be launched with programmatic stream serialization
+//   Concurrent launches need separate workspaces and semaphores.
+#include "epilogue.cuh"
+#include "warp_fragments.cuh"
+#include "weight_loads.cuh"
 #if WGMMA
 #include "gemm_wgmma.cuh"
+typedef WgmmaMainloop Mainloop;
+typedef TmaXPipeline XPipeline;
 #else
 #include "gemm_mma.cuh"
+typedef MmaMainloop Mainloop;
+typedef CpAsyncXPipeline XPipeline;
 #endif
 
-// The warps that share a ring meet.
-DEVICE void meet(const Place& at) {
+// Synchronize the warps that share a ring.
+DEVICE void sync_ring(const WarpCoord& coord) {
     if (TILE_WARPS == 1) __syncwarp();
-    else named_barrier(1 + at.k_warp * ROW_WARPS + at.row_warp, 32 * TILE_WARPS);
+    else named_barrier_sync(1 + coord.k_warp * ROW_WARPS + coord.row_warp, 32 * TILE_WARPS);
 }
 
-KERNEL LAUNCH_BOUNDS(32 * ROW_WARPS * TILE_WARPS * K_WARPS, BLOCKS_PER_SM)
-void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words], N and K rounded up
-                 u64 plane_stride,     // from plane to plane in 16 bytes: row_blocks * units * 32
-                 const u16* scales,    // [groups, N / 64, 8, 4, 2]; 0 for rows and groups that are not there
-                 const u8* zeros,      // likewise; read if ZEROS
+KERNEL LAUNCH_BOUNDS(kThreads, BLOCKS_PER_SM)
+void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words]; N and K rounded up to multiples of 64
+                 u64 plane_stride,     // between planes, in units of 16 bytes: row_blocks * units * 32
+                 const u16* scales,    // [groups, N / 64, 8, 4, 2]; 0 for rows beyond N and groups beyond K
+                 const u8* zeros,      // same layout; read if ZEROS
 #if WGMMA
-                 const GRID_CONSTANT TensorMap x_map, // of x, in tiles of 8 * TOKEN_TILES tokens and 64 columns
+                 const GRID_CONSTANT TensorMap x_map, // TMA descriptor of x [M, K], box [BLOCK_M, 64], 128-byte swizzle
 #else
-                 const u16* x,         // [M, K], 16-byte aligned, K a multiple of 8
+                 const u16* x,         // [M, K], 16-byte aligned; K is a multiple of 8
 #endif
                  const u16* bias,      // [N] or null
                  u16* y,               // [M, N]
-                 float4* workspace, u32* tickets, int tokens, int rows, int depth,
+                 float4* workspace, u32* tile_semaphores,
+                 int tokens, int rows, int depth, // M, N, K
                  float offset,    // offset / 2^(8 - BITS)
-                 float zero_step, // of a zero point: 2^(8 - master bits) / 2^(8 - BITS)
+                 float zero_step, // zero point of a code, per unit of the stored zero point: 2^(8 - master bits) / 2^(8 - BITS)
                  float gain) {    // gain * 2^(8 - BITS)
 #if WGMMA
     const TensorMap* x = &x_map;
 #endif
     SHARED_MEMORY(memory);
-    Shared& shared = *(Shared*)memory;
+    GemmSharedStorage& shared = *(GemmSharedStorage*)memory;
     const int warp = threadIdx.x / 32;
-    const Place at = {(int)threadIdx.x % 32, warp % ROW_WARPS, warp / ROW_WARPS % TILE_WARPS, K_WARPS > 1 ? warp / (ROW_WARPS * TILE_WARPS) : 0};
-    Problem a = {planes, plane_stride, scales, zeros, x, tokens, rows, depth, (rows + 63) / 64, (depth + 63) / 64, 0};
-    a.chunks = (a.units + UNITS * K_WARPS - 1) / (UNITS * K_WARPS);
+    const WarpCoord coord = {(int)threadIdx.x % 32, warp % ROW_WARPS, warp / ROW_WARPS % TILE_WARPS, K_WARPS > 1 ? warp / kWarpsN : 0};
+    GemmArgs args = {planes, plane_stride, scales, zeros, x, tokens, rows, depth, (rows + 63) / 64, (depth + 63) / 64, 0};
+    args.k_tiles = (args.units + UNITS * K_WARPS - 1) / (UNITS * K_WARPS);
     const Output out = {y, bias, tokens, rows};
 
-    // This block's run of chunks, begin .. end - 1 of all tiles' chunks in a row.
-    const u32 all = (u32)(a.row_blocks + ROW_WARPS - 1) / ROW_WARPS * a.chunks;
-    const u32 begin = blockIdx.x * all / gridDim.x, end = (blockIdx.x + 1) * all / gridDim.x;
+    // Stream-K range of this block: k-tiles begin .. end - 1 of all tiles' k-tiles.
+    const u32 total = (u32)(args.row_blocks + ROW_WARPS - 1) / ROW_WARPS * args.k_tiles;
+    const u32 begin = blockIdx.x * total / gridDim.x, end = (blockIdx.x + 1) * total / gridDim.x;
     const u32 count = end - begin;
-    u32 tile = begin / a.chunks, chunk = begin % a.chunks;
-    const Weights(&ring)[STAGES] = shared.ring[at.k_warp][at.row_warp];
-    Cursor next = {nullptr, tile, chunk, 0, shared_address(ring)};
-    point_at_tile(a, at, next);
-    prefetch_weights(a, at, next, (int)min(count, (u32)(STAGES - 1)));
-    wait_for_earlier_kernels();
-    let_next_kernel_begin();
-    Panels panels;
-    panels.start(a, shared, chunk, count);
-    copy_async_commit();
-    _Pragma("unroll 1") for (u32 i = 0; i < STAGES - 1; i++) {
-        if (i < count) copy_weights(a, at, next);
-        copy_async_commit(); // an empty group at the end, so that counting groups stays right
+    u32 tile = begin / args.k_tiles, k_tile = begin % args.k_tiles;
+    const WeightStage(&ring)[kNumStages] = shared.ring[coord.k_warp][coord.row_warp];
+    LoadCursor next = {nullptr, tile, k_tile, 0, shared_address(ring)};
+    seek_tile(args, coord, next);
+    prefetch_weights(args, coord, next, (int)min(count, (u32)(kNumStages - 1)));
+    pdl_wait();
+    pdl_launch_dependents();
+    XPipeline x_pipeline;
+    x_pipeline.start(args, shared, k_tile, count);
+    cp_async_commit();
+    _Pragma("unroll 1") for (u32 i = 0; i < kNumStages - 1; i++) {
+        if (i < count) load_weights(args, coord, next);
+        cp_async_commit(); // possibly an empty group, so that every iteration commits exactly one
     }
 
-    Sums sums;
-    sums.clear();
+    Mainloop mainloop;
+    mainloop.clear();
     u32 stage = 0, slot = 0;
     for (u32 i = 0; i < count; i++) {
-        copy_async_wait<STAGES - 2>(); // this thread's copies of this chunk's weights and of its panel
-        if (slot == 0) panels.enter(a, shared, at.lane, warp, chunk, count - i);
-        meet(at); // this chunk's weights are there, and the last one's are done with
-        if (i + STAGES - 1 < count) copy_weights(a, at, next);
-        copy_async_commit();
-        sums.add_chunk(ring[stage], shared, panels.now, slot, at, offset, zero_step);
-        if (++stage == STAGES) stage = 0;
-        if (++slot == PANEL) {
+        cp_async_wait<kNumStages - 2>(); /*bug:ring-wait*/ // this thread's copies of the k-tile's weights and of its x stage
+        if (slot == 0) x_pipeline.enter_stage(args, shared, coord.lane, warp, k_tile, count - i);
+        sync_ring(coord); /*bug:ring-sync*/ // the k-tile's weights are visible, and the previous k-tile is no longer read
+        if (i + kNumStages - 1 < count) load_weights(args, coord, next);
+        cp_async_commit();
+        mainloop.add_k_tile(ring[stage], shared, x_pipeline.current, slot, coord, offset, zero_step);
+        if (++stage == kNumStages) stage = 0;
+        if (++slot == kXStageTiles) {
             slot = 0;
-            panels.leave(shared);
+            x_pipeline.leave_stage(shared);
         }
-        if (++chunk == (u32)a.chunks || i + 1 == count) {
-            finish_tile(a, out, shared, at, tile, 0, tile, all, gain, workspace, tickets, sums);
-            sums.clear();
-            chunk = 0;
+        if (++k_tile == (u32)args.k_tiles || i + 1 == count) {
+            mainloop.finish(gain);
+            epilogue(args, out, shared, coord, {tile, 0, tile, total}, workspace, tile_semaphores, mainloop.accumulator);
+            mainloop.clear(); /*bug:clear-accumulator*/
+            k_tile = 0;
             tile++;
         }
     }
-    copy_async_wait<0>();
+    cp_async_wait<0>(); /*bug:final-wait*/
 }

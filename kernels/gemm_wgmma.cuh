@@ -1,153 +1,85 @@
-// The products of a chunk by wgmma, four warps together: each brings 16 of 64 rows at a time, and the tensor cores read the
-// activations from shared memory by themselves, while the warps decode the next step's weights.
+// Mainloop of gemm.cu by WGMMA, for 17 to 64 tokens, on sm_90a. The warps dequantize k-step i + 1 while the tensor cores execute
+// step i with x from shared memory.
 //
-// Codes are multiplied with what is added to them, offset and zero point, already added: that is exact in 16 bits for what
-// matquant/inference/gemm_shape.py lets through. Sums stay where the tensor cores add to them, in units of the scale of the group in
-// work: where a group begins they are multiplied by the old scale over the new one. (There are no registers for a second set.)
+// Offset and zero point are folded into the operand (zero_point.cuh). The accumulators are kept in units of the current group's scale:
+// at the start of a group they are multiplied by old scale / new scale. Registers do not suffice for a second set of accumulators.
 #pragma once
-#include "gemm_centre.cuh"
+#include "accumulator.cuh"
+#include "warp_fragments.cuh"
+#include "x_loads_tma.cuh"
+#include "zero_point.cuh"
 
-static_assert(ROW_WARPS * TILE_WARPS % 4 == 0, "wgmma takes four warps that work on the same columns");
+static_assert(kWarpsN % 4 == 0, "a warpgroup is four warps that share their columns");
 
-constexpr int unit_bytes = token_rows * 128; // of activations, for 64 columns
-static_assert(unit_bytes % tile_alignment == 0, "tiles of activations begin where wgmma can find them");
-
-// The activations' way through shared memory, in tiles of 64 columns that one thread asks for. All threads call its functions
-// together.
-struct Panels {
-    SharedAddress now;
-    u32 index, phase; // of the panel in work, and of its barrier
-
-    DEVICE_MEMBER void start(const Problem& a, Shared& shared, u32 chunk, u32 count) {
-        now = shared_address(shared.x);
-        index = phase = 0;
-        if (threadIdx.x == 0)
-            for (int i = 0; i < x_panels; i++) barrier_set_up(shared_address(shared.arrived + i), 1);
-        __syncthreads();
-        if (threadIdx.x == 0)
-            for (u32 i = 0; i < panels_ahead && i * PANEL < count; i++)
-                ask(a, shared, i, chunk + i * PANEL, min(count - i * PANEL, (u32)PANEL));
-    }
-
-    // Where a panel begins. left: chunks from its first one on.
-    DEVICE_MEMBER void enter(const Problem& a, Shared& shared, int, int, u32 chunk, u32 left) {
-        constexpr u32 ahead = panels_ahead * PANEL;
-        __syncthreads(); // nobody needs the panel before it any more
-        if (threadIdx.x == 0 && ahead < left)
-            ask(a, shared, index == 0 ? x_panels - 1 : index - 1, chunk + ahead, min(left - ahead, (u32)PANEL));
-        barrier_wait(shared_address(shared.arrived + index), phase);
-    }
-
-    DEVICE_MEMBER void leave(Shared& shared) {
-        now += sizeof(shared.x[0]);
-        if (++index < x_panels) return;
-        now = shared_address(shared.x);
-        index = 0;
-        phase ^= 1;
-    }
-
-  private:
-    // Asks for `count` chunks from `chunk` on; after a tile's last chunk comes the next tile's first one.
-    static DEVICE_MEMBER void ask(const Problem& a, Shared& shared, u32 panel, u32 chunk, u32 count) {
-        const SharedAddress barrier = shared_address(shared.arrived + panel);
-        barrier_expect(barrier, count * x_bytes);
-        for (u32 slot = 0; slot < count; slot++, chunk++) {
-            while (chunk >= (u32)a.chunks) chunk -= a.chunks;
-            for (int unit = 0; unit < x_columns / 64; unit++)
-                copy_tile(shared_address(shared.x[panel][slot] + unit * unit_bytes), a.x, 0, (int)chunk * x_columns + unit * 64, barrier);
-        }
-    }
-};
-
-// What a warp has summed of a tile.
-struct Sums {
-    float total[accumulators][4];
-    float scale[row_tiles_of_warp][2]; // in units of which the sums are
+struct WgmmaMainloop {
+    Accumulator accumulator;
+    float scale[kRowTiles][2]; // unit of the accumulators
 
     DEVICE_MEMBER void clear() {
+        accumulator.clear();
         UNROLL
-        for (int j = 0; j < accumulators; j++) total[j][0] = total[j][1] = total[j][2] = total[j][3] = 0;
-        UNROLL
-        for (int c = 0; c < row_tiles_of_warp; c++) scale[c][0] = scale[c][1] = 1;
+        for (int c = 0; c < kRowTiles; c++) scale[c][0] = scale[c][1] = 1;
     }
 
-    // panel: of activations, in which the chunk is number `slot`.
-    DEVICE_MEMBER void add_chunk(const Weights& weights, Shared&, SharedAddress panel, u32 slot, const Place& at, float offset, float zero_step) {
-        const SharedAddress x = panel + slot * x_bytes + at.k_warp * UNITS * unit_bytes;
-        u32 fragment[2][Fragment::parts][row_tiles_of_warp][4]; // of a step, and of the one that the tensor cores may still read
-        Centre centre;
+    // Add the products of one k-tile. x_stage: address of the x stage. slot: the k-tile's index in it.
+    DEVICE_MEMBER void add_k_tile(const WeightStage& weights, GemmSharedStorage&, SharedAddress x_stage, u32 slot, const WarpCoord& coord,
+                                  float offset, float zero_step) {
+        const SharedAddress x = x_stage + slot * kXTileBytes + coord.k_warp * UNITS * kXUnitBytes;
+        StepFragments fragment[2]; // double buffer: WGMMA may still read the previous step
+        ZeroPointFolding zero_point;
         UNROLL
         for (int unit = 0; unit < UNITS; unit++) {
-            uint4 words[PLANES];
+            uint4 words[kPlanes];
             UNROLL
-            for (int d = 0; d < PLANES; d++) words[d] = weights.planes[unit][d][at.lane];
+            for (int d = 0; d < kPlanes; d++) words[d] = weights.planes[unit][d][coord.lane];
             UNROLL
             for (int r = 0; r < 4; r++) {
                 const int step = unit * 4 + r;
-                const bool begins = step % steps_of_group == 0;
-                Group group;
-                if (begins) {
-                    group = load_group(weights.scales[step / steps_of_group], weights.zeros_of(step / steps_of_group), at, offset, zero_step);
-                    centre.set(group);
+                const bool group_starts = step % kStepsPerGroup == 0;
+                GroupScales<kRowTiles> group;
+                if (group_starts) {
+                    group = weights.load_group(step / kStepsPerGroup, coord, offset, zero_step);
+                    zero_point.set(group);
                 }
-                decode_step(words, r, at, fragment[step % 2]); // beside the products of the step before
-                centre.apply(fragment[step % 2]);
-                if (begins && (GROUP || step == 0)) enter_group(group);
-                multiply_step(x + unit * unit_bytes + r * 32, fragment[step % 2]);
+                unpack_rotated_words(words, r, coord, fragment[step % 2]); // overlaps with the previous step's WGMMAs
+                zero_point.apply(fragment[step % 2]);
+                if (group_starts && (GROUP || step == 0)) rescale(group);
+                accumulator.multiply_step<Fragment::kParts>(x + unit * kXUnitBytes + r * 32, fragment[step % 2]);
             }
         }
-        wait(); // the compiler lets products be under way only where all threads go one way, as they do not in copying
+        // ptxas serializes WGMMA across divergent control flow (C7518), which the loads have: drain before them.
+        accumulator.wait(); /*bug:k-tile-wait*/
     }
 
-    // Every sum times `gain` and in units of y.
+    // Scale the accumulators to units of y.
     DEVICE_MEMBER void finish(float gain) {
         UNROLL
-        for (int j = 0; j < accumulators; j++)
+        for (int j = 0; j < kAccumulators; j++)
             UNROLL
             for (int e = 0; e < 4; e++) {
                 const int c = j / TOKEN_TILES, p = e >> 1;
-                total[j][e] *= gain / Centre::unit(c, p) * scale[c][p];
+                accumulator.value[j][e] *= gain / ZeroPointFolding::code_scale(c, p) * scale[c][p];
             }
     }
 
   private:
-    // Until all products are summed.
-    DEVICE_MEMBER void wait() {
-        wgmma_wait<0>();
+    // Convert the accumulators to units of the group's scale.
+    DEVICE_MEMBER void rescale(const GroupScales<kRowTiles>& group) {
+        float ratio[kRowTiles][2];
         UNROLL
-        for (int j = 0; j < accumulators; j++) wgmma_done(total[j]);
-    }
-
-    // The products of one step of 16 columns with all tokens. Those of the step before are summed when it returns, so that
-    // their fragment may be written again.
-    DEVICE_MEMBER void multiply_step(SharedAddress x, const u32 (&step)[Fragment::parts][row_tiles_of_warp][4]) {
-        const WgmmaOperand tokens = wgmma_operand(x);
-        wgmma_fence();
-        UNROLL
-        for (int part = 0; part < Fragment::parts; part++)
-            UNROLL
-            for (int c = 0; c < row_tiles_of_warp; c++) wgmma<TOKEN_TILES, BFLOAT>(total + c * TOKEN_TILES, step[part][c], tokens);
-        wgmma_commit();
-        wgmma_wait<1>();
-    }
-
-    // Sums in units of the group's scale.
-    DEVICE_MEMBER void enter_group(const Group& group) {
-        float ratio[row_tiles_of_warp][2];
-        UNROLL
-        for (int c = 0; c < row_tiles_of_warp; c++)
+        for (int c = 0; c < kRowTiles; c++)
             UNROLL
             for (int p = 0; p < 2; p++) {
-                // A scale of 0, or one so small that no float16 holds it, must leave the sums finite; 2^-60 of it all is nothing.
+                // A scale of 0 must not make the accumulators infinite. Products in units of 2^-60 are negligible.
                 const float least = 0x1p-60f, next = fabsf(group.scale[c][p]) < least ? least : group.scale[c][p];
-                ratio[c][p] = scale[c][p] * reciprocal(next);
+                ratio[c][p] = scale[c][p] * reciprocal_approx(next); /*bug:scale-ratio*/
                 scale[c][p] = next;
             }
-        if (!GROUP) return; // one scale for a whole row
-        wait();
+        if (!GROUP) return; // one scale per row: the accumulators are 0 before the first k-tile, and the ratio is 1 afterwards
+        accumulator.wait(); /*bug:rescale-wait*/
         UNROLL
-        for (int j = 0; j < accumulators; j++)
+        for (int j = 0; j < kAccumulators; j++)
             UNROLL
-            for (int e = 0; e < 4; e++) total[j][e] *= ratio[j / TOKEN_TILES][e >> 1];
+            for (int e = 0; e < 4; e++) accumulator.value[j][e] *= ratio[j / TOKEN_TILES][e >> 1];
     }
 };

@@ -1,92 +1,89 @@
-// What sm_90a alone has: matrix products of four warps together, copies of whole tiles by one thread, barriers in shared memory
-// that count their bytes, and registers that warps leave to others (PTX ISA, "Asynchronous warpgroup level matrix instructions",
-// "cp.async.bulk.tensor", "mbarrier", "setmaxnreg").
+// Instructions of sm_90a: WGMMA, TMA loads, mbarriers and register reallocation (PTX ISA, "Asynchronous warpgroup level matrix
+// instructions", "cp.async.bulk.tensor", "mbarrier", "setmaxnreg").
 //
-// Products. d += a b for a [64, 16] in the registers of four warps, 16 rows of each in the fragments of mma.m16n8k16, and b [16, N]
-// in shared memory as [N, 64], 128 bytes a row, of which it takes 16 columns. The instruction returns at once: until it was waited
-// for, its registers must not be touched and its shared memory must not be written.
+// WGMMA: d += a b by one warpgroup (four warps), asynchronously. a [64, 16] is in registers, 16 rows per warp in the A fragment of
+// mma.m16n8k16. b [16, N] is in shared memory as [N, 64] with 128-byte rows; one instruction reads 16 of the 64 columns. Until
+// wgmma_wait, d and a must not be accessed and b must not be written.
 //
-// In shared memory the eight pieces of 16 bytes of row i are in the order in which a tensor map for it has them put: piece j at
-// j ^ (i % 8).
+// b uses the 128-byte swizzle, which a TMA load applies: 16-byte chunk j of row i is stored at chunk j ^ (i % 8).
 #pragma once
 #include "device.cuh"
 
-#ifndef STANDIN // which declares the same
+#ifndef EMULATOR // cpu_emulator/emulator.h declares the same names
 
-// ---- registers: by four warps together, which have the same number as all others at first
+// ---- setmaxnreg: register reallocation, executed by all warps of a warpgroup. All warps start with the same number of registers.
 
-// Gives back what is more than so many, a multiple of 8, for each thread.
-template <int registers> DEVICE void keep_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers)); }
+// Release registers above `registers` per thread, a multiple of 8.
+template <int registers> DEVICE void warpgroup_reg_dealloc() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers)); }
 
-// Waits until others have given back what is missing to so many.
-template <int registers> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers)); }
+// Raise the limit to `registers` per thread. Blocks until the block's register pool has enough free registers.
+template <int registers> DEVICE void warpgroup_reg_alloc() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers)); }
 
-constexpr int tile_alignment = 1024; // of what copy_tile writes and wgmma reads
+constexpr int kSwizzleAlignment = 1024; // bytes: alignment of a 128-byte-swizzled tile (8 rows of 128 bytes)
 
-// ---- copies of tiles
+// ---- TMA and mbarrier
 
-// An array of two or three dimensions and the size of its tiles, as the driver encodes it (matquant/cuda/tma.py).
+// TMA descriptor (CUtensorMap) of a two- or three-dimensional array, encoded by the driver (matquant/cuda/tma.py).
 struct alignas(64) TensorMap {
     u64 opaque[16];
 };
 
-// A barrier is 8 bytes of shared memory. One thread sets it up; __syncthreads() then lets the others and the copies see it. Its
-// phase ends when `arrivals` threads and all bytes that were expected have arrived.
-DEVICE void barrier_set_up(SharedAddress barrier, u32 arrivals) {
+// Initialize an mbarrier, 8 bytes of shared memory. One thread initializes it; __syncthreads() makes it visible to the block. A phase
+// completes after `arrivals` arrivals and after all expected bytes have been written.
+DEVICE void mbarrier_init(SharedAddress barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n fence.mbarrier_init.release.cluster;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-DEVICE void barrier_arrive(SharedAddress barrier) {
+DEVICE void mbarrier_arrive(SharedAddress barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives, and so many bytes are expected.
-DEVICE void barrier_expect(SharedAddress barrier, u32 bytes) {
+// Arrive and add `bytes` to the bytes expected in the current phase.
+DEVICE void mbarrier_arrive_expect_tx(SharedAddress barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Waits for the end of a phase; phases are 0, 1, 0, 1, ...
-DEVICE void barrier_wait(SharedAddress barrier, u32 phase) {
+// Wait for completion of the phase with this parity. Parities alternate 0, 1, 0, ...
+DEVICE void mbarrier_wait(SharedAddress barrier, u32 parity) {
     asm volatile("{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(barrier),
-                 "r"(phase)
+                 "r"(parity)
                  : "memory");
 }
 
-// Starts copying the tile from (row, column) on. What lies outside the matrix arrives as 0 and counts too.
-DEVICE void copy_tile(SharedAddress to, const TensorMap* from, int row, int column, SharedAddress barrier) {
+// Start a TMA load of the tile at (row, column). Elements outside the array are written as 0 and count as bytes.
+DEVICE void tma_load_2d(SharedAddress to, const TensorMap* from, int row, int column, SharedAddress barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
                  "l"(from), "r"(column), "r"(row), "r"(barrier)
                  : "memory");
 }
 
-// The same in three dimensions.
-DEVICE void copy_tile(SharedAddress to, const TensorMap* from, int layer, int row, int column, SharedAddress barrier) {
+DEVICE void tma_load_3d(SharedAddress to, const TensorMap* from, int layer, int row, int column, SharedAddress barrier) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
                  "l"(from), "r"(column), "r"(row), "r"(layer), "r"(barrier)
                  : "memory");
 }
 
-// ---- products
+// ---- WGMMA
 
-typedef u64 WgmmaOperand;
+typedef u64 WgmmaDescriptor;
 
-// 16 columns of rows of 128 bytes from b on, which is a multiple of 32 bytes within a row.
-DEVICE WgmmaOperand wgmma_operand(SharedAddress b) {
-    const u32 eight_rows = 8 * 128, turned_128 = 1;
-    return (u64)(b >> 4 & 0x3FFF | 1 << 16) | (u64)(eight_rows >> 4 | turned_128 << 30) << 32;
+// Shared-memory matrix descriptor of 16 columns of 128-byte rows. `b` is a multiple of 32 bytes within a row.
+DEVICE WgmmaDescriptor wgmma_descriptor(SharedAddress b) {
+    const u32 eight_rows = 8 * 128, swizzle_128b = 1;
+    return (u64)(b >> 4 & 0x3FFF | 1 << 16) | (u64)(eight_rows >> 4 | swizzle_128b << 30) << 32;
 }
 
-// Before the first product, and wherever registers were written since the last ones.
+// Required before the first WGMMA, and after registers of d or a were written since the last one.
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// Closes the group of the products since the last call.
+// Commit the WGMMAs since the last call as one group.
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits until at most `pending` of the youngest groups are still at work.
+// Wait until at most `pending` of the most recent groups are incomplete.
 template <int pending> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory"); }
 
-// After a wait: keeps the compiler from reading sums before it.
-DEVICE void wgmma_done(float (&d)[4]) { asm volatile("" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])::"memory"); }
+// After wgmma_wait: prevents the compiler from moving reads of d before the wait.
+DEVICE void warpgroup_fence_operand(float (&d)[4]) { asm volatile("" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])::"memory"); }
 
 #define REGISTERS_4(a, b, c, d) "%" #a ", %" #b ", %" #c ", %" #d
 #define REGISTERS_8 REGISTERS_4(0, 1, 2, 3) ", " REGISTERS_4(4, 5, 6, 7)
@@ -103,34 +100,35 @@ DEVICE void wgmma_done(float (&d)[4]) { asm volatile("" : "+f"(d[0]), "+f"(d[1])
     REGISTERS_4(92, 93, 94, 95) ", " REGISTERS_4(96, 97, 98, 99) ", " REGISTERS_4(100, 101, 102, 103) ", " \
     REGISTERS_4(104, 105, 106, 107) ", " REGISTERS_4(108, 109, 110, 111) ", " REGISTERS_4(112, 113, 114, 115) ", " \
     REGISTERS_4(116, 117, 118, 119) ", " REGISTERS_4(120, 121, 122, 123) ", " REGISTERS_4(124, 125, 126, 127)
-#define SUMS_1(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define SUMS_2(i) SUMS_1(i), SUMS_1(i + 1)
-#define SUMS_4(i) SUMS_2(i), SUMS_2(i + 2)
-#define SUMS_8(i) SUMS_4(i), SUMS_4(i + 4)
-#define SUMS_16(i) SUMS_8(i), SUMS_8(i + 8)
-#define SUMS_32(i) SUMS_16(i), SUMS_16(i + 16)
+#define ACCUMULATORS_1(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define ACCUMULATORS_2(i) ACCUMULATORS_1(i), ACCUMULATORS_1(i + 1)
+#define ACCUMULATORS_4(i) ACCUMULATORS_2(i), ACCUMULATORS_2(i + 2)
+#define ACCUMULATORS_8(i) ACCUMULATORS_4(i), ACCUMULATORS_4(i + 4)
+#define ACCUMULATORS_16(i) ACCUMULATORS_8(i), ACCUMULATORS_8(i + 8)
+#define ACCUMULATORS_32(i) ACCUMULATORS_16(i), ACCUMULATORS_16(i + 16)
 
-// N = 8 * tiles, and the registers of d, a and b in their order.
-#define WGMMA_TEXT(type, tiles, n, registers, a0, a1, a2, a3, b) \
+// One instruction with N = 8 * tiles. `registers` are those of d; a0..a3 and b number the operands after them.
+#define WGMMA_ASM(type, tiles, n, registers, a0, a1, a2, a3, b_operand) \
     asm volatile("{ .reg .pred add; setp.ne.b32 add, 1, 0; wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers \
-                 "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", add, 1, 1, 0; }" \
-                 : SUMS_##tiles(0) \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(operand) \
+                 "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b_operand ", add, 1, 1, 0; }" \
+                 : ACCUMULATORS_##tiles(0) \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b) \
                  : "memory")
-#define WGMMA_OF(type) \
-    if constexpr (tiles == 2) WGMMA_TEXT(type, 2, 16, REGISTERS_8, 8, 9, 10, 11, 12); \
-    if constexpr (tiles == 4) WGMMA_TEXT(type, 4, 32, REGISTERS_16, 16, 17, 18, 19, 20); \
-    if constexpr (tiles == 8) WGMMA_TEXT(type, 8, 64, REGISTERS_32, 32, 33, 34, 35, 36); \
-    if constexpr (tiles == 16) WGMMA_TEXT(type, 16, 128, REGISTERS_64, 64, 65, 66, 67, 68); \
-    if constexpr (tiles == 32) WGMMA_TEXT(type, 32, 256, REGISTERS_128, 128, 129, 130, 131, 132)
+#define WGMMA_FOR_TYPE(type) \
+    if constexpr (tiles == 2) WGMMA_ASM(type, 2, 16, REGISTERS_8, 8, 9, 10, 11, 12); \
+    if constexpr (tiles == 4) WGMMA_ASM(type, 4, 32, REGISTERS_16, 16, 17, 18, 19, 20); \
+    if constexpr (tiles == 8) WGMMA_ASM(type, 8, 64, REGISTERS_32, 32, 33, 34, 35, 36); \
+    if constexpr (tiles == 16) WGMMA_ASM(type, 16, 128, REGISTERS_64, 64, 65, 66, 67, 68); \
+    if constexpr (tiles == 32) WGMMA_ASM(type, 32, 256, REGISTERS_128, 128, 129, 130, 131, 132)
 
-// d[i] is a warp's part of the 16 rows and of tokens 8i .. 8i + 7, as mma.m16n8k16 has it. Subnormal float16 inputs count in full.
-template <int tiles, bool bfloat> DEVICE void wgmma(float (*d)[4], const u32 (&a)[4], WgmmaOperand operand) {
-    static_assert(tiles == 2 || tiles == 4 || tiles == 8 || tiles == 16 || tiles == 32, "other widths are not written out");
+// Issue one WGMMA of 8 * tiles tokens. d[i] is the accumulator of the warp's 16 rows and tokens 8i .. 8i + 7, in the layout of
+// mma.m16n8k16. Subnormal float16 inputs are not flushed.
+template <int tiles, bool bfloat> DEVICE void wgmma(float (*d)[4], const u32 (&a)[4], WgmmaDescriptor b) {
+    static_assert(tiles == 2 || tiles == 4 || tiles == 8 || tiles == 16 || tiles == 32, "WGMMA is instantiated for N = 16, 32, 64, 128 and 256");
     if constexpr (bfloat) {
-        WGMMA_OF("bf16");
+        WGMMA_FOR_TYPE("bf16");
     } else {
-        WGMMA_OF("f16");
+        WGMMA_FOR_TYPE("f16");
     }
 }
 #endif

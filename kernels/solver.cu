@@ -1,108 +1,111 @@
-// The row solver of matquant/quantize/gptq/column_solver_cpu.py, step for step, with rows over lanes: the formulas and why they find the
-// best of all codes are said there. Compile with -fmad=false, so that a float is what it is on the CPU.
+// Column solver on the GPU. It follows matquant/quantize/gptq/column_solver_cpu.py step by step, with rows over lanes; the formulas and the
+// convexity argument are there. Compile with -fmad=false, so that float32 operations are rounded as on the CPU.
 //
-//   WIDTHS   K, the widths of the objective, ascending
-//   TARGETS  T, the compensated targets: K, or 1 when all widths share one
-//   FACTORS  F, the Hessians: K or 1
-//   NESTED   1 when a width's cells hold whole cells of the next, else all codes are tried
+// Macros
+//   WIDTHS   K: number of bit-widths in the objective, ascending
+//   TARGETS  T: number of error-compensated targets: K, or 1 if all bit-widths share one
+//   FACTORS  F: number of Hessians: K or 1
+//   NESTED   1 if every cell of a bit-width is a union of cells of the next one; 0 to search all codes exhaustively
 //   SCALES   dtype of stored scales: 0 float32, 1 float16, 2 bfloat16
+// Launch
+//   choose_scales                 one warp per row, columns over lanes: 128 threads, (rows + 3) / 4 blocks
+//   solve_columns, sweep_columns  one row per lane, one warp per block: 32 threads, (rows + 31) / 32 blocks. The columns of a row are
+//                                 sequentially dependent, rows are independent. Shared memory: T (solve_columns) or K (sweep_columns)
+//                                 x columns x 33 floats
 //
-// choose_scales:   one warp per row, columns over lanes; blocks of 128 threads, grid (rows + 3) / 4.
-// solve_columns,
-// sweep_columns:   one row per lane, a warp per block, grid (rows + 31) / 32; shared memory for the rows' columns:
-//                  T (K in a sweep) x columns x 33 floats. Columns of one row depend on each other, rows do not.
-//
-// cells is float32 [3, K], as Grid.cells. All matrices are row-major; rows, columns and so on as in rows.py.
+// cells: float32 [3, K]; per bit-width the codes per cell, the cells per cell of the previous bit-width, and the number of cells. All
+// matrices are row-major.
 #include "device.cuh"
 
-constexpr int lanes = 32, padded = 33; // a padded row of lanes: a column's lanes and a lane's columns lie in other banks
-constexpr u32 all_lanes = 0xFFFFFFFFu;
+constexpr int kLanes = 32, kStride = 33; // the padding makes accesses along lanes and along columns free of bank conflicts
+constexpr u32 kAllLanes = 0xFFFFFFFFu;
 
-struct Grid {
+struct CodeGrid {
     float step[WIDTHS], ratio[WIDTHS], cells[WIDTHS];
-    float codes, centre;
+    float code_count, centre;
 };
 
-DEVICE Grid load_grid(const float* cells, int codes, float centre) {
-    Grid grid;
+DEVICE CodeGrid load_code_grid(const float* cells, int code_count, float centre) {
+    CodeGrid grid;
 #pragma unroll
     for (int k = 0; k < WIDTHS; k++) {
         grid.step[k] = cells[k];
         grid.ratio[k] = cells[WIDTHS + k];
         grid.cells[k] = cells[2 * WIDTHS + k];
     }
-    grid.codes = (float)codes;
+    grid.code_count = (float)code_count;
     grid.centre = centre;
     return grid;
 }
 
-// The cell of `step` codes whose value is nearest to u.
+// Cell of `step` codes whose value is nearest to u.
 DEVICE float nearest_cell(float u, float step, float cells, float centre) {
     float cell = floorf(u * (1.0f / step) + (0.5f - centre)); // 1 / step is exact
     return fminf(fmaxf(cell, 0.0f), cells - 1.0f);
 }
 
-// Of the `ratio` cells of a higher width that `outer` holds, the nearest to `inner`.
+// Clip cell `inner` of a bit-width to the `ratio` cells that form cell `outer` of the previous one.
 DEVICE float clip_to_cell(float inner, float outer, float ratio) {
     float first = outer * ratio;
     return fminf(fmaxf(inner, first), first + (ratio - 1.0f));
 }
 
-// What a code decodes to at width k, in units of a code.
-DEVICE float value_of(float code, const Grid& grid, int k) {
+// Dequantized value of a code at bit-width k, in units of a code.
+DEVICE float dequantize_code(float code, const CodeGrid& grid, int k) {
     float cell = floorf(code / grid.step[k] + (0.5f - grid.centre));
     return grid.step[k] * (fminf(cell, grid.cells[k] - 1.0f) + grid.centre);
 }
 
-// g_k(cell), when `least` holds the m of all higher widths.
-DEVICE float cost_within(int k, float cell, const float* u, const float* weight, const Grid& grid, const float* least) {
+// Least cost g_k(cell) of bit-widths k and above, given the minima of all higher bit-widths.
+DEVICE float nested_cost(int k, float cell, const float* u, const float* weight, const CodeGrid& grid, const float* minima) {
     float error = u[k] - grid.step[k] * (cell + grid.centre);
     float cost = weight[k] * error * error;
 #pragma unroll
     for (int j = 0; j < WIDTHS; j++) {
         if (j <= k) continue;
-        cell = clip_to_cell(least[j], cell, grid.ratio[j]);
+        cell = clip_to_cell(minima[j], cell, grid.ratio[j]);
         error = u[j] - grid.step[j] * (cell + grid.centre);
         cost += weight[j] * error * error;
     }
     return cost;
 }
 
-// The best code for the targets u in units of a code, and its cost.
-DEVICE float best_nested(const float* u, const float* weight, const Grid& grid, float& cost) {
+// Code with the least cost for the targets u (in units of a code), for nested cells.
+DEVICE float best_code_nested(const float* u, const float* weight, const CodeGrid& grid, float& cost) {
     constexpr int top = WIDTHS - 1;
-    float least[WIDTHS];
-    least[top] = nearest_cell(u[top], grid.step[top], grid.cells[top], grid.centre);
-    cost = cost_within(top, least[top], u, weight, grid, least);
+    float minima[WIDTHS];
+    minima[top] = nearest_cell(u[top], grid.step[top], grid.cells[top], grid.centre);
+    cost = nested_cost(top, minima[top], u, weight, grid, minima);
 #pragma unroll
     for (int k = top - 1; k >= 0; k--) {
-        float cell = floorf(least[k + 1] * (1.0f / grid.ratio[k + 1]));
+        float cell = floorf(minima[k + 1] * (1.0f / grid.ratio[k + 1]));
         float nearest = nearest_cell(u[k], grid.step[k], grid.cells[k], grid.centre);
         float toward = fminf(fmaxf(nearest - cell, -1.0f), 1.0f);
-        cost = cost_within(k, cell, u, weight, grid, least);
+        cost = nested_cost(k, cell, u, weight, grid, minima);
         while (cell != nearest) {
-            float other = cost_within(k, cell + toward, u, weight, grid, least);
+            float other = nested_cost(k, cell + toward, u, weight, grid, minima);
             if (other >= cost) break;
             cell += toward;
             cost = other;
         }
-        least[k] = cell;
+        minima[k] = cell;
     }
-    float cell = least[0];
+    float cell = minima[0];
 #pragma unroll
-    for (int k = 1; k < WIDTHS; k++) cell = clip_to_cell(least[k], cell, grid.ratio[k]);
-    return clip_to_cell(nearest_cell(u[top], 1.0f, grid.codes, grid.centre), cell, grid.step[top]);
+    for (int k = 1; k < WIDTHS; k++) cell = clip_to_cell(minima[k], cell, grid.ratio[k]);
+    return clip_to_cell(nearest_cell(u[top], 1.0f, grid.code_count, grid.centre), cell, grid.step[top]);
 }
 
-DEVICE float best_of_all(const float* u, const float* weight, const Grid& grid, float& cost) {
+// Code with the least cost, by exhaustive search. Ties go to the code nearest to the highest bit-width's target.
+DEVICE float best_code_exhaustive(const float* u, const float* weight, const CodeGrid& grid, float& cost) {
     constexpr int top = WIDTHS - 1;
     float best = 0.0f;
     cost = __int_as_float(0x7F800000); // infinity
-    for (float q = 0.0f; q < grid.codes; q += 1.0f) {
+    for (float q = 0.0f; q < grid.code_count; q += 1.0f) {
         float other = 0.0f;
 #pragma unroll
         for (int k = 0; k < WIDTHS; k++) {
-            float error = u[k] - value_of(q, grid, k);
+            float error = u[k] - dequantize_code(q, grid, k);
             other += weight[k] * error * error;
         }
         bool closer = fabsf(u[top] - (q + grid.centre)) < fabsf(u[top] - (best + grid.centre));
@@ -114,15 +117,15 @@ DEVICE float best_of_all(const float* u, const float* weight, const Grid& grid, 
     return best;
 }
 
-DEVICE float best_code(const float* u, const float* weight, const Grid& grid, float& cost) {
-    return NESTED ? best_nested(u, weight, grid, cost) : best_of_all(u, weight, grid, cost);
+DEVICE float best_code(const float* u, const float* weight, const CodeGrid& grid, float& cost) {
+    return NESTED ? best_code_nested(u, weight, grid, cost) : best_code_exhaustive(u, weight, grid, cost);
 }
 
 // ---- scales
 
-// A scale as it is stored. (A double rounded by way of float32: the second rounding meets a tie only where the first hid
-// one, about once in 2^29 scales of 16 bits.)
-DEVICE float stored_scale(double scale) {
+// Scale rounded to its stored dtype. Double rounding by way of float32 differs from direct rounding only where the first rounding creates
+// a tie, about once in 2^29 scales of 16 bits.
+DEVICE float round_scale(double scale) {
     float f = (float)scale;
 #if SCALES == 1
     return half_to_float(float_to_half(f));
@@ -133,42 +136,46 @@ DEVICE float stored_scale(double scale) {
 #endif
 }
 
-// Scale and zero point at which the values of the highest width cover the clipped range low..high: about a given zero
-// point, or (NaN) about the whole number that fits the range best.
-DEVICE float range_scale(float low, float high, float clip, const Grid& grid, float& zero) {
-    float step = grid.step[WIDTHS - 1], span = grid.codes - step;
-    double middle = grid.codes * 0.5;
+// Scale at which the values of the highest bit-width cover low..high times `clip`. zero: zero point; NaN is replaced by the integer that
+// fits the range best.
+DEVICE float scale_from_range(float low, float high, float clip, const CodeGrid& grid, float& zero) {
+    float step = grid.step[WIDTHS - 1], span = grid.code_count - step;
+    double middle = grid.code_count * 0.5;
     if (zero == zero) {
         double below = span * 0.5 + (zero - middle), above = span * 0.5 - (zero - middle);
-        return stored_scale(fmax(-low / below, high / above) * clip);
+        return round_scale(fmax(-low / below, high / above) * clip);
     }
-    float scale = stored_scale((high - low) * clip / span);
+    float scale = round_scale((high - low) * clip / span);
     zero = (float)middle;
-    if (scale != 0.0f) zero = fminf(fmaxf(rintf(step * grid.centre - low * clip / scale), 0.0f), grid.codes - 1.0f);
+    if (scale != 0.0f) zero = fminf(fmaxf(rintf(step * grid.centre - low * clip / scale), 0.0f), grid.code_count - 1.0f);
     return scale;
 }
 
-KERNEL void choose_scales(const float* targets, const float* importance, const float* lam, const float* cells, int codes,
-                          float centre, const float* clips, int clip_count, const float* zero_points, int point_count,
+// Per row the scale and zero point with the least weighted squared error over columns first .. last - 1.
+//
+// targets [T, rows, columns], hessian_diag [columns], lambdas [K, columns], clip_ratios [clip_count], zero_points [point_count];
+// out: scales [rows], zeros [rows].
+KERNEL void choose_scales(const float* targets, const float* hessian_diag, const float* lambdas, const float* cells, int code_count,
+                          float centre, const float* clip_ratios, int clip_count, const float* zero_points, int point_count,
                           int rows, int columns, int first, int last, float* scales, float* zeros) {
-    const int row = blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes, lane = threadIdx.x % lanes;
+    const int row = blockIdx.x * (blockDim.x / kLanes) + threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     if (row >= rows) return;
-    const Grid grid = load_grid(cells, codes, centre);
+    const CodeGrid grid = load_code_grid(cells, code_count, centre);
     const size_t plane = (size_t)rows * columns;
-    const float* own = targets + (size_t)row * columns;
-    const float* top = own + (TARGETS - 1) * plane;
+    const float* row_targets = targets + (size_t)row * columns;
+    const float* top = row_targets + (TARGETS - 1) * plane;
 
     float low = 0.0f, high = 0.0f;
-    for (int j = first + lane; j < last; j += lanes) {
+    for (int j = first + lane; j < last; j += kLanes) {
         low = fminf(low, top[j]);
         high = fmaxf(high, top[j]);
     }
     for (int by = 16; by > 0; by /= 2) {
-        low = fminf(low, __shfl_xor_sync(all_lanes, low, by));
-        high = fmaxf(high, __shfl_xor_sync(all_lanes, high, by));
+        low = fminf(low, __shfl_xor_sync(kAllLanes, low, by));
+        high = fmaxf(high, __shfl_xor_sync(kAllLanes, high, by));
     }
 
-    // Every fourth clip about every zero point first, then those beside the best, two and one steps away.
+    // Coarse pass over every fourth clip ratio and all zero points, then refinement at distance two and one around the best.
     const int coarse = (clip_count + 3) / 4, trials = clip_count * point_count > 1 ? coarse * point_count + 4 : 0;
     float best = __int_as_float(0x7F800000);
     int best_clip = 0, best_point = 0, around = 0;
@@ -179,21 +186,21 @@ KERNEL void choose_scales(const float* targets, const float* importance, const f
         const int clip = fine < 0 ? trial % coarse * 4 : around + (2 - fine / 2) * (fine % 2 ? 1 : -1);
         if (clip < 0 || clip >= clip_count) continue;
         float zero = zero_points[point];
-        const float scale = range_scale(low, high, clips[clip], grid, zero);
+        const float scale = scale_from_range(low, high, clip_ratios[clip], grid, zero);
         if (scale == 0.0f) continue;
         const float inverse = 1.0f / scale;
         float total = 0.0f;
-        for (int j = first + lane; j < last; j += lanes) {
+        for (int j = first + lane; j < last; j += kLanes) {
             float u[WIDTHS], weight[WIDTHS], cost;
 #pragma unroll
             for (int k = 0; k < WIDTHS; k++) {
-                u[k] = own[(TARGETS == 1 ? 0 : k) * plane + j] * inverse + zero;
-                weight[k] = lam[(size_t)k * columns + j] * importance[j];
+                u[k] = row_targets[(TARGETS == 1 ? 0 : k) * plane + j] * inverse + zero;
+                weight[k] = lambdas[(size_t)k * columns + j] * hessian_diag[j];
             }
             best_code(u, weight, grid, cost);
             total += cost;
         }
-        for (int by = 16; by > 0; by /= 2) total += __shfl_xor_sync(all_lanes, total, by);
+        for (int by = 16; by > 0; by /= 2) total += __shfl_xor_sync(kAllLanes, total, by);
         total = total * scale * scale;
         if (total < best) {
             best = total;
@@ -203,99 +210,107 @@ KERNEL void choose_scales(const float* targets, const float* importance, const f
     }
     if (lane == 0) {
         float zero = zero_points[best_point];
-        scales[row] = range_scale(low, high, clips[best_clip], grid, zero);
+        scales[row] = scale_from_range(low, high, clip_ratios[best_clip], grid, zero);
         zeros[row] = zero;
     }
 }
 
 // ---- codes
 
-// Rows of a block's lanes from [count, rows, columns] to shared [count, width, lane], or zeros beyond the last row.
-DEVICE void load_tile(float* tile, const float* matrix, int count, int rows, int columns, int first, int width) {
-    const int begin = blockIdx.x * lanes, lane = threadIdx.x;
+// Load the block's rows and `width` columns from [count, rows, columns] to shared memory [count, width, lane]; 0 beyond the last row.
+DEVICE void load_columns(float* tile, const float* matrix, int count, int rows, int columns, int first, int width) {
+    const int begin = blockIdx.x * kLanes, lane = threadIdx.x;
     for (int k = 0; k < count; k++)
-        for (int r = 0; r < lanes; r++)
-            for (int i = lane; i < width; i += lanes) {
+        for (int r = 0; r < kLanes; r++)
+            for (int i = lane; i < width; i += kLanes) {
                 const size_t row = (size_t)k * rows + begin + r;
-                tile[(k * width + i) * padded + r] = begin + r < rows ? matrix[row * columns + first + i] : 0.0f;
+                tile[(k * width + i) * kStride + r] = begin + r < rows ? matrix[row * columns + first + i] : 0.0f;
             }
     __syncwarp();
 }
 
-// Adds amount x coupling[j] to each later column j of this lane's row.
-DEVICE void add_to_later(float* tile, float amount, const float* coupling, int i, int width) {
+// Error feedback: add amount * coupling[j] to every later column j of this lane's row.
+DEVICE void feed_back(float* tile, float amount, const float* coupling, int i, int width) {
     const int lane = threadIdx.x;
 #pragma unroll 8
-    for (int j = i + 1; j < width; j++) tile[j * padded + lane] += amount * __ldg(coupling + j);
+    for (int j = i + 1; j < width; j++) tile[j * kStride + lane] += amount * __ldg(coupling + j);
 }
 
-KERNEL void solve_columns(const float* targets, const float* factor, const float* lam, const float* cells, int codes,
+// GPTQ over columns first .. first + width - 1: choose a code, feed each target's error back to the later columns.
+//
+// targets [T, rows, columns], factor [F, width, width] (upper Cholesky factor of the inverse Hessian), lambdas [K, columns], scales [rows],
+// zeros [rows]; out: codes [rows, columns], errors [T, width, rows].
+KERNEL void solve_columns(const float* targets, const float* factor, const float* lambdas, const float* cells, int code_count,
                           float centre, int rows, int columns, int first, int width, const float* scales,
-                          const float* zeros, u8* chosen, float* errors) {
+                          const float* zeros, u8* codes, float* errors) {
     SHARED_MEMORY(shared);
     float* tile = (float*)shared;
-    load_tile(tile, targets, TARGETS, rows, columns, first, width);
-    const Grid grid = load_grid(cells, codes, centre);
-    const int lane = threadIdx.x, row = blockIdx.x * lanes + lane;
-    const bool real = row < rows;
-    const float scale = real ? scales[row] : 0.0f, zero = real ? zeros[row] : 0.0f;
+    load_columns(tile, targets, TARGETS, rows, columns, first, width);
+    const CodeGrid grid = load_code_grid(cells, code_count, centre);
+    const int lane = threadIdx.x, row = blockIdx.x * kLanes + lane;
+    const bool in_range = row < rows;
+    const float scale = in_range ? scales[row] : 0.0f, zero = in_range ? zeros[row] : 0.0f;
     const float inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
     for (int i = 0; i < width; i++) {
         float u[WIDTHS], weight[WIDTHS], cost;
 #pragma unroll
         for (int k = 0; k < WIDTHS; k++) {
-            u[k] = tile[((TARGETS == 1 ? 0 : k) * width + i) * padded + lane] * inverse + zero;
-            weight[k] = __ldg(lam + (size_t)k * columns + first + i);
+            u[k] = tile[((TARGETS == 1 ? 0 : k) * width + i) * kStride + lane] * inverse + zero;
+            weight[k] = __ldg(lambdas + (size_t)k * columns + first + i);
         }
         const float q = best_code(u, weight, grid, cost);
-        if (real) chosen[(size_t)row * columns + first + i] = (u8)q;
-        // One shared target is fed the plain mean of the widths' errors, as MatGPTQ v1 does.
+        if (in_range) codes[(size_t)row * columns + first + i] = (u8)q;
+        // A shared target receives the unweighted mean of all bit-widths' errors, as in MatGPTQ v1.
         const float part = TARGETS == 1 ? 1.0f / WIDTHS : 1.0f;
         float error[TARGETS] = {};
 #pragma unroll
         for (int k = 0; k < WIDTHS; k++) {
             const float* diagonal = factor + (size_t)(FACTORS == 1 ? 0 : k) * width * width + i * width + i;
-            error[TARGETS == 1 ? 0 : k] += (u[k] - value_of(q, grid, k)) * scale * (part / __ldg(diagonal));
+            error[TARGETS == 1 ? 0 : k] += (u[k] - dequantize_code(q, grid, k)) * scale * (part / __ldg(diagonal));
         }
 #pragma unroll
         for (int k = 0; k < TARGETS; k++) {
-            if (real) errors[((size_t)k * width + i) * rows + row] = error[k];
+            if (in_range) errors[((size_t)k * width + i) * rows + row] = error[k];
             const float* coupling = factor + ((size_t)(FACTORS == 1 ? 0 : k) * width + i) * width;
-            add_to_later(tile + k * width * padded, -error[k], coupling, i, width);
+            feed_back(tile + k * width * kStride, -error[k], coupling, i, width);
         }
     }
 }
 
-KERNEL void sweep_columns(const float* gradient, const float* hessian, const float* lam, const float* cells, int codes,
+// One coordinate-descent pass over columns first .. first + width - 1.
+//
+// gradient [K, rows, columns], hessian [F, width, width], lambdas [K, columns], scales [rows]; in and out: codes [rows, columns];
+// out: changes of the dequantized weights [K, width, rows].
+KERNEL void sweep_columns(const float* gradient, const float* hessian, const float* lambdas, const float* cells, int code_count,
                           float centre, int rows, int columns, int first, int width, const float* scales,
-                          u8* chosen, float* moves) {
+                          u8* codes, float* changes) {
     SHARED_MEMORY(shared);
     float* tile = (float*)shared;
-    load_tile(tile, gradient, WIDTHS, rows, columns, first, width);
-    const Grid grid = load_grid(cells, codes, centre);
-    const int lane = threadIdx.x, row = blockIdx.x * lanes + lane;
-    const bool real = row < rows;
-    const float scale = real ? scales[row] : 0.0f;
+    load_columns(tile, gradient, WIDTHS, rows, columns, first, width);
+    const CodeGrid grid = load_code_grid(cells, code_count, centre);
+    const int lane = threadIdx.x, row = blockIdx.x * kLanes + lane;
+    const bool in_range = row < rows;
+    const float scale = in_range ? scales[row] : 0.0f;
     const float inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
     for (int i = 0; i < width; i++) {
         float u[WIDTHS], weight[WIDTHS], cost;
-        const size_t place = (size_t)row * columns + first + i;
-        const float old = real ? (float)chosen[place] : 0.0f;
+        const size_t index = (size_t)row * columns + first + i;
+        const float old = in_range ? (float)codes[index] : 0.0f;
 #pragma unroll
         for (int k = 0; k < WIDTHS; k++) {
             const float* diagonal = hessian + (size_t)(FACTORS == 1 ? 0 : k) * width * width + i * width + i;
-            const float slope = tile[(k * width + i) * padded + lane];
-            u[k] = value_of(old, grid, k) - slope * inverse * (1.0f / __ldg(diagonal));
-            weight[k] = __ldg(lam + (size_t)k * columns + first + i);
+            const float slope = tile[(k * width + i) * kStride + lane];
+            u[k] = dequantize_code(old, grid, k) - slope * inverse * (1.0f / __ldg(diagonal));
+            weight[k] = __ldg(lambdas + (size_t)k * columns + first + i);
         }
         const float q = best_code(u, weight, grid, cost);
-        if (real) chosen[place] = (u8)q;
+        if (in_range) codes[index] = (u8)q;
 #pragma unroll
         for (int k = 0; k < WIDTHS; k++) {
-            const float move = (value_of(q, grid, k) - value_of(old, grid, k)) * scale;
-            if (real) moves[((size_t)k * width + i) * rows + row] = move;
+            const float change = (dequantize_code(q, grid, k) - dequantize_code(old, grid, k)) * scale;
+            if (in_range) changes[((size_t)k * width + i) * rows + row] = change;
             const float* coupling = hessian + ((size_t)(FACTORS == 1 ? 0 : k) * width + i) * width;
-            if (__any_sync(all_lanes, move != 0.0f)) add_to_later(tile + k * width * padded, move, coupling, i, width);
+            if (__any_sync(kAllLanes, change != 0.0f)) feed_back(tile + k * width * kStride, change, coupling, i, width);
         }
     }
 }

@@ -7,7 +7,6 @@ import types
 
 import pytest
 import torch
-from standin import TensorMap, compile_kernel, have_compiler, read_source
 from weights import make_weight
 
 from matquant.errors import UserError
@@ -17,6 +16,7 @@ from matquant.inference import launch_config as inference_plan
 from matquant.inference.gemm_shape import Device, Problem, centred_exactly, supported
 from matquant.inference.launch_config import MOST_TOKENS, TOKENS, most_tokens, plan
 from matquant.inference.tile_configs import choose
+from tests.kernels.emulator import TensorMap, compile_kernel, have_compiler, read_source
 
 pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
 

@@ -1,13 +1,13 @@
-"""The CUDA row solver, run on the stand-in: what it chooses is what the CPU's chooses."""
+"""CUDA column solver on the emulator: its choices equal those of the CPU solver."""
 
 import pytest
 import torch
 
 from matquant.quantize.gptq import column_solver, column_solver_cuda
 from matquant.quantize.gptq.code_grid import FROM_RANGE, CodeGrid, ScaleSearchSpace
-from tests.standin import compile_kernel, have_compiler, read_source
+from tests.kernels.emulator import compile_kernel, have_compiler, read_source
 
-pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
+pytestmark = [pytest.mark.compiler, pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")]
 
 BALANCED = {2: 1.0, 3: 1.5, 4: 3.0, 6: 12.0, 8: 48.0}
 CASES = {  # widths, master bits, slicing, one target for all, Hessians

@@ -1,4 +1,4 @@
-"""NVRTC without CuPy and without a GPU: from its wheel, through ctypes."""
+"""NVRTC without CuPy and without a GPU, through ctypes."""
 
 import ctypes
 import functools
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """NVRTC of the wheel ``nvidia-cuda-nvrtc-cu12`` (part of the ``dev`` extra), or None."""
+    """NVRTC of the wheel ``nvidia-cuda-nvrtc-cu12`` (part of the ``dev`` extra); None if it is not installed."""
     spec = importlib.util.find_spec("nvidia.cuda_nvrtc") if importlib.util.find_spec("nvidia") else None
     folders = [] if spec is None or not spec.submodule_search_locations else list(spec.submodule_search_locations)
     found = [path for folder in folders for path in (Path(folder) / "lib").glob("libnvrtc.so.*")]
@@ -17,7 +17,11 @@ def library() -> ctypes.CDLL | None:
 
 
 def compile_cubin(source: str, name: str, options: Sequence[str]) -> bytes:
-    """The cubin of a translation unit without includes. Raises RuntimeError with the compiler's log."""
+    """Cubin of a translation unit without includes.
+
+    Raises:
+        RuntimeError: The source does not compile; the message holds the compiler's log.
+    """
     nvrtc = library()
     assert nvrtc is not None
     program = ctypes.c_void_p()
@@ -26,15 +30,17 @@ def compile_cubin(source: str, name: str, options: Sequence[str]) -> bytes:
         flags = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         failed = nvrtc.nvrtcCompileProgram(program, len(options), flags)
         if failed:
-            raise RuntimeError(f"{name} {' '.join(options)}\n" + _read(nvrtc, program, "ProgramLog"))
-        return _read(nvrtc, program, "CUBIN").encode("latin-1")
+            log = _read(nvrtc, program, "ProgramLog").decode("latin-1")
+            raise RuntimeError(f"{name} {' '.join(options)}\n{log}")
+        return _read(nvrtc, program, "CUBIN")
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _read(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> str:
+def _read(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, output: str) -> bytes:
+    """Output of a compiled program: ``ProgramLog`` or ``CUBIN``."""
     size = ctypes.c_size_t()
-    getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
-    text = ctypes.create_string_buffer(size.value)
-    getattr(nvrtc, f"nvrtcGet{what}")(program, text)
-    return text.raw.decode("latin-1")
+    getattr(nvrtc, f"nvrtcGet{output}Size")(program, ctypes.byref(size))
+    data = ctypes.create_string_buffer(size.value)
+    getattr(nvrtc, f"nvrtcGet{output}")(program, data)
+    return data.raw

@@ -1,9 +1,9 @@
-// One launch as a program of its own, for the address sanitizer: every buffer is an allocation of exactly its size.
+// Program that launches one kernel once, for the address sanitizer. Every buffer is an allocation of exactly its size.
 //
 //     program FILE GRID_X GRID_Y GRID_Z BLOCK_X BLOCK_Y BLOCK_Z SHARED_BYTES SEED
 //
-// FILE holds for each argument two int64 (a kind, then the number of bytes) and the bytes themselves: 0 is a value, 1 a buffer, 2 a
-// TensorMap and the elements that it is to point to. They are written back to it.
+// FILE holds per argument two int64 (kind and number of bytes) and the bytes. Kinds: 0 value, 1 buffer, 2 TensorMap followed by the
+// elements that it points to. The buffers are written back to FILE. Exit status: 0, 2 after an emulator error, 3 for an invalid FILE.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -16,7 +16,7 @@ static std::vector<Argument> read_arguments(FILE* file) {
     std::vector<Argument> all;
     int64_t head[2];
     while (fread(head, 8, 2, file) == 2) {
-        // Ends where the data ends.
+        // A TensorMap is aligned to 64 bytes; everything else ends exactly at its last byte.
         char* bytes = (char*)(head[0] == 2 ? aligned_alloc(64, (head[1] + 63) / 64 * 64) : malloc(head[1]));
         if (fread(bytes, 1, head[1], file) != (size_t)head[1]) exit(3);
         all.push_back({head[0], head[1], bytes});
@@ -41,7 +41,7 @@ int main(int, char** argv) {
     u32 n[8];
     for (int i = 0; i < 8; i++) n[i] = (u32)strtoul(argv[2 + i], nullptr, 10);
     char message[1024];
-    int failed = standin_launch(n, n + 3, n[6], n[7], pointers.data(), message, sizeof message);
+    int failed = emulator_launch(n, n + 3, n[6], n[7], pointers.data(), message, sizeof message);
     if (failed) fprintf(stderr, "%s\n", message);
     file = fopen(argv[1], "wb");
     for (auto& a : all) {

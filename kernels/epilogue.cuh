@@ -1,0 +1,135 @@
+// Epilogue: reduction of partial sums over the warps along K and over the blocks of an output tile, and the store to y.
+#pragma once
+#include "accumulator.cuh"
+
+DEVICE u16 float_to_output(float f) { return BFLOAT ? float_to_bfloat(f) : float_to_half(f); }
+DEVICE float bias_to_float(u16 bits) { return BFLOAT ? bfloat_to_float(bits) : half_to_float(bits); }
+
+struct Output {
+    u16* y;
+    const u16* bias;
+    int tokens, rows;
+};
+
+// Coordinates of an output tile in y, and its place in the stream-K schedule.
+struct OutputTile {
+    u32 row_tile, token_tile;
+    u32 stream_k_tile;  // index among the tiles that stream-K distributes
+    u32 stream_k_total; // k-tiles of all these tiles; 0 if one block computes the whole tile
+};
+
+// Store one 16x8 accumulator at (row, token).
+DEVICE void store_output(const Output& out, int row, int token, int lane, const float4& sum) {
+    UNROLL
+    for (int p = 0; p < 2; p++) {
+        const int n = row + lane / 4 + 8 * p, m = token + 2 * (lane % 4);
+        if (n >= out.rows) continue; /*bug:row-bounds*/
+        const float bias = out.bias ? bias_to_float(out.bias[n]) : 0.0f;
+        if (m < out.tokens) out.y[(u64)m * out.rows + n] = float_to_output((p ? sum.z : sum.x) + bias);
+        if (m + 1 < out.tokens) out.y[(u64)(m + 1) * out.rows + n] = float_to_output((p ? sum.w : sum.y) + bias);
+    }
+}
+
+DEVICE float4 add(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+
+// Block that computes a k-tile, of `total` that stream-K distributes in equal contiguous ranges.
+DEVICE u32 stream_k_block(u32 k_tile, u32 total) { return ((k_tile + 1) * gridDim.x - 1) / total; }
+
+// Accumulators that each warp along K finalizes: sums[i] is accumulator k_warp + i * K_WARPS.
+constexpr int kShares = (kAccumulators + K_WARPS - 1) / K_WARPS;
+
+// Reduce the accumulators of the warps along K through shared memory.
+template <class Shared>
+DEVICE void reduce_k_warps(Shared& shared, const WarpCoord& coord, const Accumulator& accumulator, float4 (&sums)[kShares]) {
+    const float(&value)[kAccumulators][4] = accumulator.value;
+#if K_WARPS == 1
+    UNROLL
+    for (int j = 0; j < kAccumulators; j++) sums[j] = make_float4(value[j][0], value[j][1], value[j][2], value[j][3]);
+#else
+    const int n_warp = coord.row_warp * TILE_WARPS + coord.tile_warp;
+    __syncthreads(); /*bug:k-warps-read*/ // all reads of the previous tile's partial sums are complete
+    UNROLL
+    for (int j = 0; j < kAccumulators; j++)
+        shared.partial_sums[coord.k_warp][n_warp][j][coord.lane] = make_float4(value[j][0], value[j][1], value[j][2], value[j][3]);
+    __syncthreads(); /*bug:k-warps-written*/
+    UNROLL
+    for (int i = 0; i < kShares; i++) {
+        const int j = coord.k_warp + i * K_WARPS;
+        sums[i] = make_float4(0, 0, 0, 0);
+        if (j >= kAccumulators) continue;
+        UNROLL
+        for (int k = 0; k < K_WARPS; k++) sums[i] = add(sums[i], shared.partial_sums[k][n_warp][j][coord.lane]);
+    }
+#endif
+}
+
+// Address in the workspace of one block's partial sums of one tile, for this warp along N. block + tile is unique: from one work unit to
+// the next at least one of them increases, and none decreases.
+template <class Pointer> DEVICE Pointer partial_tile(Pointer workspace, u32 block, u32 tile, const WarpCoord& coord) {
+    return workspace + ((u64)(block + tile) * ROW_WARPS * TILE_WARPS + coord.row_warp * TILE_WARPS + coord.tile_warp) * kAccumulators * 32;
+}
+
+DEVICE void store_partial(float4* workspace, u32 block, u32 tile, const WarpCoord& coord, const float4 (&sums)[kShares]) {
+    float4* partial = partial_tile(workspace, block, tile, coord);
+    UNROLL
+    for (int i = 0; i < kShares; i++)
+        if (coord.k_warp + i * K_WARPS < kAccumulators) store_cg(partial + (coord.k_warp + i * K_WARPS) * 32 + coord.lane, sums[i]);
+}
+
+// Sum the partial sums of blocks first .. last in this order, so that the result is deterministic.
+DEVICE void reduce_partials(const float4* workspace, u32 first, u32 last, u32 tile, const WarpCoord& coord, float4 (&sums)[kShares]) {
+    UNROLL
+    for (int i = 0; i < kShares; i++) sums[i] = make_float4(0, 0, 0, 0);
+    constexpr int kUnroll = kShares > 16 ? 1 : kShares > 8 ? 2 : 4; // limited by registers
+    _Pragma("unroll kUnroll")
+    for (u32 block = first; block <= last; block++) {
+        const float4* partial = partial_tile(workspace, block, tile, coord);
+        UNROLL
+        for (int i = 0; i < kShares; i++) {
+            if (coord.k_warp + i * K_WARPS >= kAccumulators) continue;
+            sums[i] = add(sums[i], load_cg(partial + (coord.k_warp + i * K_WARPS) * 32 + coord.lane));
+        }
+    }
+}
+
+// Arrive at the semaphore of a warp's share of a tile. Return true in the last of `count` arriving warps, which resets the semaphore
+// and may then load the partial sums of all of them.
+DEVICE bool arrive_last(u32* semaphore, u32 count, int lane) {
+    fence_acq_rel_gpu(); /*bug:release-fence*/ // by every lane, after its stores
+    __syncwarp();
+    u32 earlier = 0;
+    if (lane == 0) earlier = atomicAdd(semaphore, 1u);
+    earlier = __shfl_sync(~0u, earlier, 0);
+    if (earlier != count - 1) return false; /*bug:last-arrival*/
+    if (lane == 0) *semaphore = 0; /*bug:semaphore-reset*/
+    fence_acq_rel_gpu(); /*bug:acquire-fence*/
+    return true;
+}
+
+// Store this block's accumulators of a tile to y. If stream-K splits the tile, store partial sums instead; the last warp to arrive at the
+// tile's semaphore reduces them. accumulator: in units of y.
+template <class Shared>
+DEVICE void epilogue(const GemmArgs& args, const Output& out, Shared& shared, const WarpCoord& coord, const OutputTile& tile, float4* workspace,
+                     u32* tile_semaphores, const Accumulator& accumulator) {
+    float4 sums[kShares];
+    reduce_k_warps(shared, coord, accumulator, sums);
+    const int row_block = (int)tile.row_tile * ROW_WARPS + coord.row_warp;
+    if (row_block >= args.row_blocks || coord.k_warp >= kAccumulators) return;
+    const u32 number = tile.stream_k_tile, total = tile.stream_k_total;
+    const u32 first = total ? stream_k_block(number * args.k_tiles, total) : 0;
+    const u32 last = total ? stream_k_block((number + 1) * args.k_tiles - 1, total) : 0;
+    if (first != last) {
+        store_partial(workspace, blockIdx.x, number, coord, sums);
+        if (!arrive_last(tile_semaphores + number * kWarps + threadIdx.x / 32, last - first + 1, coord.lane)) return;
+        reduce_partials(workspace, first, last, number, coord, sums);
+    }
+    const int first_token = (int)opaque(tile.token_tile) * kBlockM;
+    UNROLL
+    for (int i = 0; i < kShares; i++) {
+        // Rows vary fastest: values that are constant per token occupy registers.
+        const int share = K_WARPS > 1 ? i : i % kRowTiles * TOKEN_TILES + i / kRowTiles, j = coord.k_warp + share * K_WARPS;
+        if (j >= kAccumulators) continue;
+        const int row = row_block * 64 + (coord.tile_warp * kRowTiles + j / TOKEN_TILES) * 16;
+        store_output(out, row, first_token + j % TOKEN_TILES * 8, coord.lane, sums[share]);
+    }
+}

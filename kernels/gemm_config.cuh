@@ -1,0 +1,50 @@
+// Compile-time configuration of the GEMM kernels, their arguments, and the coordinates of a warp.
+//
+// The macros are documented in gemm.cu. y[M, N] = x[M, K] W[N, K]^T with M = tokens, N = rows of W, K = depth. The tensor cores
+// compute the transposed product, so rows of W are the M dimension of an MMA and tokens its N dimension.
+#pragma once
+#include "group_scales.cuh"
+#include "hopper.cuh"
+#include "plane_words.cuh"
+
+constexpr int kBlockM = 8 * TOKEN_TILES;   // tokens of an output tile
+constexpr int kBlockN = 64 * ROW_WARPS;    // rows of an output tile
+constexpr int kBlockK = 64 * UNITS;        // columns of a k-tile, per warp along K
+constexpr int kTileK = kBlockK * K_WARPS;  // columns of a k-tile
+constexpr int kXUnitBytes = kBlockM * 128; // x of 64 columns, as a swizzled TMA box
+constexpr int kNumStages = STAGES;         // pipeline stages of the weights
+constexpr int kWarpsN = ROW_WARPS * TILE_WARPS; // warps along N
+constexpr int kWarps = kWarpsN * K_WARPS;  // warps that execute MMAs
+constexpr int kThreads = 32 * kWarps;
+constexpr int kRowTiles = 4 / TILE_WARPS;  // 16-row tiles of a warp
+constexpr int kAccumulators = kRowTiles * TOKEN_TILES; // 16x8 accumulators of a warp, 4 floats per lane each
+
+constexpr int kGroupK = GROUP && GROUP < kBlockK ? GROUP : kBlockK; // columns of a k-tile that share a scale
+constexpr int kGroups = kBlockK / kGroupK;
+constexpr int kStepsPerGroup = kGroupK / kStepK;
+
+typedef Fragments<BITS, BFLOAT> Fragment;
+typedef u32 StepFragments[Fragment::kParts][kRowTiles][4]; // A fragments of one k-step
+
+#if WGMMA
+typedef TensorMap Activations;
+#else
+typedef u16 Activations;
+#endif
+
+struct GemmArgs {
+    const uint4* planes;
+    u64 plane_stride;
+    const u16* scales;
+    const u8* zeros;
+    const Activations* x;
+    int tokens, rows, depth; // M, N, K
+    int row_blocks;          // 64-row blocks of W
+    int units;               // 64-column units of W
+    int k_tiles;             // of an output tile
+};
+
+// Lane, and warp along N (the 64-row block, then the part of it) and along K.
+struct WarpCoord {
+    int lane, row_warp, tile_warp, k_warp;
+};

@@ -1,0 +1,221 @@
+"""``kernels/gemm.cu`` and ``kernels/gemm_sm90_ws.cu`` on the emulator, against float64.
+
+Inputs are random with a nonzero mean and outliers. Outputs, the workspace, and planes that must not be read are poisoned.
+The error may be 1.2 times that of rounding the exact result to the output dtype; for ``gemm_sm90_ws.cu``, 1.2 times that
+of a dense matrix.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.kernels.cases import GemmCase, GemmConfig, run
+from tests.kernels.emulator import have_compiler
+
+pytestmark = [pytest.mark.compiler, pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")]
+
+HALVES = (torch.float16, torch.bfloat16)
+GROUP_SIZES = (32, 64, 128, -1)
+TOKENS = {1: (1, 2, 3, 4, 5, 8), 2: (12, 13, 16), 4: (17, 31, 32), 8: (33, 48, 64)}  # by token_tiles
+BLOCK_M_256 = {"token_tiles": 32, "row_warps": 2, "tile_warps": 4}  # tiles of wgmma_ws
+
+
+def wgmma_config(**fields: object) -> GemmConfig:
+    return GemmConfig(**({"family": "wgmma", "token_tiles": 4, "row_warps": 4, "panel": 1} | fields))
+
+
+def ws_config(**fields: object) -> GemmConfig:
+    """Configuration of ``gemm_sm90_ws.cu``, by default with tiles of 256 rows and 128 tokens."""
+    tile = {"token_tiles": 16, "row_warps": 4, "tile_warps": 2, "units": 1, "panel": 1}
+    return GemmConfig(**(tile | {"family": "wgmma_ws"} | fields))
+
+
+def check(config: GemmConfig, case: GemmCase, **options: object) -> None:
+    assert run(config, case, **options).error_ratio() <= 1.2
+
+
+def ragged_depth(group_size: int) -> int:
+    """K that is a multiple of the group size, and otherwise only of 8."""
+    if group_size < 0:
+        return 328
+    return 3 * group_size if group_size > 32 else 352
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_bit_width(bits: int, dtype: torch.dtype) -> None:
+    other = HALVES[(bits + (dtype == HALVES[0])) % 2]
+    config = GemmConfig(bits=bits, dtype=dtype, scale_dtype=other, group_size=GROUP_SIZES[bits % 4])
+    for seed, blocks in enumerate((1, 3)):
+        check(config, GemmCase(tokens=5, blocks=blocks, bias=bool(seed), seed=seed))
+
+
+@pytest.mark.parametrize("token_tiles", TOKENS)
+def test_every_number_of_tokens(token_tiles: int) -> None:
+    config = GemmConfig(bits=3, token_tiles=token_tiles, row_warps=2, tile_warps=max(1, token_tiles // 2), panel=1)
+    for tokens in TOKENS[token_tiles]:
+        check(config, GemmCase(tokens=tokens, blocks=2, seed=tokens))
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_group_sizes_zero_points_and_ragged_shapes(group_size: int, zeros: bool) -> None:
+    config = GemmConfig(bits=4, group_size=group_size, has_zero_points=zeros, row_warps=2, units=1 + (group_size == 32))
+    for blocks in (1, 4):
+        case = GemmCase(tokens=3, rows=131, depth=ragged_depth(group_size), blocks=blocks, bias=True, seed=blocks)
+        check(config, case)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("bits", "master_bits"), [(2, 8), (4, 8), (7, 8), (3, 6), (2, 3)])
+def test_round_slicing(bits: int, master_bits: int, dtype: torch.dtype) -> None:
+    config = GemmConfig(bits=bits, slicing="round", dtype=dtype)
+    check(config, GemmCase(tokens=4, master_bits=master_bits, offset=0.0, seed=bits))
+
+
+@pytest.mark.parametrize(("bits", "master_bits"), [(2, 2), (3, 6), (6, 6)])
+def test_fewer_master_bits(bits: int, master_bits: int) -> None:
+    config = GemmConfig(bits=bits, has_zero_points=bits == 3)
+    check(config, GemmCase(tokens=4, master_bits=master_bits, offset=0.5))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GemmConfig(bits=2, row_warps=4, stages=2, panel=4),
+        GemmConfig(bits=5, row_warps=2, k_warps=2, stages=4, panel=1),
+        GemmConfig(bits=3, k_warps=8, units=1, token_tiles=2, panel=1),
+        GemmConfig(bits=4, row_warps=2, tile_warps=2, k_warps=2, token_tiles=4, has_zero_points=True, panel=1),
+        GemmConfig(bits=8, dtype=torch.bfloat16, tile_warps=4, token_tiles=2, units=1),
+    ],
+)
+def test_stream_k_ranges(config: GemmConfig) -> None:
+    """Ranges start and end within tiles, cross them, or hold several; three schedules of threads and blocks."""
+    case = GemmCase(tokens=8 * config.token_tiles - 3, rows=300, depth=640)
+    for seed, blocks in enumerate((1, 2, 7)):
+        check(config, dataclasses.replace(case, blocks=blocks, seed=seed), launches=2)
+
+
+def test_result_is_independent_of_the_schedule() -> None:
+    config, case = GemmConfig(row_warps=2, k_warps=2), GemmCase(tokens=6, rows=192, depth=1024, blocks=5)
+    first = run(config, case).y
+    for order in range(1, 5):
+        assert torch.equal(run(config, case, order=order).y, first)
+
+
+def test_no_access_outside_buffers() -> None:
+    """Address sanitizer: ragged rows and columns, zero points, bias, several blocks per tile."""
+    config = GemmConfig(
+        bits=3, group_size=32, has_zero_points=True, row_warps=2, k_warps=2, tile_warps=2, token_tiles=2
+    )
+    check(config, GemmCase(tokens=13, rows=131, depth=352, blocks=3, bias=True, seed=1), sanitize=True)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_wgmma_every_bit_width(bits: int, dtype: torch.dtype) -> None:
+    config = wgmma_config(
+        bits=bits,
+        dtype=dtype,
+        scale_dtype=HALVES[bits % 2],
+        group_size=GROUP_SIZES[bits % 4],
+        has_zero_points=bits % 3 == 0,
+    )
+    check(config, GemmCase(tokens=29, blocks=3, bias=True, seed=bits))
+
+
+@pytest.mark.parametrize(("token_tiles", "tokens"), [(2, 13), (4, 31), (8, 33), (8, 64)])
+def test_wgmma_every_number_of_tokens(token_tiles: int, tokens: int) -> None:
+    config = wgmma_config(bits=3, token_tiles=token_tiles, row_warps=1, tile_warps=4)
+    check(config, GemmCase(tokens=tokens, blocks=2, seed=tokens))
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_wgmma_group_sizes_zero_points_and_ragged_shapes(group_size: int, zeros: bool) -> None:
+    config = wgmma_config(
+        group_size=group_size, has_zero_points=zeros, row_warps=2, tile_warps=2, slicing="round" if zeros else "msb"
+    )
+    case = GemmCase(tokens=29, rows=131, depth=ragged_depth(group_size), bias=True, offset=0.0)
+    for blocks in (1, 4):
+        check(config, dataclasses.replace(case, blocks=blocks, seed=blocks))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        wgmma_config(bits=2, row_warps=2, tile_warps=2, k_warps=2, units=1, stages=4, panel=2),
+        wgmma_config(bits=5, row_warps=8, units=4, stages=2),
+        wgmma_config(bits=8, dtype=torch.bfloat16, row_warps=1, tile_warps=4, k_warps=2, token_tiles=2, panel=4),
+        wgmma_config(bits=4, group_size=-1, has_zero_points=True, row_warps=1, tile_warps=4, k_warps=4),
+    ],
+)
+def test_wgmma_stream_k_ranges(config: GemmConfig) -> None:
+    case = GemmCase(tokens=8 * config.token_tiles - 5, rows=300, depth=640)
+    for seed, blocks in enumerate((1, 7)):
+        check(config, dataclasses.replace(case, blocks=blocks, seed=seed), launches=2)
+
+
+def test_wgmma_scales_of_zero() -> None:
+    """The accumulators are in units of a scale; a scale of 0 must neither make them infinite nor contribute."""
+    check(wgmma_config(group_size=64), GemmCase(tokens=20, rows=256, depth=512), zero_scales=True)
+
+
+def test_wgmma_no_access_outside_buffers() -> None:
+    config = wgmma_config(
+        bits=3, group_size=32, has_zero_points=True, row_warps=2, k_warps=2, tile_warps=2, token_tiles=2
+    )
+    check(config, GemmCase(tokens=13, rows=131, depth=352, blocks=3, bias=True, seed=1), sanitize=True)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_ws_every_bit_width(bits: int, dtype: torch.dtype) -> None:
+    config = ws_config(
+        bits=bits,
+        dtype=dtype,
+        scale_dtype=HALVES[bits // 2 % 2],
+        group_size=GROUP_SIZES[bits % 4],
+        has_zero_points=bits % 3 == 0,
+        **(BLOCK_M_256 if bits % 2 else {}),
+    )
+    check(config, GemmCase(tokens=90, rows=200, blocks=2, bias=True, seed=bits))
+
+
+@pytest.mark.parametrize(("blocks", "tokens"), [(1, 300), (2, 300), (3, 300), (5, 130), (7, 200)])
+def test_ws_waves_and_stream_k(blocks: int, tokens: int) -> None:
+    """Two row tiles, the second one partial, and two or three token tiles, with more or fewer blocks than tiles."""
+    case = GemmCase(tokens=tokens, rows=300, depth=640, blocks=blocks, bias=True, seed=blocks)
+    check(ws_config(bits=3, stages=4, dtype=HALVES[blocks % 2]), case, launches=2)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_ws_group_sizes_zero_points_and_ragged_shapes(group_size: int, zeros: bool) -> None:
+    config = ws_config(
+        group_size=group_size,
+        has_zero_points=zeros,
+        slicing="round" if zeros else "msb",
+        units=2,
+        row_warps=2,
+        tile_warps=4,
+    )
+    depth = ragged_depth(group_size)
+    check(config, GemmCase(tokens=135, rows=131, depth=depth, blocks=3, bias=True, offset=0.0, seed=3))
+
+
+def test_ws_scales_of_zero() -> None:
+    check(ws_config(group_size=64), GemmCase(tokens=70, rows=256, depth=512), zero_scales=True)
+
+
+def test_ws_result_is_independent_of_the_schedule() -> None:
+    config, case = ws_config(**BLOCK_M_256), GemmCase(tokens=260, rows=192, depth=1024, blocks=3)
+    first = run(config, case).y
+    for order in (1, 2):
+        assert torch.equal(run(config, case, order=order).y, first)
+
+
+def test_ws_no_access_outside_buffers() -> None:
+    config = ws_config(bits=3, group_size=32, has_zero_points=True)
+    check(config, GemmCase(tokens=130, rows=131, depth=352, blocks=3, bias=True, seed=1), sanitize=True)

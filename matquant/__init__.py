@@ -1,13 +1,13 @@
-"""Matryoshka post-training quantization of language models: one 8-bit parent, every slice a good model."""
+"""Matryoshka post-training quantization of language models: every slice of one 8-bit parent is a good model."""
 
 import wrapt
 
-__version__ = "0.1.0"
+from matquant.version import __version__ as __version__
 
 
 @wrapt.when_imported("transformers.modeling_utils")
 def _register(_module: object) -> None:
-    """Make packed checkpoints known to Transformers, once that is imported by somebody: here it would take seconds."""
+    """Register packed checkpoints with Transformers. Deferred until Transformers is imported, which takes seconds."""
     from matquant.transformers import register
 
     register()

@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-import matquant
 from matquant.store.files import (
     MANIFEST,
     Damage,
@@ -35,6 +34,7 @@ from matquant.store.files import (
     to_plain,
     write_atomically,
 )
+from matquant.version import __version__
 
 FORMAT = 1
 KEY_DIGITS = 24
@@ -236,7 +236,7 @@ def _content_hash(records: Mapping[str, Record]) -> str:
 
 
 def _tools() -> dict[str, str]:
-    tools = {"matquant": matquant.__version__}
+    tools = {"matquant": __version__}
     for name in ("torch", "safetensors", "transformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             tools[name] = importlib.metadata.version(name)

@@ -64,7 +64,7 @@ def fingerprint_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
     for name in names:
         path = Path(folder) / name
         try:
-            fingerprints[name] = _hash_file(path)
+            fingerprints[name] = hash_file(path)
         except OSError as error:
             raise UserError(f"The file {path} cannot be read: {error.strerror or error}.") from error
     return fingerprints
@@ -190,15 +190,26 @@ def explained(path: Path, needed: int = 0) -> Iterator[None]:
 
 def check_file(path: Path, record: Record, deep: bool = True) -> None:
     """Raises Damage when the file is not there, is no ordinary file or (``deep``) has other bytes."""
-    size = require(path, stat.S_ISREG).st_size
-    if size != record.size:
-        raise Damage(f"{path.name} has {size:,} bytes instead of {record.size:,}")
+    require(path, stat.S_ISREG)
     with explained(path):
         try:
-            if deep and _hash_file(path) != record.sha256:
-                raise Damage(f"the bytes of {path.name} do not match their SHA-256")
+            check_content(path, record, deep)
         except FileNotFoundError as error:
             raise Damage(f"{path.name} is missing") from error
+
+
+def check_content(path: Path, record: Record, deep: bool = True) -> None:
+    """Compare the size and, with ``deep``, the SHA-256 of a file with its record. Links are followed.
+
+    Raises:
+        Damage: the size or the hash differs.
+        OSError: the file cannot be read.
+    """
+    size = path.stat().st_size
+    if size != record.size:
+        raise Damage(f"{path.name} has {size:,} bytes instead of {record.size:,}")
+    if deep and hash_file(path) != record.sha256:
+        raise Damage(f"the bytes of {path.name} do not match their SHA-256")
 
 
 def require(path: Path, is_wanted: Callable[[int], bool]) -> os.stat_result:
@@ -239,6 +250,7 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits. Raises OSError."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -269,7 +269,7 @@ def test_server_changes_its_width_between_two_requests(tiny, tmp_path):
         assert [server.complete(prompt) for prompt in PROMPTS] == tiny.greedy(tiny.mixed)
         status, answer = server.ask("/v1/matquant/bits", {"bits": 9})
         assert status == 400
-        assert "a width is a whole number in 2..8; found 9" in answer
+        assert "a bit-width must be a whole number in 2..8; found 9" in answer
         assert server.ask("/v1/matquant/bits", {"bits": 8}, key="wrong")[0] == 401
         assert server.ask("/v1/matquant/bits")[1]["bits"] == tiny.mixed
     finally:

@@ -49,7 +49,7 @@ class Exports:
         self.folder, self.expected = folder, {}
         for tag, slicing, offset in (("", "msb", 8.0), ("v1-", "round", 0.0)):
             opened = Opened(
-                TINY, folder / f"store-{slicing}", group_size=128, block_size=128, slicing=slicing, offset=offset
+                TINY, folder / f"store-{slicing}", group_size=128, slicing=slicing, zero_point_offset=offset
             )
             slices: dict[str, Any] = {f"{tag}{bits}": bits for bits in range(2, 9)}
             slices[f"{tag}alloc"] = {name: OWN_BITS.get(name.rpartition(".")[2], 4) for name in opened.names()}

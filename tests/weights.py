@@ -1,14 +1,16 @@
-"""Random weights in the nested format, for tests."""
+"""Random weights in the nested format, and the inverse of packing."""
 
 import torch
 
 from matquant.formats.nested import NestedWeight, WeightFormat
+from matquant.formats.planes import NestedPlanes
+from matquant.formats.tile_layout import unpack_groups, unpack_planes
 
 
 def make_weight(
     rows, columns, group_size, master_bits=8, slicing="msb", zeros=False, offset=8.0, dtype=torch.float16, seed=0
 ) -> NestedWeight:
-    """Random codes, scales of both signs and some zero points."""
+    """Random codes, scales of both signs and, with ``zeros``, zero points."""
     generator = torch.Generator().manual_seed(seed)
     groups = columns // group_size
     top = 2**master_bits
@@ -24,4 +26,16 @@ def make_weight(
             has_zero_points=zeros,
             scale_dtype=dtype,
         ),
+    )
+
+
+def unpack(packed: NestedPlanes) -> NestedWeight:
+    """Inverse of ``NestedPlanes.pack``; bits of missing planes are 0."""
+    rows, columns, fmt = packed.out_features, packed.in_features, packed.format
+    groups = columns // fmt.group_size
+    return NestedWeight(
+        codes=unpack_planes(packed.planes)[:rows, :columns] >> (8 - fmt.master_bits),
+        scales=unpack_groups(packed.scales)[:rows, :groups],
+        zeros=None if packed.zeros is None else unpack_groups(packed.zeros)[:rows, :groups],
+        format=fmt,
     )

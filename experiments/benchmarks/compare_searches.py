@@ -148,7 +148,7 @@ class Bench:
         windows = texts.windows(text, "calibration", self.loaded.tokenizer)
         setting = Setting(blocks=self.blocks, parent=self.parent, windows=windows, device=self.device, dtype=self.dtype)
         outcome = search(wanted, setting, WatchedStore(self.store, watch), lambda _: None)
-        widths = outcome.allocations[0].widths
+        widths = outcome.allocations[0].bits
         units = problems(wanted, setting)[0].units
         record = outcome.record
         return {

@@ -1,0 +1,1 @@
+"""Formats: nested codes and bit planes, parents, allocations, slices, and descriptions of packed checkpoints."""

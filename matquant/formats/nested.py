@@ -5,8 +5,9 @@ A code q of M master bits is sliced to its first b bits. With d = M - b, the two
     msb    c_b(q) = q >> d                                     value = s (2^d (c_b + 1/2) - z)
     round  c_b(q) = min((q >> d) + bit(q, d - 1), 2^b - 1)     value = s (2^d  c_b        - z)
 
-``msb`` is the native slicing: it reads exactly b bits, and each slice dequantizes to the centre of the cell that its codes share.
-``round`` is the slicing of MatGPTQ v1 (arXiv 2602.03537); below M bits it reads one bit more. A scale of 0 dequantizes to exactly 0.
+``msb`` is the native slicing. It reads exactly b bits, and each slice dequantizes to the centre of the cell that its codes
+share. ``round`` is the slicing of MatGPTQ v1 (arXiv 2602.03537). Below M bits it reads one bit more. A scale of 0 dequantizes
+to exactly 0.
 
 The zero point z of symmetric weights is one constant of the matrix, 2^(M-1) + zero_point_offset; asymmetric weights have a zero
 point per group. With an offset the representable range is longer on one side. A negative scale mirrors it, so each group can
@@ -21,7 +22,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from matquant.formats.bits import check_bits
+
 Slicing = Literal["msb", "round"]
+SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}  # by name in files
 
 
 def slice_codes(codes: Tensor, bits: int, master_bits: int, slicing: Slicing) -> Tensor:
@@ -59,7 +63,7 @@ class WeightFormat:
         zero_point_offset: offset of the zero point of symmetric weights from 2^(master_bits - 1), in code steps.
         group_size: consecutive input features that share a scale; all of them for one scale per row.
         has_zero_points: True if every group stores a zero point of its own.
-        scale_dtype: float16, bfloat16 or float32.
+        scale_dtype: one of ``SCALE_DTYPES``.
     """
 
     group_size: int
@@ -100,6 +104,18 @@ class WeightFormat:
     def max_bits(self, planes: int) -> int:
         """Largest bit-width that the first ``planes`` planes hold: ``round`` needs one more below ``master_bits``."""
         return planes if self.slicing == "msb" or planes == self.master_bits else planes - 1
+
+    def check_bits(self, bits: object, planes: int, name: str = "bits") -> int:
+        """Return ``bits`` if the first ``planes`` planes hold that bit-width.
+
+        Args:
+            name: setting or layer that the bit-width belongs to, for the message.
+
+        Raises:
+            UserError: ``bits`` is no bit-width, or needs more planes.
+        """
+        found = f"{planes} of {self.master_bits} planes ({self.slicing} slicing)"
+        return check_bits(bits, name, self.max_bits(planes), found)
 
     def levels(self, bits: int) -> Tensor:
         """Value of each code at ``bits`` bits before the zero point, see ``levels``: float32 [2^master_bits]."""

@@ -1,21 +1,20 @@
-"""What a nested checkpoint says of itself: ``quantization_config`` in its ``config.json``, parsed and checked.
+"""Nested checkpoint: ``quantization_config`` in its ``config.json``, parsed and checked.
 
     {"quant_method": "matquant", "format_version": 1, "bits": 4, "max_bits": 8, "prefill_bits": null,
-     "layer_bits": {LAYER: 3, ...},                                  an allocation; other layers have "bits"
+     "layer_bits": {LAYER: 3, ...},                    an allocation; all other layers have "bits"
      "master_bits": 8, "slicing": "msb", "offset": 8.0, "zeros": false, "group_size": 128, "scale_dtype": "float16",
-     "layers": {LAYER: {"shape": [out, in], and what differs from the line above}, ...},
+     "layers": {LAYER: {"shape": [out, in], and the fields that differ from the line above}, ...},
      "modules_to_not_convert": ["lm_head", ...],
-     "plane_indices": [2, 3, ...],             for so many planes there is an index of the files that hold them
+     "plane_indices": [2, 3, ...],                     numbers of planes for which there is an index of the files
      "files": {NAME: {"bytes": N, "sha256": "..."}, ...},
      "seal": "..."}
 
-A layer X is stored as ``X.plane0`` .. ``X.plane{k-1}``, ``X.scales`` and perhaps ``X.zeros``, in the order of
-``formats.tile_layout``. The seal is a hash of all but the widths that a user may choose (``bits``, ``layer_bits``,
-``prefill_bits``), so that a damaged number is noticed where nothing else would.
+A layer X is stored as ``X.plane0`` .. ``X.plane{k-1}``, ``X.scales`` and, with zero points, ``X.zeros``, in the layout of
+``formats.tile_layout``. The seal is a hash of all fields but those that a user may edit (``bits``, ``layer_bits``,
+``prefill_bits``), so that a damaged number is detected that no other check would find.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections import Counter
@@ -25,24 +24,23 @@ from typing import Any, cast
 import torch
 
 from matquant.errors import UserError
-from matquant.formats.bits import BIT_WIDTHS, MAX_BITS, MIN_BITS
-from matquant.formats.nested import NestedWeight, Slicing, WeightFormat
-from matquant.formats.planes import group_count
-from matquant.formats.tile_layout import tiles
+from matquant.formats.bits import MAX_BITS, MIN_BITS, check_bits
+from matquant.formats.field_reader import MODULE_NAME, FieldReader, short_json
+from matquant.formats.nested import SCALE_DTYPES, NestedWeight, Slicing, WeightFormat
+from matquant.formats.tile_layout import group_shape, plane_shape
 from matquant.store.files import FileRecord
 from matquant.store.json_files import hash_json
 
 QUANT_METHOD = "matquant"
 FORMAT_VERSION = 1
-# Named by config.json as what Transformers shall read: without this package it would fill the model with random numbers.
+# Index that config.json names for Transformers. The file does not exist, so that loading without this package fails instead
+# of filling the model with random numbers.
 STOCK_INDEX = "import_matquant_first.safetensors.index.json"
-CHOSEN = ("bits", "layer_bits", "prefill_bits")  # what the seal leaves out
-SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+UNSEALED_FIELDS = ("bits", "layer_bits", "prefill_bits")
 
-_DIFFERING = ("master_bits", "slicing", "offset", "zeros", "group_size", "scale_dtype")
-_NAME = re.compile(r"\w+(\.\w+)*")
-_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
-_LARGEST = 2**31  # features of a layer; more is damage
+_FORMAT_FIELDS = ("master_bits", "slicing", "offset", "zeros", "group_size", "scale_dtype")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+_MAX_FEATURES = 2**31  # larger numbers are damage
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,6 +52,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -66,39 +65,38 @@ class LayerSpec:
     format: WeightFormat
 
     @classmethod
-    def of(cls, weight: NestedWeight) -> "LayerSpec":
-        """That of a parent's layer."""
+    def from_weight(cls, weight: NestedWeight) -> "LayerSpec":
+        """Specification of a layer of a parent."""
         rows, columns = weight.codes.shape
         return cls(out_features=rows, in_features=columns, format=weight.format)
 
-    def planes(self, max_bits: int) -> int:
-        """How many planes widths up to ``max_bits`` need."""
+    def plane_count(self, max_bits: int) -> int:
+        """Number of planes that bit-widths up to ``max_bits`` read."""
         return self.format.planes_read(min(max_bits, self.format.master_bits))
 
     def tensors(self, name: str, max_bits: int) -> dict[str, TensorSpec]:
-        """What is stored of the layer ``name``: scales, zero points, then planes, the most significant first."""
-        rows = tiles(self.out_features)
-        side = (group_count(self.in_features, self.format.group_size), rows, 8, 4, 2)
+        """Stored tensors of the layer ``name``: scales, zero points, then planes, most significant first."""
+        side = group_shape(self.out_features, self.in_features, self.format.group_size)
         found = {f"{name}.scales": TensorSpec(side, self.format.scale_dtype)}
         if self.format.has_zero_points:
             found[f"{name}.zeros"] = TensorSpec(side, torch.uint8)
-        plane = TensorSpec((rows, tiles(self.in_features), 32, 4), torch.int32)
-        return found | {f"{name}.plane{d}": plane for d in range(self.planes(max_bits))}
+        plane = TensorSpec(plane_shape(self.out_features, self.in_features), torch.int32)
+        return found | {f"{name}.plane{d}": plane for d in range(self.plane_count(max_bits))}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class NestedSpec:
-    """A nested checkpoint.
+    """Description of a nested checkpoint.
 
     Attributes:
-        layers: by full name.
-        bits: the width of a reader that is not told another one.
-        layer_bits: an allocation by layer, where the checkpoint has one; other layers have ``bits``.
-        prefill_bits: the width for many tokens; None for the same.
-        max_bits: the largest width that the stored planes allow.
-        modules_to_not_convert: linear layers that are stored as they were.
-        plane_indices: numbers of planes for which ``index_name`` is there.
-        files: what the bytes of the weight files must be; empty when nobody recorded it.
+        layers: nested layers by full name.
+        bits: default bit-width of a reader.
+        layer_bits: default bit-width by layer, if the checkpoint has an allocation; all other layers have ``bits``.
+        prefill_bits: default bit-width of calls with more than one token per sequence; None for that of decoding.
+        max_bits: largest bit-width that the stored planes hold.
+        modules_to_not_convert: linear layers that are stored dense.
+        plane_indices: numbers of planes for which there is a file ``index_name``.
+        files: size and SHA-256 of the weight files; empty if they were not recorded.
     """
 
     layers: Mapping[str, LayerSpec]
@@ -110,18 +108,18 @@ class NestedSpec:
     plane_indices: Sequence[int] = ()
     files: Mapping[str, FileRecord] = dataclasses.field(default_factory=dict)
 
-    def width(self, layer: str) -> int:
-        """The width that a layer begins with."""
+    def bits_of(self, layer: str) -> int:
+        """Default bit-width of one layer."""
         return self.layer_bits.get(layer, self.bits)
 
     def tensors(self, max_bits: int | None = None) -> dict[str, TensorSpec]:
-        """What is stored of all nested layers, by name; with ``max_bits`` only the planes that widths up to it need."""
-        most = self.max_bits if max_bits is None else min(max_bits, self.max_bits)
-        return {n: t for name, layer in self.layers.items() for n, t in layer.tensors(name, most).items()}
+        """Stored tensors of all nested layers by name, with the planes that bit-widths up to ``max_bits`` read."""
+        top = self.max_bits if max_bits is None else min(max_bits, self.max_bits)
+        return {n: t for name, layer in self.layers.items() for n, t in layer.tensors(name, top).items()}
 
     def to_json(self) -> dict[str, Any]:
-        """The content of ``quantization_config``, with its seal."""
-        common, layers = _compact(self.layers)
+        """Content of ``quantization_config``, with its seal."""
+        common, layers = _compact_formats(self.layers)
         content = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
@@ -139,128 +137,88 @@ class NestedSpec:
 
 
 def index_name(planes: int) -> str:
-    """The index of the files that hold the first so many planes, and all else."""
+    """Name of the index of the files that hold the first ``planes`` planes and all other tensors."""
     return f"model.planes{planes}.safetensors.index.json"
 
 
-def check_bits(value: Any, where: str, max_bits: int) -> int:
-    """A width of a checkpoint. Raises UserError."""
-    if type(value) is not int or value not in BIT_WIDTHS:
-        raise UserError(
-            f"{where}: a width is a whole number in {BIT_WIDTHS.start}..{BIT_WIDTHS[-1]}; found {_short(value)}."
-        )
-    if value > max_bits:
-        raise UserError(f"{where}: {value} bits are not in this checkpoint, whose planes allow {max_bits}. Give fewer.")
-    return value
-
-
-def parse(content: Any, where: str = "quantization_config") -> NestedSpec:
-    """The checked form of ``quantization_config``.
+def parse_nested_config(content: Any, where: str = "quantization_config") -> NestedSpec:
+    """Parse and check the ``quantization_config`` of a nested checkpoint.
 
     Raises:
-        UserError: it is of another method or version, or damaged; names the field, and what was found.
+        UserError: the content has another method or version, or is damaged. Names the field and the value found.
     """
     if not isinstance(content, Mapping) or content.get("quant_method") != QUANT_METHOD:
-        raise UserError(f"{where} is none of {QUANT_METHOD}: {_short(content)}.")
+        raise UserError(f"{where} has no quant_method {QUANT_METHOD!r}; found {short_json(content)}.")
     if (version := content.get("format_version")) != FORMAT_VERSION or type(version) is not int:
         raise UserError(
-            f"{where}: format_version {_short(version)} is not known; this version of matquant reads {FORMAT_VERSION}. "
+            f"{where}: format_version {short_json(version)} is not known; this version of matquant reads {FORMAT_VERSION}. "
             "A newer one may read it: pip install --upgrade matquant."
         )
-    fields = _Fields(content, where)
-    layers = _layers(fields)
-    max_bits = check_bits(
-        fields.take("max_bits"), f"{where}.max_bits", max(s.format.master_bits for s in layers.values())
-    )
-    widths = _Fields({"layer_bits": {}, "prefill_bits": None} | dict(content), where)
-    allocation = widths.mapping("layer_bits")
-    if unknown := [name for name in allocation if name not in layers]:
-        raise UserError(f"{where}.layer_bits gives a width to {_short(unknown[0])}, which is no nested layer.")
-    prefill = widths.take("prefill_bits")
+    fields = FieldReader({"layer_bits": {}, "prefill_bits": None} | dict(content), where)
+    layers = _parse_layers(fields)
+    master_bits = max(layer.format.master_bits for layer in layers.values())
+    max_bits = check_bits(fields.take("max_bits"), f"{where}.max_bits", master_bits)
     spec = NestedSpec(
         layers=layers,
         bits=check_bits(fields.take("bits"), f"{where}.bits", max_bits),
         max_bits=max_bits,
-        layer_bits={n: check_bits(b, f"{where}.layer_bits.{n}", max_bits) for n, b in allocation.items()},
-        prefill_bits=None if prefill is None else check_bits(prefill, f"{where}.prefill_bits", max_bits),
+        layer_bits=_parse_layer_bits(fields, layers, max_bits),
+        prefill_bits=_parse_prefill_bits(fields, max_bits),
         modules_to_not_convert=tuple(fields.names("modules_to_not_convert")),
-        plane_indices=tuple(fields.numbers("plane_indices")),
-        files=_files(fields),
+        plane_indices=tuple(fields.integers("plane_indices", 1, MAX_BITS)),
+        files=_parse_files(fields),
     )
     if content.get("seal") != _seal(content):
         raise UserError(
-            f"{where} does not match its seal: it is damaged, or was edited. Only {', '.join(CHOSEN)} may be changed by "
-            "hand; for anything else pack the model again."
+            f"{where} does not match its seal: it was damaged or edited. Only {', '.join(UNSEALED_FIELDS)} may be edited; "
+            "for anything else pack the model again."
         )
     return spec
 
 
-class _Fields:
-    """Takes typed values from a mapping that may be hostile; every method raises UserError."""
-
-    def __init__(self, content: Mapping[str, Any], where: str) -> None:
-        self.content, self.where = content, where
-
-    def take(self, name: str) -> Any:
-        if name not in self.content:
-            raise UserError(f"{self.where} has no {name}. Copy or download the checkpoint's config.json again.")
-        return self.content[name]
-
-    def wrong(self, name: str, wanted: str) -> UserError:
-        return UserError(f"{self.where}.{name} must be {wanted}; found {_short(self.content.get(name))}.")
-
-    def whole(self, name: str, least: int, most: int) -> int:
-        value = self.take(name)
-        if type(value) is not int or not least <= value <= most:
-            raise self.wrong(name, f"a whole number in {least}..{most}")
-        return value
-
-    def mapping(self, name: str) -> dict[str, Any]:
-        value = self.take(name)
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            raise self.wrong(name, "a mapping by name")
-        return dict(value)
-
-    def names(self, name: str) -> list[str]:
-        value = self.take(name)
-        if not isinstance(value, list | tuple) or not all(isinstance(v, str) and _NAME.fullmatch(v) for v in value):
-            raise self.wrong(name, "a list of names of modules")
-        return list(value)
-
-    def numbers(self, name: str) -> list[int]:
-        value = self.take(name)
-        if not isinstance(value, list | tuple) or not all(type(v) is int and 1 <= v <= BIT_WIDTHS[-1] for v in value):
-            raise self.wrong(name, f"a list of whole numbers in 1..{BIT_WIDTHS[-1]}")
-        return list(value)
+def _parse_layer_bits(fields: FieldReader, layers: Mapping[str, LayerSpec], max_bits: int) -> dict[str, int]:
+    allocation = fields.mapping("layer_bits")
+    if unknown := [name for name in allocation if name not in layers]:
+        raise UserError(f"{fields.where}.layer_bits names {short_json(unknown[0])}, which is no nested layer.")
+    return {n: check_bits(bits, f"{fields.where}.layer_bits.{n}", max_bits) for n, bits in allocation.items()}
 
 
-def _layers(fields: _Fields) -> dict[str, LayerSpec]:
-    common = {key: fields.take(key) for key in _DIFFERING}
+def _parse_prefill_bits(fields: FieldReader, max_bits: int) -> int | None:
+    bits = fields.take("prefill_bits")
+    return None if bits is None else check_bits(bits, f"{fields.where}.prefill_bits", max_bits)
+
+
+def _parse_layers(fields: FieldReader) -> dict[str, LayerSpec]:
+    common = {key: fields.take(key) for key in _FORMAT_FIELDS}
     found = {}
     for name, own in fields.mapping("layers").items():
         where = f"{fields.where}.layers.{name}"
-        if not _NAME.fullmatch(name) or not isinstance(own, Mapping):
-            raise UserError(f"{where} is no layer: {_short(own)}.")
-        if unknown := own.keys() - {"shape", *_DIFFERING}:
-            raise UserError(f"{where} has a field that is not known: {_short(sorted(unknown, key=str)[0])}.")
-        found[name] = _layer(_Fields(common | dict(own), where))
+        if not MODULE_NAME.fullmatch(name) or not isinstance(own, Mapping):
+            raise UserError(f"{where} is no layer: {short_json(own)}.")
+        if unknown := own.keys() - {"shape", *_FORMAT_FIELDS}:
+            raise UserError(f"{where} has an unknown field: {short_json(min(unknown, key=str))}.")
+        found[name] = _parse_layer(FieldReader(common | dict(own), where))
     if not found:
         raise fields.wrong("layers", "a mapping with at least one layer")
     return found
 
 
-def _layer(fields: _Fields) -> LayerSpec:
+def _parse_layer(fields: FieldReader) -> LayerSpec:
     shape = fields.take("shape")
     sizes = list(shape) if isinstance(shape, list | tuple) else []
-    if len(sizes) != 2 or not all(type(size) is int and 0 < size <= _LARGEST for size in sizes):
+    if len(sizes) != 2 or not all(type(size) is int and 0 < size <= _MAX_FEATURES for size in sizes):
         raise fields.wrong("shape", "two whole numbers, [out_features, in_features]")
     rows, columns = sizes
-    size = columns if fields.take("group_size") == -1 else fields.whole("group_size", 1, _LARGEST)
-    if columns % size:
-        raise fields.wrong("group_size", f"-1 or a divisor of the {columns} input features")
+    return LayerSpec(out_features=rows, in_features=columns, format=_parse_format(fields, columns))
+
+
+def _parse_format(fields: FieldReader, in_features: int) -> WeightFormat:
+    size = in_features if fields.take("group_size") == -1 else fields.integer("group_size", 1, _MAX_FEATURES)
+    if in_features % size:
+        raise fields.wrong("group_size", f"-1 or a divisor of the {in_features} input features")
     offset, slicing, zeros = fields.take("offset"), fields.take("slicing"), fields.take("zeros")
     if type(offset) not in (int, float) or not math.isfinite(offset):
-        raise fields.wrong("offset", "a number")
+        raise fields.wrong("offset", "a finite number")
     if not isinstance(slicing, str) or slicing not in ("msb", "round"):
         raise fields.wrong("slicing", "msb or round")
     if type(zeros) is not bool:
@@ -268,43 +226,32 @@ def _layer(fields: _Fields) -> LayerSpec:
     dtype = fields.take("scale_dtype")
     if not isinstance(dtype, str) or dtype not in SCALE_DTYPES:
         raise fields.wrong("scale_dtype", f"one of {', '.join(SCALE_DTYPES)}")
-    fmt = WeightFormat(
+    return WeightFormat(
         group_size=size,
+        master_bits=fields.integer("master_bits", MIN_BITS, MAX_BITS),
         slicing=cast(Slicing, slicing),
         zero_point_offset=float(offset),
         has_zero_points=zeros,
-        master_bits=fields.whole("master_bits", MIN_BITS, MAX_BITS),
         scale_dtype=SCALE_DTYPES[dtype],
     )
-    return LayerSpec(out_features=rows, in_features=columns, format=fmt)
 
 
-def _files(fields: _Fields) -> dict[str, FileRecord]:
+def _parse_files(fields: FieldReader) -> dict[str, FileRecord]:
     found = {}
     for name, record in fields.mapping("files").items():
         try:
-            if not _FILE.fullmatch(name) or not name.endswith(".safetensors"):
-                raise ValueError(f"{_short(name)} is no safetensors file inside the folder")
+            if not _FILE_NAME.fullmatch(name) or not name.endswith(".safetensors"):
+                raise ValueError(f"{short_json(name)} is no safetensors file inside the folder")
             found[name] = FileRecord.parse(record)
         except ValueError as error:
             raise UserError(f"{fields.where}.files: {error}.") from None
     return found
 
 
-def _compact(layers: Mapping[str, LayerSpec]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What most layers have, and for each layer its shape and what differs."""
-    plain = {
-        name: {
-            "master_bits": s.format.master_bits,
-            "slicing": s.format.slicing,
-            "offset": s.format.zero_point_offset,
-            "zeros": s.format.has_zero_points,
-            "group_size": -1 if s.format.group_size == s.in_features else s.format.group_size,
-            "scale_dtype": str(s.format.scale_dtype).removeprefix("torch."),
-        }
-        for name, s in layers.items()
-    }
-    common = {key: Counter(p[key] for p in plain.values()).most_common(1)[0][0] for key in _DIFFERING}
+def _compact_formats(layers: Mapping[str, LayerSpec]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Format fields that most layers share, and for each layer its shape and the fields that differ."""
+    plain = {name: _format_fields(layer) for name, layer in layers.items()}
+    common = {key: Counter(p[key] for p in plain.values()).most_common(1)[0][0] for key in _FORMAT_FIELDS}
     own = {
         name: {"shape": [s.out_features, s.in_features]} | {k: v for k, v in plain[name].items() if v != common[k]}
         for name, s in layers.items()
@@ -312,17 +259,21 @@ def _compact(layers: Mapping[str, LayerSpec]) -> tuple[dict[str, Any], dict[str,
     return common, own
 
 
+def _format_fields(layer: LayerSpec) -> dict[str, Any]:
+    fmt = layer.format
+    return {
+        "master_bits": fmt.master_bits,
+        "slicing": fmt.slicing,
+        "offset": fmt.zero_point_offset,
+        "zeros": fmt.has_zero_points,
+        "group_size": -1 if fmt.group_size == layer.in_features else fmt.group_size,
+        "scale_dtype": str(fmt.scale_dtype).removeprefix("torch."),
+    }
+
+
 def _seal(content: Mapping[str, Any]) -> str | None:
-    """None for what cannot be written as JSON, and so matches no seal."""
+    """Hash of the sealed fields; None, which matches no seal, if they have no JSON form."""
     try:
-        return hash_json({key: value for key, value in content.items() if key not in (*CHOSEN, "seal")})
+        return hash_json({key: value for key, value in content.items() if key not in (*UNSEALED_FIELDS, "seal")})
     except (ValueError, TypeError, RecursionError):
         return None
-
-
-def _short(value: Any) -> str:
-    try:
-        text = json.dumps(value)
-    except (ValueError, TypeError, RecursionError):
-        text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,7 +1,8 @@
-"""The parent artifact: one safetensors file per decoder block, whose header says what the tensors mean.
+"""Parent artifact: one safetensors file per decoder block, with the meaning of its tensors in the header.
 
-Tensors are ``<layer>.codes``, ``<layer>.scales`` and ``<layer>.zeros``, as in ``matquant.formats.nested.NestedWeight``. The header's
-metadata entry ``matquant`` is JSON: master bits, slicing, and for each layer its shape and its relative error per width.
+Tensors are ``<layer>.codes``, ``<layer>.scales`` and ``<layer>.zeros``, see ``formats.nested.NestedWeight``. The metadata
+entry ``matquant`` of the header is JSON. It holds for each layer its master bits, slicing, zero-point offset, shape, and
+relative error at each bit-width.
 """
 
 import json
@@ -32,7 +33,12 @@ def block_file(index: int) -> str:
 
 
 def write_block(draft: DraftLike, name: str, weights: dict[str, NestedWeight], record: dict[str, Any]) -> None:
-    """Commit one block; ``record`` is kept beside the tensors and comes back from ``read_block``."""
+    """Write and commit one block.
+
+    Args:
+        weights: quantized layers by full name.
+        record: JSON object stored in the header, with an entry in ``layers`` for each layer; ``read_block`` returns it.
+    """
     tensors = {f"{layer}.{part}": t for layer, weight in weights.items() for part, t in weight.tensors().items()}
     layers = {
         layer: record["layers"][layer]
@@ -44,10 +50,10 @@ def write_block(draft: DraftLike, name: str, weights: dict[str, NestedWeight], r
 
 
 def read_block(source: DraftLike | Artifact, name: str) -> tuple[dict[str, NestedWeight], dict[str, Any]]:
-    """The layers of one block by full name, and its record.
+    """Read the layers of one block by full name, and the record of its header.
 
     Raises:
-        UserError: the header does not describe the tensors.
+        UserError: the file is damaged, or its header does not describe its tensors.
     """
     tensors, metadata = source.read_tensors(name)
     try:
@@ -70,7 +76,7 @@ def read_block(source: DraftLike | Artifact, name: str) -> tuple[dict[str, Neste
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{name} is not a block of a parent: {error}. Remove its artifact's folder; the next run remakes it."
+            f"{name} is no block of a parent: {error}. Delete the folder of the artifact; the next run makes it again."
         ) from error
     return weights, record
 
@@ -81,7 +87,12 @@ def _group_size(tensors: Mapping[str, Tensor], layer: str) -> int:
 
 
 class Parent:
-    """A finished parent, read block by block."""
+    """Finished parent, read block by block.
+
+    Attributes:
+        artifact: folder in the store.
+        blocks: record of each block, from the manifest.
+    """
 
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
@@ -89,7 +100,7 @@ class Parent:
         self._last: tuple[int, dict[str, NestedWeight]] = (-1, {})
 
     def block(self, index: int) -> dict[str, NestedWeight]:
-        """The quantized layers of one block, by full name; the last block that was asked for is kept."""
+        """Quantized layers of one block by full name. The most recent block is cached."""
         if self._last[0] != index:
             self._last = (index, read_block(self.artifact, self.blocks[index]["file"])[0])
         return self._last[1]
@@ -99,7 +110,7 @@ class Parent:
         return sum(w.bytes_read(bits) for i in range(len(self.blocks)) for w in self.block(i).values())
 
     def layer_errors(self) -> list[dict[str, Any]]:
-        """A row per layer for the results: name, block, parameters and relative error per width."""
+        """Row per layer for the results: name, block, parameters and relative error at each bit-width."""
         rows = []
         for index, block in enumerate(self.blocks):
             for name, layer in block["layers"].items():
@@ -108,12 +119,13 @@ class Parent:
                 rows.append({"name": name, "block": index, "parameters": size, "error": layer["errors"]})
         return rows
 
-    def poor_experts(self) -> list[dict[str, Any]]:
-        """Layers of experts that saw fewer calibration tokens than they have inputs: ``name``, ``tokens``, ``inputs``.
+    def undersampled_experts(self) -> list[dict[str, Any]]:
+        """Expert layers with fewer calibration tokens than input features: ``name``, ``tokens``, ``inputs``.
 
-        Their statistics were filled up with what all experts of the block saw on average.
+        Their Hessians were completed with the mean Hessian of all experts of the block.
         """
         return [row for block in self.blocks for row in block.get("experts", [])]
 
     def notes(self) -> list[str]:
+        """Notes that quantization recorded, over all blocks."""
         return [note for block in self.blocks for note in block["notes"]]

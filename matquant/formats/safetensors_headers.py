@@ -27,7 +27,7 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a safetensors file: its file, shape, and dtype as the file's header names it."""
+    """Tensor in a safetensors file: file, shape, and dtype in the notation of the file's header."""
 
     file: Path
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class StoredTensor:
 
 
 def read_headers(folder: Path, files: Iterable[str]) -> dict[str, StoredTensor]:
-    """What the named files hold, by the tensors' names.
+    """Read the headers of the named files of a folder: tensors by name.
 
     Raises:
         UserError: a file is damaged.

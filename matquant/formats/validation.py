@@ -1,45 +1,42 @@
-"""What every reader of a nested checkpoint makes sure of before a weight is used."""
+"""Checks that every reader of a nested checkpoint makes before it uses a weight."""
 
-import hashlib
 import os
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from matquant.errors import UserError
+from matquant.errors import UserError, shorten
 from matquant.formats.packed import TensorSpec
 from matquant.formats.safetensors_headers import DTYPES, StoredTensor
-from matquant.store.files import FileRecord
+from matquant.store.files import DamageError, FileRecord, check_content
 
-_NAMED = 3  # names in one sentence
-_THREADS = 8  # that hash files side by side
+_HASH_THREADS = 8
 
 
 def check_files(files: Sequence[Path], records: Mapping[str, FileRecord]) -> None:
-    """Make sure that the files lie in one folder and have the bytes that the checkpoint's config records.
+    """Check that the files are in one folder and have the size and SHA-256 that the checkpoint's config records.
 
     Args:
-        files: weight files, those that are to be read.
-        records: by file name, as in ``NestedSpec.files``; without any only the folder is checked.
+        files: weight files to be read.
+        records: by file name, as in ``NestedSpec.files``; if empty, only the folder is checked.
 
     Raises:
-        UserError: names the first file that is missing, outside of the folder, or damaged.
+        UserError: names the first file that is missing, damaged or outside of the folder.
     """
     folders = {os.path.normpath(os.path.dirname(os.path.abspath(file))) for file in files}
     if len(folders) > 1 or any(".." in Path(file).name for file in files):
         raise UserError(
-            f"The checkpoint's index names files outside of its folder: {', '.join(sorted(map(str, files))[:_NAMED])}. It is "
-            "not safe to load: get the checkpoint from where you trust it."
+            f"The checkpoint's index names files outside of its folder: {shorten(sorted(map(str, files)))}. It is not safe "
+            "to load. Get the checkpoint from a source that you trust."
         )
     if not records:
         return
     for file in files:
         if Path(file).name not in records:
-            raise UserError(f"{file} is no weight file of this checkpoint: its config.json does not name it.")
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for found in pool.map(lambda file: _damage(Path(file), records[Path(file).name]), files):
-            if found is not None:
-                raise UserError(f"{found}. Copy or download the checkpoint again.")
+            raise UserError(f"{file} is no weight file of this checkpoint: its config.json does not list it.")
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        for _ in pool.map(lambda file: _check_file(Path(file), records[Path(file).name]), files):
+            pass  # raises the error of the first damaged file
 
 
 def check_tensors(
@@ -48,27 +45,27 @@ def check_tensors(
     dense: Mapping[str, TensorSpec],
     optional: Collection[str] = (),
 ) -> None:
-    """Make sure that the files hold exactly what the model needs, in the right shapes and dtypes.
+    """Check that the files hold exactly the tensors that the model needs, in the right shapes and dtypes.
 
     Args:
-        stored: from the files' headers.
-        nested: of nested layers, by name.
-        dense: of all else, by name; a float may be of another float dtype.
-        optional: names that may be missing, such as one of two tied ones.
+        stored: tensors in the headers of the files.
+        nested: required tensors of nested layers, by name.
+        dense: all other required tensors, by name; a float tensor may have another float dtype.
+        optional: names that may be missing, for example one of two tied tensors.
 
     Raises:
-        UserError: names the first tensors that are missing, foreign or wrong.
+        UserError: names the first tensors that are missing, unknown or wrong.
     """
     expected = {**dense, **nested}
     if missing := sorted(expected.keys() - stored.keys() - set(optional)):
         raise UserError(
-            f"The checkpoint lacks {len(missing)} tensors that the model needs: {_some(missing)}. They would be random "
+            f"The checkpoint lacks {len(missing)} tensors that the model needs: {shorten(missing)}. They would be random "
             "numbers. Copy or download it again."
         )
-    if foreign := sorted(stored.keys() - expected.keys()):
+    if unknown := sorted(stored.keys() - expected.keys()):
         raise UserError(
-            f"The checkpoint holds {len(foreign)} tensors that the model has no place for: {_some(foreign)}. Was it "
-            "packed for another model?"
+            f"The checkpoint holds {len(unknown)} tensors that the model does not have: {shorten(unknown)}. Use the model "
+            "that it was packed for."
         )
     for name, found in stored.items():
         spec, dtype = expected[name], DTYPES.get(found.dtype)
@@ -80,18 +77,12 @@ def check_tensors(
             )
 
 
-def _damage(file: Path, record: FileRecord) -> str | None:
+def _check_file(file: Path, record: FileRecord) -> None:
     try:
-        with file.open("rb") as stream:
-            if (size := os.fstat(stream.fileno()).st_size) != record.size:
-                return f"{file} has {size:,} bytes instead of {record.size:,}"
-            if hashlib.file_digest(stream, "sha256").hexdigest() != record.sha256:
-                return f"The bytes of {file} do not match their SHA-256 in config.json"
+        check_content(file, record)
+    except DamageError as error:
+        raise UserError(f"{file.parent}: {error}. Copy or download the checkpoint again.") from error
     except OSError as error:
-        return f"{file} cannot be read: {error.strerror or error}"
-    return None
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+        raise UserError(
+            f"{file} cannot be read: {error.strerror or error}. Copy or download the checkpoint again."
+        ) from error

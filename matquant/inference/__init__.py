@@ -1,12 +1,12 @@
-"""Running a model at any width from one resident copy of its parent.
+"""Inference at any bit-width from one resident copy of a parent.
 
     layers = replace_linears(model, parent)      # a Transformers model and a parent artifact
     set_bits(model, 3)                           # all layers
     set_bits(model, {"model.layers.0.mlp.down_proj": 4})
-    set_bits(model, 2, prefill=8)                # many tokens at 8 bits, then one by one at 2
+    set_bits(model, 2, prefill=8)                # prefill at 8 bits, decoding at 2 bits
 
-``NestedPlanes`` is the weight of one layer as bit planes, ``NestedLinear`` the layer, ``linear`` and ``dequantize`` the operators
-of ``inference.ops`` for ``NestedPlanes``. A matmul at b bits reads the first b planes, the scales and nothing else.
+``NestedPlanes`` is the weight of one layer as bit planes, ``NestedLinear`` the layer. ``linear`` and ``dequantize`` call the
+operators of ``inference.ops`` with a ``NestedPlanes``. A matmul at b bits reads the first b planes and the scales.
 """
 
 from matquant.formats.planes import NestedPlanes

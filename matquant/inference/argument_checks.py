@@ -1,21 +1,27 @@
-"""What both implementations of the operators ask of ``x`` and ``bias``; of the weight, ``formats.planes`` asks."""
+"""Checks of ``x`` and ``bias``, shared by the CPU and CUDA implementations of the operators."""
 
 import torch
 from torch import Tensor
 
 from matquant.errors import UserError
 
-ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
+ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def check_x(x: Tensor, planes: Tensor, bias: Tensor | None, out_features: int) -> None:
-    """Raises UserError unless ``x`` and ``bias`` go with the planes; ``check_layout`` compares the number of features."""
-    if x.dtype not in ACTIVATIONS:
+    """Check dtypes, devices and the shape of ``bias``. ``check_layout`` compares the number of input features.
+
+    Raises:
+        UserError: ``x`` or ``bias`` does not fit the planes.
+    """
+    if x.dtype not in ACTIVATION_DTYPES:
         raise UserError(f"x must be float16, bfloat16 or float32; found {x.dtype}. Convert it first.")
     if not x.ndim:
-        raise UserError("x must be [..., in_features]; found a single number.")
+        raise UserError("x must be [..., in_features]; found a tensor without dimensions.")
     if x.device != planes.device:
         raise UserError(f"x is on {x.device}, the planes are on {planes.device}. Move one of them.")
-    if bias is not None and (bias.shape != (out_features,) or bias.device != x.device or bias.dtype not in ACTIVATIONS):
+    if bias is not None and (
+        bias.shape != (out_features,) or bias.device != x.device or bias.dtype not in ACTIVATION_DTYPES
+    ):
         found = f"{bias.dtype} {list(bias.shape)} on {bias.device}"
         raise UserError(f"The bias must be float16, bfloat16 or float32 [{out_features}] on {x.device}; found {found}.")

@@ -1,7 +1,7 @@
-"""Mixtures of experts: from one tensor for all experts to a linear layer for each matrix of each expert.
+"""Mixture of experts with a linear layer for each matrix of each expert.
 
-Transformers keeps the experts of a block as tensors of three dimensions and has no linear layers there. Here every expert
-gets linear layers over the same storage, so that each has a name, inputs that can be watched, and a weight that can be lent.
+Transformers stores the experts of a block as tensors of three dimensions, without linear layers. ``PerExpertLinears`` has
+linear layers over the same storage, so that every matrix has a name, and a module that can be hooked and replaced.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class SourceView:
-    """Where a layer's weight lies in the model as Transformers makes it.
+    """Position of a layer's weight in the original model of Transformers.
 
     Attributes:
-        name: of the parameter.
-        expert: its index in the first dimension; None for a parameter that is one matrix.
-        transposed: stored as [in, out].
+        name: full name of the parameter.
+        expert: index in the first dimension; None for a parameter that is one matrix.
+        transposed: True if stored as [in, out].
     """
 
     name: str
@@ -26,20 +26,22 @@ class SourceView:
     transposed: bool = False
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The weight [out, in] (or the bias [out]) in the stored tensor."""
+        """View of the weight [out, in] or bias [out] in the stored tensor."""
         part = tensor if self.expert is None else tensor[self.expert]
         return part.t() if self.transposed else part
 
 
-class Experts(nn.ModuleList):
-    """The experts of one block, each a module with ``gate_up_proj`` (or ``up_proj``) and ``down_proj``.
+class PerExpertLinears(nn.ModuleList):
+    """Experts of one block, each a module with ``gate_up_proj`` (or ``up_proj``) and ``down_proj``.
 
-    It computes what the experts of Transformers compute, an expert at a time, and adds a token's experts up in the order in
-    which the router gave them, so that results do not depend on the order of threads.
+    Equivalent to the fused experts of Transformers, one expert at a time. The outputs of a token's experts are summed in the
+    order of the router, so that results do not depend on the scheduling of threads.
+
+    Args:
+        fused: module made by ``use_experts_implementation`` of Transformers; its storage is shared.
     """
 
     def __init__(self, fused: Any) -> None:
-        """Take the place of a module that Transformers' ``use_experts_implementation`` made."""
         super().__init__()
         self.first = "gate_up_proj" if fused.has_gate else "up_proj"
         self._fused = [fused]  # in a list, so that its parameters are not registered here as well
@@ -51,8 +53,13 @@ class Experts(nn.ModuleList):
         self.train(fused.training)
 
     def forward(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
-        """[tokens, hidden] from [tokens, hidden]; ``routing`` is each token's experts and their weights, [tokens, k]."""
-        top_k_index, top_k_weights = (*routing, *named.values())  # architectures have several names for them
+        """Map hidden states [tokens, hidden] to [tokens, hidden].
+
+        Args:
+            routing: indices of each token's experts, then their weights, both [tokens, k].
+            named: the same as keywords, whose names differ between architectures.
+        """
+        top_k_index, top_k_weights = (*routing, *named.values())
         fused = self._fused[0]
         mixed = hidden_states.new_zeros(*top_k_index.shape, hidden_states.shape[-1])  # (tokens, k, hidden)
         expert: Any
@@ -66,17 +73,24 @@ class Experts(nn.ModuleList):
         return mixed.sum(1)
 
 
-def is_fused(module: nn.Module) -> bool:
-    """Whether a module holds experts as tensors of three dimensions in the way that ``Experts`` knows."""
+def is_fused_experts(module: nn.Module) -> bool:
+    """True if a module holds experts as tensors of three dimensions in a form that ``PerExpertLinears`` supports."""
     down = getattr(module, "down_proj", None)
     known = all(hasattr(module, name) for name in ("num_experts", "has_gate", "is_transposed", "_apply_gate"))
     plain = known and not getattr(module, "has_post_expert_norm", False)
     return plain and isinstance(down, nn.Parameter) and down.ndim == 3
 
 
-def separate(module: Any, path: str) -> tuple[Experts, dict[str, SourceView]]:
-    """The experts one by one, and the origins of their weights and biases by full name; ``path`` is the module's."""
-    experts = Experts(module)
+def split_fused_experts(module: Any, path: str) -> tuple[PerExpertLinears, dict[str, SourceView]]:
+    """Split fused experts into linear layers.
+
+    Args:
+        path: full name of the module.
+
+    Returns:
+        The module to use instead, and the position of its weights and biases in the original model, by full name.
+    """
+    experts = PerExpertLinears(module)
     origins = {}
     for index in range(module.num_experts):
         for name in (experts.first, "down_proj"):

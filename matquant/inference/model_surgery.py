@@ -1,86 +1,77 @@
-"""Whole models: swapping linear layers for nested ones, and setting their widths."""
+"""Changes to whole models: replace linear layers by nested ones, and set their bit-widths."""
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from matquant.errors import UserError
+from matquant.formats.bit_choice import Bits, bits_by_layer
+from matquant.formats.parent import Parent
 from matquant.formats.planes import NestedPlanes
 from matquant.inference.linear import NestedLinear
-
-if TYPE_CHECKING:
-    from matquant.formats.parent import Parent
-
-_NAMED = 3  # names in one sentence
+from matquant.store.artifact import read_artifact
 
 
 def nested_layers(model: nn.Module) -> dict[str, NestedLinear]:
-    """The nested layers of a model by their full dotted names, in module order."""
+    """Nested layers of a model by full dotted name, in module order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, NestedLinear)}
 
 
-def set_bits(
-    model: nn.Module, bits: int | Mapping[str, int], prefill: int | Mapping[str, int] | None = None
-) -> dict[str, int]:
-    """Set the width of every nested layer of a model, or of those that an allocation names.
+def set_bits(model: nn.Module, bits: Bits, prefill: Bits | None = None) -> dict[str, int]:
+    """Set the bit-widths of the nested layers of a model.
 
     Args:
-        bits: one width for all, or a width for each of some layers by full name; the others stay as they are.
-        prefill: the same for calls with more than one token per sequence; None, and layers that it does not name, take
-            that of ``bits``.
+        bits: one bit-width for all layers, a bit-width by full layer name, or the file of an allocation. Layers that are not
+            named keep theirs.
+        prefill: bit-widths of calls with more than one token per sequence, in the same form. Layers that it does not name, and
+            all of them for None, use that of decoding.
 
     Returns:
-        The width of decoding of every nested layer, by name.
+        Bit-width of decoding of every nested layer, by name.
 
     Raises:
-        UserError: a name is no nested layer, or a layer has not the planes of a width; nothing has changed then.
+        UserError: a name is no nested layer, or the planes of a layer do not hold its bit-width. Nothing has changed then.
     """
     layers = nested_layers(model)
     if not layers:
-        raise UserError("The model has no nested layer whose width could be set. Call replace_linears first.")
-    widths, prefills = _by_layer(bits, layers), _by_layer(prefill, layers)
-    for wanted in (widths, prefills):
-        for name, width in wanted.items():
-            try:
-                layers[name].check_bits(width)
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from error
-    for name in widths.keys() | prefills.keys():
-        layer = layers[name]
-        width = widths.get(name, layer.decode_bits)
-        layer.set_bits(width, prefills.get(name, width))
+        raise UserError("The model has no nested layers whose bits could be set. Call replace_linears first.")
+    decode_bits = bits_by_layer(bits, layers)
+    prefill_bits = {} if prefill is None else bits_by_layer(prefill, layers)
+    for by_layer in (decode_bits, prefill_bits):
+        for name, value in by_layer.items():
+            layers[name].check_bits(value, name)
+    for name in decode_bits.keys() | prefill_bits.keys():
+        decode = decode_bits.get(name, layers[name].decode_bits)
+        layers[name].set_bits(decode, prefill_bits.get(name, decode))
     return {name: layer.decode_bits for name, layer in layers.items()}
 
 
 def replace_linears(
-    model: nn.Module, parent: "Parent | Path | str", max_bits: int | None = None
+    model: nn.Module, parent: Parent | Path | str, max_bits: int | None = None
 ) -> dict[str, NestedLinear]:
-    """Swap the linear layers that a parent has for nested ones with the parent's weights, in place.
+    """Replace the linear layers that a parent holds by nested layers with the parent's weights, in place.
 
-    Layer by layer: each one's dense weight is let go before the next is packed. Planes go to the device of the dense
-    weight, to the CPU from the meta device; a bias stays as it is.
+    Works layer by layer: the dense weight of one layer is freed before the next is packed. Planes go to the device of the
+    dense weight, or to the CPU if that is the meta device. A bias stays unchanged.
 
     Args:
-        model: with the layers at the names that the parent has: the one it was made from, or the same without weights.
-        parent: an open parent, or its folder: ``parent.path`` in a run's ``results.json``.
-        max_bits: keep only the planes that widths up to this one need; None keeps all.
+        model: the model that the parent was made from, with or without weights.
+        parent: open parent, or its folder, ``parent.path`` in the ``results.json`` of a run.
+        max_bits: largest bit-width to keep the planes of; None keeps all.
 
     Returns:
-        The new layers by name, at their largest width.
+        The new layers by name, at their largest bit-width.
 
     Raises:
-        UserError: a layer of the parent is missing in the model, no linear layer or of another shape; nothing has changed
-            then. Or the folder is no parent, or a damaged one.
+        UserError: the folder is no parent or damaged, or the model lacks a layer of the parent, has it in another shape, or
+            not as a linear layer. Nothing has changed then.
     """
-    if isinstance(parent, str | Path):
+    if not isinstance(parent, Parent):
         parent = _open_parent(Path(parent))
-    for block in parent.blocks:
-        for name, about in block["layers"].items():
-            _check_linear(model, name, tuple(about["shape"]))
+    _check_compatible(model, parent)
     layers = {}
     for index in range(len(parent.blocks)):
         for name, weight in parent.block(index).items():
@@ -94,51 +85,45 @@ def replace_linears(
     return layers
 
 
-def _open_parent(folder: Path) -> "Parent":
-    from matquant.formats.parent import Parent
-    from matquant.store.artifact import read_artifact
-
+def _open_parent(folder: Path) -> Parent:
     try:
         return Parent(read_artifact(folder))
     except (UserError, KeyError) as error:
-        raise UserError(f"{folder} is no parent that could be read: {error}.") from error
+        raise UserError(f"{folder} is no parent, or a damaged one: {error}.") from error
+
+
+def _check_compatible(model: nn.Module, parent: Parent) -> None:
+    """Check that a model can hold the layers of a parent. Raises UserError.
+
+    ``parent.artifact.about`` is the manifest of the parent: conditions that concern the whole model belong here.
+    """
+    for block in parent.blocks:
+        layers: Mapping[str, Mapping[str, Any]] = block["layers"]
+        for name, about in layers.items():
+            _check_linear(model, name, tuple(about["shape"]))
 
 
 def _check_linear(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
-    """Raises UserError unless the module ``name`` is a linear layer whose weight is of this shape [out, in]."""
+    """Check that the module ``name`` is a linear layer with a weight of this shape [out, in]. Raises UserError."""
     try:
         module: Any = model.get_submodule(name)
     except AttributeError as error:
         raise UserError(
-            f"The parent has a layer {name}, and this model has none of that name. Was the parent made from it?"
+            f"The parent has a layer {name}, but this model has no layer of that name. Use the model that the parent was made "
+            "from."
         ) from error
     if isinstance(module, nn.Linear):
         found = tuple(module.weight.shape)
-    elif type(module).__name__ == "Conv1D":  # of Transformers: a linear layer whose weight is [in, out]
+    elif type(module).__name__ == "Conv1D":  # linear layer of Transformers with a weight [in, out]
         found = tuple(module.weight.shape[::-1])
     else:
-        raise UserError(f"{name} is a {type(module).__name__}, not a linear layer; it cannot be replaced.")
+        raise UserError(f"{name} is a {type(module).__name__}, not a linear layer, and cannot be replaced.")
     if found != shape:
-        raise UserError(f"{name} is {found} in the model and {shape} in the parent. Was the parent made from it?")
+        raise UserError(
+            f"{name} is {found} in the model and {shape} in the parent. Use the model that the parent was made from."
+        )
     bias = module.bias
     if isinstance(bias, torch.Tensor) and bias.is_meta:
         raise UserError(
             f"The bias of {name} has no values (it is on the meta device). Load the unquantized tensors first."
         )
-
-
-def _by_layer(bits: int | Mapping[str, int] | None, layers: dict[str, NestedLinear]) -> Mapping[str, int]:
-    """A width for each layer that gets one."""
-    if bits is None:
-        return {}
-    if not isinstance(bits, Mapping):
-        return dict.fromkeys(layers, bits)
-    unknown = [name for name in bits if name not in layers]
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], layers, n=1, cutoff=0.0)
-        more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
-        raise UserError(
-            f"{len(unknown)} of the {len(bits)} layers are no nested layers of this model: "
-            f"{', '.join(unknown[:_NAMED])}{more}. The name nearest to {unknown[0]} is {close[0]}."
-        )
-    return bits

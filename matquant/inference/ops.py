@@ -1,50 +1,53 @@
-"""The operators ``torch.ops.matquant.nested_linear`` and ``nested_dequantize``.
+"""Operators ``torch.ops.matquant.nested_linear`` and ``torch.ops.matquant.nested_dequantize``.
 
     nested_linear(x, planes, scales, zeros, bias, bits, out_features, group_size, master_bits, slicing, offset) -> y
     nested_dequantize(planes, scales, zeros, bits, out_features, in_features, group_size, master_bits, slicing, offset, dtype)
 
-take the tensors of a ``NestedPlanes`` and what they mean; ``x`` is [..., in_features] in float16, bfloat16 or float32, ``y``
-[..., out_features] in the same dtype. On CUDA devices they run the kernels of ``kernels/``, elsewhere plain torch. They work in
-graphs of ``torch.compile``, which are made anew for each width, and in CUDA graphs. There is no backward pass.
+They take the tensors of a ``NestedPlanes`` and its format as flat arguments, see ``WeightFormat.op_args``. ``x`` is
+[..., in_features] in float16, bfloat16 or float32, ``y`` [..., out_features] in the same dtype. On CUDA devices they launch
+the kernels of ``kernels/``, elsewhere they run plain torch. They work in CUDA graphs and under ``torch.compile``, with one
+graph per bit-width. There is no backward pass.
 
-For up to 64 tokens the kernels' error is that of rounding the exact result; for more they may round weights to x's dtype first,
-as a dense matrix would hold them.
+For up to 64 tokens the error of the kernels is that of rounding the exact result. For more tokens they may round weights to the
+dtype of ``x`` first, as a dense matrix would hold them.
 
 Raises:
-    UserError: a tensor of the wrong dtype, device, shape or layout, a width that is not there, or no CuPy on a CUDA device.
-        Before anything is launched.
+    UserError: a tensor of the wrong dtype, device, shape or layout, a bit-width that the planes do not hold, or no CuPy on a
+        CUDA device. Nothing has been launched then.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from matquant.formats.nested import Slicing, WeightFormat
-from matquant.formats.planes import NestedPlanes, check_bits, check_layout
+from matquant.formats.planes import NestedPlanes, check_layout
 from matquant.inference import cuda_ops, torch_reference
 from matquant.inference.argument_checks import check_x
 
-_MEANING = "int group_size, int master_bits, str slicing, float offset"
+_FORMAT_SCHEMA = "int group_size, int master_bits, str slicing, float offset"
 
 _library = torch.library.Library("matquant", "DEF")
 _library.define(
     "nested_linear(Tensor x, Tensor planes, Tensor scales, Tensor? zeros, Tensor? bias, int bits, int out_features, "
-    f"{_MEANING}) -> Tensor"
+    f"{_FORMAT_SCHEMA}) -> Tensor"
 )
 _library.define(
     "nested_dequantize(Tensor planes, Tensor scales, Tensor? zeros, int bits, int out_features, int in_features, "
-    f"{_MEANING}, ScalarType dtype) -> Tensor"
+    f"{_FORMAT_SCHEMA}, ScalarType dtype) -> Tensor"
 )
 
 
 def linear(x: Tensor, weight: NestedPlanes, bits: int, bias: Tensor | None = None) -> Tensor:
-    """``nested_linear`` for a ``NestedPlanes``: x W^T + bias, with W at ``bits`` bits."""
+    """Compute x W^T + bias with W at ``bits`` bits: ``nested_linear`` for a ``NestedPlanes``."""
     return torch.ops.matquant.nested_linear.default(
         x, weight.planes, weight.scales, weight.zeros, bias, bits, weight.out_features, *weight.format.op_args
     )
 
 
 def dequantize(weight: NestedPlanes, bits: int, dtype: torch.dtype) -> Tensor:
-    """``nested_dequantize`` for a ``NestedPlanes``: the dense weight [out_features, in_features] at ``bits`` bits."""
+    """Dense weight [out_features, in_features] at ``bits`` bits: ``nested_dequantize`` for a ``NestedPlanes``."""
     return torch.ops.matquant.nested_dequantize.default(
         weight.planes,
         weight.scales,
@@ -57,6 +60,14 @@ def dequantize(weight: NestedPlanes, bits: int, dtype: torch.dtype) -> Tensor:
     )
 
 
+def _nested_planes(
+    planes: Tensor, scales: Tensor, zeros: Tensor | None, out_features: int, in_features: int, fmt: WeightFormat
+) -> NestedPlanes:
+    return NestedPlanes(
+        planes=planes, scales=scales, zeros=zeros, out_features=out_features, in_features=in_features, format=fmt
+    )
+
+
 def _linear(
     x: Tensor,
     planes: Tensor,
@@ -65,21 +76,29 @@ def _linear(
     bias: Tensor | None,
     bits: int,
     out_features: int,
-    group_size: int,
-    master_bits: int,
-    slicing: Slicing,
-    offset: float,
+    *op_args: Any,
 ) -> Tensor:
     check_x(x, planes, bias, out_features)
-    weight = NestedPlanes(
-        planes=planes,
-        scales=scales,
-        zeros=zeros,
-        out_features=out_features,
-        in_features=x.shape[-1],
-        format=WeightFormat.from_op_args(scales, zeros, group_size, master_bits, slicing, offset),
-    )
+    fmt = WeightFormat.from_op_args(scales, zeros, *op_args)
+    weight = _nested_planes(planes, scales, zeros, out_features, x.shape[-1], fmt)
     return torch_reference.linear(x, weight, bias, bits)
+
+
+def _fake_linear(
+    x: Tensor,
+    planes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    out_features: int,
+    *op_args: Any,
+) -> Tensor:
+    fmt = WeightFormat.from_op_args(scales, zeros, *op_args)
+    check_x(x, planes, bias, out_features)
+    check_layout(planes, scales, zeros, out_features, x.shape[-1], fmt)
+    fmt.check_bits(bits, planes.shape[0])
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 def _dequantize(
@@ -95,36 +114,8 @@ def _dequantize(
     offset: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    weight = NestedPlanes(
-        planes=planes,
-        scales=scales,
-        zeros=zeros,
-        out_features=out_features,
-        in_features=in_features,
-        format=WeightFormat.from_op_args(scales, zeros, group_size, master_bits, slicing, offset),
-    )
-    return weight.dequantize(bits, dtype)
-
-
-def _fake_linear(
-    x: Tensor,
-    planes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    out_features: int,
-    group_size: int,
-    master_bits: int,
-    slicing: Slicing,
-    offset: float,
-) -> Tensor:
-    check_x(x, planes, bias, out_features)
-    check_layout(planes, scales, zeros, out_features, x.shape[-1], group_size)
-    check_bits(
-        bits, planes.shape[0], WeightFormat.from_op_args(scales, zeros, group_size, master_bits, slicing, offset)
-    )
-    return x.new_empty(*x.shape[:-1], out_features)
+    fmt = WeightFormat.from_op_args(scales, zeros, group_size, master_bits, slicing, offset)
+    return _nested_planes(planes, scales, zeros, out_features, in_features, fmt).dequantize(bits, dtype)
 
 
 def _fake_dequantize(
@@ -140,10 +131,9 @@ def _fake_dequantize(
     offset: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    check_layout(planes, scales, zeros, out_features, in_features, group_size)
-    check_bits(
-        bits, planes.shape[0], WeightFormat.from_op_args(scales, zeros, group_size, master_bits, slicing, offset)
-    )
+    fmt = WeightFormat.from_op_args(scales, zeros, group_size, master_bits, slicing, offset)
+    check_layout(planes, scales, zeros, out_features, in_features, fmt)
+    fmt.check_bits(bits, planes.shape[0])
     return scales.new_empty(out_features, in_features, dtype=dtype)
 
 

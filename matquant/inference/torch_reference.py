@@ -1,4 +1,4 @@
-"""The matmul in plain torch, on any device: a few rows of the weight are decoded at a time, and never all at once."""
+"""Matmul in plain torch, on any device. Dequantizes a strip of rows at a time, never the whole weight."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,14 @@ from matquant.formats.planes import NestedPlanes
 
 
 def linear(x: Tensor, weight: NestedPlanes, bias: Tensor | None, bits: int) -> Tensor:
-    """x W^T + bias for W at ``bits`` bits, computed in float32 and rounded once, to the dtype of ``x``.
+    """Compute x W^T + bias with W at ``bits`` bits, in float32, rounded once to the dtype of ``x``.
 
     Args:
         x: [..., in_features].
         bias: [out_features].
 
     Returns:
-        [..., out_features], of the dtype of ``x``.
+        [..., out_features], in the dtype of ``x``.
     """
     rows = x.reshape(x.shape[:-1].numel(), weight.in_features).float()
     result = rows.new_empty(weight.out_features, rows.shape[0])

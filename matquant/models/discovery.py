@@ -4,7 +4,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from matquant.errors import UserError
-from matquant.inference.experts import SourceView, is_fused, separate
+from matquant.inference.experts import SourceView, is_fused_experts, split_fused_experts
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -31,7 +31,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def _is_stack(modules: nn.ModuleList) -> bool:
     return len({type(m) for m in modules}) == 1 and all(
-        any(isinstance(inner, nn.Linear | Conv1D) or is_fused(inner) for inner in module.modules())
+        any(isinstance(inner, nn.Linear | Conv1D) or is_fused_experts(inner) for inner in module.modules())
         for module in modules
     )
 
@@ -55,8 +55,8 @@ def make_linear(block: nn.Module, path: str) -> dict[str, SourceView]:
             if isinstance(child, Conv1D):
                 setattr(module, name, _from_conv1d(child))
                 origins[f"{full}.weight"] = SourceView(f"{full}.weight", transposed=True)
-            elif is_fused(child):
-                experts, found = separate(child, full)
+            elif is_fused_experts(child):
+                experts, found = split_fused_experts(child, full)
                 setattr(module, name, experts)
                 origins |= found
     return origins

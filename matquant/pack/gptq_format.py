@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matquant import __version__
 from matquant.errors import UserError
 from matquant.formats.packed import LayerSpec, TensorSpec
 from matquant.pack.export_format import Format, group_size, name_pattern
 from matquant.pack.integer_grid import Grid, IntegerWeight, pack_bits
 from matquant.pack.pack_input import Source
+from matquant.version import __version__
 
 _BITS = (2, 3, 4, 8)
 _WORD = 32

@@ -32,7 +32,9 @@ class Source:
     def __init__(self, loaded: LoadedModel, blocks: BlockModel, parent: Parent) -> None:
         self.loaded, self.parent = loaded, parent
         self.folder = Path(loaded.model.config.name_or_path)
-        self.layers = {n: LayerSpec.of(w) for i in range(len(parent.blocks)) for n, w in parent.block(i).items()}
+        self.layers = {
+            n: LayerSpec.from_weight(w) for i in range(len(parent.blocks)) for n, w in parent.block(i).items()
+        }
         self.origins = blocks.origins
         self._views: dict[str, SourceView] = {}
         self.dense = self._dense()

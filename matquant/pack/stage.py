@@ -143,9 +143,9 @@ class Packing:
         self.allocated: Mapping[str, int] | None = None
         if config.allocation_file is not None:
             found = allocation.read(Path(config.allocation_file))
-            allocation.check(found, layers, method.master_bits, config.allocation_file)
-            self.allocated = found.widths
-            _check_allocation(found.widths, min(config.max_bits or method.master_bits, method.master_bits))
+            allocation.check_layers(found, layers, method.master_bits, config.allocation_file)
+            self.allocated = found.bits
+            _check_allocation(found.bits, min(config.max_bits or method.master_bits, method.master_bits))
 
     def run(
         self,

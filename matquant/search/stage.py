@@ -113,7 +113,7 @@ def _allocation(
     widths = {name: by_unit[name] for index in range(len(parent.blocks)) for name in parent.block(index)}
     limit = {"average_bits": float(budget.value)} if budget.kind == "average_bits" else {"bytes": problem.limit}
     return Allocation(
-        widths=widths,
+        bits=widths,
         average_bits=row["average_bits"],
         bytes=sum(parent.block(i)[n].bytes_read(widths[n]) for i in range(len(parent.blocks)) for n in parent.block(i)),
         about={

@@ -182,7 +182,7 @@ def _read_allocations(config: Config, layers: list[str]) -> dict[str, Allocation
     """Allocation files among ``bits`` by path, checked against the layers."""
     found = {path: allocation.read(Path(path)) for path in config.allocations}
     for path, one in found.items():
-        allocation.check(one, layers, config.method.master_bits, path)
+        allocation.check_layers(one, layers, config.method.master_bits, path)
     return found
 
 

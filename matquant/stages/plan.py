@@ -70,7 +70,7 @@ def _later_stages(job: LoadedJob, runtime: Runtime) -> tuple[list[MemoryEstimate
 def _planes(job: LoadedJob) -> int:
     """Largest number of bit planes that text is generated with."""
     config, method = job.config, job.config.method
-    bits = [*config.slice_bits, *(b for found in job.allocations.values() for b in found.widths.values())]
+    bits = [*config.slice_bits, *(b for found in job.allocations.values() for b in found.bits.values())]
     most = method.master_bits if config.search.wanted else max(bits)
     return planes_read(most, most if method.per_bit_models else method.master_bits, method.slicing)
 

@@ -48,7 +48,7 @@ def quantize(job: LoadedJob, runtime: Runtime) -> QuantizedJob:
     parent = _open_parent(job, runtime, job.quantizer(), "")
     slices = [SliceSpec(name=str(bits), parent=parent, bits=bits) for bits in config.slice_bits]
     for path, found in job.allocations.items():
-        slices.append(SliceSpec(name=path, parent=parent, bits=found.widths, allocation=found))
+        slices.append(SliceSpec(name=path, parent=parent, bits=found.bits, allocation=found))
         runtime.log.warnings.extend(allocation_notes(slices[-1]))
     return QuantizedJob(slices=slices, parent=parent)
 

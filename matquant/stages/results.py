@@ -56,7 +56,7 @@ def assemble(
         seconds=runtime.log.seconds,
         resources=resources(runtime),
         unquantized=_unquantized(job),
-        experts=[row for parent in dict.fromkeys(one.parent for one in slices) for row in parent.poor_experts()],
+        experts=[row for parent in dict.fromkeys(one.parent for one in slices) for row in parent.undersampled_experts()],
         layers=_layer_errors(slices),
         warnings=list(dict.fromkeys(runtime.log.warnings)),
         versions=versions(),
@@ -106,7 +106,7 @@ def _slice_result(
     found = {name: of_dataset[one.name] for name, of_dataset in metrics.items()}
     facts = None
     if one.allocation is not None:
-        facts = {**one.allocation.about, "widths": dict(one.allocation.widths)}
+        facts = {**one.allocation.about, "widths": dict(one.allocation.bits)}
     return SliceResult(
         bits=one.bits if isinstance(one.bits, int) else ALLOCATION,
         name=None if one.allocation is None else one.name,

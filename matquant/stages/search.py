@@ -30,7 +30,7 @@ def search(job: LoadedJob, quantized: QuantizedJob, runtime: Runtime) -> tuple[l
     with runtime.bars.bar(f"search {config.name}", len(config.budgets) + 1) as progress:
         found = run_search(config, setting, runtime.store, progress)
     slices = [
-        SliceSpec(name=row["file"], parent=quantized.parent, bits=one.widths, allocation=one)
+        SliceSpec(name=row["file"], parent=quantized.parent, bits=one.bits, allocation=one)
         for row, one in zip(found.record["front"], found.allocations, strict=True)
     ]
     return slices, found.record

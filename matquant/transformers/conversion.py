@@ -1,4 +1,4 @@
-"""From the tensors of a checkpoint to the buffers of ``NestedLinear`` and back, as Transformers applies it to each layer."""
+"""Conversion between the tensors of a checkpoint and the buffers of ``NestedLinear``, applied per layer by Transformers."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from matquant.formats import matgptq
 from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.formats.packed import NestedSpec
-from matquant.formats.planes import NestedPlanes, group_count
-from matquant.formats.tile_layout import pack_groups
+from matquant.formats.planes import NestedPlanes
+from matquant.formats.tile_layout import group_count, pack_groups
 
 
 def nested_converters(planes: int) -> list[WeightConverter]:
-    """For a nested checkpoint, of which the first so many planes are read."""
+    """Converters for a nested checkpoint whose first ``planes`` planes are read."""
     return [WeightConverter([f"plane{d}" for d in range(planes)], "planes", [StackPlanes()])]
 
 
-def published_converters(spec: NestedSpec, planes: int) -> list[WeightConverter]:
-    """For a published checkpoint, of which the first so many planes are kept."""
+def matgptq_converters(spec: NestedSpec, planes: int) -> list[WeightConverter]:
+    """Converters for a published checkpoint whose first ``planes`` planes are kept."""
     return [
         WeightConverter(matgptq.CODES[1:], "planes", [PackCodes(planes)]),
         WeightConverter(matgptq.SCALES[1:], "scales", [PackScales(spec)]),
@@ -27,16 +27,16 @@ def published_converters(spec: NestedSpec, planes: int) -> list[WeightConverter]
 
 
 class StackPlanes(ConversionOps):
-    """One tensor [planes, ...] from a tensor for each plane."""
+    """Conversion of one tensor per plane to one tensor [planes, ...]."""
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
     ) -> dict[str, Any]:
-        first = _one(input_dict[source_patterns[0]])
+        first = _single(input_dict[source_patterns[0]])
         stacked = first.new_empty(len(source_patterns), *first.shape)
         del first
         for d, name in enumerate(source_patterns):
-            stacked[d] = _one(input_dict.pop(name))  # each is let go before the next is copied
+            stacked[d] = _single(input_dict.pop(name))  # frees each plane before the next is copied
         return {target_patterns[0]: stacked}
 
     @property
@@ -45,12 +45,12 @@ class StackPlanes(ConversionOps):
 
 
 class SplitPlanes(ConversionOps):
-    """A tensor for each plane from one tensor [planes, ...]."""
+    """Conversion of one tensor [planes, ...] to one tensor per plane."""
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
     ) -> dict[str, Any]:
-        planes = _one(input_dict[source_patterns[0]])
+        planes = _single(input_dict[source_patterns[0]])
         return dict(zip(target_patterns, planes.clone().unbind(), strict=True))
 
     @property
@@ -59,7 +59,7 @@ class SplitPlanes(ConversionOps):
 
 
 class PackCodes(ConversionOps):
-    """Planes from codes, uint8 [out, in]."""
+    """Conversion of codes, uint8 [out, in], to planes."""
 
     def __init__(self, planes: int) -> None:
         self.planes = planes
@@ -67,16 +67,16 @@ class PackCodes(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
     ) -> dict[str, Any]:
-        codes = _one(input_dict[source_patterns[0]])
-        unscaled = codes.new_ones(codes.shape[0], 1, dtype=torch.float32)
-        # Sliced by msb, so that max_bits counts planes.
+        codes = _single(input_dict[source_patterns[0]])
+        unit_scales = codes.new_ones(codes.shape[0], 1, dtype=torch.float32)
+        # With msb slicing, the argument max_bits of pack is the number of planes.
         fmt = WeightFormat(group_size=codes.shape[1], master_bits=matgptq.MASTER_BITS, scale_dtype=torch.float32)
-        weight = NestedWeight(codes=codes, scales=unscaled, zeros=None, format=fmt)
+        weight = NestedWeight(codes=codes, scales=unit_scales, zeros=None, format=fmt)
         return {target_patterns[0]: NestedPlanes.pack(weight, self.planes).planes}
 
 
 class PackScales(ConversionOps):
-    """Scales in the order of the planes from scales [out, groups]."""
+    """Conversion of scales [out, groups] to the packed layout."""
 
     def __init__(self, spec: NestedSpec) -> None:
         self.spec = spec
@@ -91,8 +91,9 @@ class PackScales(ConversionOps):
     ) -> dict[str, Any]:
         layer = self.spec.layers[full_layer_name.rpartition(".")[0]]
         groups = group_count(layer.in_features, layer.format.group_size)
-        return {target_patterns[0]: pack_groups(_one(input_dict[source_patterns[0]]), groups)}
+        return {target_patterns[0]: pack_groups(_single(input_dict[source_patterns[0]]), groups)}
 
 
-def _one(found: Any) -> Tensor:
-    return found[0] if isinstance(found, list) else found
+def _single(tensors: Any) -> Tensor:
+    """Only tensor of a pattern: Transformers passes it alone or in a list."""
+    return tensors[0] if isinstance(tensors, list) else tensors

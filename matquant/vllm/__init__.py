@@ -1,15 +1,16 @@
-"""The vLLM plugin: serves nested checkpoints at any width, and changes the width while serving.
+"""vLLM plugin: serves packed checkpoints at any bit-width, which may change while serving.
 
-vLLM finds ``register`` by the entry point ``vllm.general_plugins`` and calls it in each of its processes. Nothing here is
-imported by the rest of the package, and only this package needs vLLM.
+vLLM finds ``register`` by the entry point ``vllm.general_plugins`` and calls it in each of its processes. No other package
+imports this one, and only this one needs vLLM.
 
-    quantization_config.py   which layers are nested, and at which widths
-    linear.py       linear layers, fused ones with a width for each part
-    experts.py      experts of mixtures
-    parts.py        the part of one layer's weight that a device holds (needs no vLLM)
-    ops.py          the operator that reads its width when it runs (needs no vLLM)
-    worker.py       changing widths in a running engine
-    endpoint.py     the same over HTTP
+    quantization_config.py   nested layers of a checkpoint and their bit-widths
+    linear_method.py         linear layers; a fused layer has a bit-width per stored layer
+    experts_method.py        experts of mixtures
+    sharded_linear.py        shard of one stored layer on one device (works without vLLM)
+    vllm_ops.py              matmul that reads its bit-width at run time (works without vLLM)
+    cuda_graphs.py           a set of CUDA graphs per choice of bit-widths
+    worker.py                change of bit-widths in a running engine
+    endpoint.py              change of bit-widths over HTTP
 """
 
 from collections.abc import Mapping
@@ -17,17 +18,17 @@ from typing import Any
 
 
 def register() -> None:
-    """Make the formats known to vLLM; may be called any number of times."""
+    """Register the quantization methods with vLLM. Idempotent."""
     from matquant.vllm import quantization_config  # noqa: F401 - registers when imported
 
 
 def set_bits(llm: Any, bits: int | str | Mapping[str, int], prefill: int | None = None) -> None:
-    """Set the widths of a ``vllm.LLM`` that was made with ``worker_extension_cls="matquant.vllm.worker.WidthExtension"``.
+    """Set the bit-widths of a ``vllm.LLM`` that has ``worker_extension_cls="matquant.vllm.worker.WidthExtension"``.
 
-    What was cached of earlier prompts is dropped, since it is of other widths.
+    Drops the prefix cache, which was computed at the previous bit-widths.
 
     Args:
-        bits, prefill: as in ``WidthExtension.set_bits``.
+        bits, prefill: see ``WidthExtension.set_bits``.
     """
     llm.collective_rpc("set_bits", args=(bits, prefill))
     llm.reset_prefix_cache()

@@ -1,7 +1,7 @@
-"""Mixtures of experts in vLLM: each expert's matrices stay parts of their own, with a width each.
+"""Mixtures of experts in vLLM. Each matrix of each expert stays separate, with its own bit-width.
 
-Steps that are captured into a CUDA graph compute every expert for all tokens, since a graph cannot depend on the routing.
-All other steps compute an expert for the tokens that the router sent to it.
+Steps that are captured into a CUDA graph compute every expert for all tokens, since a graph cannot depend on the routing. All
+other steps compute an expert for the tokens that are routed to it.
 """
 
 import re
@@ -19,9 +19,9 @@ from matquant.errors import UserError
 from matquant.inference.shard import WeightShard
 from matquant.vllm.sharded_linear import ShardedNestedLinear, check_complete
 
-# What the matrices of an expert are called: both in one, or gate and up apart; then the one that leads back.
-_FIRST = (("gate_up_proj",), ("w13",), ("gate_proj", "up_proj"), ("w1", "w3"))
-_LAST = ("down_proj", "w2")
+# Names of the matrices of an expert: gate and up in one matrix or in two, then the down projection.
+_GATE_UP = (("gate_up_proj",), ("w13",), ("gate_proj", "up_proj"), ("w1", "w3"))
+_DOWN = ("down_proj", "w2")
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -34,54 +34,57 @@ _library.define("nested_experts(Tensor x, Tensor weights, Tensor experts, str la
 
 
 class NestedExpertsMethod(FusedMoEMethodBase):
-    """The experts of one block.
+    """Quantization method of the experts of one block.
 
     Args:
-        first, last: what their matrices are called, of ``_FIRST`` and ``_LAST``.
-        make: a part of a layer, given vLLM's name for it and the cut.
+        prefix: vLLM's name of the layer of experts.
+        gate_up: name of the matrix, or names of the two matrices, of gate and up.
+        down: name of the down projection.
+        make_shard: makes the shard of a nested layer from vLLM's name of it; returns None for a layer that is not quantized.
     """
 
     def __init__(
         self,
         layer: RoutedExperts,
         prefix: str,
-        first: tuple[str, ...],
-        last: str,
-        make: Callable[[str, WeightShard], ShardedNestedLinear | None],
+        gate_up: tuple[str, ...],
+        down: str,
+        make_shard: Callable[[str, WeightShard], ShardedNestedLinear | None],
     ) -> None:
         super().__init__(layer.moe_config)
-        self.prefix, self.first, self.last, self.make = prefix, first, last, make
+        self.prefix, self.gate_up, self.down, self.make_shard = prefix, gate_up, down, make_shard
 
     @classmethod
-    def of(
+    def for_layer(
         cls,
         layer: RoutedExperts,
         prefix: str,
         names: Mapping[str, str],
-        make: Callable[[str, WeightShard], ShardedNestedLinear | None],
+        make_shard: Callable[[str, WeightShard], ShardedNestedLinear | None],
     ) -> "NestedExpertsMethod | None":
-        """The method of a layer of experts; None when none of them is nested.
+        """Method of a layer of experts; None if no expert is nested.
 
         Args:
-            prefix: vLLM's name of the layer.
-            names: the nested layers by vLLM's names.
+            names: nested layers by vLLM's names.
 
         Raises:
-            UserError: some matrices are nested and some not, or the experts' activation is not known.
+            UserError: only some matrices are nested, or the activation of the experts is not supported.
         """
         found = {m[2] for n in names if n.startswith(f"{prefix}.") and (m := _NAME.fullmatch(n[len(prefix) + 1 :]))}
         if not found:
             return None
-        first = next((kinds for kinds in _FIRST if found.issuperset(kinds)), None)
-        last = next((kind for kind in _LAST if kind in found), None)
-        if first is None or last is None:
-            raise UserError(f"{prefix}: only {sorted(found)} of the experts are quantized; vLLM needs all or none.")
+        gate_up = next((kinds for kinds in _GATE_UP if found.issuperset(kinds)), None)
+        down = next((kind for kind in _DOWN if kind in found), None)
+        if gate_up is None or down is None:
+            raise UserError(
+                f"{prefix}: only {sorted(found)} of the experts are quantized; vLLM needs all matrices or none. Quantize all."
+            )
         if layer.activation.value not in _ACTIVATIONS or layer.moe_config.has_bias:
             raise UserError(
-                f"{prefix}: experts with {layer.activation.value} as activation{' and a bias' * layer.moe_config.has_bias} "
-                f"are not known here, only those with {', '.join(_ACTIVATIONS)} and no bias."
+                f"{prefix}: experts with activation {layer.activation.value}{' and a bias' * layer.moe_config.has_bias} are "
+                f"not supported; only those with {', '.join(_ACTIVATIONS)} and no bias are."
             )
-        return cls(layer, prefix, first, last, make)
+        return cls(layer, prefix, gate_up, down, make_shard)
 
     def create_weights(
         self,
@@ -95,33 +98,31 @@ class NestedExpertsMethod(FusedMoEMethodBase):
         rank, size = self.moe.tp_rank, self.moe.tp_size
         inner = intermediate_size_per_partition
         held = (rank * inner, (rank + 1) * inner)
-        both = (held, (size * inner + held[0], size * inner + held[1]))
-        first = WeightShard(2 * size * inner, hidden_size, both, (0, hidden_size))
-        if len(self.first) == 2:
-            first = WeightShard(size * inner, hidden_size, (held,), (0, hidden_size))
-        last = WeightShard(hidden_size, size * inner, ((0, hidden_size),), held)
+        gate_and_up = (held, (size * inner + held[0], size * inner + held[1]))
+        gate_up = WeightShard(2 * size * inner, hidden_size, gate_and_up, (0, hidden_size))
+        if len(self.gate_up) == 2:
+            gate_up = WeightShard(size * inner, hidden_size, (held,), (0, hidden_size))
+        down = WeightShard(hidden_size, size * inner, ((0, hidden_size),), held)
         experts = nn.ModuleDict()
         for index in range(layer.global_num_experts):
             if layer._map_global_expert_id_to_local_expert_id(index) == -1:
                 continue
-            kinds = {kind: self._part(index, kind, first) for kind in self.first} | {
-                self.last: self._part(index, self.last, last)
-            }
-            experts[str(index)] = nn.ModuleDict(kinds)
+            linears = {kind: self._make_linear(index, kind, gate_up) for kind in self.gate_up}
+            linears[self.down] = self._make_linear(index, self.down, down)
+            experts[str(index)] = nn.ModuleDict(linears)
         layer.nested_experts = experts
-        # vLLM's own loader would cut and stack dense matrices.
+        # vLLM's own loader shards and stacks dense matrices.
         layer.load_weights = lambda weights: _load(layer, weights)
 
-    def _part(self, index: int, kind: str, cut: WeightShard) -> ShardedNestedLinear:
-        part = self.make(f"{self.prefix}.{index}.{kind}", cut)
-        if part is None:
-            raise UserError(
-                f"{self.prefix}.{index}.{kind} is not quantized and other experts are; vLLM needs all or none."
-            )
-        return part
+    def _make_linear(self, index: int, kind: str, shard: WeightShard) -> ShardedNestedLinear:
+        name = f"{self.prefix}.{index}.{kind}"
+        linear = self.make_shard(name, shard)
+        if linear is None:
+            raise UserError(f"{name} is not quantized, but other experts are; vLLM needs all or none. Quantize all.")
+        return linear
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        check_complete([part for expert in layer.nested_experts.values() for part in expert.values()])
+        check_complete([linear for expert in layer.nested_experts.values() for linear in expert.values()])
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         return None
@@ -138,32 +139,32 @@ class NestedExpertsMethod(FusedMoEMethodBase):
         return torch.ops.matquant.nested_experts.default(x, topk_weights, topk_ids, layer.layer_name)
 
     def compute(self, layer: RoutedExperts, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """What the experts on this device add to each token: [tokens, hidden], of the dtype of ``x``.
+        """Compute the contribution of this device's experts: [tokens, hidden], in the dtype of ``x``.
 
         Args:
-            x: [tokens, hidden].
-            weights, experts: of the routing, [tokens, k].
+            x: hidden states [tokens, hidden].
+            weights, experts: router weights and indices of each token's experts, [tokens, k].
         """
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         result = torch.zeros_like(x)
         for index, expert in layer.nested_experts.items():
-            share = torch.where(experts == int(index), weights, 0).sum(-1, keepdim=True).to(x.dtype)  # (tokens, 1)
+            weight = torch.where(experts == int(index), weights, 0).sum(-1, keepdim=True).to(x.dtype)  # (tokens, 1)
             if capturing:
-                result += self._expert(layer, expert, x, share)
-            elif len(tokens := share[:, 0].nonzero()[:, 0]):
-                result.index_add_(0, tokens, self._expert(layer, expert, x[tokens], share[tokens]))
+                result += self._compute_expert(layer, expert, x, weight)
+            elif len(tokens := weight[:, 0].nonzero()[:, 0]):
+                result.index_add_(0, tokens, self._compute_expert(layer, expert, x[tokens], weight[tokens]))
         return result
 
-    def _expert(self, layer: RoutedExperts, expert: Any, x: Tensor, share: Tensor) -> Tensor:
-        before = layer.apply_router_weight_on_input
-        inner = [expert[kind](x * share if before else x, None) for kind in self.first]
+    def _compute_expert(self, layer: RoutedExperts, expert: Any, x: Tensor, weight: Tensor) -> Tensor:
+        weight_input = layer.apply_router_weight_on_input
+        inner = [expert[kind](x * weight if weight_input else x, None) for kind in self.gate_up]
         gate, up = inner if len(inner) == 2 else inner[0].chunk(2, -1)
-        out = expert[self.last](_ACTIVATIONS[layer.activation.value](gate) * up, None)
-        return out if before else out * share
+        out = expert[self.down](_ACTIVATIONS[layer.activation.value](gate) * up, None)
+        return out if weight_input else out * weight
 
 
 def _load(layer: RoutedExperts, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
-    """Hand stored tensors ``INDEX.KIND.NAME`` to their parts; those of experts on other devices are passed over."""
+    """Load stored tensors ``INDEX.KIND.NAME``; tensors of experts on other devices are skipped."""
     for name, tensor in weights:
         index, kind, last = name.split(".", 2)
         if index in layer.nested_experts:

@@ -1,100 +1,96 @@
-"""The matmul of a layer whose width is read when it runs, not when it is traced or compiled.
+"""Matmul whose bit-width is read when it runs, not when the model is traced or compiled.
 
-vLLM traces a model once, without guards. A width that were a number in the layer would be part of the compiled code; here it
-is a tensor in memory of the host, an input like any other, so that one compiled model serves all widths. A captured CUDA
-graph keeps the widths that it was captured with; ``worker.py`` keeps a set of graphs for each.
+vLLM traces a model once, without guards. A bit-width stored as a number in the layer would become part of the compiled code.
+Here it is a tensor in host memory and an input of the operator, so that one compiled model serves all bit-widths. A captured
+CUDA graph keeps the bit-widths of its capture, see ``vllm.cuda_graphs``.
 """
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from matquant.formats.nested import Slicing
 from matquant.inference import ops  # noqa: F401 - defines nested_linear
 from matquant.inference.argument_checks import check_x
 
 _library = torch.library.Library("matquant", "FRAGMENT")
 _library.define(
-    "nested_linear_at(Tensor x, Tensor planes, Tensor scales, Tensor? zeros, Tensor? bias, Tensor widths, int out_features, "
-    "int group_size, int master_bits, str slicing, float offset) -> Tensor"
+    "nested_linear_runtime_bits(Tensor x, Tensor planes, Tensor scales, Tensor? zeros, Tensor? bias, Tensor step_bits, "
+    "int out_features, int group_size, int master_bits, str slicing, float offset) -> Tensor"
 )
 
 
-def new_widths(decode: int, prefill: int, decode_tokens: int = 1) -> Tensor:
-    """The widths of one weight, on the host: int64 [3].
+def new_step_bits(decode: int, prefill: int, decode_tokens: int = 1) -> Tensor:
+    """Bit-widths of one weight by kind of step, on the host: int64 [3].
 
     Args:
-        decode: of steps that only decode.
-        prefill: of all others.
-        decode_tokens: how many tokens of a sequence one step decodes, at most.
+        decode: bit-width of steps in which all sequences decode.
+        prefill: bit-width of all other steps.
+        decode_tokens: largest number of new tokens of a sequence that decodes; more than 1 with speculative decoding.
     """
     return torch.tensor([decode, prefill, decode_tokens], dtype=torch.int64, device="cpu")
 
 
-def width_now(widths: Tensor) -> int:
-    """The width of the step that is under way."""
-    decode, prefill, decode_tokens = widths.tolist()
-    return decode if decode == prefill or _only_decodes(decode_tokens) else prefill
+def current_bits(step_bits: Tensor) -> int:
+    """Bit-width of vLLM's current step, see ``new_step_bits``."""
+    decode, prefill, decode_tokens = step_bits.tolist()
+    return decode if decode == prefill or _is_decode_step(decode_tokens) else prefill
 
 
-def _only_decodes(decode_tokens: int) -> bool:
-    """Whether no sequence of vLLM's current step has more new tokens than that."""
+def _is_decode_step(decode_tokens: int) -> bool:
+    """True if every sequence of vLLM's current step has at most ``decode_tokens`` new tokens."""
     context_module = sys.modules.get("vllm.forward_context")
     if context_module is None or not context_module.is_forward_context_available():
         return False
     context = context_module.get_forward_context()
     mode = context.cudagraph_runtime_mode.name
-    if mode != "NONE":  # graphs of whole steps are of decoding, see widths.check_graphs; pieces are of everything else
+    if (
+        mode != "NONE"
+    ):  # full graphs are of decode steps, see cuda_graphs.check_graph_mode; piecewise graphs of all others
         return mode == "FULL"
     metadata = context.attn_metadata
-    every = metadata if isinstance(metadata, list) else [metadata]
-    longest = [_longest(layers) for layers in every]
-    return all(length is not None and length <= decode_tokens for length in longest)
+    microbatches = metadata if isinstance(metadata, list) else [metadata]
+    lengths = [_max_new_tokens(layers) for layers in microbatches]
+    return all(length is not None and length <= decode_tokens for length in lengths)
 
 
-def _longest(layers: object) -> int | None:
-    """New tokens of the longest sequence, as an attention layer's metadata has it."""
+def _max_new_tokens(layers: object) -> int | None:
+    """Largest number of new tokens of a sequence, from the attention metadata by layer; None if it does not say."""
     if not isinstance(layers, dict):
         return None
     return next((int(m.max_query_len) for m in layers.values() if hasattr(m, "max_query_len")), None)
 
 
-def _linear_at(
+def _linear_runtime_bits(
     x: Tensor,
     planes: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
-    widths: Tensor,
+    step_bits: Tensor,
     out_features: int,
-    group_size: int,
-    master_bits: int,
-    slicing: Slicing,
-    offset: float,
+    *op_args: Any,
 ) -> Tensor:
     return torch.ops.matquant.nested_linear.default(
-        x, planes, scales, zeros, bias, width_now(widths), out_features, group_size, master_bits, slicing, offset
+        x, planes, scales, zeros, bias, current_bits(step_bits), out_features, *op_args
     )
 
 
-def _fake_linear_at(
+def _fake_linear_runtime_bits(
     x: Tensor,
     planes: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
-    widths: Tensor,
+    step_bits: Tensor,
     out_features: int,
-    group_size: int,
-    master_bits: int,
-    slicing: Slicing,
-    offset: float,
+    *op_args: Any,
 ) -> Tensor:
     check_x(x, planes, bias, out_features)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 for _key in ("CPU", "CUDA"):
-    _library.impl("nested_linear_at", _linear_at, _key)
-torch.library.register_fake("matquant::nested_linear_at", _fake_linear_at, lib=_library)
+    _library.impl("nested_linear_runtime_bits", _linear_runtime_bits, _key)
+torch.library.register_fake("matquant::nested_linear_runtime_bits", _fake_linear_runtime_bits, lib=_library)

@@ -1,7 +1,7 @@
-"""Changing widths in a running engine: the methods that ``--worker-extension-cls matquant.vllm.worker.WidthExtension`` adds.
+"""Change of bit-widths in a running engine: methods added by ``--worker-extension-cls matquant.vllm.worker.WidthExtension``.
 
-Weights stay where they are. CUDA graphs keep the widths that they were captured with, so a set of graphs is kept for each
-choice of widths; those of a new choice are captured when it is first made, which takes about as long as at the start.
+Weights are not moved. Every new choice of bit-widths captures its own set of CUDA graphs once, see ``vllm.cuda_graphs``, which
+takes about as long as at the start.
 """
 
 from collections.abc import Mapping
@@ -10,83 +10,62 @@ from typing import Any
 from torch import nn
 
 from matquant.errors import UserError
-from matquant.vllm.bit_widths import Widths, by_layer, check_graphs
+from matquant.formats.bit_choice import BitChoice, bits_by_layer
+from matquant.formats.bits import MAX_BITS
+from matquant.vllm.cuda_graphs import check_graph_mode, swap_cuda_graphs
 from matquant.vllm.sharded_linear import ShardedNestedLinear
 
 
 class WidthExtension:
-    """Methods for vLLM's worker, called on all of them by ``collective_rpc``. Mixed into its class by vLLM."""
+    """Methods for the worker class of vLLM, which mixes them in; ``collective_rpc`` calls them on all workers."""
 
     model_runner: Any
 
     def set_bits(self, bits: int | str | Mapping[str, int], prefill: int | None = None) -> dict[str, list[int]]:
-        """Set the width of all layers, or of some; see ``matquant.inference.set_bits``.
+        """Set the bit-widths of all layers, or of some.
 
         Args:
-            bits: a width, widths by layer, or the path of an allocation's file.
-            prefill: another width for steps in which not every sequence decodes.
+            bits: one bit-width, a bit-width by layer, or the path of an allocation file.
+            prefill: bit-width of steps in which a sequence has more than one new token; None for that of decoding.
 
         Returns:
-            The widths of this worker's layers now, for decoding and for all else.
+            New bit-widths of this worker's layers, see ``get_bits``.
 
         Raises:
-            UserError: a layer or width that is not there; nothing has changed then.
+            UserError: a layer or bit-width that is not available. Nothing has changed then.
         """
-        parts = _parts(self.model_runner.get_model())
-        wanted = by_layer(bits, parts, most=8)
-        for name, width in wanted.items():
-            for part in parts[name]:
-                part.check_bits(width)
-                part.check_bits(width if prefill is None else prefill)
-        before = self.get_bits()
-        widths = Widths(bits=max(wanted.values()), decode=wanted, prefill=prefill, max_bits=8)
-        check_graphs(self.model_runner.compilation_config.cudagraph_mode, widths)
-        for name, width in wanted.items():
-            for part in parts[name]:
-                part.set_bits(width, width if prefill is None else prefill)
-        if (now := self.get_bits()) != before:
-            _exchange_graphs(self.model_runner, _key(before), _key(now))
-        return now
+        layers = _sharded_layers(self.model_runner.get_model())
+        by_layer = bits_by_layer(bits, layers)
+        for name, value in by_layer.items():
+            for shard in layers[name]:
+                shard.check_bits(value)
+                shard.check_bits(value if prefill is None else prefill)
+        choice = BitChoice(bits=max(by_layer.values()), layer_bits=by_layer, prefill_bits=prefill, max_bits=MAX_BITS)
+        check_graph_mode(self.model_runner.compilation_config.cudagraph_mode, choice)
+        previous = self.get_bits()
+        for name in by_layer:
+            for shard in layers[name]:
+                shard.set_bits(*choice.of(name))
+        if (current := self.get_bits()) != previous:
+            swap_cuda_graphs(self.model_runner, _cache_key(previous), _cache_key(current))
+        return current
 
     def get_bits(self) -> dict[str, list[int]]:
-        """The widths of this worker's layers, for decoding and for all else."""
-        return {name: parts[0].widths[:2].tolist() for name, parts in _parts(self.model_runner.get_model()).items()}
+        """Bit-widths [decoding, prefill] of this worker's layers, by name in the checkpoint."""
+        layers = _sharded_layers(self.model_runner.get_model())
+        return {name: list(shards[0].bits) for name, shards in layers.items()}
 
 
-def _parts(model: nn.Module) -> dict[str, list[ShardedNestedLinear]]:
-    """The parts of each stored layer, by its name in the checkpoint."""
+def _sharded_layers(model: nn.Module) -> dict[str, list[ShardedNestedLinear]]:
+    """Shards of each stored layer, by its name in the checkpoint. Raises UserError if there are none."""
     found: dict[str, list[ShardedNestedLinear]] = {}
     for module in model.modules():
         if isinstance(module, ShardedNestedLinear):
             found.setdefault(module.name, []).append(module)
     if not found:
-        raise UserError("This model has no nested layers whose width could be set.")
+        raise UserError("The model has no nested layers whose bits could be set. Serve a folder that matquant packed.")
     return found
 
 
-def _key(widths: Mapping[str, list[int]]) -> tuple[Any, ...]:
-    return tuple((name, *pair) for name, pair in sorted(widths.items()))
-
-
-def _exchange_graphs(runner: Any, before: tuple[Any, ...], now: tuple[Any, ...]) -> None:
-    """Put the graphs of ``before`` aside, and those of ``now`` in their place, captured if there are none yet."""
-    if runner.compilation_config.cudagraph_mode.name == "NONE" or runner.device.type != "cuda":
-        return
-    shelf = runner.__dict__.setdefault("matquant_graphs", {})
-    places = _graph_tables(runner)
-    shelf[before] = [dict(table) for table in places]
-    for table, kept in zip(places, shelf.get(now, [{}] * len(places)), strict=True):
-        table.clear()
-        table.update(kept)
-    if now not in shelf:
-        runner.capture_model()
-
-
-def _graph_tables(runner: Any) -> list[dict[Any, Any]]:
-    """Where vLLM keeps its captured graphs."""
-    from vllm.compilation.cuda_graph import CUDAGraphWrapper
-
-    wrappers = sorted(CUDAGraphWrapper._all_instances, key=id)
-    tables = [wrapper.concrete_cudagraph_entries for wrapper in wrappers]
-    manager = getattr(runner, "cudagraph_manager", None)  # of the second model runner
-    return tables if manager is None else [*tables, manager.graphs]
+def _cache_key(bits: Mapping[str, list[int]]) -> tuple[Any, ...]:
+    return tuple((name, *pair) for name, pair in sorted(bits.items()))

@@ -17,7 +17,7 @@ from packing import Opened, logits, read
 from safetensors.torch import load_file, save_file
 
 from matquant.errors import UserError
-from matquant.formats.packed import NestedSpec, parse
+from matquant.formats.packed import NestedSpec, parse_nested_config
 from matquant.formats.shard_index import INDEX
 from matquant.inference import set_bits
 
@@ -71,15 +71,15 @@ def unless_refused(call: Callable[[], Any]) -> Any:
 @given(data=st.data())
 def test_a_damaged_description_is_refused_or_means_the_same(llama: Opened, packed: Path, data: st.DataObject) -> None:
     content = json.loads((packed / "config.json").read_text())["quantization_config"]
-    whole = parse(content)
+    whole = parse_nested_config(content)
     damaged = copy.deepcopy(content)
     for _ in range(data.draw(st.integers(1, 2))):
         edit(damaged, data.draw(st.sampled_from(places(damaged))), data.draw(JSON | st.just(...)))
-    found = unless_refused(lambda: parse(damaged))
+    found = unless_refused(lambda: parse_nested_config(damaged))
     if found is None:
         return
     assert (found.layers, found.max_bits, found.files) == (whole.layers, whole.max_bits, whole.files)
-    assert all(2 <= found.width(name) <= 8 for name in found.layers)
+    assert all(2 <= found.bits_of(name) <= 8 for name in found.layers)
 
 
 @settings(ONE_FOLDER, max_examples=25)
@@ -170,7 +170,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> N
     save_file(tensors, file, {"format": "pt"})
 
     def reseal(content: dict[str, Any]) -> None:
-        spec = parse(content)
+        spec = parse_nested_config(content)
         again = {f.name: getattr(spec, f.name) for f in spec.__dataclass_fields__.values()} | {"files": {}}
         content.update(NestedSpec(**again).to_json())
 
@@ -186,8 +186,8 @@ LAYER = "model.layers.1.mlp.down_proj"
         (lambda t: t.pop(f"{LAYER}.plane1"), f"lacks 1 tensors that the model needs: {LAYER}.plane1"),
         (lambda t: t.pop(f"{LAYER}.scales"), f"lacks 1 tensors that the model needs: {LAYER}.scales"),
         (lambda t: t.pop("model.norm.weight"), "lacks 1 tensors that the model needs: model.norm.weight"),
-        (lambda t: t.update({f"{LAYER}.weight": torch.ones(2)}), f"no place for: {LAYER}.weight"),
-        (lambda t: t.update({"a.plane0": torch.ones(2)}), "no place for: a.plane0"),
+        (lambda t: t.update({f"{LAYER}.weight": torch.ones(2)}), f"that the model does not have: {LAYER}.weight"),
+        (lambda t: t.update({"a.plane0": torch.ones(2)}), "that the model does not have: a.plane0"),
         (lambda t: t.update({f"{LAYER}.plane1": torch.ones(2, dtype=torch.int32)}), f"{LAYER}.plane1 is I32"),
         (lambda t: t.update({f"{LAYER}.scales": t[f"{LAYER}.scales"].float()}), f"{LAYER}.scales is F32"),
         (lambda t: t.update({"model.norm.weight": torch.ones(3)}), r"model.norm.weight is F32 \[3\]"),
@@ -203,15 +203,15 @@ def test_tensors_that_are_missing_foreign_or_of_another_kind(folder: Path, chang
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        ({"bits": 9}, "bits: a width is a whole number in 2..8; found 9"),
-        ({"bits": 4, "max_bits": 3}, "bits: 4 bits are not in this checkpoint, whose planes allow 3"),
-        ({"bits": {LAYER: 1}}, f"bits of {LAYER}: a width is a whole number"),
-        ({"bits": {"model.head": 4}}, "'model.head', which is no nested layer"),
+        ({"bits": 9}, "bits: a bit-width must be a whole number in 2..8; found 9"),
+        ({"bits": 4, "max_bits": 3}, "bits: 4 bits cannot be read; .* at most 3 bits"),
+        ({"bits": {LAYER: 1}}, f"bits of {LAYER}: a bit-width must be a whole number"),
+        ({"bits": {"model.head": 4}}, "no nested layers of this model: model.head. The name closest"),
         ({"bits": "none.yaml"}, "There is no allocation at none.yaml"),
         ({"bits": 3.5}, "found 3.5"),
-        ({"prefill_bits": 1}, "prefill_bits: a width is a whole number"),
-        ({"max_bits": 1}, "max_bits: a width is a whole number"),
-        ({"device_map": {"": "disk"}}, "cannot stay on disk"),
+        ({"prefill_bits": 1}, "prefill_bits: a bit-width must be a whole number"),
+        ({"max_bits": 1}, "max_bits: a bit-width must be a whole number"),
+        ({"device_map": {"": "disk"}}, "cannot be offloaded to disk"),
     ],
 )
 def test_wrong_arguments(packed: Path, asked: Any, sentence: str) -> None:
@@ -225,7 +225,7 @@ def test_another_version_and_another_model(folder: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"is \[64, 64\] in the checkpoint and \[64, 128\] in the model"):
         read(folder)
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
-    with pytest.raises(UserError, match=r"model.layers.1\S+, and LlamaForCausalLM has none of that name"):
+    with pytest.raises(UserError, match=r"model.layers.1\S+, but LlamaForCausalLM has none of that name"):
         read(folder)
     (folder / "config.json").write_text(json.dumps(config))
     set_config(folder, lambda content: content.update(format_version=2))

@@ -106,8 +106,8 @@ def test_the_width_is_chosen_by_its_config(made: Any) -> None:
         ({"group_size": 0}, "group_size must be -1 or a whole number above 0; found 0"),
         ({"group_size": 48}, "groups of 48 do not divide its 64 input features"),
         ({"group_size": 64}, r"scales is F16 \[\d+, 2\] in model.safetensors; the model needs float16 \[\d+, 1\]"),
-        ({"inference_bitwidth": 9}, "inference_bitwidth: a width is a whole number in 2..8; found 9"),
-        ({"inference_bitwidth": None}, "inference_bitwidth: a width is a whole number in 2..8; found null"),
+        ({"inference_bitwidth": 9}, "inference_bitwidth: a bit-width must be a whole number in 2..8; found 9"),
+        ({"inference_bitwidth": None}, "inference_bitwidth: a bit-width must be a whole number in 2..8; found None"),
         ({"quant_dtype": "int8"}, "quant_dtype must be one of float16, bfloat16; found 'int8'"),
     ],
 )

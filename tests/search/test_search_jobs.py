@@ -68,7 +68,7 @@ def test_a_budget_alone_asks_for_the_default_search_and_its_files_measure_the_sa
     path = first / "run" / "allocation.yaml"
     written = yaml.safe_load(path.read_text())
     sizes = {row["name"]: row["parameters"] for row in results["layers"]}
-    average = sum(sizes[n] * bits for n, bits in written["widths"].items()) / sum(sizes.values())
+    average = sum(sizes[n] * bits for n, bits in written["bits"].items()) / sum(sizes.values())
     assert entry["average_bits"] == written["average_bits"] == pytest.approx(average)
     assert written["measured"] > 0
     assert written["predicted"] > 0

@@ -1,7 +1,7 @@
-"""One vLLM engine in a process of its own: generates at each of some widths, and prints the tokens as JSON.
+"""One vLLM engine in a process of its own: generates tokens at several bit-widths and prints them as JSON.
 
-Run by the tests as ``python engine.py JOB``, with a JSON file: ``model``, ``engine`` (arguments of ``LLM``), ``prompts`` (token
-ids), ``tokens`` (how many), and ``steps``, each the arguments of ``set_bits``.
+The tests run ``python engine.py JOB`` with a JSON file: ``model``, ``engine`` (arguments of ``LLM``), ``prompts`` (token ids),
+``tokens`` (number of new tokens), and ``steps``. Each step is a list of arguments of ``set_bits``, or null to change nothing.
 """
 
 import json
@@ -15,7 +15,7 @@ os.environ.update(QUIET)
 
 def main(job: dict) -> None:
     if job["engine"].get("tensor_parallel_size", 1) == 1:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # starts in a third of the time
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # starts three times as fast
     else:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     from vllm import LLM, SamplingParams

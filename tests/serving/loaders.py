@@ -1,9 +1,9 @@
-"""Loads exports with one stock program and nothing of this project, and prints what it generates.
+"""Load exports with one stock program, without this project, and print the tokens that it generates.
 
     python loaders.py transformers|gptqmodel|vllm JOB
 
-A job is a JSON file with folders, prompts (token ids), tokens (how many), and vLLM's dtype. Prints a line of JSON for each
-folder: the tokens, or what the program said when it refused it. vLLM takes one folder.
+A job is a JSON file with folders, prompts (token ids), tokens (number of new tokens), and vLLM's dtype. Prints a line of JSON
+for each folder: the tokens, or the message of the error. vLLM loads one folder only.
 """
 
 import json
@@ -52,7 +52,7 @@ def main() -> None:
     for folder in job["folders"]:
         try:
             found: Any = {"transformers": transformers, "gptqmodel": gptqmodel, "vllm": vllm}[sys.argv[1]](job, folder)
-        except Exception as error:  # what is asked for is its words
+        except Exception as error:  # the test compares the message
             found = f"{type(error).__name__}: {error}"
         print("FOUND " + json.dumps([Path(folder).name, found]), flush=True)
 

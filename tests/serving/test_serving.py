@@ -1,4 +1,4 @@
-"""The real vLLM engine on a CPU, with the plugin; ``make test-vllm`` runs it in an environment of its own."""
+"""vLLM engine on a CPU with the plugin. ``make test-vllm`` runs it in an environment of its own."""
 
 import importlib.util
 import json
@@ -23,10 +23,20 @@ from matquant.formats.parent import Parent
 from matquant.inference import replace_linears, set_bits
 from matquant.store.artifact import read_artifact
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: make test-vllm")
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: make test-vllm"),
+]
 
-WIDTHS = (2, 3, 4, 8)
-MIXED = {"q_proj": 2, "k_proj": 8, "v_proj": 4, "gate_proj": 3, "up_proj": 6, "gate_up_proj": 3}  # all others 5
+BITS = (2, 3, 4, 8)
+MIXED = {
+    "q_proj": 2,
+    "k_proj": 8,
+    "v_proj": 4,
+    "gate_proj": 3,
+    "up_proj": 6,
+    "gate_up_proj": 3,
+}  # bits by projection; others 5
 PROMPTS = [[5, 9, 100, 7], [1000, 3], [17] * 9]
 TOKENS = 16
 SIZES: dict[str, Any] = {
@@ -49,7 +59,7 @@ MODELS = {
 
 
 class Packed:
-    """A model, its parent, and the folder that was packed from it."""
+    """Model, its parent, and the folder packed from it."""
 
     def __init__(self, source: Path, folder: Path, parent: Path) -> None:
         self.source, self.folder = source, folder
@@ -58,13 +68,13 @@ class Packed:
         self.mixed = {name: MIXED.get(name.rpartition(".")[2], 5) for name in self.names}
 
     def greedy(self, bits: int | dict[str, int]) -> list[list[int]]:
-        """What stock Transformers generates with the decoded weights of a slice."""
+        """Tokens that stock Transformers generates with the dequantized weights of a slice."""
         model = tf.AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32)
         for index in range(len(self.parent.blocks)):
             for name, weight in self.parent.block(index).items():
                 dense = weight.dequantize(bits if isinstance(bits, int) else bits[name])
                 owner, _, last = name.rpartition(".")
-                if owner.rpartition(".")[2].isdecimal():  # an expert: one of a stack of matrices
+                if owner.rpartition(".")[2].isdecimal():  # an expert: one matrix of a stack
                     stack, _, expert = owner.rpartition(".")
                     getattr(model.get_submodule(stack), last).data[int(expert)].copy_(dense)
                 else:
@@ -81,7 +91,7 @@ def generate(model: Any) -> list[list[int]]:
 
 
 def run_py(*overrides: str, folder: Path) -> dict[str, Any]:
-    """Run the command line; the results that it wrote."""
+    """Run the command line and return its results."""
     where = [f"hydra.run.dir={folder}/run", f"store.path={folder}/store", "tracking=none", "stages=[quantize,pack]"]
     subprocess.run([sys.executable, ROOT / "run.py", *where, *overrides], check=True, cwd=folder)
     return json.loads((folder / "run" / "results.json").read_text())
@@ -120,7 +130,7 @@ def random_model(request, tmp_path) -> Packed:
 
 
 def run_engine(folder: Path, tmp_path: Path, steps: list[Any], **engine: Any) -> list[list[list[int]]]:
-    """The tokens that vLLM generates at each step, in one engine."""
+    """Tokens that one vLLM engine generates at each step."""
     job = {"model": str(folder), "prompts": PROMPTS, "tokens": TOKENS, "steps": steps}
     (tmp_path / "job.json").write_text(json.dumps(job | {"engine": {"dtype": "float32"} | engine}))
     command = [sys.executable, Path(__file__).with_name("engine.py"), tmp_path / "job.json"]
@@ -130,19 +140,19 @@ def run_engine(folder: Path, tmp_path: Path, steps: list[Any], **engine: Any) ->
     return json.loads(lines[0].removeprefix("TOKENS "))
 
 
-def check_widths(model: Packed, tmp_path: Path, **engine: Any) -> None:
-    choices = [*WIDTHS, model.mixed]
+def assert_tokens_at_all_bits(model: Packed, tmp_path: Path, **engine: Any) -> None:
+    choices = [*BITS, model.mixed]
     found = run_engine(model.folder, tmp_path, [[bits] for bits in choices], **engine)
     expected = [model.greedy(bits) for bits in choices]
     assert found == expected
-    assert len({str(tokens) for tokens in expected}) == len(choices)  # the widths do not all say the same
+    assert len({str(tokens) for tokens in expected}) == len(choices)  # the test could not fail if all were equal
 
 
-def test_shipped_model_compiled(tiny, tmp_path):
-    """Compiled once, then read at every width; and prompts at another width than the answers."""
-    choices: list[Any] = [[bits] for bits in (*WIDTHS, tiny.mixed)]
+def test_compiled_model(tiny, tmp_path):
+    """Compiled once, then read at all bit-widths, and with different bit-widths for prefill and decoding."""
+    choices: list[Any] = [[bits] for bits in (*BITS, tiny.mixed)]
     *found, both = run_engine(tiny.folder, tmp_path, [*choices, [2, 8]])
-    assert found == [tiny.greedy(bits) for bits in (*WIDTHS, tiny.mixed)]
+    assert found == [tiny.greedy(bits) for bits in (*BITS, tiny.mixed)]
     model = tf.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     replace_linears(model, tiny.parent)
     set_bits(model, 2, prefill=8)
@@ -150,23 +160,25 @@ def test_shipped_model_compiled(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("random_model", ["qwen3"], indirect=True)
-def test_tensor_parallel_cuts_inside_tiles_and_groups(random_model, tmp_path):
-    """On two process_group the 192 columns of down_proj fall into parts of 96, of which groups of 64 and tiles are no divisors."""
-    check_widths(random_model, tmp_path, enforce_eager=True, tensor_parallel_size=2, distributed_executor_backend="mp")
+def test_tensor_parallel_shards_inside_tiles_and_groups(random_model, tmp_path):
+    """On two ranks the 192 columns of down_proj make shards of 96, which are no multiple of tiles or of groups of 64."""
+    assert_tokens_at_all_bits(
+        random_model, tmp_path, enforce_eager=True, tensor_parallel_size=2, distributed_executor_backend="mp"
+    )
 
 
 @pytest.mark.parametrize("random_model", ["mixtral"], indirect=True)
 def test_mixture_of_experts(random_model, tmp_path):
-    check_widths(random_model, tmp_path, enforce_eager=True)
+    assert_tokens_at_all_bits(random_model, tmp_path, enforce_eager=True)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_and_fewer_planes(tiny, tmp_path, dtype):
-    """Three planes are kept, at the width that the command line asks for."""
+    """Only three planes are kept, at the bit-width of the command line."""
     overrides = {"bits": 3, "max_bits": 3}
     (found,) = run_engine(tiny.folder, tmp_path, [None], enforce_eager=True, dtype=dtype, hf_overrides=overrides)
     pairs = [(a, b) for x, y in zip(found, tiny.greedy(3), strict=True) for a, b in zip(x, y, strict=True)]
-    assert sum(a == b for a, b in pairs) > 0.6 * len(pairs)  # a token may tip over once activations are rounded
+    assert sum(a == b for a, b in pairs) > 0.6 * len(pairs)  # rounded activations may change the arg max
 
 
 def test_published_checkpoint(tmp_path):
@@ -177,7 +189,7 @@ def test_published_checkpoint(tmp_path):
     assert found == [model.greedy(4), model.greedy(2)]
 
 
-def test_damaged_checkpoint_is_refused(tiny, tmp_path):
+def test_damaged_checkpoint_raises(tiny, tmp_path):
     folder = tmp_path / "damaged"
     folder.mkdir()
     for file in tiny.folder.iterdir():
@@ -190,7 +202,7 @@ def test_damaged_checkpoint_is_refused(tiny, tmp_path):
 
 
 class Server:
-    """The OpenAI server of vLLM."""
+    """OpenAI server of vLLM, which answers requests until its process is terminated."""
 
     def __init__(self, folder: Path, log: Path) -> None:
         with socket.socket() as probe:
@@ -238,7 +250,7 @@ class Server:
         except OSError:
             return False
 
-    def ask(self, path: str, content: Any = None, key: str = "secret") -> tuple[int, Any]:
+    def request(self, path: str, content: Any = None, key: str = "secret") -> tuple[int, Any]:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}",
             headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
@@ -251,27 +263,29 @@ class Server:
             return error.code, error.read().decode()
 
     def complete(self, prompt: list[int]) -> list[int]:
-        asked = {"model": "m", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-        status, answer = self.ask("/v1/completions", asked | {"return_token_ids": True})
+        body = {"model": "m", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        status, answer = self.request("/v1/completions", body | {"return_token_ids": True})
         assert status == 200, answer
         return answer["choices"][0]["token_ids"]
 
 
-def test_server_changes_its_width_between_two_requests(tiny, tmp_path):
+def test_server_changes_its_bits_between_requests(tiny, tmp_path):
     server = Server(tiny.folder, tmp_path / "log")
     try:
         assert [server.complete(prompt) for prompt in PROMPTS] == tiny.greedy(8)
-        status, answer = server.ask("/v1/matquant/bits", {"bits": 2})
+        status, answer = server.request("/v1/matquant/bits", {"bits": 2})
         assert status == 200
         assert answer["bits"] == dict.fromkeys(tiny.names, 2)
-        assert [server.complete(prompt) for prompt in PROMPTS] == tiny.greedy(2)  # nor are prompts of 8 bits cached
-        assert server.ask("/v1/matquant/bits", {"bits": tiny.mixed})[0] == 200
+        assert [server.complete(prompt) for prompt in PROMPTS] == tiny.greedy(
+            2
+        )  # the prefix cache of 8 bits was dropped
+        assert server.request("/v1/matquant/bits", {"bits": tiny.mixed})[0] == 200
         assert [server.complete(prompt) for prompt in PROMPTS] == tiny.greedy(tiny.mixed)
-        status, answer = server.ask("/v1/matquant/bits", {"bits": 9})
+        status, answer = server.request("/v1/matquant/bits", {"bits": 9})
         assert status == 400
-        assert "a width is a whole number in 2..8; found 9" in answer
-        assert server.ask("/v1/matquant/bits", {"bits": 8}, key="wrong")[0] == 401
-        assert server.ask("/v1/matquant/bits")[1]["bits"] == tiny.mixed
+        assert "a bit-width must be a whole number in 2..8; found 9" in answer
+        assert server.request("/v1/matquant/bits", {"bits": 8}, key="wrong")[0] == 401
+        assert server.request("/v1/matquant/bits")[1]["bits"] == tiny.mixed
     finally:
         server.process.terminate()
         server.process.wait(60)

@@ -1,4 +1,4 @@
-"""The layer, and whole models of it: the same tokens as with dense weights, at every width and while widths change."""
+"""Nested layers, and models of them: the same tokens as with dense weights, at every bit-width and while it changes."""
 
 import copy
 import json
@@ -16,21 +16,20 @@ from matquant.formats.parent import Parent, block_file, write_block
 from matquant.inference import NestedLinear, NestedPlanes, nested_layers, replace_linears, set_bits
 from matquant.store import Store
 
-WIDTHS = range(2, 9)
-MODEL = "model.layers.0.mlp.down_proj"
+LAYER = "model.layers.0.mlp.down_proj"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """The matrices here are so small that on a busy machine threads would mostly wait for each other."""
+    """Use one thread: the matrices are so small that synchronization would dominate."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def layer_of(rows=70, columns=96, **about) -> tuple[NestedLinear, NestedWeight, torch.Tensor]:
-    weight = make_weight(rows, columns, about.pop("group_size", 32), **about)
+def make_layer(rows=70, columns=96, **options) -> tuple[NestedLinear, NestedWeight, torch.Tensor]:
+    weight = make_weight(rows, columns, 32, **options)
     bias = torch.randn(rows, generator=torch.Generator().manual_seed(3))
     return NestedLinear.from_planes(weight, bias), weight, bias
 
@@ -39,39 +38,39 @@ def inputs(*shape) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
 
 
-def assert_at(layer, weight, bias, x, width, **call):
+def assert_output(layer, weight, bias, x, bits, call_bits=None):
     torch.testing.assert_close(
-        layer(x, **call), nn.functional.linear(x, weight.dequantize(width), bias), rtol=1e-5, atol=1e-4
+        layer(x, bits=call_bits), nn.functional.linear(x, weight.dequantize(bits), bias), rtol=1e-5, atol=1e-4
     )
 
 
 # The layer
 
 
-def test_the_width_may_change_at_any_time_and_moves_no_data():
-    layer, weight, bias = layer_of()
+def test_bits_change_without_moving_data():
+    layer, weight, bias = make_layer()
     addresses = [t.data_ptr() for t in (layer.planes, layer.scales)]
     assert layer.bits == layer.max_bits == 8
     x = inputs(3, 96)
     for bits in (8, 2, 5, 3, 7):
         layer.bits = bits
-        assert_at(layer, weight, bias, x, bits)
-        assert_at(layer, weight, bias, x, 4, bits=4)
+        assert_output(layer, weight, bias, x, bits)
+        assert_output(layer, weight, bias, x, 4, call_bits=4)
         assert layer.bits == bits
     assert addresses == [t.data_ptr() for t in (layer.planes, layer.scales)]
 
 
-def test_prefill_and_decoding_have_widths_of_their_own():
-    layer, weight, bias = layer_of()
+def test_prefill_and_decoding_have_separate_bits():
+    layer, weight, bias = make_layer()
     layer.set_bits(2, prefill=6)
     assert (layer.bits, layer.decode_bits, layer.prefill_bits) == (2, 2, 6)
     for shape, bits in [((4, 3, 96), 6), ((4, 1, 96), 2), ((1, 96), 2), ((7, 96), 6), ((96,), 2)]:
-        assert_at(layer, weight, bias, inputs(*shape), bits)
+        assert_output(layer, weight, bias, inputs(*shape), bits)
     layer.bits = 3
-    assert_at(layer, weight, bias, inputs(4, 3, 96), 3)
+    assert_output(layer, weight, bias, inputs(4, 3, 96), 3)
 
 
-def test_widths_that_are_not_there_are_refused_and_change_nothing():
+def test_unavailable_bits_raise_and_change_nothing():
     layer = NestedLinear.from_planes(NestedPlanes.pack(make_weight(70, 96, 32), max_bits=4), bits=3)
     for wrong in (5, 9, 1, 2.0):
         with pytest.raises(UserError, match="cannot be read|must be a whole number"):
@@ -81,13 +80,13 @@ def test_widths_that_are_not_there_are_refused_and_change_nothing():
     assert (layer.decode_bits, layer.prefill_bits) == (3, 3)
     with pytest.raises(UserError, match="5 bits cannot be read"):
         layer(inputs(1, 96), bits=5)
-    with pytest.raises(UserError, match="A bias for 70 output features cannot be"):
+    with pytest.raises(UserError, match=r"A bias for 70 output features .* found \[71\]"):
         NestedLinear.from_planes(make_weight(70, 96, 32), torch.zeros(71))
 
 
 @pytest.mark.parametrize("zeros", [False, True])
-def test_a_state_dict_comes_back_from_safetensors(tmp_path, zeros):
-    layer, weight, bias = layer_of(slicing="round", zeros=zeros)
+def test_state_dict_round_trip_in_safetensors(tmp_path, zeros):
+    layer, weight, bias = make_layer(slicing="round", zeros=zeros)
     save_file(layer.state_dict(), tmp_path / "layer.safetensors")
     other = NestedLinear(
         96,
@@ -99,19 +98,19 @@ def test_a_state_dict_comes_back_from_safetensors(tmp_path, zeros):
         ),
     )
     other.load_state_dict(load_file(tmp_path / "layer.safetensors"), assign=True)
-    assert_at(other, weight, bias, inputs(2, 96), 3, bits=3)
+    assert_output(other, weight, bias, inputs(2, 96), 3, call_bits=3)
 
 
 @pytest.mark.parametrize("other", [{"slicing": "round"}, {"zero_point_offset": 4.0}])
-def test_a_state_dict_of_another_meaning_is_refused(other):
-    layer, _, _ = layer_of()
-    meant = {"slicing": "msb", "zero_point_offset": 8.0} | other
-    with pytest.raises(UserError, match="The state dict is of another layer"):
-        NestedLinear(96, 70, format=WeightFormat(group_size=32, **meant), bias=True).load_state_dict(layer.state_dict())
+def test_state_dict_of_another_format_raises(other):
+    layer, _, _ = make_layer()
+    fmt = WeightFormat(**{"group_size": 32, "slicing": "msb", "zero_point_offset": 8.0} | other)
+    with pytest.raises(UserError, match="The state dict belongs to another layer"):
+        NestedLinear(96, 70, format=fmt, bias=True).load_state_dict(layer.state_dict())
 
 
-def test_a_change_of_dtype_leaves_the_weights_as_they_are():
-    layer, _, _ = layer_of()
+def test_change_of_dtype_keeps_the_weights():
+    layer, _, _ = make_layer()
     scales = layer.scales.clone()
     layer.to(torch.bfloat16)
     assert layer.bias.dtype == torch.bfloat16
@@ -121,28 +120,28 @@ def test_a_change_of_dtype_leaves_the_weights_as_they_are():
     assert layer.to("meta").scales.is_meta
 
 
-def test_a_copy_is_a_layer_of_its_own():
-    layer, weight, bias = layer_of()
+def test_copy_has_bits_of_its_own():
+    layer, weight, bias = make_layer()
     other = copy.deepcopy(layer)
     other.bits = 2
     assert layer.bits == 8
-    assert_at(other, weight, bias, inputs(2, 96), 2)
+    assert_output(other, weight, bias, inputs(2, 96), 2)
 
 
-def test_it_says_what_it_is():
+def test_repr_and_bytes_read():
     layer = NestedLinear.from_planes(NestedPlanes.pack(make_weight(70, 96, 32), max_bits=4))
     layer.set_bits(2, prefill=4)
-    assert "96, 70, bits=2, prefill_bits=4, master_bits=8 of which 4 planes are here" in repr(layer)
+    assert "96, 70, bits=2, prefill_bits=4, master_bits=8, planes=4" in repr(layer)
     assert layer.bytes_read() == layer.bytes_read(2) < layer.bytes_read(4)
 
 
-def test_a_compiled_layer_follows_its_width():
-    """Inductor: the whole layer is one graph, with nothing of it left to Python."""
-    layer, weight, bias = layer_of()
+def test_compiled_layer_follows_its_bits():
+    """Inductor compiles the whole layer into one graph."""
+    layer, weight, bias = make_layer()
     compiled = torch.compile(layer, fullgraph=True)
     for bits in (2, 8, 2, 3):
         layer.bits = bits
-        assert_at(compiled, weight, bias, inputs(2, 3, 96), bits)
+        assert_output(compiled, weight, bias, inputs(2, 3, 96), bits)
 
 
 # Whole models
@@ -155,7 +154,7 @@ def load_model(folder) -> nn.Module:
 
 
 def rounded(dense) -> NestedWeight:
-    """A weight rounded to nearest on the grid of 8 bits with offset 8, groups of 32."""
+    """Weight rounded to nearest: 8 bits, zero-point offset 8, groups of 32."""
     groups = dense.view(dense.shape[0], -1, 32)
     scales = (groups.abs().amax(-1) / 119).half()
     codes = (groups / scales.float()[..., None] + 135.5).round().clamp(0, 255).to(torch.uint8)
@@ -171,7 +170,7 @@ def rounded(dense) -> NestedWeight:
 
 @torch.no_grad()
 def make_parent(model, folder) -> Parent:
-    """A parent of all linear layers in the model's blocks but one."""
+    """Parent with all linear layers of the blocks but one."""
 
     def build(draft):
         blocks = []
@@ -191,7 +190,7 @@ def make_parent(model, folder) -> Parent:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """The shipped model with nested layers, the same dense, and its parent."""
+    """Shipped model with nested layers, the same with dense layers, and the parent."""
     dense = load_model(TINY)
     parent = make_parent(load_model(TINY), tmp_path_factory.mktemp("parent"))
     nested = load_model(TINY)
@@ -201,19 +200,19 @@ def tiny(tmp_path_factory):
 
 @torch.no_grad()
 def fill(dense, parent, bits):
-    """Give the dense model the weights that the parent has at these bits: one width, or one for each layer."""
+    """Copy dequantized weights of the parent into the dense model; ``bits`` is one number, or one for each layer."""
     for index in range(len(parent.blocks)):
         for name, weight in parent.block(index).items():
-            width = bits[name] if isinstance(bits, dict) else bits
-            dense.get_submodule(name).weight.copy_(weight.dequantize(width))
+            value = bits[name] if isinstance(bits, dict) else bits
+            dense.get_submodule(name).weight.copy_(weight.dequantize(value))
 
 
 @torch.no_grad()
-def generate(model, prompt, set_width, steps=10):
-    """Greedy tokens with a cache; ``set_width`` is called with the number of the step before each."""
+def generate(model, prompt, before_step, steps=10):
+    """Greedy tokens with a KV cache; ``before_step`` is called with the number of each step."""
     tokens, cache, step_input = [], None, prompt
     for step in range(steps):
-        set_width(step)
+        before_step(step)
         out = model(input_ids=step_input, past_key_values=cache, use_cache=True)
         cache, step_input = out.past_key_values, out.logits[:, -1:].argmax(-1)
         tokens.append(step_input.item())
@@ -223,49 +222,52 @@ def generate(model, prompt, set_width, steps=10):
 PROMPT = torch.tensor([[17, 301, 5, 1200, 44, 9, 820, 33]])
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_the_tokens_of_a_width_are_those_of_its_dense_weights(tiny, bits):
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_tokens_equal_those_of_dense_weights(tiny, bits):
     nested, dense, parent = tiny
     assert set(set_bits(nested, bits).values()) == {bits}
     fill(dense, parent, bits)
-    # The library's own loop, which passes masks, positions and a cache of its choice.
+    # The loop of Transformers also passes masks, positions and a cache.
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     assert nested.generate(PROMPT, **settings).tolist() == dense.generate(PROMPT, **settings).tolist()
 
 
-def test_the_width_may_change_between_tokens(tiny):
+def test_bits_change_between_tokens(tiny):
     nested, dense, parent = tiny
     order = [4, 2, 8, 3, 6, 5, 7, 2, 4, 8]
     found = generate(nested, PROMPT, lambda step: set_bits(nested, order[step]))
     assert found == generate(dense, PROMPT, lambda step: fill(dense, parent, order[step]))
-    # A test of the test: the widths do not all say the same.
+    # The test could not fail if all bit-widths gave the same tokens.
     assert generate(nested, PROMPT, lambda _: set_bits(nested, 2), steps=5) != found[:5]
 
 
-def test_prefill_at_a_high_width_and_tokens_at_a_low_one(tiny):
+def test_prefill_at_8_bits_and_decoding_at_2(tiny):
     nested, dense, parent = tiny
     set_bits(nested, 2, prefill=8)
     found = generate(nested, PROMPT, lambda step: None)
     assert found == generate(dense, PROMPT, lambda step: fill(dense, parent, 2 if step else 8))
 
 
-def test_an_allocation_gives_each_layer_its_width(tiny):
+def test_bits_by_layer(tiny, tmp_path):
     nested, dense, parent = tiny
     names = list(nested_layers(nested))
     allocation = {name: 2 + i % 7 for i, name in enumerate(names)}
     assert set_bits(nested, allocation) == allocation
     fill(dense, parent, allocation)
     assert generate(nested, PROMPT, lambda _: None) == generate(dense, PROMPT, lambda _: None)
-    before = allocation[names[1]]
-    assert set_bits(nested, {names[0]: 8})[names[1]] == before
+    set_bits(nested, 8)
+    file = tmp_path / "allocation.txt"
+    file.write_text("".join(f"{name}: {bits}\n" for name, bits in allocation.items()))
+    assert set_bits(nested, file) == allocation
+    assert set_bits(nested, {names[0]: 8}) == allocation | {names[0]: 8}
 
 
 @torch.no_grad()
-def test_a_compiled_model_gives_the_same_tokens_at_each_width(small_model, tmp_path):
+def test_compiled_model_follows_its_bits(small_model, tmp_path):
     parent = make_parent(load_model(small_model), tmp_path)
     nested, dense = load_model(small_model), load_model(small_model)
     replace_linears(nested, parent)
-    # The graph is what is at stake here, not the code that is made of it.
+    # aot_eager: the test concerns the traced graph, not the generated code.
     forward = torch.compile(
         lambda ids: nested(input_ids=ids, use_cache=False).logits, fullgraph=True, backend="aot_eager"
     )
@@ -279,7 +281,7 @@ def test_a_compiled_model_gives_the_same_tokens_at_each_width(small_model, tmp_p
         assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
-def test_layers_that_the_parent_has_are_replaced_and_no_others(tiny):
+def test_only_layers_of_the_parent_are_replaced(tiny):
     nested, _, parent = tiny
     names = {name for block in parent.blocks for name in block["layers"]}
     assert set(nested_layers(nested)) == names
@@ -288,7 +290,7 @@ def test_layers_that_the_parent_has_are_replaced_and_no_others(tiny):
     assert type(nested.lm_head) is nn.Linear
 
 
-def test_a_parent_is_read_from_its_folder_and_cut_to_its_top_planes(tiny):
+def test_replace_linears_from_a_folder_with_fewer_planes(tiny):
     _, dense, parent = tiny
     model = load_model(TINY)
     layers = replace_linears(model, parent.artifact.path, max_bits=3)
@@ -301,32 +303,32 @@ def test_a_parent_is_read_from_its_folder_and_cut_to_its_top_planes(tiny):
 
 
 @pytest.mark.parametrize(
-    ("bits", "sentence"),
+    ("bits", "message"),
     [
-        ({"model.layers.0.mlp.down": 4}, "The name nearest to model.layers.0.mlp.down is model.layers.0.mlp.down_proj"),
-        ({f"lm_head{i}": 4 for i in range(5)} | {MODEL: 4}, "5 of the 6 layers are no nested layers.* and 2 more"),
-        ({MODEL: 9}, f"{MODEL}: A bit-width must be a whole number in 2..8 bits; found 9"),
-        (11, r"A bit-width must be a whole number in 2..8 bits; found 11"),
+        ({"model.layers.0.mlp.down": 4}, "The name closest to model.layers.0.mlp.down is model.layers.0.mlp.down_proj"),
+        ({f"lm_head{i}": 4 for i in range(5)} | {LAYER: 4}, "5 of 6 layers that are no nested layers.* and 2 more"),
+        ({LAYER: 9}, f"bits of {LAYER}: a bit-width must be a whole number in 2..8; found 9"),
+        (11, r"bits: a bit-width must be a whole number in 2..8; found 11"),
         ("4", "found '4'"),
     ],
 )
-def test_wrong_widths_are_refused_and_change_nothing(tiny, bits, sentence):
+def test_invalid_bits_raise_and_change_nothing(tiny, bits, message):
     nested = tiny[0]
     before = set_bits(nested, 5)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         set_bits(nested, bits)
     assert {name: layer.bits for name, layer in nested_layers(nested).items()} == before
-    with pytest.raises(UserError, match="the model|The model"):
+    with pytest.raises(UserError, match="Call replace_linears first"):
         set_bits(nn.Linear(2, 2), 4)
 
 
-def test_a_parent_of_another_model_is_refused_and_changes_nothing(tiny, small_model, tmp_path):
+def test_parent_of_another_model_raises_and_changes_nothing(tiny, small_model, tmp_path):
     parent = tiny[2]
     other = load_model(small_model)
     with pytest.raises(UserError, match=r"is \(\d+, \d+\) in the model and \(\d+, \d+\) in the parent"):
         replace_linears(other, parent)
     assert not nested_layers(other)
-    with pytest.raises(UserError, match="this model has none of that name"):
+    with pytest.raises(UserError, match="this model has no layer of that name"):
         replace_linears(nn.Sequential(nn.Linear(2, 2)), parent)
     with pytest.raises(UserError, match="is a NestedLinear, not a linear layer"):
         replace_linears(tiny[0], parent)

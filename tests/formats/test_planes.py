@@ -1,4 +1,4 @@
-"""Bit planes against the layout's definition, bit by bit, and against the format that they are made from."""
+"""Bit planes against the definition of the layout, bit by bit, and against the nested format."""
 
 import dataclasses
 
@@ -6,12 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from weights import make_weight
+from weights import make_weight, unpack
 
 from matquant.errors import UserError
-from matquant.formats import planes as planes_module
 from matquant.formats.nested import NestedWeight, planes_read
-from matquant.inference import NestedPlanes
+from matquant.formats.planes import CPU_STRIP_WEIGHTS, NestedPlanes
 
 GROUP_SIZES = (16, 32, 48, 64, 128, 5)
 
@@ -32,7 +31,7 @@ def any_weight(draw) -> NestedWeight:
     )
 
 
-def test_each_bit_lies_where_the_layout_says():
+def test_position_of_each_bit():
     weight = make_weight(128, 192, 64, master_bits=8)
     packed = NestedPlanes.pack(weight)
     words = packed.planes.long() & 0xFFFFFFFF
@@ -53,7 +52,7 @@ def test_each_bit_lies_where_the_layout_says():
     assert seen.any()
 
 
-def test_scales_and_zeros_lie_where_the_layout_says_and_what_fills_up_is_zero():
+def test_position_and_padding_of_scales_and_zero_points():
     weight = make_weight(70, 96, 32, zeros=True)
     packed = NestedPlanes.pack(weight)
     assert packed.scales.shape == packed.zeros.shape == (4, 2, 8, 4, 2)  # 128 columns of tiles are four groups
@@ -66,26 +65,24 @@ def test_scales_and_zeros_lie_where_the_layout_says_and_what_fills_up_is_zero():
             assert packed.zeros[at] == (weight.zeros[row, group] if inside else 0)
 
 
-def test_one_group_stays_one_group():
+def test_one_scale_per_row_is_one_group():
     assert NestedPlanes.pack(make_weight(64, 100, 100)).scales.shape[0] == 1
 
 
 @settings(max_examples=60, deadline=None)
 @given(weight=any_weight())
-def test_unpacking_gives_back_what_was_packed(weight):
-    found = NestedPlanes.pack(weight).unpack()
-    for field in dataclasses.fields(NestedWeight):
-        mine, theirs = getattr(found, field.name), getattr(weight, field.name)
-        if isinstance(theirs, torch.Tensor):
-            assert mine.dtype == theirs.dtype
-            assert torch.equal(mine, theirs)
-        else:
-            assert mine == theirs
+def test_pack_round_trip(weight):
+    found = unpack(NestedPlanes.pack(weight))
+    assert found.format == weight.format
+    assert found.tensors().keys() == weight.tensors().keys()
+    for name, tensor in weight.tensors().items():
+        assert found.tensors()[name].dtype == tensor.dtype
+        assert torch.equal(found.tensors()[name], tensor)
 
 
 @settings(max_examples=60, deadline=None)
 @given(weight=any_weight(), data=st.data())
-def test_decoding_is_that_of_the_codes_to_the_bit(weight, data):
+def test_dequantize_equals_that_of_the_codes(weight, data):
     bits = data.draw(st.integers(2, weight.format.master_bits))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     assert torch.equal(NestedPlanes.pack(weight).dequantize(bits, dtype), weight.dequantize(bits, dtype))
@@ -93,79 +90,85 @@ def test_decoding_is_that_of_the_codes_to_the_bit(weight, data):
 
 @settings(max_examples=60, deadline=None)
 @given(weight=any_weight(), data=st.data())
-def test_top_planes_alone_decode_every_width_that_they_allow(weight, data):
+def test_top_planes_hold_all_smaller_bit_widths(weight, data):
     top = data.draw(st.integers(2, weight.format.master_bits))
     packed = NestedPlanes.pack(weight, max_bits=top)
     whole = NestedPlanes.pack(weight)
     assert packed.planes.shape[0] == planes_read(top, weight.format.master_bits, weight.format.slicing)
     if packed.planes.shape[0] == weight.format.master_bits:
-        top = weight.format.master_bits  # a round slice reads one plane more, so that the last two widths read all
+        top = (
+            weight.format.master_bits
+        )  # a round slice reads one more plane, so that the two largest bit-widths read all
     assert packed.max_bits == top
     assert torch.equal(packed.planes, whole.planes[: packed.planes.shape[0]])
     for bits in range(2, top + 1):
         assert torch.equal(packed.dequantize(bits), weight.dequantize(bits))
         assert packed.bytes_read(bits) == whole.bytes_read(bits)
     for bits in range(top + 1, weight.format.master_bits + 1):
-        with pytest.raises(UserError, match=f"{bits} bits cannot be read: .* enough for {top} bits"):
+        with pytest.raises(UserError, match=f"{bits} bits cannot be read; .* at most {top} bits"):
             packed.dequantize(bits)
 
 
-def test_many_strips_are_one_weight(monkeypatch):
-    monkeypatch.setattr(planes_module, "_STRIP", 64 * 96)
+def test_strips_of_a_weight():
     weight = make_weight(300, 96, 32, zeros=True)
-    packed = NestedPlanes.pack(weight)
-    assert torch.equal(packed.unpack().codes, weight.codes)
-    strips = list(packed.dequantize_strips(3))
-    assert [len(values) for _, values in strips] == [64, 64, 64, 64, 44]
+    strips = list(NestedPlanes.pack(weight).dequantize_strips(3, size=64 * 96))
+    assert [(rows.start, rows.stop) for rows, _ in strips] == [(0, 64), (64, 128), (128, 192), (192, 256), (256, 300)]
     assert torch.equal(torch.cat([values for _, values in strips]), weight.dequantize(3))
 
 
-def test_bytes_read_are_those_of_the_planes_and_their_scales():
+def test_weight_of_several_strips():
+    weight = make_weight(300, CPU_STRIP_WEIGHTS // 128, 32)
+    packed = NestedPlanes.pack(weight)
+    assert torch.equal(unpack(packed).codes, weight.codes)
+    assert torch.equal(packed.dequantize(3), weight.dequantize(3))
+
+
+def test_bytes_read():
     packed = NestedPlanes.pack(make_weight(128, 256, 64, slicing="round", zeros=True))
     side = 128 * 4 * (2 + 1)
     assert [packed.bytes_read(b) for b in (2, 7, 8)] == [128 * 256 // 8 * planes + side for planes in (3, 8, 8)]
 
 
 @pytest.mark.parametrize("bits", [0, 1, 9, 2.5, "4", None])
-def test_what_is_no_width_is_refused(bits):
+def test_invalid_bit_width_raises(bits):
     packed = NestedPlanes.pack(make_weight(8, 16, 16))
-    with pytest.raises(UserError, match=r"A bit-width must be a whole number in 2..8 bits; found"):
+    with pytest.raises(UserError, match=r"bits: a bit-width must be a whole number in 2..8; found"):
         packed.dequantize(bits)
 
 
-def test_widths_beyond_the_codes_are_refused():
+def test_more_bits_than_the_codes_raise():
     weight = make_weight(8, 16, 16, master_bits=4)
-    with pytest.raises(UserError, match=r"in 2..4 bits; found 5"):
+    with pytest.raises(UserError, match=r"5 bits cannot be read; 4 of 4 planes .* at most 4 bits"):
         NestedPlanes.pack(weight).dequantize(5)
-    with pytest.raises(UserError, match="max_bits=5 is no width of codes of 4 bits"):
+    with pytest.raises(UserError, match="max_bits=5 is no bit-width of codes of 4 bits"):
         NestedPlanes.pack(weight, max_bits=5)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "sentence"),
+    ("wrong", "message"),
     [
         ({"planes": torch.zeros(8, 2, 3, 32, 4)}, "found float32"),
         ({"planes": torch.zeros(8, 2, 2, 32, 4, dtype=torch.int32)}, r"found int32 \[8, 2, 2, 32, 4\]"),
         ({"planes": torch.zeros(9, 2, 3, 32, 4, dtype=torch.int32)}, "9 planes are more than the 8 bits"),
-        ({"planes": torch.zeros(8, 2, 32, 3, 4, dtype=torch.int32).transpose(2, 3)}, "found not contiguous int32"),
+        ({"planes": torch.zeros(8, 2, 32, 3, 4, dtype=torch.int32).transpose(2, 3)}, "found non-contiguous int32"),
         ({"scales": torch.zeros(3, 2, 8, 4, 2, dtype=torch.float64)}, "Scales of groups of 64"),
         ({"scales": torch.zeros(4, 2, 8, 4, 2)}, r"found float32 \[4, 2, 8, 4, 2\]"),
-        ({"zeros": torch.zeros(3, 2, 8, 4, 2)}, "Zero points are contiguous uint8"),
-        ({"scales": torch.zeros(3, 2, 8, 4, 2, device="meta")}, "must lie on one device"),
+        ({"zeros": torch.zeros(3, 2, 8, 4, 2)}, "Zero points must be contiguous uint8"),
+        ({"scales": torch.zeros(3, 2, 8, 4, 2, device="meta")}, "must be on one device"),
         ({"group_size": 80}, "Groups of 80 do not divide 192"),
         ({"group_size": 0}, "Groups of 0 do not divide 192"),
         ({"master_bits": 9}, "Codes of 9 bits"),
         ({"slicing": "top"}, "'top' slicing"),
     ],
 )
-def test_tensors_that_do_not_go_together_are_refused(wrong, sentence):
+def test_mismatched_tensors_raise(wrong, message):
     packed = NestedPlanes.pack(make_weight(70, 192, 64, zeros=True))
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         _replace(packed, wrong)
 
 
 def _replace(packed, changes):
-    """Copy of the planes with some of their own fields, or of their format's, replaced."""
+    """Copy with some fields of the planes or of their format replaced."""
     own = {name: value for name, value in changes.items() if name in ("planes", "scales", "zeros")}
     fmt = {name: value for name, value in changes.items() if name not in own}
     return dataclasses.replace(packed, **own, format=dataclasses.replace(packed.format, **fmt))

@@ -1,0 +1,52 @@
+"""CUDA graphs of vLLM: a graph keeps the bit-widths of its capture, so every choice of bit-widths has a set of its own."""
+
+from typing import Any
+
+from matquant.errors import UserError
+from matquant.formats.bit_choice import BitChoice
+
+
+def check_graph_mode(mode: Any, choice: BitChoice) -> None:
+    """Check that vLLM captures prefill and decoding separately if their bit-widths differ.
+
+    Args:
+        mode: ``cudagraph_mode`` of vLLM's compilation config, or None.
+
+    Raises:
+        UserError: prefill and decoding share graphs, but not bit-widths.
+    """
+    if choice.prefill_differs and mode is not None and mode.name != "NONE" and not mode.separate_routine():
+        raise UserError(
+            f"prefill_bits differs from bits, but with cudagraph_mode={mode.name} vLLM uses the same CUDA graphs for prefill "
+            'and decoding. Start it with --compilation-config \'{"cudagraph_mode": "FULL_AND_PIECEWISE"}\' or '
+            "FULL_DECODE_ONLY, or with --enforce-eager."
+        )
+
+
+def swap_cuda_graphs(runner: Any, previous: tuple[Any, ...], current: tuple[Any, ...]) -> None:
+    """Store the graphs of the previous bit-widths, and restore or capture those of the current ones.
+
+    Args:
+        runner: model runner of a vLLM worker.
+        previous, current: hashable keys of the bit-widths of all layers.
+    """
+    if runner.compilation_config.cudagraph_mode.name == "NONE" or runner.device.type != "cuda":
+        return
+    graph_cache = runner.__dict__.setdefault("matquant_graph_cache", {})
+    tables = _graph_tables(runner)
+    graph_cache[previous] = [dict(table) for table in tables]
+    for table, cached in zip(tables, graph_cache.get(current, [{}] * len(tables)), strict=True):
+        table.clear()
+        table.update(cached)
+    if current not in graph_cache:
+        runner.capture_model()
+
+
+def _graph_tables(runner: Any) -> list[dict[Any, Any]]:
+    """Dictionaries in which vLLM keeps its captured graphs."""
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+
+    wrappers = sorted(CUDAGraphWrapper._all_instances, key=id)
+    tables = [wrapper.concrete_cudagraph_entries for wrapper in wrappers]
+    manager = getattr(runner, "cudagraph_manager", None)  # of vLLM's second model runner
+    return tables if manager is None else [*tables, manager.graphs]

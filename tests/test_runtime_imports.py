@@ -1,0 +1,49 @@
+"""The runtime needs torch, numpy, safetensors and Transformers only: a serving host installs nothing else."""
+
+import subprocess
+import sys
+
+import pytest
+from shared import ROOT
+
+QUANTIZATION_PACKAGES = {"hydra", "omegaconf", "lm_eval", "wandb", "datasets", "numba", "scipy", "matplotlib"}
+UPPER_LAYERS = (
+    "models",
+    "data",
+    "transforms",
+    "calibration",
+    "quantize",
+    "evaluate",
+    "search",
+    "pack",
+    "report",
+    "config",
+)
+MODULES = (
+    "matquant.formats.packed",
+    "matquant.inference",
+    "matquant.transformers.quantizer",
+    "matquant.vllm",
+    "matquant.vllm.worker",
+    "matquant.vllm.vllm_ops",
+)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_runtime_imports_no_quantization(module):
+    program = f"import sys, {module}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.split())
+    assert module in loaded
+    assert not loaded & QUANTIZATION_PACKAGES
+    assert not {name for name in loaded if name.startswith(tuple(f"matquant.{layer}" for layer in UPPER_LAYERS))}
+
+
+def test_transformers_registers_the_formats_when_it_is_imported_after_matquant():
+    program = (
+        "import matquant, sys; assert 'transformers' not in sys.modules\n"
+        "import transformers.modeling_utils\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known; print(*known)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {"matquant", "matgptq_quant"} <= set(run.stdout.split())

@@ -1,0 +1,134 @@
+"""Shards of stored layers in the vLLM plugin: loading, bit-widths, and matmuls that read them at run time."""
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from weights import make_weight
+
+from matquant.errors import UserError
+from matquant.formats.matgptq import MatGptqSpec
+from matquant.formats.nested import NestedWeight
+from matquant.formats.packed import LayerSpec
+from matquant.formats.planes import NestedPlanes
+from matquant.inference.shard import WeightShard
+from matquant.vllm import vllm_ops
+from matquant.vllm.sharded_linear import ShardedDenseLinear, ShardedNestedLinear, check_complete
+
+ROWS, COLUMNS, GROUP = 96, 192, 64
+WHOLE = WeightShard.whole(ROWS, COLUMNS)
+
+
+def make_layer(shard: WeightShard, num_planes: int = 8, bits: int = 4) -> ShardedNestedLinear:
+    spec = LayerSpec.from_weight(nested_weight())
+    stored = {key.removeprefix("layer."): tensor for key, tensor in spec.tensors("layer", 8).items()}
+    return ShardedNestedLinear("layer", spec, stored, shard, num_planes=num_planes, bits=bits, prefill=bits)
+
+
+def nested_weight(slicing: str = "msb") -> NestedWeight:
+    return make_weight(ROWS, COLUMNS, GROUP, slicing=slicing, offset=8.0 if slicing == "msb" else 0.0)
+
+
+def load(layer: ShardedNestedLinear) -> ShardedNestedLinear:
+    packed = NestedPlanes.pack(nested_weight())
+    layer.load("scales", packed.scales)
+    for index, plane in enumerate(packed.planes):
+        layer.load(f"plane{index}", plane)
+    return layer
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    """Compare up to the order of float32 sums."""
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_ranks_hold_halves_of_a_layer(rank):
+    x = torch.randn(3, COLUMNS)
+    columns = slice(rank * 96, rank * 96 + 96)  # no multiple of a tile or of a group
+    by_columns = load(make_layer(WeightShard(ROWS, COLUMNS, ((0, ROWS),), (columns.start, columns.stop))))
+    rows = slice(rank * 48, rank * 48 + 48)
+    by_rows = load(make_layer(WeightShard(ROWS, COLUMNS, ((rows.start, rows.stop),), (0, COLUMNS))))
+    assert by_columns.format.group_size == 32
+    for bits in (2, 4, 8):
+        by_columns.set_bits(bits, bits)
+        by_rows.set_bits(bits, bits)
+        dense = nested_weight().dequantize(bits)
+        assert_near(by_columns(x[:, columns], None), x[:, columns] @ dense[:, columns].T)
+        assert_near(by_rows(x, None), x @ dense[rows].T)
+
+
+def test_compiled_layer_reads_its_bits_at_run_time():
+    layer = load(make_layer(WHOLE))
+    x = torch.randn(2, COLUMNS)
+    addresses = [buffer.data_ptr() for buffer in layer.buffers()]
+    graphs = []
+    backend = lambda graph, _: graphs.append(graph) or graph.forward  # noqa: E731
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for bits in (2, 8, 5):
+        layer.set_bits(bits, bits)
+        assert_near(compiled(x, None), x @ nested_weight().dequantize(bits).T)
+    assert len(graphs) == 1
+    assert [buffer.data_ptr() for buffer in layer.buffers()] == addresses
+
+
+def test_planes_that_are_not_kept_are_dropped():
+    layer = load(make_layer(WHOLE, num_planes=3, bits=3))
+    check_complete([layer])
+    assert layer.planes.shape[0] == 3
+    with pytest.raises(UserError, match="layer: 4 bits cannot be read; 3 of 8 planes"):
+        layer.set_bits(4, 3)
+    assert layer.bits == (3, 3)
+
+
+def test_published_codes_become_planes():
+    weight = nested_weight("round")
+    published = MatGptqSpec(group_size=GROUP, bits=4, scale_dtype=torch.float16)
+    spec = published.layer_spec("layer", ROWS, COLUMNS)
+    stored = {key.removeprefix("layer."): tensor for key, tensor in published.tensors({"layer": spec}).items()}
+    shard = WeightShard(ROWS, COLUMNS, ((10, 90),), (96, 192))
+    layer = ShardedNestedLinear("layer", spec, stored, shard, num_planes=8, bits=3, prefill=3)
+    layer.load("qweight", weight.codes)
+    layer.load("scales", weight.scales)
+    check_complete([layer])
+    x = torch.randn(2, 96)
+    assert_near(layer(x, None), x @ weight.dequantize(3)[10:90, 96:].T)
+
+
+def test_dense_layer_holds_its_shard():
+    layer = ShardedDenseLinear("layer", WeightShard(ROWS, COLUMNS, ((10, 90),), (96, 192)), torch.float32)
+    with pytest.raises(UserError, match=r"do not hold layer.weight\."):
+        check_complete([layer])
+    with pytest.raises(UserError, match=r"layer.weight is \[96, 96\] .* needs \[96, 192\]"):
+        layer.load("weight", torch.zeros(96, 96))
+    dense = torch.randn(ROWS, COLUMNS)
+    layer.load("weight", dense)
+    check_complete([layer])
+    assert torch.equal(layer.weight, dense[10:90, 96:])
+
+
+def test_missing_and_wrong_tensors_raise():
+    layer = make_layer(WHOLE)
+    with pytest.raises(UserError, match=r"do not hold layer.plane0, layer.plane1, layer.plane2 and 6 more"):
+        check_complete([layer])
+    for wrong in (torch.zeros(2, 3, 32, 4), torch.zeros(1, 3, 32, 4, dtype=torch.int32)):
+        with pytest.raises(UserError, match=r"layer.plane0 is .*, but the checkpoint's config says"):
+            layer.load("plane0", wrong)
+    with pytest.raises(UserError, match="layer.plane8 is"):
+        layer.load("plane8", NestedPlanes.pack(nested_weight()).planes[0])
+
+
+@pytest.mark.parametrize(
+    ("mode", "new_tokens", "bits"),
+    [("NONE", 1, 2), ("NONE", 7, 8), ("FULL", 1, 2), ("PIECEWISE", 1, 8), ("NONE", None, 8)],
+)
+def test_bits_of_the_current_step(monkeypatch, mode, new_tokens, bits):
+    metadata = {} if new_tokens is None else {"layer": SimpleNamespace(max_query_len=new_tokens)}
+    context = SimpleNamespace(cudagraph_runtime_mode=SimpleNamespace(name=mode), attn_metadata=metadata)
+    module: Any = SimpleNamespace(is_forward_context_available=lambda: True, get_forward_context=lambda: context)
+    monkeypatch.setitem(sys.modules, "vllm.forward_context", module)
+    assert vllm_ops.current_bits(vllm_ops.new_step_bits(2, 8)) == bits
+    assert vllm_ops.current_bits(vllm_ops.new_step_bits(3, 3)) == 3

@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from matquant.cli import register
-from matquant.config import ModelConfig, from_hydra
+from matquant.config import from_hydra
 from matquant.formats.parent import Parent
 from matquant.formats.slice_spec import SliceSpec
 from matquant.inference import replace_linears
 from matquant.models.blocks import BlockModel
-from matquant.models.loading import load, open_model
+from matquant.models.config import ModelConfig
+from matquant.models.loading import load_model, open_model
 from matquant.pack.config import PackConfig
 from matquant.pack.stage import Packing
 from matquant.quantize.base import QuantizerTask
@@ -65,7 +66,7 @@ class Opened:
 
     def in_memory(self) -> Any:
         """The model with the parent's layers put in by ``replace_linears``, nothing packed."""
-        model = load(self.config).model
+        model = load_model(self.config).model
         BlockModel(model)
         if self.head:  # a head that is tied to the embeddings becomes a layer of its own
             model.lm_head = torch.nn.Linear(*model.lm_head.weight.shape[::-1], bias=False)

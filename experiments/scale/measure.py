@@ -35,8 +35,8 @@ from matquant.config import Config, from_hydra
 from matquant.models.activation_cache import OffloadTarget, choose_offload_target
 from matquant.models.blocks import BlockModel
 from matquant.models.loading import LoadedModel, open_model
-from matquant.models.model_sizes import measure
-from matquant.models.tracing import check
+from matquant.models.model_sizes import measure_model
+from matquant.models.tracing import check_blockwise_forward
 from matquant.options import solver_options
 from matquant.quantize.driver import CalibrationOptions, Driver, layers_to_quantize
 from matquant.store import Store
@@ -212,7 +212,7 @@ def quantize(config: Config, loaded: LoadedModel, blocks: BlockModel, record: Re
     )
     on_gpu = device.type == "cuda"
     need = plan.quantizing(
-        measure(blocks, layers, loaded.dtype, dtype), job, on_gpu=on_gpu, solver_on_gpu=on_gpu, place=place
+        measure_model(blocks, layers, loaded.dtype, dtype), job, on_gpu=on_gpu, solver_on_gpu=on_gpu, place=place
     )
     record.found["planned"] = {"device": need.device, "host": need.host}
 
@@ -278,7 +278,7 @@ def main() -> None:
     loaded = record.timed("open", lambda: open_model(config.model))
     blocks = BlockModel(loaded.model, loaded.checkpoint)
     dtype = loaded.compute_dtype(device)
-    record.timed("check", lambda: check(blocks, device, dtype))
+    record.timed("check", lambda: check_blockwise_forward(blocks, device, dtype))
     record.found["limits"] = record.timed("rates", lambda: limits(config, blocks, device, dtype))
     with contextlib.suppress(Enough):
         record.timed("quantize", lambda: quantize(config, loaded, blocks, record, arguments))

@@ -33,7 +33,7 @@ class Source:
         self.loaded, self.parent = loaded, parent
         self.folder = Path(loaded.model.config.name_or_path)
         self.layers = {n: LayerSpec.of(w) for i in range(len(parent.blocks)) for n, w in parent.block(i).items()}
-        self.origins = blocks.origins
+        self.origins = blocks.source_views
         self._views: dict[str, SourceView] = {}
         self.dense = self._dense()
         linear = [n for n, m in loaded.model.named_modules() if isinstance(m, nn.Linear | Conv1D)]

@@ -24,6 +24,7 @@ from matquant.quantize.driver import BlockwiseQuantizer
 from matquant.quantize.layers import layers_to_quantize
 from matquant.quantize.rtn.config import RtnConfig
 from matquant.store import Store
+from matquant.transforms import TransformConfig
 
 RESULTS: dict[str, Any] = {"model": "m", "method": "rtn", "command": "", "baseline": {}, "slices": []}
 IDS = torch.arange(12)[None] * 7 % 128
@@ -34,15 +35,25 @@ class Opened:
 
     Args:
         skip: part of the names of layers that stay as they are.
+        transform: settings of the transform that the weights pass.
         options: of the solver, in place of 8 bits in groups of 32.
     """
 
-    def __init__(self, folder: Path, store: Path, skip: str = "-", head: bool = False, **options: Any) -> None:
-        self.config = ModelConfig(
-            label=None, name=None, path=str(folder), revision=None, dtype="auto", trust_remote_code=False
-        )
+    def __init__(
+        self,
+        folder: Path,
+        store: Path,
+        skip: str = "-",
+        head: bool = False,
+        transform: TransformConfig | None = None,
+        **options: Any,
+    ) -> None:
+        self.config = ModelConfig(path=str(folder))
         self.loaded = open_model(self.config)
-        self.blocks = BlockModel(self.loaded.model, self.loaded.checkpoint)
+        built = None if transform is None else transform.build(self.loaded.model)
+        self.blocks = BlockModel(self.loaded.model, self.loaded.checkpoint, built)
+        description = self.blocks.transform_description
+        about = {} if description is None else {"transform": description}
         self.layers = layers_to_quantize(self.blocks, lambda name: skip in name, lm_head=head)
         self.head = head
         self.method = RtnConfig(**{"slicing": "msb", "scale": "search", "group_size": 32} | options)
@@ -52,7 +63,7 @@ class Opened:
             self.blocks, self.layers, quantizer, device=torch.device("cpu"), dtype=torch.float32
         )
         self.parent = Parent(
-            Store(store).open_or_build("parent", {}, lambda draft: {"blocks": driver.run(draft, None)})
+            Store(store).open_or_build("parent", {}, lambda draft: {"blocks": driver.run(draft, None)} | about)
         )
 
     def names(self) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from matquant.errors import UserError
+from matquant.formats.parent import TRANSFORM_KEY
 from matquant.formats.planes import NestedPlanes
 from matquant.inference.linear import NestedLinear
 
@@ -78,6 +79,7 @@ def replace_linears(
     """
     if isinstance(parent, str | Path):
         parent = _open_parent(Path(parent))
+    _check_transform(model, parent.transform)
     for block in parent.blocks:
         for name, about in block["layers"].items():
             _check_linear(model, name, tuple(about["shape"]))
@@ -102,6 +104,28 @@ def _open_parent(folder: Path) -> "Parent":
         return Parent(read_artifact(folder))
     except (UserError, KeyError) as error:
         raise UserError(f"{folder} is no parent that could be read: {error}.") from error
+
+
+def _check_transform(model: nn.Module, transform: Mapping[str, Any] | None) -> None:
+    """Raise UserError unless the model's weights passed the transform of the parent's."""
+    found: Any = getattr(getattr(model, "config", None), TRANSFORM_KEY, None)
+    if found == transform:
+        return
+    if transform is None:
+        raise UserError(
+            f"The model's weights passed the transform {found['name']}, and the parent was made from original weights. "
+            "Load the original model."
+        )
+    if found is None:
+        raise UserError(
+            f"The parent was made from weights that passed the transform {transform['name']}, and this model has its "
+            "original weights. Call matquant.transforms.apply_transform(model, parent.transform) first, or load a packed "
+            "folder."
+        )
+    raise UserError(
+        f"The model's weights passed the transform {dict(found)}, those of the parent {dict(transform)}. Load the "
+        "original model, and call matquant.transforms.apply_transform(model, parent.transform)."
+    )
 
 
 def _check_linear(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:

@@ -21,7 +21,7 @@ from matquant.models.checkpoint import Checkpoint
 from matquant.models.discovery import find_blocks, make_linear
 from matquant.models.materializer import TensorFunction, WeightMaterializer
 from matquant.models.patched_forward import PatchedForward, hidden_of
-from matquant.models.tensor_swap import named_tensors, set_tensor, swapped_tensors
+from matquant.models.tensor_swap import named_tensors, set_tensor, swapped_tensors, tensor_slot
 
 # Long enough for every expert of a small mixture to be called, short enough to take no time.
 _PROBE_TOKENS = 32
@@ -109,6 +109,13 @@ class BlockModel:
     def vocab_size(self) -> int:
         """Number of logits of each token."""
         return self.model.config.get_text_config().vocab_size
+
+    @property
+    def transform_description(self) -> dict[str, Any] | None:
+        """Description of the transform of the weights: own, or recorded in the config of a transformed checkpoint."""
+        if self.transform is not None:
+            return self.transform.to_json()
+        return getattr(self.model.config, TRANSFORM_KEY, None)
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """Linear layers of a block by full name, in module order; weights are [out_features, in_features].
@@ -225,14 +232,29 @@ class BlockModel:
     def fill(self, exclude: Collection[str], device: torch.device | str, dtype: torch.dtype) -> None:
         """Set all tensors for good, transformed, on ``device`` in ``dtype``, except those named in ``exclude``."""
         self._materializer.fill(self.model, exclude, device, dtype)
-        if self.transform is not None:
-            setattr(self.model.config, TRANSFORM_KEY, self.transform.to_json())
+        self._record_transform()
+
+    @torch.no_grad()
+    def transform_in_place(self) -> None:
+        """Transform the model's own tensors for good; their devices and dtypes stay.
+
+        Raises:
+            UserError: a tensor has no values (it is on the meta device).
+        """
+        tensors = {name: tensor for name, tensor in named_tensors(self.model) if name in self._materializer.plan}
+        if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
+            raise UserError(f"{shorten(empty)} have no values (meta device). Load the model before it is transformed.")
+        for name, tensor in tensors.items():
+            values = self._materializer.transform(name, tensor, tensor.device)
+            set_tensor(self.model, name, nn.Parameter(values, requires_grad=tensor.requires_grad))
+        self._materializer.plan = {}
+        self._record_transform()
 
     def read_tensor(self, name: str) -> Tensor:
-        """Values of a parameter or buffer by full name, transformed, on the CPU or where the model has it."""
-        tensors = dict(named_tensors(self.model))
-        ((_, values),) = self._materializer.read({name: tensors[name]})
-        return values
+        """Values of a parameter or buffer by full name, transformed, on the CPU."""
+        slots, key = tensor_slot(self.model, name)
+        ((_, values),) = self._materializer.read({name: slots[key]})
+        return values.to("cpu")
 
     def transform_tensor(self, name: str, tensor: Tensor) -> Tensor:
         """Apply the weight transform to the values of a tensor by full name, on the CPU."""
@@ -321,6 +343,10 @@ class BlockModel:
 
     def _apply(self, transform: ModelTransform) -> None:
         """Let all weights pass the transform from now on."""
+        if recorded := getattr(self.model.config, TRANSFORM_KEY, None):
+            raise UserError(
+                f"The weights of the model passed the transform {recorded.get('name')} already. Load the original model."
+            )
         plan = transform.plan(self)
         if unsupported := [name for name in plan if name in self.source_views]:
             raise UserError(
@@ -331,6 +357,11 @@ class BlockModel:
             self.untied_head = untie_head(self.model)
         self._materializer.plan = dict(plan)
         self._probes.clear()  # they were computed with the original embeddings
+
+    def _record_transform(self) -> None:
+        """Record in the model's config that its own tensors are transformed."""
+        if self.transform is not None:
+            setattr(self.model.config, TRANSFORM_KEY, self.transform.to_json())
 
 
 def untie_head(model: Any) -> bool:

@@ -24,7 +24,7 @@ def tensor_slot(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
 
 
 def set_tensor(module: nn.Module, name: str, value: Tensor) -> Tensor:
-    """Replace a parameter or buffer for good, a parameter by one without gradient; return the new object."""
+    """Replace a parameter or buffer for good, a plain tensor in a parameter's place by a parameter; return it."""
     slots, key = tensor_slot(module, name)
     if isinstance(slots[key], nn.Parameter) and not isinstance(value, nn.Parameter):
         value = nn.Parameter(value, requires_grad=False)

@@ -22,6 +22,7 @@ from matquant.models.discovery import find_blocks, make_linear
 from matquant.models.materializer import TensorFunction, WeightMaterializer
 from matquant.models.patched_forward import PatchedForward, hidden_of
 from matquant.models.tensor_swap import named_tensors, set_tensor, swapped_tensors, tensor_slot
+from matquant.models.tied_weights import untie_head
 
 # Long enough for every expert of a small mixture to be called, short enough to take no time.
 _PROBE_TOKENS = 32
@@ -297,7 +298,6 @@ class BlockModel:
         self, device: torch.device | str, dtype: torch.dtype, without: Tensor | None
     ) -> Iterator[None]:
         """Put everything outside of blocks on the device; a meta tensor ``without`` becomes zeros without storage."""
-
         empty = {}
         for name, tensor in named_tensors(self.model):
             if tensor is without and tensor.is_meta:
@@ -362,16 +362,3 @@ class BlockModel:
         """Record in the model's config that its own tensors are transformed."""
         if self.transform is not None:
             setattr(self.model.config, TRANSFORM_KEY, self.transform.to_json())
-
-
-def untie_head(model: Any) -> bool:
-    """Give a head that is tied to the embeddings its own parameter, on the same storage; return True if it was tied."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if getattr(head, "weight", None) is not embedding.weight:
-        return False
-    name = next(n for n, m in model.named_modules() if m is head)
-    set_tensor(model, f"{name}.weight", nn.Parameter(head.weight.detach(), requires_grad=False))
-    getattr(model, "all_tied_weights_keys", {}).pop(f"{name}.weight", None)
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False  # or Transformers' tie_weights() would tie the head again
-    return True

@@ -28,9 +28,6 @@ from matquant.errors import UserError
 from matquant.formats.safetensors_headers import DTYPES, StoredTensor
 from matquant.models.tensor_swap import named_tensors, set_tensor, tensor_slot
 
-# Elements per comparison of two copies of a tied tensor, to limit the memory that is mapped at once.
-_COMPARED_AT_ONCE = 2**24
-
 
 def build_skeleton(
     config: Any, stored: Mapping[str, StoredTensor], dtype: torch.dtype, trust_remote_code: bool
@@ -169,19 +166,6 @@ class Checkpoint:
         return {name: first[id(tensor)] for name, tensor in self._tensors.items() if id(tensor) in first}
 
 
-def tie_equal(model: Any, checkpoint: Checkpoint) -> None:
-    """Tie parameters that the config ties and the checkpoint stores twice with equal values, as Transformers does."""
-    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
-        if (
-            target in checkpoint
-            and source in checkpoint
-            and model.get_parameter(target) is not model.get_parameter(source)
-        ):
-            tensors = dict(checkpoint.read([target, source]))
-            if _equal(tensors[target], tensors[source]):
-                set_tensor(model, target, model.get_parameter(source))
-
-
 def compute_buffers(model: Any, checkpoint: Checkpoint) -> None:
     """Compute the tensors that no checkpoint stores (rotary frequencies and the like), on the CPU."""
     for name, tensor in named_tensors(model):
@@ -203,10 +187,3 @@ def fill(model: Any, checkpoint: Checkpoint) -> None:
 
 def _device_of(tensors: Mapping[str, Any]) -> str:
     return "meta" if any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors.values()) else "cpu"
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    rows = max(1, _COMPARED_AT_ONCE // max(1, one[0].numel()))
-    return all(torch.equal(one[i : i + rows], other[i : i + rows]) for i in range(0, len(one), rows))

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from matquant.errors import UserError, shorten
 from matquant.formats.safetensors_headers import DTYPES, StoredTensor, read_headers
 from matquant.models.blocks import compute_dtype
-from matquant.models.checkpoint import Checkpoint, build_skeleton, compute_buffers, fill, tie_equal
+from matquant.models.checkpoint import Checkpoint, build_skeleton, compute_buffers, fill
 from matquant.models.checkpoint_files import (
     MAX_NAMES,
     TOKENIZERS,
@@ -32,6 +32,7 @@ from matquant.models.checkpoint_files import (
     weight_files,
 )
 from matquant.models.config import ModelConfig
+from matquant.models.tied_weights import tie_equal
 
 _FLOAT_CODES = ("F64", "F32", "F16", "BF16")
 

@@ -46,7 +46,7 @@ class WeightMaterializer:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> Iterator[None]:
-        """Put the wanted tensors of a module on ``device`` in ``dtype`` inside the context.
+        """Put the wanted tensors of a module on ``device`` in ``dtype`` inside the context, without gradients.
 
         Args:
             path: full name of the module.
@@ -84,7 +84,7 @@ class WeightMaterializer:
     def read(
         self, originals: Mapping[str, Tensor], path: str = "", device: torch.device | str = "cpu"
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the values of tensors one at a time, transformed.
+        """Yield the values of tensors one at a time, transformed and without gradients.
 
         A tensor that has values gives itself, one on the meta device is read from the checkpoint.
 
@@ -103,7 +103,7 @@ class WeightMaterializer:
                 view = self.source_views.get(full, SourceView(full))
                 stored.setdefault(view.name, []).append((name, full, view))
             else:
-                yield name, self.transform(full, tensor, device)
+                yield name, self.transform(full, tensor.detach(), device)
         if stored and self.checkpoint is None:
             raise ValueError(f"{path or 'the model'} is on the meta device, and there is no checkpoint to read it from")
         if stored and self.checkpoint is not None:

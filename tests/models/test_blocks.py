@@ -326,6 +326,7 @@ def test_gradients_flow_from_the_logits_through_a_replaced_tied_head() -> None:
 def test_replaced_weights_without_gradients_are_parameters() -> None:
     model = make("qwen3").half()
     blocks = BlockModel(model)
+    model.requires_grad_()  # no effect on the copies on the device
     with blocks.head_on_device("cpu", torch.float32):
         model.tie_weights()  # evaluation harnesses call it; it accepts parameters only
         assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from matquant.errors import UserError
 from matquant.formats.allocation import is_file_name
+from matquant.models import config as loading
+from matquant.models.config import ModelConfig
 from matquant.pack import config as packing
 from matquant.pack.config import PackConfig
 from matquant.quantize.config import MethodConfig, ObjectiveConfig, check_bits, check_method, check_objective
@@ -42,18 +44,6 @@ RENAMED = {
     "method.head": "method.quantize_lm_head",
     "objective.tilt": "objective.per_bit_factor",
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """Which model: a hub ``name``, or a local ``path``."""
-
-    label: str | None  # what results call it; the last part of name or path when null
-    name: str | None
-    path: str | None
-    revision: str | None
-    dtype: Literal["auto", "float32", "float16", "bfloat16"]
-    trust_remote_code: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,7 +181,7 @@ def _choose_batch_sizes(tree: dict[str, Any]) -> None:
 
 def _check(config: Config) -> None:
     method, master_bits = config.method, config.method.master_bits
-    _check_model(config.model)
+    loading.check(config.model)
     check_objective(config.objective, master_bits)
     check_method(method)
     _check_text(config.calibration, "calibration")
@@ -230,13 +220,6 @@ def _check_evaluation(config: EvalConfig) -> None:
     for name, least in {"task_batch_size": 1, "limit": 1, "fewshot": 0}.items():
         if (value := getattr(config, name)) is not None and value < least:
             raise UserError(f"eval.{name} must be at least {least}; found {value}.")
-
-
-def _check_model(model: ModelConfig) -> None:
-    if (model.name is None) == (model.path is None):
-        raise UserError(
-            "Give either model.name (a name on the hub) or model.path (a local folder), not both or neither."
-        )
 
 
 def _check_text(text: TextConfig, where: str) -> None:

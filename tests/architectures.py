@@ -1,4 +1,4 @@
-"""Small random models of many architectures, made from the config classes of Transformers."""
+"""Small random models of many architectures, built from the config classes of Transformers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +92,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 def make_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """In eval mode; weights are far from their initialisation, where norms are 1 and biases 0."""
+    """Random model in eval mode; its weights are moved from their initialisation, where norms are 1 and biases 0."""
     torch.manual_seed(seed)
     model: Any = tf.AutoModelForCausalLM.from_config(CONFIGS[kind]())
     with torch.no_grad():
@@ -102,7 +102,7 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
 
 
 def save(model: Any, folder: Path, shard: str = "5GB") -> Path:
-    """A checkpoint as the hub holds them, with the shipped model's tokenizer."""
+    """Save a checkpoint as on the hub, with the tokenizer of the shipped model."""
     model.save_pretrained(folder, max_shard_size=shard)
     tf.AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
     return folder

@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from matquant.cli import register
-from matquant.config import ModelConfig, from_hydra
+from matquant.config import from_hydra
 from matquant.formats.parent import Parent
 from matquant.formats.slice_spec import SliceSpec
 from matquant.inference import replace_linears
 from matquant.models.blocks import BlockModel
-from matquant.models.loading import load, open_model
+from matquant.models.config import ModelConfig
+from matquant.models.loading import load_model, open_model
 from matquant.pack.config import PackConfig
 from matquant.pack.stage import Packing
 from matquant.quantize.base import QuantizerTask
@@ -23,6 +24,7 @@ from matquant.quantize.driver import BlockwiseQuantizer
 from matquant.quantize.layers import layers_to_quantize
 from matquant.quantize.rtn.config import RtnConfig
 from matquant.store import Store
+from matquant.transforms import TransformConfig
 
 RESULTS: dict[str, Any] = {"model": "m", "method": "rtn", "command": "", "baseline": {}, "slices": []}
 IDS = torch.arange(12)[None] * 7 % 128
@@ -33,15 +35,25 @@ class Opened:
 
     Args:
         skip: part of the names of layers that stay as they are.
+        transform: settings of the transform that the weights pass.
         options: of the solver, in place of 8 bits in groups of 32.
     """
 
-    def __init__(self, folder: Path, store: Path, skip: str = "-", head: bool = False, **options: Any) -> None:
-        self.config = ModelConfig(
-            label=None, name=None, path=str(folder), revision=None, dtype="auto", trust_remote_code=False
-        )
+    def __init__(
+        self,
+        folder: Path,
+        store: Path,
+        skip: str = "-",
+        head: bool = False,
+        transform: TransformConfig | None = None,
+        **options: Any,
+    ) -> None:
+        self.config = ModelConfig(path=str(folder))
         self.loaded = open_model(self.config)
-        self.blocks = BlockModel(self.loaded.model, self.loaded.checkpoint)
+        built = None if transform is None else transform.build(self.loaded.model)
+        self.blocks = BlockModel(self.loaded.model, self.loaded.checkpoint, built)
+        description = self.blocks.transform_description
+        about = {} if description is None else {"transform": description}
         self.layers = layers_to_quantize(self.blocks, lambda name: skip in name, lm_head=head)
         self.head = head
         self.method = RtnConfig(**{"slicing": "msb", "scale": "search", "group_size": 32} | options)
@@ -51,7 +63,7 @@ class Opened:
             self.blocks, self.layers, quantizer, device=torch.device("cpu"), dtype=torch.float32
         )
         self.parent = Parent(
-            Store(store).open_or_build("parent", {}, lambda draft: {"blocks": driver.run(draft, None)})
+            Store(store).open_or_build("parent", {}, lambda draft: {"blocks": driver.run(draft, None)} | about)
         )
 
     def names(self) -> list[str]:
@@ -65,7 +77,7 @@ class Opened:
 
     def in_memory(self) -> Any:
         """The model with the parent's layers put in by ``replace_linears``, nothing packed."""
-        model = load(self.config).model
+        model = load_model(self.config).model
         BlockModel(model)
         if self.head:  # a head that is tied to the embeddings becomes a layer of its own
             model.lm_head = torch.nn.Linear(*model.lm_head.weight.shape[::-1], bias=False)

@@ -31,7 +31,7 @@ from matquant.config import Config, from_hydra
 from matquant.data import texts
 from matquant.formats.parent import Parent
 from matquant.models.blocks import BlockModel, compute_dtype
-from matquant.models.loading import load
+from matquant.models.loading import load_model
 from matquant.paths import resource_root
 from matquant.pipeline import Job, compute
 from matquant.report.provenance import provenance
@@ -119,7 +119,7 @@ def open_parent(config: Config) -> tuple[BlockModel, Parent, Any]:
     """The shipped model and its parent, which is made if the store has none."""
     job = Job(folder=Path(), command="", name="", group=None, resolved={})
     found = compute(dataclasses.replace(config, stages=("quantize",)), job)["parent"]
-    loaded = load(config.model)
+    loaded = load_model(config.model)
     return BlockModel(loaded.model), Parent(read_artifact(Path(found["path"]))), loaded
 
 

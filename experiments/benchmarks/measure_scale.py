@@ -36,8 +36,8 @@ from matquant.config import Config, from_hydra
 from matquant.models.activation_cache import OffloadTarget, choose_offload_target
 from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.loading import LoadedModel, open_model
-from matquant.models.model_sizes import measure
-from matquant.models.tracing import check
+from matquant.models.model_sizes import measure_model
+from matquant.models.tracing import check_blockwise_forward
 from matquant.quantize.base import CalibrationTokens, QuantizerTask
 from matquant.quantize.driver import BlockwiseQuantizer
 from matquant.quantize.gptq.config import GptqConfig
@@ -223,7 +223,7 @@ def quantize(
     recorder.results["offload"] = "file" if isinstance(offload, Path) else str(offload)
     on_gpu = device.type == "cuda"
     estimate = quantize_memory(
-        measure(blocks, layers, loaded.dtype, dtype),
+        measure_model(blocks, layers, loaded.dtype, dtype),
         quantizer,
         CalibrationTokens(total=sequences.numel(), batch=text.batch_size * text.sequence_length),
         method.group_size,
@@ -292,7 +292,7 @@ def main() -> None:
     loaded = recorder.timed("open", lambda: open_model(config.model))
     blocks = BlockModel(loaded.model, loaded.checkpoint)
     dtype = compute_dtype(loaded.dtype, device)
-    recorder.timed("check", lambda: check(blocks, device, dtype))
+    recorder.timed("check", lambda: check_blockwise_forward(blocks, device, dtype))
     recorder.results["limits"] = recorder.timed("rates", lambda: measure_limits(config, blocks, device, dtype))
     with contextlib.suppress(TimeLimit):
         recorder.timed("quantize", lambda: quantize(config, loaded, blocks, recorder, arguments))

@@ -87,7 +87,7 @@ class ActivationStreams:
         """Output of block ``index`` (logits for the head) for hidden states [batch, length, hidden] of a batch."""
         if index == len(self.blocks):
             return self.blocks.head(self._ids[self._windows.rows[batch]].to(self.device), hidden)
-        return self.blocks.run_block(index, hidden, self._windows.calls[batch][index])
+        return self.blocks.run_block(index, hidden, self._windows.kwargs[batch][index])
 
     @torch.no_grad()
     def advance(self, index: int, weights_of: Callable[[str], Weights]) -> None:

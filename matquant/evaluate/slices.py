@@ -84,7 +84,7 @@ def evaluate_slices(
                     with blocks.with_weights(index, {} if name == FULL else weights_of(index, name)):
                         _through_block(blocks, index, states, start, advance)
         heads = {name: weights_of(len(blocks), name) for name in variants}
-        with blocks.outside_on_device(device, dtype):
+        with blocks.head_on_device(device, dtype):
             totals = _score(blocks, windows, hidden, heads, batch_size, device, advance)
     return {name: _added_up(total, process_group).metrics() for name, total in totals.items()}
 
@@ -101,7 +101,7 @@ def _through_block(
     blocks: BlockModel, index: int, states: ActivationCache, start: BlockInputs, advance: Callable[[int], None]
 ) -> None:
     """Replaces hidden states [sequences, length, hidden] by what the block makes of them."""
-    for rows, calls in zip(start.rows, start.calls, strict=True):
+    for rows, calls in zip(start.rows, start.kwargs, strict=True):
         batch = states[rows]
         states[rows] = blocks.run_block(index, batch, calls[index])
         advance(len(batch))
@@ -117,7 +117,7 @@ def _score(
     advance: Callable[[int], None],
 ) -> dict[str, Totals]:
     totals = dict.fromkeys(hidden, Totals())
-    for rows in _head_rows(windows, blocks.vocabulary, batch_size):
+    for rows in _head_rows(windows, blocks.vocab_size, batch_size):
         ids = windows[rows].to(device)
         full = blocks.head(ids, hidden[FULL][rows])
         for name, states in hidden.items():

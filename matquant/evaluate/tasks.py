@@ -105,7 +105,7 @@ def evaluate_tasks(
     dtype = compute_dtype(blocks.dtype, device)
     found: dict[str, Scores] = {}
     with contextlib.ExitStack() as placed:
-        placed.enter_context(blocks.outside_on_device(device, dtype))
+        placed.enter_context(blocks.head_on_device(device, dtype))
         for index in range(len(blocks)):
             placed.enter_context(blocks.on_device(index, device, dtype))
         with _quiet():

@@ -16,6 +16,8 @@ from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.store import Artifact
 from matquant.store.distributed_store import DraftLike
 
+TRANSFORM_KEY = "matquant_transform"  # entry of a model's config that describes the transform of its weights
+
 
 def parent_bytes(parameters: int, group_size: int) -> int:
     """Bytes of a parent of so many quantized parameters: 8-bit codes, and 16-bit scales."""
@@ -98,6 +100,11 @@ class Parent:
         self.artifact = artifact
         self.blocks: list[dict[str, Any]] = artifact.about["blocks"]
         self._last: tuple[int, dict[str, NestedWeight]] = (-1, {})
+
+    @property
+    def transform(self) -> dict[str, Any] | None:
+        """Description of the transform that the weights passed before quantization; None without one."""
+        return self.artifact.about.get("transform")
 
     def block(self, index: int) -> dict[str, NestedWeight]:
         """Quantized layers of one block by full name. The most recent block is cached."""

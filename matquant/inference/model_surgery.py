@@ -9,7 +9,7 @@ from torch import nn
 
 from matquant.errors import UserError
 from matquant.formats.bit_choice import Bits, bits_by_layer
-from matquant.formats.parent import Parent
+from matquant.formats.parent import TRANSFORM_KEY, Parent
 from matquant.formats.planes import NestedPlanes
 from matquant.inference.linear import NestedLinear
 from matquant.store.artifact import read_artifact
@@ -97,10 +97,33 @@ def _check_compatible(model: nn.Module, parent: Parent) -> None:
 
     ``parent.artifact.about`` is the manifest of the parent: conditions that concern the whole model belong here.
     """
+    _check_transform(model, parent.transform)
     for block in parent.blocks:
         layers: Mapping[str, Mapping[str, Any]] = block["layers"]
         for name, about in layers.items():
             _check_linear(model, name, tuple(about["shape"]))
+
+
+def _check_transform(model: nn.Module, transform: Mapping[str, Any] | None) -> None:
+    """Raise UserError unless the model's weights passed the transform of the parent's."""
+    found: Any = getattr(getattr(model, "config", None), TRANSFORM_KEY, None)
+    if found == transform:
+        return
+    if transform is None:
+        raise UserError(
+            f"The model's weights passed the transform {found['name']}, and the parent was made from original weights. "
+            "Load the original model."
+        )
+    if found is None:
+        raise UserError(
+            f"The parent was made from weights that passed the transform {transform['name']}, and this model has its "
+            "original weights. Call matquant.transforms.apply_transform(model, parent.transform) first, or load a packed "
+            "folder."
+        )
+    raise UserError(
+        f"The model's weights passed the transform {dict(found)}, those of the parent {dict(transform)}. Load the "
+        "original model, and call matquant.transforms.apply_transform(model, parent.transform)."
+    )
 
 
 def _check_linear(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:

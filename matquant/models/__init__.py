@@ -1,1 +1,1 @@
-"""Models: loading a checkpoint, and running it block by block."""
+"""Models: loading of a checkpoint, and block-by-block execution."""

@@ -1,4 +1,4 @@
-"""What a decoder block is called with beside its hidden states, kept apart from them and shared between batches."""
+"""Arguments of a decoder block other than its hidden states, shared between batches where they are equal."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,27 +10,29 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class BlockKwargs:
-    """What a block is called with beside its hidden states: masks, position embeddings and so on.
+    """Arguments of one call of a block without its hidden states: masks, position embeddings and so on.
 
-    ``place`` is where the hidden states go: the position of an argument, or its name.
+    Attributes:
+        args, kwargs: positional and named arguments; None in the place of the hidden states.
+        hidden_key: argument that takes the hidden states: its position or its name.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    place: int | str
+    hidden_key: int | str
 
-    def fill(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and named arguments of the block for these hidden states."""
-        if isinstance(self.place, int):
-            return (*self.args[: self.place], hidden, *self.args[self.place + 1 :]), dict(self.kwargs)
-        return self.args, {**self.kwargs, self.place: hidden}
+    def bind(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and named arguments of the block with these hidden states."""
+        if isinstance(self.hidden_key, int):
+            return (*self.args[: self.hidden_key], hidden, *self.args[self.hidden_key + 1 :]), dict(self.kwargs)
+        return self.args, {**self.kwargs, self.hidden_key: hidden}
 
 
-BlockKwargsList = list[BlockKwargs]  # one for each block
+PerBlockKwargs = list[BlockKwargs]  # one entry per block, all of one batch
 
 
 def split_block_args(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, BlockKwargs]:
-    """A block's hidden states, and its call without them."""
+    """Split the arguments of a block into its hidden states and the rest."""
     if args:
         return args[0], BlockKwargs((None, *args[1:]), dict(kwargs), 0)
     name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
@@ -38,12 +40,18 @@ def split_block_args(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[
 
 
 def share_tensors(new: BlockKwargs, old: BlockKwargs, memo: dict[tuple[int, int], Any]) -> BlockKwargs:
-    """``new`` with what it has in common with ``old`` taken from there; ``memo`` is kept over all blocks of a batch."""
-    return BlockKwargs(_share(new.args, old.args, memo), _share(dict(new.kwargs), dict(old.kwargs), memo), new.place)
+    """Return ``new`` with each tensor that equals its counterpart in ``old`` replaced by that one.
+
+    Args:
+        memo: results of the comparisons so far; use one dict for all blocks of a batch.
+    """
+    return BlockKwargs(
+        _share(new.args, old.args, memo), _share(dict(new.kwargs), dict(old.kwargs), memo), new.hidden_key
+    )
 
 
 def _share(new: Any, old: Any, memo: dict[tuple[int, int], Any]) -> Any:
-    """``new`` with every tensor that equals the one at the same place in ``old`` replaced by that one."""
+    """Nested containers of ``new`` with the tensors of ``old`` where both are equal."""
     if isinstance(new, Tensor) and isinstance(old, Tensor):
         key = (id(new), id(old))
         if key not in memo:  # all blocks have the same masks: compare them once
@@ -59,5 +67,5 @@ def _share(new: Any, old: Any, memo: dict[tuple[int, int], Any]) -> Any:
 
 
 def _equal(new: Tensor, old: Tensor) -> bool:
-    alike = new.shape == old.shape and new.dtype == old.dtype and new.device == old.device
-    return alike and torch.equal(new, old)
+    comparable = new.shape == old.shape and new.dtype == old.dtype and new.device == old.device
+    return comparable and torch.equal(new, old)

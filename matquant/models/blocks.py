@@ -1,94 +1,128 @@
-"""A causal language model as a row of decoder blocks, found from the module tree and not from an architecture's names.
+"""A causal language model as a sequence of decoder blocks that are loaded and run one at a time.
 
-The blocks are run one at a time, and everything around them is left to the model itself. Its own forward runs with
-every block's forward replaced: by one that notes what the block would be called with (``prepare``), or by one that
-hands in a hidden state that is already known (``head``). So embeddings, masks, positions, final norm, head and
-soft-capping are the model's own, whatever its architecture.
+Blocks are found in the module tree, independent of an architecture's names. Everything outside of them is left to the
+model's own forward (``matquant.models.patched_forward``).
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from matquant.errors import UserError
+from matquant.errors import UserError, shorten
+from matquant.formats.parent import TRANSFORM_KEY
 from matquant.inference.experts import SourceView
 from matquant.models.activation_cache import ActivationCache, OffloadTarget
-from matquant.models.block_kwargs import BlockKwargs, BlockKwargsList, share_tensors, split_block_args
+from matquant.models.block_kwargs import BlockKwargs, PerBlockKwargs, share_tensors
 from matquant.models.checkpoint import Checkpoint
 from matquant.models.discovery import find_blocks, make_linear
-from matquant.models.materializer import WeightMaterializer
-from matquant.models.tensor_swap import named_tensors, patched_forwards, swapped_tensors
+from matquant.models.materializer import TensorFunction, WeightMaterializer
+from matquant.models.patched_forward import PatchedForward, hidden_of
+from matquant.models.tensor_swap import named_tensors, set_tensor, swapped_tensors, tensor_slot
+from matquant.models.tied_weights import untie_head
 
-# Long enough that every expert of a small mixture has a chance to be called, short enough to cost nothing.
+# Long enough for every expert of a small mixture to be called, short enough to take no time.
 _PROBE_TOKENS = 32
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device | str) -> torch.dtype:
-    """The dtype to compute in: float32 on a CPU, the stored dtype elsewhere."""
+    """Dtype of the computation: float32 on a CPU, the stored dtype elsewhere."""
     return torch.float32 if torch.device(device).type == "cpu" else stored
+
+
+class ModelTransform(Protocol):
+    """Interface of ``matquant.transforms.WeightTransform`` that a ``BlockModel`` uses."""
+
+    unties_embeddings: bool
+
+    def plan(self, model: "BlockModel") -> Mapping[str, TensorFunction]:
+        """Function of each tensor that changes, by full name."""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able description."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockInputs:
-    """Every batch of some windows on its way into block 0.
+    """Arguments of all blocks for a set of sequences, batch by batch.
 
     Attributes:
-        hidden: what enters block 0.
-        rows: of each batch.
-        calls: of each batch; tensors that are equal in several batches are held once.
+        hidden: hidden states in front of block 0, [sequences, length, hidden].
+        rows: sequences of each batch.
+        kwargs: other arguments of each batch; tensors that are equal in several batches are stored once.
     """
 
     hidden: ActivationCache
     rows: list[slice]
-    calls: list[BlockKwargsList]
+    kwargs: list[PerBlockKwargs]
 
 
 class BlockModel:
-    """The blocks of a causal language model of Transformers, to be run one at a time.
+    """Decoder blocks of a causal language model of Transformers, to be run one at a time.
 
-    What holds matrices of a block in another form (``Conv1D``, experts that are one tensor) is replaced by ``nn.Linear``
-    over the same storage, so that every weight is [out, in] and every layer has a name.
+    ``Conv1D`` and fused experts in blocks are replaced by ``nn.Linear`` on the same storage, so that every weight is
+    [out_features, in_features] and every layer has a name.
+
+    Weights are transformed, converted and put on a device inside the contexts ``on_device``, ``embeddings_on_device``
+    and ``head_on_device``; the model's own tensors stay unchanged outside of them.
 
     Args:
-        model: in eval mode. Its weights stay where they are; ``on_device`` and ``outside_on_device`` lend converted
-            copies.
-        checkpoint: reads the weights that are on the meta device, for as long as they are lent.
+        model: in eval mode.
+        checkpoint: reader of the weights that are on the meta device.
+        transform: weight transform that all weights pass where they are materialized. If it unties the embeddings, a
+            tied head becomes a parameter of its own.
+
+    Attributes:
+        source_views: location in the checkpoint of the weights that have another name or shape there, by full name.
+        untied_head: True if the transform untied the head from the embeddings.
 
     Raises:
-        UserError: no list of blocks was found.
+        UserError: the model has no list of blocks, or the transform does not support it.
     """
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, checkpoint: Checkpoint | None = None, transform: ModelTransform | None = None
+    ) -> None:
         self.model: Any = model
         self.name, blocks = find_blocks(model)
         self.blocks: list[nn.Module] = list(blocks)
         self.block_names: list[str] = [f"{self.name}.{i}" for i in range(len(self.blocks))]
-        self.origins: dict[str, SourceView] = {}  # of weights with a new name or shape, by full name
+        self.source_views: dict[str, SourceView] = {}
         for block, name in zip(self.blocks, self.block_names, strict=True):
-            self.origins |= make_linear(block, name)
+            self.source_views |= make_linear(block, name)
         linear = next(m for m in self.blocks[0].modules() if isinstance(m, nn.Linear))
         self.dtype: torch.dtype = linear.weight.dtype
-        self._values = WeightMaterializer(checkpoint, self.origins, self.dtype)
-        # Of the tuple that a block returns; 0 when it returns a tensor, None before it is known.
-        self._output_length: int | None = None
-        self._probes: dict[tuple[torch.device, torch.dtype], tuple[Tensor, BlockKwargsList]] = {}
+        self.untied_head = False
+        self._materializer = WeightMaterializer(checkpoint, self.source_views, self.dtype)
+        self._forward = PatchedForward(model, self.blocks, self.name)
+        self._probes: dict[tuple[torch.device, torch.dtype], tuple[Tensor, PerBlockKwargs]] = {}
+        self.transform = transform
+        if transform is not None:
+            self._apply(transform)
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     @property
-    def vocabulary(self) -> int:
-        """How many logits the head gives for each token."""
+    def vocab_size(self) -> int:
+        """Number of logits of each token."""
         return self.model.config.get_text_config().vocab_size
 
-    def linears(self, index: int) -> dict[str, nn.Linear]:
-        """The linear layers of a block by their full dotted names, in module order; weights are [out, in].
+    @property
+    def transform_description(self) -> dict[str, Any] | None:
+        """Description of the transform of the weights: own, or recorded in the config of a transformed checkpoint."""
+        if self.transform is not None:
+            return self.transform.to_json()
+        return getattr(self.model.config, TRANSFORM_KEY, None)
 
-        What follows the last block counts as one more, ``len(self)``: its only layer is the head, if that is linear.
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """Linear layers of a block by full name, in module order; weights are [out_features, in_features].
+
+        The head counts as a block after the last one, ``len(self)``. It has one layer, or none if the head is not
+        linear.
         """
         if index == len(self.blocks):
             head = self.model.get_output_embeddings()
@@ -97,9 +131,9 @@ class BlockModel:
         return {f"{prefix}.{n}": m for n, m in self.blocks[index].named_modules() if isinstance(m, nn.Linear)}
 
     def expert_groups(self, index: int) -> dict[str, str]:
-        """For each layer of a block that belongs to one of several experts, the name of all that do the same there.
+        """Group name of each layer of a block that belongs to one of several experts.
 
-        Such as ``model.layers.0.mlp.experts.*.down_proj`` for ``model.layers.0.mlp.experts.3.down_proj``.
+        The name has ``*`` for the expert's number: ``model.layers.0.mlp.experts.*.down_proj``.
         """
         found = {}
         for name in self.linears(index):
@@ -112,137 +146,167 @@ class BlockModel:
     # Running
 
     @torch.no_grad()
-    def prepare(self, input_ids: Tensor, like: BlockKwargsList | None = None) -> tuple[Tensor, BlockKwargsList]:
-        """What enters block 0, and what each block is called with; no block and no head is computed.
+    def capture_batch(self, input_ids: Tensor, like: PerBlockKwargs | None = None) -> tuple[Tensor, PerBlockKwargs]:
+        """Record the hidden states in front of block 0 and the other arguments of each block.
 
         Args:
             input_ids: int64 [batch, length], on the device of the embeddings.
-            like: calls of an earlier batch. What is equal in both (masks and position embeddings, as a rule) is taken
-                from there, so that many batches hold it once. What differs stays as it is.
+            like: arguments of an earlier batch. Tensors that are equal in both (usually masks and position embeddings)
+                are taken from there, so that many batches store them once.
 
         Returns:
-            Hidden states [batch, length, hidden], and a call for each block.
+            Hidden states [batch, length, hidden], and the other arguments of each block.
 
         Raises:
             UserError: the model does not run its blocks one after the other, each once.
         """
-        entering, calls = self._record(input_ids, len(self.blocks))
+        self._detect_output_type(input_ids)
+        hidden, recorded = self._forward.record(input_ids)
         if like is None:
-            return entering, calls
+            return hidden, recorded
         memo: dict[tuple[int, int], Any] = {}
-        return entering, [share_tensors(new, old, memo) for new, old in zip(calls, like, strict=True)]
+        return hidden, [share_tensors(new, old, memo) for new, old in zip(recorded, like, strict=True)]
 
     def capture_block_inputs(
         self,
-        windows: Tensor,
+        sequences: Tensor,
         batch_size: int,
         device: torch.device | str,
         dtype: torch.dtype,
-        place: OffloadTarget | None = None,
+        offload: OffloadTarget | None = None,
     ) -> BlockInputs:
-        """``prepare`` for all windows, batch by batch, with the embeddings on ``device`` in ``dtype`` meanwhile.
+        """Capture all sequences batch by batch, see ``capture_batch``, with the embeddings on ``device`` in ``dtype``.
 
         Args:
-            windows: int64 [sequences, length].
-            place: where the hidden states stay; ``device`` when None. BlockKwargsList are on ``device``.
+            sequences: int64 [sequences, length].
+            offload: storage of the hidden states; ``device`` if None. The other arguments stay on ``device``.
         """
-        rows = [slice(i, min(i + batch_size, len(windows))) for i in range(0, len(windows), batch_size)]
-        calls: list[BlockKwargsList] = []
-        hidden: ActivationCache | None = None
-        with self.entry_on_device(device, dtype):
+        rows = [slice(i, min(i + batch_size, len(sequences))) for i in range(0, len(sequences), batch_size)]
+        captured: list[PerBlockKwargs] = []
+        cache: ActivationCache | None = None
+        with self.embeddings_on_device(device, dtype):
             for batch in rows:
-                ids = windows[batch].to(device)
-                # BlockKwargsList of the first batch serve all others but a smaller last one.
-                entering, recorded = self.prepare(ids, calls[0] if calls else None)
-                if hidden is None:
-                    shape = (*windows.shape, entering.shape[-1])
-                    hidden = ActivationCache(shape, entering.dtype, place or torch.device(device), torch.device(device))
-                hidden[batch] = entering
-                calls.append(recorded)
-        if hidden is None:
-            raise ValueError("there are no windows")
-        return BlockInputs(hidden, rows, calls)
+                # All batches share the tensors of the first one, except a smaller last batch.
+                hidden, kwargs = self.capture_batch(sequences[batch].to(device), captured[0] if captured else None)
+                if cache is None:
+                    shape = (*sequences.shape, hidden.shape[-1])
+                    cache = ActivationCache(shape, hidden.dtype, offload or torch.device(device), torch.device(device))
+                cache[batch] = hidden
+                captured.append(kwargs)
+        if cache is None:
+            raise ValueError("there are no sequences")
+        return BlockInputs(cache, rows, captured)
 
-    @torch.no_grad()
-    def run_block(self, index: int, hidden: Tensor, call: BlockKwargs) -> Tensor:
-        """What block ``index`` makes of hidden states [batch, length, hidden]; the same shape and dtype."""
-        args, kwargs = call.fill(hidden)
-        return first(self.blocks[index](*args, **kwargs))
+    def run_block(self, index: int, hidden: Tensor, kwargs: BlockKwargs) -> Tensor:
+        """Output of block ``index`` for hidden states [batch, length, hidden], same shape; keeps the autograd graph."""
+        args, named = kwargs.bind(hidden)
+        return hidden_of(self.blocks[index](*args, **named))
 
-    @torch.no_grad()
     def head(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
-        """Logits [batch, length, vocabulary] from what leaves the last block [batch, length, hidden]."""
-        last = self.blocks[-1]
+        """Logits [batch, length, vocabulary] for hidden states after the last block; keeps the autograd graph."""
+        self._detect_output_type(input_ids)
+        return self._forward.logits(input_ids, hidden)
 
-        def passing(block: nn.Module) -> Callable[..., Any]:
-            return lambda *args, **kwargs: self._output(hidden if block is last else split_block_args(args, kwargs)[0])
-
-        self._learn_output(input_ids)
-        with patched_forwards(self.blocks, [passing(block) for block in self.blocks]):
-            return self.model(input_ids=input_ids, use_cache=False, return_dict=True).logits
-
-    def probe(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, BlockKwargsList]:
-        """``prepare`` of a few tokens, done once for a device and dtype."""
+    def probe(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, PerBlockKwargs]:
+        """Result of ``capture_batch`` for a few tokens; computed once per device and dtype."""
         if (device, dtype) not in self._probes:
-            with self.entry_on_device(device, dtype):
-                self._probes[device, dtype] = self.prepare(self.probe_ids(device))
+            with self.embeddings_on_device(device, dtype):
+                self._probes[device, dtype] = self.capture_batch(self.probe_ids(device))
         return self._probes[device, dtype]
 
     def probe_ids(self, device: torch.device) -> Tensor:
-        """int64 [1, length]."""
-        return (torch.arange(_PROBE_TOKENS, device=device) % self.vocabulary)[None]
+        """Tokens of the probe, int64 [1, length]."""
+        return (torch.arange(_PROBE_TOKENS, device=device) % self.vocab_size)[None]
 
-    # Placing
+    @torch.no_grad()
+    def _detect_output_type(self, input_ids: Tensor) -> None:
+        """Find out whether blocks return a tensor or a tuple, once per model."""
+        if self._forward.tuple_length is None:
+            hidden, recorded = self._forward.record(input_ids[:1, :2], 1)
+            args, kwargs = recorded[0].bind(hidden)
+            with self.on_device(0, hidden.device, hidden.dtype):
+                output = self.blocks[0](*args, **kwargs)
+            self._forward.tuple_length = len(output) if isinstance(output, tuple) else 0
 
-    def fill(self, but: Collection[str], device: torch.device | str, dtype: torch.dtype) -> None:
-        """Give all tensors their values for good, on ``device`` in ``dtype``, except the named ones."""
-        self._values.fill(self.model, but, device, dtype)
+    # Weights
+
+    def fill(self, exclude: Collection[str], device: torch.device | str, dtype: torch.dtype) -> None:
+        """Set all tensors for good, transformed, on ``device`` in ``dtype``, except those named in ``exclude``."""
+        self._materializer.fill(self.model, exclude, device, dtype)
+        self._record_transform()
+
+    @torch.no_grad()
+    def transform_in_place(self) -> None:
+        """Transform the model's own tensors for good; their devices and dtypes stay.
+
+        Raises:
+            UserError: a tensor has no values (it is on the meta device).
+        """
+        tensors = {name: tensor for name, tensor in named_tensors(self.model) if name in self._materializer.plan}
+        if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
+            raise UserError(f"{shorten(empty)} have no values (meta device). Load the model before it is transformed.")
+        for name, tensor in tensors.items():
+            values = self._materializer.transform(name, tensor, tensor.device)
+            set_tensor(self.model, name, nn.Parameter(values, requires_grad=tensor.requires_grad))
+        self._materializer.plan = {}
+        self._record_transform()
+
+    def read_tensor(self, name: str) -> Tensor:
+        """Values of a parameter or buffer by full name, transformed, on the CPU."""
+        slots, key = tensor_slot(self.model, name)
+        ((_, values),) = self._materializer.read({name: slots[key]})
+        return values.to("cpu")
+
+    def transform_tensor(self, name: str, tensor: Tensor) -> Tensor:
+        """Apply the weight transform to the values of a tensor by full name, on the CPU."""
+        return self._materializer.transform(name, tensor)
 
     @contextmanager
     def on_device(self, index: int, device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
-        """Inside, block ``index`` (or all that is in no block, ``len(self)``) is on ``device`` in ``dtype``.
+        """Put a block on ``device`` in ``dtype`` inside the context; ``len(self)`` is everything outside of blocks.
 
-        Afterwards it has its own tensors again.
-
-        In float32 everything floating is converted, else only what has the blocks' dtype: what a half-precision model
-        keeps in float32 stays so.
+        With float32 all floating-point tensors are converted, else only those in the dtype of the blocks: tensors that
+        a half-precision model keeps in float32 stay so.
         """
         if index == len(self.blocks):
-            with self.outside_on_device(device, dtype):
+            with self.head_on_device(device, dtype):
                 yield
         else:
-            with self._values.converted(self.blocks[index], self.block_names[index], lambda _: True, device, dtype):
+            block, name = self.blocks[index], self.block_names[index]
+            with self._materializer.materialized(block, name, lambda _: True, device, dtype):
                 yield
 
     @contextmanager
-    def outside_on_device(self, device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
-        """Inside, all that is not in blocks (embeddings, norms, head) is on ``device`` in ``dtype``, as ``head`` needs it.
+    def head_on_device(self, device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
+        """Put final norm, head and whatever else is outside of blocks on the device, as ``head`` needs it.
 
-        Embeddings that are on the meta device and no head of their own stay without values: ``head`` makes no use of them.
+        Untied embeddings on the meta device stay without values, since ``head`` does not use them.
         """
         tied = self._embedding() is getattr(self.model.get_output_embeddings(), "weight", None)
-        with self._outside(device, dtype, None if tied else self._embedding()):
+        with self._outside_on_device(device, dtype, None if tied else self._embedding()):
             yield
 
     @contextmanager
-    def entry_on_device(self, device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
-        """Inside, all that ``prepare`` needs is on ``device`` in ``dtype``: what is not in blocks, but not an untied head."""
+    def embeddings_on_device(self, device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
+        """Put everything outside of blocks except an untied head on the device, as ``capture_batch`` needs it."""
         head = getattr(self.model.get_output_embeddings(), "weight", None)
-        with self._outside(device, dtype, None if head is self._embedding() else head):
+        with self._outside_on_device(device, dtype, None if head is self._embedding() else head):
             yield
 
     @contextmanager
-    def _outside(self, device: torch.device | str, dtype: torch.dtype, without: Tensor | None) -> Iterator[None]:
-        """All that is in no block but ``without``; that has zeros, which take no memory, if it is on the meta device."""
-
-        def wanted(name: str) -> bool:
-            return not name.startswith(f"{self.name}.")
-
+    def _outside_on_device(
+        self, device: torch.device | str, dtype: torch.dtype, without: Tensor | None
+    ) -> Iterator[None]:
+        """Put everything outside of blocks on the device; a meta tensor ``without`` becomes zeros without storage."""
         empty = {}
         for name, tensor in named_tensors(self.model):
             if tensor is without and tensor.is_meta:
                 empty[name] = torch.zeros((), device=device, dtype=dtype).expand(tensor.shape)
-        with swapped_tensors(self.model, empty), self._values.converted(self.model, "", wanted, device, dtype):
+
+        def wanted(name: str) -> bool:
+            return not name.startswith(f"{self.name}.") and name not in empty
+
+        with swapped_tensors(self.model, empty), self._materializer.materialized(self.model, "", wanted, device, dtype):
             yield
 
     def _embedding(self) -> Tensor:
@@ -250,16 +314,17 @@ class BlockModel:
 
     @contextmanager
     def with_weights(self, index: int, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, the named layers of block ``index`` have these weights; afterwards their own tensors again.
+        """Replace the weights of some layers of block ``index`` inside the context.
 
-        A head (block ``len(self)``) that is tied to the embeddings leaves those as they are.
+        Gradients flow through the new weights to the tensors that they were computed from. The embeddings keep their
+        values if a tied head is replaced.
 
         Args:
-            weights: [out, in] by full layer name, of any device and float dtype; they are converted to those that the
-                layer has at the time. Layers that are not named stay as they are.
+            weights: [out_features, in_features] by full layer name, on any device in any float dtype; they are
+                converted to device and dtype of the layer. Other layers keep their weights.
 
         Raises:
-            ValueError: a name that is not a linear layer of the block, or a wrong shape.
+            ValueError: a name is not a linear layer of the block, or a shape is wrong.
         """
         layers = self.linears(index)
         inside = index < len(self.blocks)
@@ -267,69 +332,33 @@ class BlockModel:
         tensors = {}
         for name, weight in weights.items():
             if name not in layers:
-                raise ValueError(f"{name} is no linear layer of {self.block_names[index] if inside else 'the head'}")
+                where = self.block_names[index] if inside else "the head"
+                raise ValueError(f"{name} is not a linear layer of {where}")
             own = layers[name].weight
             if weight.shape != own.shape:
-                raise ValueError(f"{name} needs a weight of shape {tuple(own.shape)}, got {tuple(weight.shape)}")
+                raise ValueError(f"{name} needs a weight of shape {tuple(own.shape)}; found {tuple(weight.shape)}")
             tensors[f"{name[prefix:]}.weight"] = weight.to(own.device, own.dtype)
         with swapped_tensors(owner, tensors):
             yield
 
-    # The model's own forward, with other blocks
+    def _apply(self, transform: ModelTransform) -> None:
+        """Let all weights pass the transform from now on."""
+        if recorded := getattr(self.model.config, TRANSFORM_KEY, None):
+            raise UserError(
+                f"The weights of the model passed the transform {recorded.get('name')} already. Load the original model."
+            )
+        plan = transform.plan(self)
+        if unsupported := [name for name in plan if name in self.source_views]:
+            raise UserError(
+                f"The transform changes weights that {type(self.model).__name__} does not store as linear layers: "
+                f"{shorten(unsupported)}. Quantize this model without a transform."
+            )
+        if transform.unties_embeddings:
+            self.untied_head = untie_head(self.model)
+        self._materializer.plan = dict(plan)
+        self._probes.clear()  # they were computed with the original embeddings
 
-    def _record(self, input_ids: Tensor, count: int) -> tuple[Tensor, BlockKwargsList]:
-        """What enters block 0, and the calls of the first ``count`` blocks; the forward pass ends there."""
-        entering: list[Tensor] = []
-        calls: BlockKwargsList = []
-
-        def recorder(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                if index != len(calls):
-                    raise UserError(self.out_of_order(f"block {index} was called as number {len(calls)}"))
-                hidden, call = split_block_args(args, kwargs)
-                if index == 0:
-                    entering.append(hidden)
-                calls.append(call)
-                if len(calls) == count:
-                    raise Stop
-                return self._output(hidden)
-
-            return forward
-
-        if count > 1:
-            self._learn_output(input_ids)
-        with patched_forwards(self.blocks, [recorder(i) for i in range(len(self.blocks))]):
-            try:
-                self.model(input_ids=input_ids, use_cache=False)
-            except Stop:
-                return entering[0], calls
-        raise UserError(self.out_of_order(f"only {len(calls)} of {len(self.blocks)} were called"))
-
-    def out_of_order(self, found: str) -> str:
-        """That the model is not supported, and why."""
-        return (
-            f"{type(self.model).__name__} does not run the blocks {self.name} one after the other, each once: {found}. "
-            "This architecture is not supported."
-        )
-
-    def _output(self, hidden: Tensor) -> Any:
-        """Hidden states in the form that the model expects of a block."""
-        return (hidden, *(None,) * (self._output_length - 1)) if self._output_length else hidden
-
-    def _learn_output(self, input_ids: Tensor) -> None:
-        """Find out, once, whether blocks return a tensor or a tuple."""
-        if self._output_length is not None:
-            return
-        hidden, calls = self._record(input_ids[:1, :2], 1)
-        args, kwargs = calls[0].fill(hidden)
-        with self.on_device(0, hidden.device, hidden.dtype):
-            output = self.blocks[0](*args, **kwargs)
-        self._output_length = len(output) if isinstance(output, tuple) else 0
-
-
-class Stop(Exception):
-    """Leaves the model's forward once everything is recorded."""
-
-
-def first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    def _record_transform(self) -> None:
+        """Record in the model's config that its own tensors are transformed."""
+        if self.transform is not None:
+            setattr(self.model.config, TRANSFORM_KEY, self.transform.to_json())

@@ -1,8 +1,8 @@
-"""The weights of a checkpoint, read from its safetensors when asked for, under the names that the model gives them.
+"""Lazy reader of a checkpoint's safetensors, by the names of the tensors in the model.
 
-Transformers renames and rearranges what a checkpoint stores (the experts of a block become one tensor, a fused projection
-is cut, old names become new ones). Its own rules do that here too, on the tensors of one parameter at a time, so that a
-model is never in memory as a whole.
+Transformers renames and converts the tensors of a checkpoint (the experts of a block become one tensor, a fused
+projection is split, old names become new ones). The same rules are applied here to one parameter at a time, so that the
+whole model is never in memory.
 """
 
 import copy
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import (
     WeightConverter,
@@ -26,19 +26,16 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from matquant.errors import UserError
 from matquant.formats.safetensors_headers import DTYPES, StoredTensor
-from matquant.models.tensor_swap import named_tensors
-
-# Tied tensors that a checkpoint holds twice are compared in pieces of so many numbers.
-_COMPARED_AT_ONCE = 2**24
+from matquant.models.tensor_swap import named_tensors, set_tensor, tensor_slot
 
 
 def build_skeleton(
     config: Any, stored: Mapping[str, StoredTensor], dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[Any, dict[str, Any]]:
-    """A model without weights: its parameters are on the meta device, in the dtypes that loading would give them.
+    """Build a model without weights: its parameters are on the meta device, in the dtypes that they have after loading.
 
     Returns:
-        The model in eval mode, and what Transformers says of missing, unexpected and mismatched keys.
+        The model in eval mode, and Transformers' loading info: missing, unexpected and mismatched keys.
     """
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
@@ -58,10 +55,11 @@ def build_skeleton(
 
 
 class Checkpoint:
-    """The tensors of a model by their names in the model, read from the files when asked for.
+    """Lazy reader of the tensors of a model, by their names in the model.
 
     Args:
-        skeleton: from ``build_skeleton`` of the same headers; it is copied, since a model's modules may be replaced later.
+        skeleton: from ``build_skeleton`` with the same headers. It is copied, since a model's modules may be replaced
+            later.
         stored: from ``read_headers``.
     """
 
@@ -70,27 +68,27 @@ class Checkpoint:
         self._rules = list(getattr(skeleton, "_weight_conversions", None) or [])
         self._skeleton = copy.deepcopy(skeleton)
         self._tensors = dict(named_tensors(self._skeleton))
-        self._keys: dict[str, list[str]] = {}  # a tensor's name -> what it is made of
-        self._converted: set[str] = set()  # names of tensors that are not stored as they are
-        self._find_sources()
+        self._keys: dict[str, list[str]] = {}  # name in the model -> keys in the checkpoint
+        self._converted: set[str] = set()  # names of tensors that need a conversion
+        self._find_keys()
         self._canonical = self._find_tied()
 
     def __contains__(self, name: str) -> bool:
         return name in self._canonical
 
     def stored(self) -> dict[str, Tensor]:
-        """What is stored of the model's own state, by name and on the meta device; tied names share an object."""
+        """Stored tensors of the model's state dict by name, on the meta device; tied names share an object."""
         return {name: self._tensors[name] for name in self._skeleton.state_dict() if name in self._canonical}
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Each of the named tensors, on the CPU, in the dtype of the loaded model; one at a time, to be dropped at once.
+        """Yield the named tensors one at a time, on the CPU, in the dtype of the loaded model.
 
-        Names that are tied to one another give the same tensor. A tensor that is stored as it is needed is mapped from
-        its file, not copied.
+        Tied names give the same tensor. A tensor that needs no conversion is mapped from its file, not copied: drop it
+        before the next one, or the file stays mapped.
 
         Raises:
             UserError: a file is damaged or was removed.
-            KeyError: the checkpoint does not hold such a tensor.
+            KeyError: the checkpoint has no such tensor.
         """
         wanted: dict[str, list[str]] = defaultdict(list)
         for name in names:
@@ -104,7 +102,7 @@ class Checkpoint:
                         yield alias, tensor
 
     def _read(self, name: str, files: dict[Path, Any], stack: ExitStack) -> Iterator[tuple[str, Tensor]]:
-        """The named tensor, and those that are made together with it."""
+        """Read the named tensor, and those that the same conversion makes."""
         try:
             slices = {}
             for key in self._keys[name]:
@@ -122,20 +120,24 @@ class Checkpoint:
             ) from error
 
     def _convert(self, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What Transformers makes of these tensors of the checkpoint, by name; the skeleton stays as it was."""
+        """Convert tensors of the checkpoint by the rules of Transformers; the skeleton stays unchanged.
+
+        Returns:
+            Tensors by name in the model.
+        """
         dtype = next(iter(self._tensors.values())).dtype
         plan = LoadStateDictConfig(dtype=dtype, weight_mapping=self._rules, device_map={"": _device_of(tensors)})
         convert_and_load_state_dict_in_model(self._skeleton, dict(tensors), plan)
-        made = {}
-        for name, own in self._tensors.items():
-            held, leaf = _holder(self._skeleton, name)
-            if held[leaf] is not own:
-                made[name] = held[leaf].detach()
-                held[leaf] = own
-        return made
+        converted = {}
+        for name, placeholder in self._tensors.items():
+            slots, key = tensor_slot(self._skeleton, name)
+            if slots[key] is not placeholder:
+                converted[name] = slots[key].detach()
+                slots[key] = placeholder
+        return converted
 
-    def _find_sources(self) -> None:
-        """Fill ``_keys`` and ``_converted``, by the rules of Transformers."""
+    def _find_keys(self) -> None:
+        """Set ``_keys`` and ``_converted`` by the rules of Transformers."""
         renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
         prefix = self._skeleton.base_model_prefix
@@ -150,41 +152,25 @@ class Checkpoint:
                 rearranged |= {name} if pattern is not None else set()
         for name, keys in groups.items():
             names = [name]
-            if name in rearranged:  # a rule may make several tensors of one: on the meta device it tells which
+            if name in rearranged:  # a conversion may give several tensors: run it on the meta device to find which
                 names = list(self._convert({k: torch.empty(self._stored[k].shape, device="meta") for k in keys}))
                 self._converted.update(names)
-            for made in names:
-                self._keys[made] = keys
+            for converted in names:
+                self._keys[converted] = keys
 
     def _find_tied(self) -> dict[str, str]:
-        """For each name a name under which its tensor is stored; tied names share one."""
+        """Map each name to a name under which its tensor is stored; tied names map to the same one."""
         first: dict[int, str] = {}
         for name in self._keys:
             first.setdefault(id(self._tensors[name]), name)
-        return {name: first[id(own)] for name, own in self._tensors.items() if id(own) in first}
-
-
-def tie_equal(model: Any, checkpoint: Checkpoint) -> None:
-    """Tie what the model's config ties and the checkpoint holds twice, if both are the same, as Transformers does."""
-    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
-        if (
-            target in checkpoint
-            and source in checkpoint
-            and model.get_parameter(target) is not model.get_parameter(source)
-        ):
-            tensors = dict(checkpoint.read([target, source]))
-            if _equal(tensors[target], tensors[source]):
-                held, leaf = _holder(model, target)
-                held[leaf] = model.get_parameter(source)
+        return {name: first[id(tensor)] for name, tensor in self._tensors.items() if id(tensor) in first}
 
 
 def compute_buffers(model: Any, checkpoint: Checkpoint) -> None:
-    """Give the tensors that no checkpoint holds (rotary frequencies and the like) their values, on the CPU."""
+    """Compute the tensors that no checkpoint stores (rotary frequencies and the like), on the CPU."""
     for name, tensor in named_tensors(model):
         if tensor.is_meta and name not in checkpoint:
-            held, leaf = _holder(model, name)
-            value = torch.empty_like(tensor, device="cpu")
-            held[leaf] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+            set_tensor(model, name, torch.empty_like(tensor, device="cpu"))
             model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = False
     model._is_hf_initialized = False
     model.initialize_weights()
@@ -192,30 +178,12 @@ def compute_buffers(model: Any, checkpoint: Checkpoint) -> None:
 
 def fill(model: Any, checkpoint: Checkpoint) -> None:
     """Read all weights into the model."""
-    own = {name: tensor for name, tensor in named_tensors(model) if tensor.is_meta}
-    memo: dict[int, Tensor] = {}  # tied tensors stay one
-    for name, tensor in checkpoint.read(own):
-        held, leaf = _holder(model, name)
-        if id(own[name]) not in memo:
-            is_parameter = isinstance(own[name], nn.Parameter)
-            memo[id(own[name])] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
-        held[leaf] = memo[id(own[name])]
-
-
-def _holder(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """The dict that holds a parameter or buffer, and its key there."""
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    held: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
-    return held, leaf
+    placeholders = {name: tensor for name, tensor in named_tensors(model) if tensor.is_meta}
+    filled: dict[int, Tensor] = {}  # tied tensors stay one object
+    for name, tensor in checkpoint.read(placeholders):
+        key = id(placeholders[name])
+        filled[key] = set_tensor(model, name, filled.get(key, tensor))
 
 
 def _device_of(tensors: Mapping[str, Any]) -> str:
     return "meta" if any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors.values()) else "cpu"
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    rows = max(1, _COMPARED_AT_ONCE // max(1, one[0].numel()))
-    return all(torch.equal(one[i : i + rows], other[i : i + rows]) for i in range(0, len(one), rows))

@@ -1,4 +1,4 @@
-"""Finds the decoder blocks of a model and the linear layers in them, from the module tree and not from names."""
+"""Discovery of a model's decoder blocks and their linear layers in the module tree, independent of names."""
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -8,18 +8,18 @@ from matquant.inference.experts import SourceView, is_fused_experts, split_fused
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The longest list of like modules with linear layers; lists inside such a list (experts) do not count.
+    """Find the longest list of modules of one class with linear layers, leaving out lists inside such a list (experts).
 
     Returns:
-        Its full name, and the list.
+        Full name of the list, and the list.
 
     Raises:
-        UserError: there is none.
+        UserError: the model has no such list.
     """
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and not inside and _is_stack(module):
+        if isinstance(module, nn.ModuleList) and not inside and _is_block_list(module):
             found[name] = module
     if not found:
         raise UserError(
@@ -29,7 +29,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(found.items(), key=lambda item: len(item[1]))
 
 
-def _is_stack(modules: nn.ModuleList) -> bool:
+def _is_block_list(modules: nn.ModuleList) -> bool:
     return len({type(m) for m in modules}) == 1 and all(
         any(isinstance(inner, nn.Linear | Conv1D) or is_fused_experts(inner) for inner in module.modules())
         for module in modules
@@ -37,29 +37,29 @@ def _is_stack(modules: nn.ModuleList) -> bool:
 
 
 def make_linear(block: nn.Module, path: str) -> dict[str, SourceView]:
-    """Put linear layers over the same storage in the place of what holds its matrices otherwise.
+    """Replace ``Conv1D`` and fused experts of a block by ``nn.Linear`` on the same storage.
 
-    That is ``Conv1D``, which stores [in, out] (GPT-2), and experts that are one tensor.
+    ``Conv1D`` (GPT-2) stores [in, out], fused experts are one tensor of three dimensions.
 
     Args:
         block: changed in place.
-        path: its full name.
+        path: full name of the block.
 
     Returns:
-        Where the weights that have a new name or shape lie in the model as it was, by full name.
+        Location of each weight with a new name or shape in the original model, by full name.
     """
-    origins: dict[str, SourceView] = {}
+    source_views: dict[str, SourceView] = {}
     for inner, module in list(block.named_modules(prefix=path)):
         for name, child in list(module.named_children()):
             full = f"{inner}.{name}"
             if isinstance(child, Conv1D):
                 setattr(module, name, _from_conv1d(child))
-                origins[f"{full}.weight"] = SourceView(f"{full}.weight", transposed=True)
+                source_views[f"{full}.weight"] = SourceView(f"{full}.weight", transposed=True)
             elif is_fused_experts(child):
                 experts, found = split_fused_experts(child, full)
                 setattr(module, name, experts)
-                origins |= found
-    return origins
+                source_views |= found
+    return source_views
 
 
 def _from_conv1d(layer: Conv1D) -> nn.Linear:

@@ -1,8 +1,8 @@
-"""Opens a causal language model and its tokenizer from a local folder or the hub, after refusing what cannot be right.
+"""Loading of a causal language model and its tokenizer from a local folder or the hub.
 
-Everything is looked at before weights are read: the config, the architecture, the names and headers of all weight
-files. Only safetensors are opened; a pickle can run code. Weights are read into memory all at once (``load``), or block
-by block while they are needed (``open_model``).
+Config, architecture, and names and headers of all weight files are checked before weights are read. Only safetensors
+are opened, since a pickle can run code. ``load_model`` reads all weights into memory; after ``open_model`` they are
+read block by block.
 """
 
 import logging
@@ -18,37 +18,38 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from matquant.config import ModelConfig
-from matquant.errors import UserError
+from matquant.errors import UserError, shorten
 from matquant.formats.safetensors_headers import DTYPES, StoredTensor, read_headers
 from matquant.models.blocks import compute_dtype
-from matquant.models.checkpoint import Checkpoint, build_skeleton, compute_buffers, fill, tie_equal
+from matquant.models.checkpoint import Checkpoint, build_skeleton, compute_buffers, fill
 from matquant.models.checkpoint_files import (
+    MAX_NAMES,
     TOKENIZERS,
     fingerprint,
-    from_hub,
+    hub_snapshot,
     local_folder,
     read_config,
-    some,
     weight_files,
 )
+from matquant.models.config import ModelConfig
+from matquant.models.tied_weights import tie_equal
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOAT_CODES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model that is ready to be read and run.
+    """Checked model with its tokenizer.
 
     Attributes:
-        model: in eval mode, without gradients, its cache off, its weights in ``dtype``: on the CPU after ``load``, on the
-            meta device (they hold nothing) after ``open_model``.
-        checkpoint: reads the weights that are on the meta device.
+        model: in eval mode, without gradients, with the KV cache disabled, weights in ``dtype``: on the CPU after
+            ``load_model``, on the meta device (without values) after ``open_model``.
+        checkpoint: reader of the weights that are on the meta device.
         tokenizer: of Transformers.
-        label: what results call the model.
-        dtype: of the weights: as stored, unless ``model.dtype`` asks for another.
-        fingerprint: JSON-able, the same for the same weights, config and tokenizer.
-        warnings: sentences about what is odd but no error.
+        label: name of the model in results.
+        dtype: of the weights: as stored, or ``model.dtype``.
+        fingerprint: JSON-able, equal for equal weights, config and tokenizer.
+        warnings: sentences about irregularities that are no errors.
     """
 
     model: Any
@@ -61,29 +62,29 @@ class LoadedModel:
 
     @property
     def context_length(self) -> int | None:
-        """The longest window that the model was made for, in tokens; None when its config does not say."""
+        """Context length of the model in tokens; None if its config has none."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def compute_dtype(self, device: torch.device | str) -> torch.dtype:
-        """float32 on a CPU, else ``dtype``."""
+        """Dtype of the computation: float32 on a CPU, else ``dtype``."""
         return compute_dtype(self.dtype, device)
 
 
-def load(model: ModelConfig) -> LoadedModel:
-    """``open_model`` with all weights in memory."""
+def load_model(model: ModelConfig) -> LoadedModel:
+    """Check and load a model with all weights in memory. Raises what ``open_model`` raises."""
     loaded = open_model(model)
     fill(loaded.model, loaded.checkpoint)
     return loaded
 
 
 def open_model(model: ModelConfig) -> LoadedModel:
-    """Check the model that a config names and make it ready to be read block by block.
+    """Check a model and build it without weights, to be read block by block.
 
     Raises:
-        UserError: the folder or hub repository is not there or cannot be reached, holds no safetensors, no tokenizer or
-            no causal language model, is damaged, incomplete or quantized already, or needs code that was not allowed.
+        UserError: the folder or hub repository does not exist or cannot be reached, holds no safetensors, no tokenizer
+            or no causal language model, is damaged, incomplete or quantized already, or needs code that is not trusted.
     """
-    folder = local_folder(model) if model.path is not None else from_hub(model)
+    folder = local_folder(model) if model.path is not None else hub_snapshot(model)
     config = read_config(folder, model.trust_remote_code)
     files = weight_files(folder)
     headers = read_headers(folder, files)
@@ -98,32 +99,29 @@ def open_model(model: ModelConfig) -> LoadedModel:
 
 
 def _stored_dtype(folder: Path, headers: Mapping[str, StoredTensor]) -> torch.dtype:
-    """The float dtype of most of the stored numbers."""
-    numbers: Counter[str] = Counter()
+    """Float dtype of most of the stored elements."""
+    elements: Counter[str] = Counter()
     for tensor in headers.values():
-        numbers[tensor.dtype] += math.prod(tensor.shape)
-    stored = max(numbers, key=numbers.__getitem__) if numbers else "none"
-    if stored not in _FLOATS:
+        elements[tensor.dtype] += math.prod(tensor.shape)
+    stored = max(elements, key=elements.__getitem__) if elements else "none"
+    if stored not in _FLOAT_CODES:
         raise UserError(
-            f"The weights in {folder} are stored as {stored}. Give the model in its original precision: "
-            "float32, float16 or bfloat16."
+            f"The weights in {folder} are stored as {stored}. Give the model in its original precision: float32, "
+            "float16 or bfloat16."
         )
     return DTYPES[stored]
 
 
-def _choose_dtype(asked: str, stored: torch.dtype, config: Any, warnings: list[str]) -> torch.dtype:
-    if asked != "auto":
-        return getattr(torch, asked)
-    said = getattr(config, "dtype", None)
-    if isinstance(said, torch.dtype) and said != stored:
+def _choose_dtype(setting: str, stored: torch.dtype, config: Any, warnings: list[str]) -> torch.dtype:
+    if setting != "auto":
+        return getattr(torch, setting)
+    declared = getattr(config, "dtype", None)
+    if isinstance(declared, torch.dtype) and declared != stored:
         warnings.append(
-            f"config.json says {said}, but the weights are stored as {stored}; they are used as stored. "
-            "model.dtype chooses another."
+            f"config.json says {declared}, but the weights are stored as {stored}; they are used as stored. "
+            "Set model.dtype for another dtype."
         )
     return torch.float32 if stored == torch.float64 else stored
-
-
-# Loading
 
 
 def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
@@ -131,8 +129,8 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         trust_remote_code and (folder / "tokenizer_config.json").is_file()
     ):
         raise UserError(
-            f"The folder {folder} has no tokenizer (tokenizer.json or another form). Copy the tokenizer's files there, "
-            "or save it with AutoTokenizer.from_pretrained(SOURCE).save_pretrained(FOLDER)."
+            f"The folder {folder} has no tokenizer (tokenizer.json or another format). Copy the tokenizer's files "
+            "there, or save it with AutoTokenizer.from_pretrained(SOURCE).save_pretrained(FOLDER)."
         )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -148,7 +146,7 @@ def _skeleton(
     trust_remote_code: bool,
     warnings: list[str],
 ) -> tuple[Any, Checkpoint]:
-    """The model without weights but with all that is not stored, and the checkpoint that has the weights."""
+    """Model without weights but with all tensors that are not stored, and the reader of its checkpoint."""
     config.use_cache = config.get_text_config().use_cache = False
     try:
         with _quiet():
@@ -168,22 +166,26 @@ def _skeleton(
 
 
 def _check_keys(folder: Path, kind: str, info: Mapping[str, Any], warnings: list[str]) -> None:
+    """Raise UserError for missing or mismatched weights; add a warning for unused ones."""
     if wrong := sorted(f"{name} is {list(stored)}, needs {list(own)}" for name, stored, own in info["mismatched_keys"]):
         raise UserError(
-            f"Weights in {folder} do not fit its config.json: {some(wrong)}. Correct the config or the weights."
+            f"Weights in {folder} do not fit its config.json: {shorten(wrong, MAX_NAMES)}. Correct the config or the "
+            "weights."
         )
     if missing := sorted(info["missing_keys"]):
         raise UserError(
-            f"The checkpoint in {folder} lacks {len(missing)} weights that its architecture needs: {some(missing)}. "
-            "They would be random numbers. Copy or download it again."
+            f"The checkpoint in {folder} lacks {len(missing)} weights that its architecture needs: "
+            f"{shorten(missing, MAX_NAMES)}. Copy or download it again."
         )
     if unused := sorted(info["unexpected_keys"]):
-        warnings.append(f"{len(unused)} weights of the checkpoint are not used by {kind}: {some(unused)}.")
+        warnings.append(
+            f"{len(unused)} weights of the checkpoint are not used by {kind}: {shorten(unused, MAX_NAMES)}."
+        )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and its load report: what matters in it is raised or handed back."""
+    """Disable Transformers' progress bars and load report; its findings become errors and warnings here."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)

@@ -1,34 +1,44 @@
-"""The values of a model's tensors, converted and on a device for as long as they are needed there."""
+"""Values of a model's tensors: read from the checkpoint, transformed, and put on a device while they are needed there.
+
+Every weight of a model passes ``WeightMaterializer.read``, the one place where a weight transform is applied.
+"""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from matquant.inference.experts import SourceView
 from matquant.models.checkpoint import Checkpoint
-from matquant.models.tensor_swap import named_tensors, swapped_tensors
+from matquant.models.tensor_swap import named_tensors, set_tensor, swapped_tensors
+
+TensorFunction = Callable[[Tensor], Tensor]  # new values of a tensor: same shape, dtype and device
 
 
 class WeightMaterializer:
-    """Lends the modules of one model their values.
+    """Provider of the values of one model's tensors.
 
     Args:
-        checkpoint: reads the tensors that are on the meta device.
-        origins: of the layers that have another name or shape than in the checkpoint.
-        dtype: of the blocks' weights. In float32 everything floating is converted, else only what has this one: what a
-            half-precision model keeps in float32 stays so.
+        checkpoint: reader of the tensors that are on the meta device.
+        source_views: location in the checkpoint of the tensors that have another name or shape there.
+        dtype: of the blocks' weights. With float32 as target all floating-point tensors are converted, else only those
+            of this dtype: tensors that a half-precision model keeps in float32 stay so.
+
+    Attributes:
+        plan: function of each tensor that a weight transform changes, by full name.
     """
 
-    def __init__(self, checkpoint: Checkpoint | None, origins: Mapping[str, SourceView], dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint | None, source_views: Mapping[str, SourceView], dtype: torch.dtype
+    ) -> None:
         self.checkpoint = checkpoint
-        self.origins = origins
+        self.source_views = source_views
         self.dtype = dtype
+        self.plan: dict[str, TensorFunction] = {}
 
     @contextmanager
-    def converted(
+    def materialized(
         self,
         module: nn.Module,
         path: str,
@@ -36,53 +46,76 @@ class WeightMaterializer:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> Iterator[None]:
-        """Inside, the wanted tensors of the module are on ``device`` in ``dtype``; ``path`` is its full name."""
-        own = {name: tensor for name, tensor in named_tensors(module) if wanted(name)}
-        with swapped_tensors(module, self._converted(own, path, device, dtype)):
+        """Put the wanted tensors of a module on ``device`` in ``dtype`` inside the context, without gradients.
+
+        Args:
+            path: full name of the module.
+            wanted: predicate on tensor names below the module.
+        """
+        originals = {name: tensor for name, tensor in named_tensors(module) if wanted(name)}
+        with swapped_tensors(module, self._materialize(originals, path, device, dtype)):
             yield
 
-    def _converted(
-        self, own: Mapping[str, Tensor], path: str, device: torch.device | str, dtype: torch.dtype
+    def _materialize(
+        self, originals: Mapping[str, Tensor], path: str, device: torch.device | str, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """The values of these tensors. None of what they were made of is alive afterwards: it would keep its file mapped."""
-        memo: dict[int, Tensor] = {}  # tied tensors stay one
-        for name, stored in self._read(own, path):
-            if id(own[name]) not in memo:
-                narrow = dtype == torch.float32 or stored.dtype == self.dtype
-                converted = dtype if stored.is_floating_point() and narrow else stored.dtype
-                memo[id(own[name])] = stored.to(device, converted)
-        return {name: memo[id(tensor)] for name, tensor in own.items()}
+        """Values of these tensors. No reference to a stored tensor remains, since that would keep its file mapped."""
+        values: dict[int, Tensor] = {}  # tied tensors stay one object
+        for name, stored in self.read(originals, path, device):
+            if id(originals[name]) not in values:
+                convert = dtype == torch.float32 or stored.dtype == self.dtype
+                target = dtype if stored.is_floating_point() and convert else stored.dtype
+                values[id(originals[name])] = stored.to(device, target)
+        return {name: values[id(tensor)] for name, tensor in originals.items()}
 
     @torch.no_grad()
-    def fill(self, module: nn.Module, but: Collection[str], device: torch.device | str, dtype: torch.dtype) -> None:
-        """Give all tensors of a whole model their values for good, on ``device`` in ``dtype``, except the named ones."""
-        own = {name: tensor for name, tensor in named_tensors(module) if name not in but}
-        memo: dict[int, Tensor] = {}  # tied tensors stay one
-        for name, stored in self._read(own, ""):
-            path, _, leaf = name.rpartition(".")
-            owner = module.get_submodule(path)
-            held: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
-            if id(own[name]) not in memo:
+    def fill(self, module: nn.Module, exclude: Collection[str], device: torch.device | str, dtype: torch.dtype) -> None:
+        """Set all tensors of a whole model for good, on ``device`` in ``dtype``, except those in ``exclude``."""
+        originals = {name: tensor for name, tensor in named_tensors(module) if name not in exclude}
+        filled: dict[int, Tensor] = {}  # tied tensors stay one object
+        for name, stored in self.read(originals, "", device):
+            key = id(originals[name])
+            value = filled.get(key)
+            if value is None:
                 value = stored.to(device, dtype if stored.is_floating_point() else stored.dtype)
-                is_parameter = leaf in owner._parameters
-                memo[id(own[name])] = nn.Parameter(value, requires_grad=False) if is_parameter else value
-            held[leaf] = memo[id(own[name])]
+            filled[key] = set_tensor(module, name, value)
+        self.plan = {name: function for name, function in self.plan.items() if name in exclude}
 
-    def _read(self, own: Mapping[str, Tensor], path: str) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor with its values: itself, or when it is on the meta device what the checkpoint holds of it."""
-        read: dict[str, list[tuple[str, SourceView]]] = {}
-        for name, tensor in own.items():
+    def read(
+        self, originals: Mapping[str, Tensor], path: str = "", device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the values of tensors one at a time, transformed and without gradients.
+
+        A tensor that has values gives itself, one on the meta device is read from the checkpoint.
+
+        Args:
+            originals: tensors of the model by name below ``path``.
+            device: on which transforms are computed; other tensors stay where they are.
+
+        Raises:
+            ValueError: a tensor is on the meta device and there is no checkpoint.
+            UserError: a file of the checkpoint is damaged or was removed.
+        """
+        stored: dict[str, list[tuple[str, str, SourceView]]] = {}
+        for name, tensor in originals.items():
+            full = f"{path}.{name}" if path else name
             if tensor.is_meta:
-                full = f"{path}.{name}" if path else name
-                origin = self.origins.get(full, SourceView(full))
-                read.setdefault(origin.name, []).append((name, origin))
+                view = self.source_views.get(full, SourceView(full))
+                stored.setdefault(view.name, []).append((name, full, view))
             else:
-                yield name, tensor
-        if read and self.checkpoint is None:
-            raise ValueError(
-                f"{path} has no values: the model was not loaded, and there is no checkpoint to read it from"
-            )
-        if read and self.checkpoint is not None:
-            for source, tensor in self.checkpoint.read(read):
-                for name, origin in read[source]:
-                    yield name, origin.view(tensor)
+                yield name, self.transform(full, tensor.detach(), device)
+        if stored and self.checkpoint is None:
+            raise ValueError(f"{path or 'the model'} is on the meta device, and there is no checkpoint to read it from")
+        if stored and self.checkpoint is not None:
+            for source, tensor in self.checkpoint.read(stored):
+                for name, full, view in stored[source]:
+                    yield name, self.transform(full, view.view(tensor), device)
+
+    def transform(self, name: str, tensor: Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """Apply the weight transform on ``device``; return the tensor itself if the transform leaves it unchanged.
+
+        Args:
+            name: full name in the model.
+            tensor: [out_features, in_features] for the weight of a linear layer.
+        """
+        return self.plan[name](tensor.to(device)) if name in self.plan else tensor

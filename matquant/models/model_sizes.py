@@ -1,4 +1,4 @@
-"""The sizes of a model's parts, from which follows what it takes to quantize and to measure it."""
+"""Sizes of a model's parts, for estimates of memory and time."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,13 @@ from matquant.models.tracing import shared_input_groups
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LayerSize:
-    """A linear layer: its shape, the number of the input that it shares with others, and that of its stage of solving."""
+    """Size of a linear layer.
+
+    Attributes:
+        rows, columns: output and input features.
+        input: number of its input group: layers with equal numbers share their input.
+        stage: number of its stage: layers of one stage are quantized together.
+    """
 
     rows: int
     columns: int
@@ -23,17 +29,17 @@ class LayerSize:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSizes:
-    """What the need of memory and time depends on.
+    """Sizes of a model.
 
     Attributes:
-        layers: the quantized layers of the largest block, in order of execution.
-        blocks: how many blocks there are.
-        parameters: of the whole model; tied ones count once.
-        block: parameters of the largest block.
-        quantized: parameters of all quantized layers.
-        embeddings, head: parameters of what comes before the blocks and after them; tied ones count in both.
-        hidden, vocabulary: width of the hidden states, and number of tokens.
-        stored, computing: bytes of a number as stored, and as computed with.
+        layers: quantized layers of the largest block, in order of execution.
+        blocks: number of blocks.
+        parameters: number of parameters of the model; tied ones count once.
+        block: number of parameters of the largest block.
+        quantized: number of parameters of all quantized layers.
+        embeddings, head: number of parameters of embeddings and head; tied ones count in both.
+        hidden, vocabulary: hidden size and vocabulary size.
+        stored, computing: bytes of an element in the checkpoint and in the computation.
     """
 
     layers: Sequence[LayerSize]
@@ -49,19 +55,24 @@ class ModelSizes:
     computing: int
 
     def load_bytes(self, parameters: int) -> int:
-        """Bytes of loading so many parameters: mapped from the file, and copied if they are computed with in another dtype."""
+        """Bytes to load so many parameters: the mapped file, and a copy if the computation has another dtype."""
         return parameters * (self.computing + (self.stored if self.stored != self.computing else 0))
 
     def activation_bytes(self, tokens: int) -> int:
-        """Bytes of the widest intermediate results of a block for one batch, a few of which are alive together."""
+        """Bytes of the four widest intermediate tensors of a block for one batch."""
         widest = max((max(layer.rows, layer.columns) for layer in self.layers), default=self.hidden)
         return 4 * tokens * widest * self.computing
 
 
-def measure(
+def measure_model(
     blocks: BlockModel, layers: Sequence[Mapping[str, nn.Linear]], stored: torch.dtype, computing: torch.dtype
 ) -> ModelSizes:
-    """The sizes of a model of which ``layers`` are quantized, block by block. Reads and runs the largest block once."""
+    """Measure a model. Reads and runs the largest block once.
+
+    Args:
+        layers: quantized layers of each block, by full name.
+        stored, computing: dtype of the weights in the checkpoint and in the computation.
+    """
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks.blocks]
     largest = max(range(len(sizes)), key=sizes.__getitem__)
     config = blocks.model.config.get_text_config()
@@ -69,7 +80,7 @@ def measure(
     head = getattr(blocks.model.get_output_embeddings(), "weight", torch.empty(0)).numel()
     unique = {id(tensor): tensor.numel() for _, tensor in named_tensors(blocks.model)}
     return ModelSizes(
-        layers=_layers(blocks, largest, layers[largest]),
+        layers=_layer_sizes(blocks, largest, layers[largest]),
         blocks=len(blocks),
         parameters=sum(unique.values()),
         block=sizes[largest],
@@ -77,18 +88,19 @@ def measure(
         embeddings=embeddings,
         head=head,
         hidden=config.hidden_size,
-        vocabulary=blocks.vocabulary,
+        vocabulary=blocks.vocab_size,
         stored=stored.itemsize,
         computing=computing.itemsize,
     )
 
 
-def _layers(blocks: BlockModel, index: int, layers: Mapping[str, nn.Linear]) -> list[LayerSize]:
-    inputs, pools = shared_input_groups(blocks, index), blocks.expert_groups(index)
+def _layer_sizes(blocks: BlockModel, index: int, layers: Mapping[str, nn.Linear]) -> list[LayerSize]:
+    """Sizes of the quantized layers of a block; layers of one expert group share a stage."""
+    inputs, experts = shared_input_groups(blocks, index), blocks.expert_groups(index)
     stages: dict[str, int] = {}
     found = []
     for number, group in enumerate([*inputs.groups, *([name] for name in inputs.uncalled)]):
-        stage = stages.setdefault(pools.get(group[0], group[0]), len(stages))
+        stage = stages.setdefault(experts.get(group[0], group[0]), len(stages))
         for name in group:
             if name in layers:
                 rows, columns = layers[name].weight.shape

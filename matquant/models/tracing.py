@@ -1,4 +1,4 @@
-"""What a few tokens tell about a model: which layers share an input, and whether it can be run block by block at all."""
+"""Checks on a few tokens: layers that share an input, and equality of the block-by-block and the whole forward pass."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from matquant.errors import UserError
-from matquant.models.blocks import BlockModel, Stop, first
+from matquant.models.blocks import BlockModel
+from matquant.models.patched_forward import ForwardStopped, block_order_error, hidden_of
 from matquant.models.tensor_swap import patched_forwards
 
 
 @dataclass(frozen=True, slots=True)
 class InputGroups:
-    """Linear layers of a block by their input.
+    """Linear layers of a block grouped by their input tensor.
 
     Attributes:
-        groups: full names; layers of one group receive the very same tensor. In order of execution.
-        uncalled: full names of the layers that the probe never called, such as experts that no token chose.
+        groups: full names of the layers that receive the same tensor, in order of execution.
+        uncalled: full names of the layers that the probe did not call, such as experts that no token was routed to.
     """
 
     groups: list[list[str]]
@@ -28,53 +29,63 @@ class InputGroups:
 
 @torch.no_grad()
 def shared_input_groups(blocks: BlockModel, index: int) -> InputGroups:
-    """Which linear layers of a block receive the very same input, found by watching one small forward pass."""
+    """Find the linear layers of a block that receive the same tensor, by one forward pass of a few tokens."""
     seen: dict[str, list[tuple]] = {}
-    alive: list[Tensor] = []  # a freed tensor's address would be given to another
+    alive: list[Tensor] = []  # a new tensor may get the address of a freed one
 
-    def watch(name: str) -> Callable[..., None]:
+    def record_input(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
             value = args[0] if args else next(iter(kwargs.values()))
             alive.append(value)
-            seen.setdefault(name, []).append(_identity(value))
+            seen.setdefault(name, []).append(tensor_identity(value))
 
         return hook
 
     names = blocks.linears(index)
     weight = next(iter(names.values())).weight
     device, dtype = torch.device("cpu") if weight.is_meta else weight.device, weight.dtype
-    # Only outside of inference mode do tensors count the writes to them.
+    # Tensors count in-place writes only outside of inference mode.
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
-        hidden, calls = blocks.probe(device, dtype)
+        hidden, kwargs = blocks.probe(device, dtype)
         stack.enter_context(blocks.on_device(index, device, dtype))
         for name, layer in names.items():
-            handle = layer.register_forward_pre_hook(watch(name), with_kwargs=True)
+            handle = layer.register_forward_pre_hook(record_input(name), with_kwargs=True)
             stack.callback(handle.remove)
-        blocks.run_block(index, hidden, calls[index])
+        blocks.run_block(index, hidden, kwargs[index])
     groups: dict[tuple, list[str]] = {}
     for name, inputs in seen.items():  # in order of their first call
         groups.setdefault(tuple(inputs), []).append(name)
     return InputGroups(list(groups.values()), [name for name in names if name not in seen])
 
 
+def tensor_identity(tensor: Tensor) -> tuple:
+    """Key that is equal for two tensors with the same storage, layout and number of in-place writes."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, version
+
+
 @torch.no_grad()
-def check(blocks: BlockModel, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
-    """Make sure that block by block gives what the model gives, on a few tokens. Reads every block twice.
+def check_blockwise_forward(
+    blocks: BlockModel, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> None:
+    """Check on a few tokens that the blocks, run one at a time, give the output of the whole model.
+
+    Every block is read twice.
 
     Args:
-        device: where blocks run.
-        dtype: in which they run; the stored one when None.
+        device: of the blocks.
+        dtype: of the blocks; the stored dtype if None.
 
     Raises:
-        UserError: the results differ, so that an architecture passes more between its blocks than hidden states; or a
-            block puts out what is not finite.
+        UserError: the outputs differ, because blocks exchange more than hidden states; or a block's output is not
+            finite.
     """
     device, dtype = torch.device(device), dtype or blocks.dtype
-    expected = _whole(blocks, device, dtype)
-    hidden, calls = blocks.probe(device, dtype)
-    for index, call in enumerate(calls):
+    expected = _whole_forward(blocks, device, dtype)
+    hidden, kwargs = blocks.probe(device, dtype)
+    for index, own in enumerate(kwargs):
         with blocks.on_device(index, device, dtype):
-            hidden = blocks.run_block(index, hidden, call)
+            hidden = blocks.run_block(index, hidden, own)
             _check_finite(blocks, index, hidden)
     if not torch.allclose(hidden, expected, rtol=1e-3, atol=1e-3):
         raise UserError(
@@ -84,42 +95,40 @@ def check(blocks: BlockModel, device: torch.device | str = "cpu", dtype: torch.d
 
 
 def _check_finite(blocks: BlockModel, index: int, hidden: Tensor) -> None:
-    """Refuse what block ``index``, which is on the device, puts out if it is not finite, and say what is to blame."""
+    """Raise UserError with the cause if the output of block ``index``, which is on the device, is not finite."""
     if torch.isfinite(hidden).all():
         return
     for name, layer in blocks.linears(index).items():
         if not torch.isfinite(layer.weight).all():
             raise UserError(f"The weights of {name} hold NaN or Inf. Copy or download the checkpoint again.")
     raise UserError(
-        f"{blocks.block_names[index]} puts out NaN or Inf in {str(hidden.dtype).removeprefix('torch.')}: other weights of it "
-        "are damaged, or its activations are too large for that dtype, in which case model.dtype=bfloat16 may help."
+        f"The output of {blocks.block_names[index]} has NaN or Inf in {str(hidden.dtype).removeprefix('torch.')}: its "
+        "other weights are damaged, or its activations overflow that dtype; then set model.dtype=bfloat16."
     )
 
 
-def _whole(blocks: BlockModel, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What leaves the last block when the model itself runs them all on the probe, each on the device for its turn."""
-    own = [block.forward for block in blocks.blocks]
-    left: list[Tensor] = []
+def _whole_forward(blocks: BlockModel, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Output of the last block in the model's own forward pass on the probe, with one block on the device at a time."""
+    originals = [block.forward for block in blocks.blocks]
+    outputs: list[Tensor] = []
 
-    def lending(index: int) -> Callable[..., Any]:
+    def placed(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             with blocks.on_device(index, device, dtype):
-                output = own[index](*args, **kwargs)
-            if index + 1 < len(own):
+                output = originals[index](*args, **kwargs)
+            if index + 1 < len(originals):
                 return output
-            left.append(first(output))
-            raise Stop
+            outputs.append(hidden_of(output))
+            raise ForwardStopped
 
         return forward
 
-    with blocks.entry_on_device(device, dtype), patched_forwards(blocks.blocks, [lending(i) for i in range(len(own))]):
+    with (
+        blocks.embeddings_on_device(device, dtype),
+        patched_forwards(blocks.blocks, [placed(i) for i in range(len(originals))]),
+    ):
         try:
             blocks.model(input_ids=blocks.probe_ids(device), use_cache=False)
-        except Stop:
-            return left[0]
-    raise UserError(blocks.out_of_order("the last one was never called"))
-
-
-def _identity(tensor: Tensor) -> tuple:
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, version
+        except ForwardStopped:
+            return outputs[0]
+    raise block_order_error(blocks.model, blocks.name, "the last one was not called")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matquant.formats.parent import TRANSFORM_KEY
 from matquant.models.checkpoint_files import TOKENIZER_SETTINGS, TOKENIZERS
 from matquant.pack.pack_input import Source
 from matquant.store.files import translate_os_errors
@@ -46,6 +47,8 @@ def write_config(
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):
                 part["tie_word_embeddings"] = False
+    if source.parent.transform is not None:
+        config[TRANSFORM_KEY] = source.parent.transform
     config["quantization_config"] = dict(quantization_config)
     with translate_os_errors(folder / "config.json"):
         (folder / "config.json").write_bytes(pretty_json(config))

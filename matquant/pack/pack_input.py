@@ -30,19 +30,19 @@ class Source:
     """
 
     def __init__(self, loaded: LoadedModel, blocks: BlockModel, parent: Parent) -> None:
-        self.loaded, self.parent = loaded, parent
+        self.loaded, self.blocks, self.parent = loaded, blocks, parent
+        _check_transform(blocks, parent)
         self.folder = Path(loaded.model.config.name_or_path)
-        self.layers = {
-            n: LayerSpec.from_weight(w) for i in range(len(parent.blocks)) for n, w in parent.block(i).items()
-        }
-        self.origins = blocks.origins
+        self.layers = {n: LayerSpec.from_weight(w) for i in range(len(parent.blocks)) for n, w in parent.block(i).items()}
+        self.origins = blocks.source_views
         self._views: dict[str, SourceView] = {}
         self.dense = self._dense()
         linear = [n for n, m in loaded.model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
         self.unconverted = [name for name in linear if name not in self.layers]
         head, embedding = loaded.model.get_output_embeddings(), loaded.model.get_input_embeddings()
         tied = getattr(head, "weight", None) is embedding.weight
-        self.untied_head = tied and any(loaded.model.get_submodule(n) is head for n in self.layers if "." not in n)
+        nested_head = any(loaded.model.get_submodule(n) is head for n in self.layers if "." not in n)
+        self.untied_head = blocks.untied_head or (tied and nested_head)
 
     def weights(self) -> Iterator[tuple[str, NestedWeight]]:
         """The nested layers in the order of ``layers``; a block is in memory at a time."""
@@ -50,10 +50,10 @@ class Source:
             yield from self.parent.block(index).items()
 
     def read(self, name: str) -> Tensor:
-        """A tensor of ``dense``, on the CPU, mapped from its file where it is stored as it is."""
+        """Tensor of ``dense``, transformed, on the CPU; mapped from its file if it is neither converted nor transformed."""
         origin = self._views[name]
         ((_, tensor),) = self.loaded.checkpoint.read([origin.name])
-        return origin.view(tensor)
+        return self.blocks.transform_tensor(name, origin.view(tensor))
 
     def original_shard(self) -> int:
         """Bytes of the largest weight file of the original."""
@@ -88,6 +88,15 @@ class Source:
 
     def _nested(self, name: str) -> bool:
         return name.endswith(".weight") and _owner(name) in self.layers
+
+
+def _check_transform(blocks: BlockModel, parent: Parent) -> None:
+    """Raise ValueError unless the other weights pass the same transform as the parent's."""
+    if blocks.transform_description != parent.transform:
+        raise ValueError(
+            f"the parent's weights passed the transform {parent.transform}, those of the model "
+            f"{blocks.transform_description}"
+        )
 
 
 def _owner(name: str) -> str:

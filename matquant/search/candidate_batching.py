@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from matquant.errors import UserError
-from matquant.models.block_kwargs import BlockKwargsList
+from matquant.models.block_kwargs import PerBlockKwargs
 from matquant.models.blocks import BlockModel
 
 Forward = Callable[[Tensor], Tensor]
@@ -31,17 +31,17 @@ class Text:
     def __init__(self, blocks: BlockModel, ids: Tensor) -> None:
         self.ids = ids
         self._blocks = blocks
-        self.hidden, calls = blocks.prepare(ids)
+        self.hidden, calls = blocks.capture_batch(ids)
         self._calls = {1: calls}
 
     def copies(self, count: int) -> Tensor:
         """The ids of ``count`` copies, [count * windows, length]."""
         return self.ids.repeat(count, 1)
 
-    def calls(self, count: int) -> BlockKwargsList:
+    def calls(self, count: int) -> PerBlockKwargs:
         """What each block is called with for ``count`` copies."""
         if count not in self._calls:
-            self._calls[count] = self._blocks.prepare(self.copies(count))[1]
+            self._calls[count] = self._blocks.capture_batch(self.copies(count))[1]
         return self._calls[count]
 
 

@@ -296,7 +296,7 @@ def open_evaluator(
 ) -> Iterator[Evaluator]:
     """An evaluator whose model is on ``device`` in the slices' dtype; the model is as before afterwards."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(blocks.outside_on_device(device, slices.dtype))
+        stack.enter_context(blocks.head_on_device(device, slices.dtype))
         for index in range(len(blocks)):
             stack.enter_context(blocks.on_device(index, device, slices.dtype))
         evaluator = Evaluator(

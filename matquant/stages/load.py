@@ -16,8 +16,8 @@ from matquant.formats.nested import NestedWeight
 from matquant.models.activation_cache import OffloadTarget, choose_offload_target
 from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.loading import LoadedModel, open_model
-from matquant.models.model_sizes import ModelSizes, measure
-from matquant.models.tracing import check
+from matquant.models.model_sizes import ModelSizes, measure_model
+from matquant.models.tracing import check_blockwise_forward
 from matquant.quantize.base import BlockQuantizer, QuantizerTask
 from matquant.quantize.layers import check_layers, layers_to_quantize
 from matquant.search.stage import check_budgets
@@ -97,14 +97,14 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
     _check_lengths(config, model, runtime.process_group.world_size)
     allocations = _read_allocations(config, [name for block in layers for name in block])
     evaluation = _evaluation_texts(config, model, runtime)
-    check(blocks, runtime.device, dtype)
+    check_blockwise_forward(blocks, runtime.device, dtype)
     job = LoadedJob(
         config=config,
         model=model,
         blocks=blocks,
         dtype=dtype,
         layers=layers,
-        sizes=measure(blocks, layers, model.dtype, dtype),
+        sizes=measure_model(blocks, layers, model.dtype, dtype),
         allocations=allocations,
         calibration=None,
         evaluation=evaluation,

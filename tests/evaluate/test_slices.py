@@ -189,7 +189,7 @@ def test_no_variants_and_wrong_names(windows: Tensor) -> None:
     for variants in (["full"], ["1", "1"]):
         with pytest.raises(ValueError, match="variants need different names"):
             evaluate_slices(blocks, windows, Noise(blocks), variants, 2, "cpu")
-    with pytest.raises(ValueError, match="no linear layer of"):
+    with pytest.raises(ValueError, match="is not a linear layer of"):
         evaluate_slices(blocks, windows, lambda *_: {"nothing": torch.ones(1)}, ["1"], 2, "cpu")
 
 

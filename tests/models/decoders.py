@@ -1,4 +1,4 @@
-"""Small random models of several architectures, to be run block by block."""
+"""Small random models of several architectures, for block-by-block execution."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +26,7 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SIZES),
     "llama_eager": lambda: LlamaConfig(**SIZES | {"attn_implementation": "eager"}),
     "qwen3": lambda: Qwen3Config(**SIZES, tie_word_embeddings=True),
-    # A window below the length that is tested, so that sliding and full masks differ, and caps that bite.
+    # Window below the tested length, so that sliding and full masks differ; caps low enough to have an effect.
     "gemma2": lambda: Gemma2Config(
         **SIZES, query_pre_attn_scalar=8, sliding_window=5, attn_logit_softcapping=2.0, final_logit_softcapping=0.5
     ),
@@ -46,14 +46,16 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 
 
 def make(kind: str, seed: int = 0) -> Any:
+    """Random model in eval mode, without gradients."""
     torch.manual_seed(seed)
     config = CONFIGS[kind]()
     model = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
     with torch.no_grad():
-        for parameter in model.parameters():  # far from initialisation, where norms are 1 and biases 0
+        for parameter in model.parameters():  # away from the initialisation, where norms are 1 and biases 0
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval().requires_grad_(False)
 
 
 def ids_of(batch: int, length: int = 12, seed: int = 1) -> Tensor:
+    """Random tokens, int64 [batch, length]."""
     return torch.randint(2, 64, (batch, length), generator=torch.Generator().manual_seed(seed))

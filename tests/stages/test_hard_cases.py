@@ -73,7 +73,7 @@ def test_activations_that_are_not_finite_are_named_before_any_work(matquant, cha
 
     status, _, err = matquant(*JOB, f"method={method}", changed(spoil))
     assert status == 2
-    assert "model.layers.1 puts out NaN or Inf" in err
+    assert "model.layers.1 has NaN or Inf" in err
     assert not (tmp_path / "store" / "parent").exists()
 
 

@@ -1,4 +1,4 @@
-"""What a few tokens tell about a model."""
+"""Checks on a few tokens: input groups, and equality of block-by-block and whole forward pass."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from matquant.errors import UserError
 from matquant.models.blocks import BlockModel
-from matquant.models.tracing import check, shared_input_groups
+from matquant.models.tracing import check_blockwise_forward, shared_input_groups
 
 
 @pytest.mark.parametrize(
@@ -32,18 +32,20 @@ from matquant.models.tracing import check, shared_input_groups
 @pytest.mark.parametrize(
     ("inference", "dtype"), [(False, torch.float32), (True, torch.float16), (True, torch.bfloat16)]
 )
-def test_input_groups(kind: str, groups: list[list[str]], inference: bool, dtype: torch.dtype) -> None:
+def test_layers_are_grouped_by_their_input(
+    kind: str, groups: list[list[str]], inference: bool, dtype: torch.dtype
+) -> None:
     blocks = BlockModel(make(kind).to(dtype))
     with torch.inference_mode(inference):
         found = shared_input_groups(blocks, 1)
     short = [[name.removeprefix(f"{blocks.block_names[1]}.") for name in group] for group in found.groups]
-    # q, k and v in the order in which the model calls them
+    # The model calls q, k and v in its own order.
     assert [sorted(group) for group in short] == [sorted(group) for group in groups]
     assert not found.uncalled
     assert not any(layer._forward_pre_hooks for layer in blocks.linears(1).values())
 
 
-def test_layers_that_are_never_called_are_reported() -> None:
+def test_layers_that_are_not_called_are_reported() -> None:
     model = make("llama")
     model.model.layers[1].spare = nn.Linear(8, 8)
     found = shared_input_groups(BlockModel(model), 1)
@@ -64,7 +66,7 @@ def test_equal_inputs_in_different_tensors_are_not_a_group() -> None:
     ]
 
 
-def test_an_input_that_was_written_to_in_between_is_another() -> None:
+def test_an_input_changed_in_place_is_another_input() -> None:
     model = make("llama")
     mlp = model.model.layers[0].mlp
 
@@ -84,4 +86,4 @@ def test_blocks_that_exchange_more_than_hidden_states_are_refused() -> None:
     first.register_forward_hook(lambda _, args, output: left.append(output))
     second.register_forward_hook(lambda _, args, output: output + left[0] * len(left))
     with pytest.raises(UserError, match="exchange more than hidden states"):
-        check(BlockModel(model))
+        check_blockwise_forward(BlockModel(model))

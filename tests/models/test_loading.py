@@ -1,3 +1,5 @@
+"""Loading of checkpoints from folders and the hub, and the messages for checkpoints that cannot be used."""
+
 import json
 import shutil
 from collections.abc import Callable
@@ -16,26 +18,17 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
-from matquant.config import ModelConfig
 from matquant.errors import UserError
-from matquant.models import checkpoint_files
-from matquant.models import loading as loading
-from matquant.models.loading import load
+from matquant.models import checkpoint_files, loading
+from matquant.models.config import ModelConfig, check
+from matquant.models.loading import load_model
 from matquant.paths import resource_root
 
 TINY = resource_root() / "experiments" / "models" / "tiny"
 
 
 def config(**settings: Any) -> ModelConfig:
-    defaults = {
-        "label": None,
-        "name": None,
-        "path": None,
-        "revision": None,
-        "dtype": "auto",
-        "trust_remote_code": False,
-    }
-    return ModelConfig(**(defaults | {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}))
+    return ModelConfig(**{k: str(v) if isinstance(v, Path) else v for k, v in settings.items()})
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +71,11 @@ def rewrite(folder: Path, tensor: str, change: Callable[[dict], Any]) -> None:
     save_file(tensors, shard, metadata={"format": "pt"})
 
 
-# What is right
+# Accepted checkpoints
 
 
-def test_the_model_that_ships_with_the_project(capfd: pytest.CaptureFixture) -> None:
-    found = load(config(path=TINY, label="tiny"))
+def test_the_shipped_model_loads(capfd: pytest.CaptureFixture) -> None:
+    found = load_model(config(path=TINY, label="tiny"))
     assert (found.label, found.dtype, found.warnings, found.context_length) == ("tiny", torch.float16, [], 512)
     assert {p.dtype for p in found.model.parameters()} == {torch.float16}
     assert not found.model.training
@@ -95,64 +88,71 @@ def test_the_model_that_ships_with_the_project(capfd: pytest.CaptureFixture) -> 
 
 
 def test_shards_keep_their_dtype_and_give_the_same_logits(folder: Path) -> None:
-    found = load(config(path=folder))
+    found = load_model(config(path=folder))
     assert (found.label, found.dtype, found.warnings) == ("model", torch.bfloat16, [])
     ids = torch.arange(8)[None]
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(ids).logits
     assert torch.equal(found.model(ids).logits, expected)
 
 
-def test_another_dtype_when_asked_for(folder: Path) -> None:
-    found = load(config(path=folder, dtype="float32"))
+def test_a_dtype_of_the_config_is_used(folder: Path) -> None:
+    found = load_model(config(path=folder, dtype="float32"))
     assert (found.dtype, found.model.dtype, found.fingerprint["dtype"]) == (torch.float32, torch.float32, "float32")
 
 
-def test_weights_are_used_as_stored_when_the_config_says_otherwise(folder: Path) -> None:
+def test_the_stored_dtype_wins_over_the_checkpoints_config(folder: Path) -> None:
     edit_json(folder / "config.json", lambda c: c.update(dtype="float32"))
-    found = load(config(path=folder))
+    found = load_model(config(path=folder))
     assert (found.dtype, found.model.dtype) == (torch.bfloat16, torch.bfloat16)
-    assert "says torch.float32, but the weights are stored as torch.bfloat16" in found.warnings[0]
+    assert "torch.float32, but the weights are stored as torch.bfloat16" in found.warnings[0]
 
 
-def test_the_fingerprint_is_of_the_content(folder: Path, original: Path) -> None:
-    one, two = load(config(path=folder)).fingerprint, load(config(path=original)).fingerprint
+def test_the_fingerprint_depends_on_the_content_only(folder: Path, original: Path) -> None:
+    one, two = load_model(config(path=folder)).fingerprint, load_model(config(path=original)).fingerprint
     assert one == two == json.loads(json.dumps(one))
     rewrite(folder, "lm_head.weight", lambda t: t["lm_head.weight"].add_(1))
-    assert load(config(path=folder)).fingerprint != one
+    assert load_model(config(path=folder)).fingerprint != one
 
 
 def test_unused_weights_are_a_warning(folder: Path) -> None:
     rewrite(folder, "lm_head.weight", lambda t: t.update(extra=torch.zeros(2)))
-    assert load(config(path=folder)).warnings == [
-        "1 weights of the checkpoint are not used by LlamaForCausalLM: extra."
-    ]
+    (warning,) = load_model(config(path=folder)).warnings
+    assert "not used by LlamaForCausalLM: extra" in warning
 
 
-def test_transformers_talks_again_afterwards(folder: Path) -> None:
+def test_transformers_logging_is_restored(folder: Path) -> None:
     before = loading.transformers_logging.get_verbosity(), loading.transformers_logging.is_progress_bar_enabled()
-    load(config(path=folder))
+    load_model(config(path=folder))
     assert before == (
         loading.transformers_logging.get_verbosity(),
         loading.transformers_logging.is_progress_bar_enabled(),
     )
 
 
-# What is refused
+# Refused checkpoints
+
+
+@pytest.mark.parametrize("settings", [{}, {"name": "some/model", "path": "folder"}])
+def test_a_config_needs_a_name_or_a_path(settings: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"model\.name.*model\.path"):
+        check(config(**settings))
+    check(config(name="some/model"))
 
 
 def refuse(message: str, **settings: Any) -> None:
+    """Assert that loading raises a UserError with this message."""
     with pytest.raises(UserError, match=message):
-        load(config(**settings))
+        load_model(config(**settings))
 
 
-def test_no_folder_no_config(tmp_path: Path) -> None:
+def test_a_path_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     refuse("it does not exist", path=tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
     refuse("it is a file", path=tmp_path / "file")
     refuse("has no config.json", path=tmp_path)
 
 
-def test_a_config_that_is_no_json(folder: Path) -> None:
+def test_a_config_that_is_not_json_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     refuse("config.json is no valid JSON", path=folder)
 
@@ -166,85 +166,87 @@ def drop_weights(folder: Path) -> None:
     ("name", "message"),
     [
         ("pytorch_model.bin", r"pickles only .*save_pretrained\(FOLDER\)"),
-        ("consolidated.safetensors", "transformers finds weights under no other name"),
+        ("consolidated.safetensors", "the only names that transformers reads"),
         ("notes.txt", "holds no weights"),
     ],
 )
-def test_no_safetensors(folder: Path, name: str, message: str) -> None:
+def test_a_checkpoint_without_safetensors_is_refused(folder: Path, name: str, message: str) -> None:
     drop_weights(folder)
     (folder / name).write_bytes(b"")
     refuse(message, path=folder)
 
 
 @pytest.mark.parametrize("name", ["../other.safetensors", "/etc/other.safetensors", "..\\other.safetensors", "a.bin"])
-def test_an_index_that_points_outside(folder: Path, name: str) -> None:
+def test_an_index_with_names_outside_of_the_folder_is_refused(folder: Path, name: str) -> None:
     edit_json(folder / checkpoint_files.INDEX, lambda c: c["weight_map"].update({"lm_head.weight": name}))
     refuse("no safetensors file inside the folder", path=folder)
 
 
-def test_an_index_that_names_nothing(folder: Path) -> None:
+def test_an_empty_index_is_refused(folder: Path) -> None:
     (folder / checkpoint_files.INDEX).write_text("{}")
     refuse("names no weights", path=folder)
 
 
-def test_a_shard_that_is_missing_or_cut_off(folder: Path) -> None:
+def test_a_missing_or_truncated_shard_is_refused(folder: Path) -> None:
     shard = shard_with(folder, "lm_head.weight")
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
     refuse(f"{shard.name} is damaged", path=folder)
     shard.unlink()
-    refuse(f"is not complete: of .* are missing: {shard.name}", path=folder)
+    refuse(f"is not complete: .* missing: {shard.name}", path=folder)
 
 
-def test_missing_weights_would_be_random(folder: Path) -> None:
+def test_missing_weights_are_refused(folder: Path) -> None:
     rewrite(folder, "lm_head.weight", lambda t: t.pop("lm_head.weight"))
     refuse("lacks 1 weights that its architecture needs: lm_head.weight", path=folder)
 
 
-def test_a_tied_head_is_not_missing(folder: Path) -> None:
+def test_a_tied_head_need_not_be_stored(folder: Path) -> None:
     rewrite(folder, "lm_head.weight", lambda t: t.pop("lm_head.weight"))
     edit_json(folder / "config.json", lambda c: c.update(tie_word_embeddings=True))
-    model = load(config(path=folder)).model
+    model = load_model(config(path=folder)).model
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_weights_of_another_size(folder: Path) -> None:
+def test_weights_of_a_wrong_shape_are_refused(folder: Path) -> None:
     edit_json(folder / "config.json", lambda c: c.update(intermediate_size=64))
     refuse(r"do not fit its config.json: .*down_proj.weight is \[32, 48\], needs \[32, 64\]", path=folder)
 
 
-def test_weights_that_are_no_floats(folder: Path) -> None:
+def test_integer_weights_are_refused(folder: Path) -> None:
     for file in folder.glob("*.safetensors"):
         save_file({name: t.to(torch.int8) for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
     refuse("stored as I8", path=folder)
 
 
-def test_no_tokenizer(folder: Path) -> None:
+def test_a_checkpoint_without_a_tokenizer_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     refuse("has no tokenizer", path=folder)
     (folder / "tokenizer.json").write_text("{}")
     refuse("The tokenizer in .* cannot be loaded", path=folder)
 
 
-def test_a_quantized_checkpoint(folder: Path) -> None:
+def test_a_quantized_checkpoint_is_refused(folder: Path) -> None:
     edit_json(folder / "config.json", lambda c: c.update(quantization_config={"quant_method": "gptq", "bits": 4}))
     refuse(r"quantized already \(quant_method gptq\)", path=folder)
 
 
-def test_no_causal_language_model(folder: Path) -> None:
+def test_another_kind_of_model_is_refused(folder: Path) -> None:
     small = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=16)
     BertForMaskedLM(small).save_pretrained(folder)
-    refuse("no causal language model: its architecture is BertForMaskedLM", path=folder)
+    refuse("not a causal language model: its architecture is BertForMaskedLM", path=folder)
 
 
-def test_a_model_type_that_is_not_known(folder: Path) -> None:
+def test_an_unknown_model_type_is_refused(folder: Path) -> None:
     edit_json(folder / "config.json", lambda c: c.update(model_type="llama99"))
     refuse("does not know the model type 'llama99'", path=folder)
     edit_json(folder / "config.json", lambda c: c.update(auto_map={"AutoModelForCausalLM": "modeling.Model"}))
     refuse("set model.trust_remote_code=true", path=folder)
 
 
-def test_code_of_a_model_runs_only_when_trusted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_a_checkpoint_runs_only_if_trusted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     ran = tmp_path / "ran"
     (folder / "own_code.py").write_text(
@@ -255,9 +257,9 @@ def test_code_of_a_model_runs_only_when_trusted(folder: Path, tmp_path: Path, mo
     )
     remote = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"}
     edit_json(folder / "config.json", lambda c: c.update(model_type="own", auto_map=remote, architectures=["OwnModel"]))
-    refuse("needs code of its own", path=folder)
+    refuse("needs Python code.*trust_remote_code=true", path=folder)
     assert not ran.exists()
-    found = load(config(path=folder, trust_remote_code=True))
+    found = load_model(config(path=folder, trust_remote_code=True))
     assert type(found.model).__name__ == "OwnModel"
     assert "own_code.py" in found.fingerprint["files"]
 
@@ -273,13 +275,13 @@ def hub_error(kind: type, status: int) -> Exception:
     ("error", "message"),
     [
         (lambda: hub_error(GatedRepoError, 403), "some/model is gated on the hub.*hf auth login.*model.path"),
-        (lambda: hub_error(RepositoryNotFoundError, 404), "no model 'some/model' on the hub.*model.path"),
+        (lambda: hub_error(RepositoryNotFoundError, 404), "no model 'some/model'.*model.path"),
         (lambda: hub_error(RevisionNotFoundError, 404), "has no revision 'v1'"),
-        (lambda: LocalEntryNotFoundError("offline.\nmore"), "could not be reached: offline. Try .*model.path"),
+        (lambda: LocalEntryNotFoundError("offline.\nmore"), "could not be reached: offline. .*model.path"),
         (lambda: RuntimeError("no proxy"), "could not be reached: no proxy"),
     ],
 )
-def test_what_the_hub_answers_becomes_a_sentence(
+def test_errors_of_the_hub_become_messages(
     monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception], message: str
 ) -> None:
     def fail(*_: Any, **__: Any) -> str:
@@ -289,12 +291,14 @@ def test_what_the_hub_answers_becomes_a_sentence(
     refuse(message, name="some/model", revision="v1")
 
 
-def test_a_name_that_cannot_be() -> None:
-    refuse("There is no model 'not a name' on the hub", name="not a name")
+def test_an_invalid_hub_name_is_refused() -> None:
+    refuse("no model 'not a name'", name="not a name")
 
 
-def test_the_hubs_cache_without_a_network(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache as the hub's client leaves it: snapshots of links into blobs that are named by their content."""
+def test_the_hubs_cache_is_read_without_a_network(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's cache holds snapshots of links to blobs whose names are hashes of their content."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     cache = tmp_path / "hub" / "models--some--model"
     snapshot = cache / "snapshots" / commit
@@ -308,24 +312,24 @@ def test_the_hubs_cache_without_a_network(folder: Path, tmp_path: Path, monkeypa
         (snapshot / file.name).symlink_to(blob)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    found = load(config(name="some/model"))
+    found = load_model(config(name="some/model"))
     assert found.label == "model"
     assert found.fingerprint["commit"] == commit
     assert found.fingerprint["files"]["config.json"] == "etag-config.json"
     refuse("hub could not be reached", name="other/model")
 
 
-def test_a_hub_repository_of_pickles_is_refused_before_they_are_fetched(
+def test_pickles_on_the_hub_are_refused_before_they_are_downloaded(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drop_weights(folder)
-    asked: list[str] = []
+    downloaded: list[str] = []
 
     def snapshot(_: str, allow_patterns: list[str], **__: Any) -> str:
-        asked.extend(allow_patterns)
+        downloaded.extend(allow_patterns)
         return str(folder)
 
     monkeypatch.setattr(checkpoint_files, "snapshot_download", snapshot)
     monkeypatch.setattr(checkpoint_files, "_hub_files", lambda _: ["config.json", "pytorch_model.bin"])
     refuse("some/model on the hub holds its weights as pickles only", name="some/model")
-    assert not any(pattern.endswith(checkpoint_files.PICKLES) for pattern in asked)
+    assert not any(pattern.endswith(checkpoint_files.PICKLES) for pattern in downloaded)

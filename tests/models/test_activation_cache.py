@@ -1,4 +1,4 @@
-"""Hidden states on a device, in memory or in a file are the same hidden states."""
+"""Hidden states on a device, in memory and in a file."""
 
 from pathlib import Path
 
@@ -41,11 +41,11 @@ def blocks() -> BlockModel:
 
 @settings(max_examples=30, deadline=None)
 @given(st.data())
-def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_written_hidden_states_are_read_back(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("scratch")
     shape = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3)))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-    both = [ActivationCache(shape, dtype, place, CPU) for place in (CPU, folder)]
+    both = [ActivationCache(shape, dtype, target, CPU) for target in (CPU, folder)]
     for states in both:
         states[0 : shape[0]] = torch.zeros(shape, dtype=dtype)
     for number in range(data.draw(st.integers(0, 4))):
@@ -55,13 +55,13 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, data:
         for states in both:
             states[rows] = values.to(dtype)
     copies = [states.clone() for states in both]
-    both[1][0:1] = torch.ones((1, *shape[1:]), dtype=dtype)  # a copy does not follow
+    both[1][0:1] = torch.ones((1, *shape[1:]), dtype=dtype)  # a later write does not change a copy
     assert torch.equal(copies[0][0 : shape[0]], copies[1][0 : shape[0]])
     assert torch.equal(both[0][1 : shape[0]], both[1][1 : shape[0]])
-    assert not list(folder.iterdir())  # a file without a name, which a crash does not leave behind
+    assert not list(folder.iterdir())  # the file has no name: a crash leaves nothing behind
 
 
-def test_the_fastest_place_with_room_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_target_with_enough_memory_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = {"cuda": 1000, "cpu": 2000}
     monkeypatch.setattr(machine, "device_free", lambda device: free[device.type])
     gpu = torch.device("cuda")
@@ -69,13 +69,20 @@ def test_the_fastest_place_with_room_is_chosen(tmp_path: Path, monkeypatch: pyte
     assert [choose_offload_target(needed, CPU, tmp_path) for needed in (700, 900)] == [CPU, tmp_path]
 
 
-def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot use"):
         ActivationCache((1, 2, 3), torch.float32, tmp_path / "file" / "scratch", CPU)
 
 
-def quantize(blocks: BlockModel, windows: Tensor, place: OffloadTarget, folder: Path) -> Parent:
+def test_stored_hidden_states_have_no_gradient() -> None:
+    cache = ActivationCache((2, 1, 3), torch.float32, CPU, CPU)
+    cache[0:2] = torch.ones(2, 1, 3, requires_grad=True) * 2
+    assert not cache[0:2].requires_grad
+    assert (cache[0:2] == 2).all()
+
+
+def quantize(blocks: BlockModel, sequences: Tensor, offload: OffloadTarget, folder: Path) -> Parent:
     driver = BlockwiseQuantizer(
         blocks,
         layers_to_quantize(blocks, lambda _: False, lm_head=False),
@@ -83,18 +90,16 @@ def quantize(blocks: BlockModel, windows: Tensor, place: OffloadTarget, folder: 
         device=CPU,
         dtype=torch.float32,
         batch_size=2,
-        offload=place,
+        offload=offload,
     )
-    build = lambda draft: {"blocks": driver.run(draft, windows)}  # noqa: E731
+    build = lambda draft: {"blocks": driver.run(draft, sequences)}  # noqa: E731
     return Parent(Store(folder).open_or_build("parent", {}, build))
 
 
-def test_a_job_with_hidden_states_in_a_file_gives_the_same_bytes_and_figures(
-    blocks: BlockModel, tmp_path: Path
-) -> None:
-    windows = torch.randint(64, (5, 12), generator=torch.Generator().manual_seed(1))
-    in_memory = quantize(blocks, windows, CPU, tmp_path / "memory")
-    in_a_file = quantize(blocks, windows, tmp_path / "scratch", tmp_path / "file")
+def test_hidden_states_in_a_file_give_the_same_parent_and_metrics(blocks: BlockModel, tmp_path: Path) -> None:
+    sequences = torch.randint(64, (5, 12), generator=torch.Generator().manual_seed(1))
+    in_memory = quantize(blocks, sequences, CPU, tmp_path / "memory")
+    in_a_file = quantize(blocks, sequences, tmp_path / "scratch", tmp_path / "file")
     assert in_a_file.artifact.sha256 == in_memory.artifact.sha256
 
     def weights_of(index: int, bits: str) -> dict[str, Tensor]:
@@ -102,7 +107,7 @@ def test_a_job_with_hidden_states_in_a_file_gives_the_same_bytes_and_figures(
         return {name: weight.dequantize(int(bits)) for name, weight in weights.items()}
 
     found = [
-        evaluate_slices(blocks, windows, weights_of, ["2", "8"], 2, CPU, place=place)
-        for place in (CPU, tmp_path / "scratch")
+        evaluate_slices(blocks, sequences, weights_of, ["2", "8"], 2, CPU, place=target)
+        for target in (CPU, tmp_path / "scratch")
     ]
     assert found[0] == found[1]

@@ -37,8 +37,8 @@ class SearchConfig:
         budgets: several budgets in average bits.
         bits: bit-widths to choose from.
         fuse_shared_inputs: one bit-width for layers with the same input (q, k, v; gate, up). The stock formats gptq and
-            compressed-tensors need it, because their runtimes fuse these layers. Transformers and the vLLM plugin of
-            this project do not.
+            compressed_tensors store these layers with one bit-width, because their runtimes fuse them. Transformers and
+            the vLLM plugin of this project read each layer at its own bit-width.
         fitness: key of ``FITNESS_FUNCTIONS``.
         top_k: number of tokens for the fitness ``sparse_kl``.
         sensitivity: key of ``SENSITIVITY_ESTIMATORS``. ``measured``: loss of each layer alone at every bit-width.

@@ -59,7 +59,7 @@ def objective(trial: optuna.Trial, folder: Path, overrides: list[str], threads: 
         job_folder.mkdir(parents=True, exist_ok=True)
         (job_folder / "error.txt").write_text(done.stderr[-4000:])
         raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "the job failed")
-    values = [value for entry in load(job_folder)["slices"] for value in entry["kl"].values()]
+    values = [value for one in load(job_folder).slices for value in one.kl.values()]
     return math.exp(sum(math.log(max(value, 1e-12)) for value in values) / len(values))
 
 

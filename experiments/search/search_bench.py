@@ -65,9 +65,11 @@ def compose_config(*overrides: str) -> Config:
 def open_parent(config: Config) -> tuple[BlockModel, Parent, Any]:
     """Shipped model, its parent, and the loaded checkpoint. Quantize the model if the store has no parent."""
     info = JobInfo(folder=Path(), command="", name="", group=None, resolved={})
-    found = compute(dataclasses.replace(config, stages=("quantize",)), info)["parent"]
+    results = compute(dataclasses.replace(config, stages=("quantize",)), info)
+    assert results is not None
+    assert results.parent.path is not None
     loaded = load(config.model)
-    return BlockModel(loaded.model), Parent(read_artifact(Path(found["path"]))), loaded
+    return BlockModel(loaded.model), Parent(read_artifact(Path(results.parent.path))), loaded
 
 
 class Bench:

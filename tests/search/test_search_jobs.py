@@ -176,6 +176,7 @@ def test_killed_search_resumes_after_the_last_generation(first, matquant, small_
         (["search.average_bits=3", "method.per_bit_models=true"], ["one model per bit-width"]),
         (["search.average_bits=3", "search.sequence_length=4000"], ["search.sequence_length=4000", "longer"]),
         (["search.average_bits=3", "search.sensitivity=error"], ["search.sensitivity=error", "no second-order error"]),
+        (["search.gigabytes=1"], ["search.gigabytes", "search.budget_gb"]),
         (["bits=nowhere.yaml"], ["nowhere.yaml"]),
         (["bits=nowhere.yaml", "method.per_bit_models=true"], ["nowhere.yaml", "method.per_bit_models=false"]),
     ],

@@ -117,7 +117,7 @@ def make_problem(
         fused_groups: names of layers that share one bit-width; each layer is in at most one group.
 
     Raises:
-        UserError: the narrowest bit-width exceeds the budget.
+        UserError: the lowest bit-width exceeds the budget.
     """
     ordered = tuple(sorted(set(bits)))
     units = tuple(_make_unit(group, ordered, budget.kind) for group in _group_layers(layers, fused_groups))
@@ -128,8 +128,8 @@ def make_problem(
     if least > limit:
         needed = f"{least / parameters:g} bits" if budget.kind == "average_bits" else f"{least / 1e9:.6g} GB"
         raise UserError(
-            f"The budget of {budget} is too small: the narrowest bit-width, {ordered[0]} bits in every layer, needs {needed}. "
-            "Raise search.average_bits or search.budget_gb, or add a narrower bit-width to search.bits."
+            f"The budget of {budget} is too small: the lowest bit-width, {ordered[0]} bits in every layer, needs {needed}. "
+            "Raise search.average_bits or search.budget_gb, or add a lower bit-width to search.bits."
         )
     return problem
 

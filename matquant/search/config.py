@@ -170,8 +170,8 @@ def _check_bits(search: SearchConfig, master_bits: int) -> None:
     for budget in search.ascending_budgets:
         if budget.kind == "average_bits" and budget.value < min(search.bits):
             raise UserError(
-                f"The budget of {budget} is too small: the narrowest bit-width of search.bits is {min(search.bits)}. "
-                "Raise the budget, or add a narrower bit-width."
+                f"The budget of {budget} is too small: the lowest bit-width of search.bits is {min(search.bits)}. "
+                "Raise the budget, or add a lower bit-width."
             )
 
 

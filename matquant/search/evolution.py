@@ -1,7 +1,7 @@
 """Evolution of one candidate by mutation and multi-stage selection, as in EvoPress (arXiv 2410.14649).
 
 Every stage of selection draws new tokens, more than the stage before, and keeps the children of the least loss. The
-parent competes in the last stage, so that a child must beat it on the same tokens. Proposers differ in the children
+parent competes in the last stage, so that a child must beat it on the same tokens. A proposer supplies the children
 (``matquant.search.proposers``).
 """
 

@@ -54,7 +54,7 @@ def make_offspring(
 
 
 def random_candidate(problem: AllocationProblem, rng: random.Random) -> Candidate:
-    """Narrowest uniform bit-width at or above the budget, with random units lowered until the budget is kept."""
+    """Lowest uniform bit-width at or above the budget, with random units lowered until the budget is kept."""
     count = len(problem.units)
     wide = next((b for b in problem.bits if problem.cost(problem.uniform(b)) >= problem.limit), problem.bits[-1])
     child = [wide] * count

@@ -50,7 +50,7 @@ def search(config: SearchConfig, context: SearchContext, store: Store, progress:
             calls.
 
     Raises:
-        UserError: the narrowest bit-width exceeds a budget, or the parent lacks data that ``search.sensitivity`` needs.
+        UserError: the lowest bit-width exceeds a budget, or the parent lacks data that ``search.sensitivity`` needs.
     """
     problems = make_problems(config, context)
     inputs = {
@@ -83,7 +83,7 @@ def make_problems(config: SearchConfig, context: SearchContext) -> list[Allocati
     """Build the problem of each budget.
 
     Raises:
-        UserError: the narrowest bit-width exceeds a budget.
+        UserError: the lowest bit-width exceeds a budget.
     """
     blocks, parent = context.blocks, context.parent
     layers = _layer_costs([parent.block(index) for index in range(len(parent.blocks))], config.bits)
@@ -100,7 +100,7 @@ def check_budgets(config: SearchConfig, blocks: Sequence[Mapping[str, NestedWeig
         blocks: layers of each block by name, in the format of the future parent; only shapes and formats are used.
 
     Raises:
-        UserError: the narrowest bit-width exceeds a budget.
+        UserError: the lowest bit-width exceeds a budget.
     """
     layers = _layer_costs(blocks, config.bits)
     for budget in config.ascending_budgets:

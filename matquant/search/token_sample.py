@@ -41,7 +41,7 @@ def all_tokens(sequences: int, length: int) -> TokenSample:
 def draw_tokens(sequences: int, length: int, tokens: int, rng: random.Random) -> TokenSample:
     """Draw sequences without replacement until they hold ``tokens`` tokens, or all sequences if the text is shorter.
 
-    The last sequence is cut, to at least 2 tokens, of which the second is predicted.
+    The last sequence is cut, to at least 2 tokens, so that one token is predicted.
     """
     count = min(-(-tokens // length), sequences)
     last_length = min(tokens - (count - 1) * length, length)

@@ -80,11 +80,11 @@ def test_each_method_has_a_preset_of_its_name(method):
 
 
 def test_one_registry_line_adds_a_method(monkeypatch):
-    class NarrowestSearch(SearchMethod):
+    class LowestBitsSearch(SearchMethod):
         needs_unit_losses = False
 
         def search(self, task):
             return Finalists(candidates=[task.problem.uniform(task.problem.bits[0])])
 
-    monkeypatch.setitem(SEARCH_METHODS, "narrowest", NarrowestSearch)
-    assert [row["average_bits"] for row in search("narrowest")["front"]] == [2.0, 2.0, 2.0]
+    monkeypatch.setitem(SEARCH_METHODS, "lowest_bits", LowestBitsSearch)
+    assert [row["average_bits"] for row in search("lowest_bits")["front"]] == [2.0, 2.0, 2.0]

@@ -14,8 +14,8 @@ _FORBIDDEN = 1e9  # larger than any sum of losses
 class HybridSearch(SearchMethod):
     """Sensitivities as the prior of a surrogate model, knapsack, and evolution guided by the surrogate.
 
-    All budgets share the surrogate. The evolution ends on few tokens, so its result is compared on the whole text with
-    its start and with the surrogate's final optimum.
+    All budgets share the surrogate. The evolution selects on few tokens, so its result is compared on the whole text
+    with its start and with the surrogate's final optimum.
     """
 
     def prepare(self) -> None:

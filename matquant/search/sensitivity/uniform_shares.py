@@ -55,7 +55,7 @@ def measure_shares(
 
 
 def nearest_bits(problem: AllocationProblem) -> set[int]:
-    """Bit-widths whose uniform candidates are next to the budget: the widest that fits and the narrowest that does not."""
+    """Bit-widths whose uniform candidates are next to the budget: the highest that fits and the lowest that does not."""
     costs = {bits: problem.cost(problem.uniform(bits)) for bits in problem.bits}
     below = [bits for bits, cost in costs.items() if cost <= problem.limit][-1:]
     above = [bits for bits, cost in costs.items() if cost > problem.limit][:1]

@@ -23,7 +23,7 @@ from matquant.quantize.gptq.config import GptqConfig
 from matquant.quantize.rtn.config import RtnConfig
 from matquant.report.config import TrackingConfig
 from matquant.search import config as searching
-from matquant.search.config import SearchConfig
+from matquant.search.config import SearchConfig, check_search, with_default_method
 from matquant.store.config import StoreConfig
 from matquant.typed_config import TARGET, build, defaults_of
 
@@ -43,7 +43,7 @@ RENAMED = {
     "method.staged": "method.true_sequential",
     "method.head": "method.quantize_lm_head",
     "objective.tilt": "objective.per_bit_factor",
-}
+} | searching.RENAMED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,7 +155,7 @@ def from_hydra(cfg: DictConfig) -> Config:
     tree["bits"] = [b for b in given if not is_file_name(b)]
     tree["allocations"] = [b for b in given if is_file_name(b)]
     config = typing.cast(Config, build(Config, tree, renamed=RENAMED))
-    config = dataclasses.replace(config, search=searching.chosen(config.search))
+    config = dataclasses.replace(config, search=with_default_method(config.search))
     _check(config)
     return config
 
@@ -185,7 +185,7 @@ def _check(config: Config) -> None:
     check_objective(config.objective, master_bits)
     check_method(method)
     _check_text(config.calibration, "calibration")
-    searching.check(config.search, master_bits, dedicated=method.per_bit_models)
+    check_search(config.search, master_bits, per_bit_models=method.per_bit_models)
     _check_evaluation(config.eval)
     _check_slices(config)
     for stage in config.stages:

@@ -1,4 +1,4 @@
-"""The Optuna recipe: a failed job is reported and the others stand, and a second call does only what is missing."""
+"""Optuna script: failed trials are reported, and a second call runs only the missing ones."""
 
 import importlib.util
 import json
@@ -13,21 +13,20 @@ pytest.importorskip("optuna")
 
 
 @pytest.fixture
-def recipe(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location(
-        "lambda_search", ROOT / "experiments" / "benchmarks" / "lambda_search.py"
-    )
+def script(monkeypatch, tmp_path):
+    """Function that calls the script with stubbed jobs, and the weights of the jobs; the second job fails."""
+    spec = importlib.util.spec_from_file_location("lambda_search", ROOT / "experiments" / "benchmarks" / "lambda_search.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    jobs = []
+    weights = []
 
     def run(command, **_):
         folder = next(Path(o.partition("=")[2]) for o in command if o.startswith("hydra.run.dir="))
-        jobs.append(next(o for o in command if "objective.weights" in o))
-        if len(jobs) == 2:
+        weights.append(next(o for o in command if "objective.weights" in o))
+        if len(weights) == 2:
             return subprocess.CompletedProcess(command, 2, "", "error: the disk is full")
         folder.mkdir(parents=True)
-        entry = {"bits": 2, "average_bits": 2.0, "bytes": 1, "kl": {"stdlib": 0.1 / len(jobs)}, "perplexity": {}}
+        entry = {"bits": 2, "average_bits": 2.0, "bytes": 1, "kl": {"stdlib": 0.1 / len(weights)}, "perplexity": {}}
         results = {"schema": 1, "model": "tiny", "method": "matgptq", "slices": [entry]}
         (folder / "results.json").write_text(json.dumps(results))
         return subprocess.CompletedProcess(command, 0, "", "")
@@ -35,33 +34,33 @@ def recipe(monkeypatch, tmp_path):
     monkeypatch.setattr(module.subprocess, "run", run)
     monkeypatch.setattr(module, "provenance", lambda: {"commit": "0123abc"})  # runs git, by subprocess.run
 
-    def call(trials, *more):
+    def call(trials, *arguments):
         folder = str(tmp_path / "study")
-        monkeypatch.setattr(sys, "argv", ["search.py", "--trials", str(trials), "--folder", folder, *more])
+        monkeypatch.setattr(sys, "argv", ["search.py", "--trials", str(trials), "--folder", folder, *arguments])
         return module.main()
 
-    return call, jobs
+    return call, weights
 
 
-def test_failed_and_missing_trials(recipe, tmp_path, capsys):
-    call, jobs = recipe
+def test_failed_trial_is_reported_and_run_again_with_other_weights(script, tmp_path, capsys):
+    call, weights = script
     assert call(3) == 1
     out, err = capsys.readouterr()
     assert "failed: [1]" in err
     assert "best: 0.0333" in out
-    assert jobs[0] == "++objective.weights={2:1,3:1.5,4:3,6:12,8:48}"
+    assert weights[0] == "++objective.weights={2:1,3:1.5,4:3,6:12,8:48}"
     assert "the disk is full" in (tmp_path / "study" / "jobs" / "1" / "error.txt").read_text()
     assert (tmp_path / "study" / "summary.html").is_file()
-    assert len(jobs) == 3
-    call(3)  # two are done, so one is missing
-    assert len(jobs) == 4
+    assert len(weights) == 3
+    call(3)  # two trials are complete: one is missing
+    assert len(weights) == 4
     call(3)
-    assert len(jobs) == 4
-    assert len(set(jobs)) == 4  # a study that goes on draws anew
+    assert len(weights) == 4
+    assert len(set(weights)) == 4
 
 
-def test_trials_at_the_same_time_are_recorded_with_their_seeds(recipe, tmp_path):
-    call, jobs = recipe
+def test_parallel_trials_are_recorded_with_their_sampler(script, tmp_path):
+    call, weights = script
     output = tmp_path / "trials.json"
     call(5, "--jobs", "2", "--seed", "7", "--output", str(output), "tracking=none")
     found = json.loads(output.read_text())
@@ -72,5 +71,5 @@ def test_trials_at_the_same_time_are_recorded_with_their_seeds(recipe, tmp_path)
     assert sorted(trial["state"] for trial in found["trials"]) == ["complete"] * 4 + ["fail"]
     assert all(trial["sampler"] == {"seed": 7, "jobs": 2} for trial in found["trials"])
     assert found["trials"][0]["weights"] == {"weight_3": 1.5, "weight_4": 3.0, "weight_6": 12.0, "weight_8": 48.0}
-    call(6, "--seconds", "0", "--output", str(output))  # no time: no trial begins
-    assert len(jobs) == 5
+    call(6, "--seconds", "0", "--output", str(output))  # past the deadline: no trial starts
+    assert len(weights) == 5

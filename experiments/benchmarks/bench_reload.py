@@ -1,55 +1,58 @@
-"""Candidates per second: layers changed in memory, against reading the layers that change from disk for each candidate.
+"""Candidates per second: layers that change their bit-width in memory, against weights that are read from files.
 
     python experiments/benchmarks/bench_reload.py                 # the shipped model
     python experiments/benchmarks/bench_reload.py --blocks 4      # random blocks of the shape of an 8B Llama, for a GPU
-    python experiments/benchmarks/bench_reload.py --blocks 4 --tokens 1024 2048        # these rows alone
+    python experiments/benchmarks/bench_reload.py --blocks 4 --tokens 1024 2048        # these rows only
 
-Both measure the same children of one parent on the same tokens and must find the same losses. The reference does what the
-published search does: one file with the dense weight for every layer and width; for each candidate it loads the files of
-the layers whose width changes into the model, and runs the whole model window by window against kept logits. Files are
-read once before, so that they come from the system's cache and not from a disk.
+Both evaluate the same children of one parent on the same tokens and must find the same losses. The reference works like
+the search that MatGPTQ publishes: one file per layer and bit-width with the dense weight. For each candidate it loads
+the files of the layers whose bit-width changes, and runs the whole model on one sequence at a time against stored
+logits. All files are read once before the measurement, so that they come from the page cache, not from the disk.
 """
 
 import argparse
 import json
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from compare_searches import Bench
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+sys.path.insert(0, str(Path(__file__).parent))
+from search_bench import Bench
+
 from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.models.blocks import BlockModel
 from matquant.report.provenance import provenance
-from matquant.search.allocation_problem import Budget, Layer, exact, make_problem
-from matquant.search.evaluator import open_evaluator
-from matquant.search.layer_forwards import DecodedSlices, PlaneSlices
-from matquant.search.mutation import breed, switch_levels
+from matquant.search.allocation_problem import Budget, LayerCost, decimal_fraction, make_problem
+from matquant.search.evaluator import EvaluatorConfig, open_evaluator
+from matquant.search.fitness.kl_divergence import KlDivergence
+from matquant.search.layer_forwards import DenseLayerForwards, PlaneLayerForwards
+from matquant.search.mutation import make_offspring, switch_levels
 
-WIDTHS = (2, 3, 4, 6, 8)  # those that MatGPTQ's search chooses from
+BITS = (2, 3, 4, 6, 8)  # choices of MatGPTQ's search
 GROUP_SIZE = 128
 
-# Windows, their length, and the candidates that are measured on them: the stages of a generation as published, and fewer tokens
-# before (the first stage of hybrid has 1024). The shipped model takes no more than 512.
+# Sequences, tokens per sequence, and candidates. PUBLISHED has the stages of a published generation; the rows before it
+# have fewer tokens (the first stage of search=hybrid has 1024). The shipped model has a context of 512 tokens.
 PUBLISHED = ((1, 2048, 64), (8, 2048, 16), (64, 2048, 5))
 STAGES_8B = ((1, 512, 64), (1, 1024, 64), *PUBLISHED)
 STAGES_SHIPPED = ((1, 32, 64), (1, 256, 64), (4, 512, 32))
 
 
 def shipped(device: torch.device) -> tuple[BlockModel, dict[str, NestedWeight], torch.Tensor]:
-    """The shipped model, its parent's layers, and text."""
+    """Shipped model, nested weights of its parent by layer name, and sequences."""
     bench = Bench()
-    codes = {n: w for i in range(len(bench.parent.blocks)) for n, w in bench.parent.block(i).items()}
-    return bench.blocks, codes, bench.evaluation
+    return bench.blocks, bench.weights, bench.evaluation
 
 
 def random_8b(blocks: int, device: torch.device) -> tuple[BlockModel, dict[str, NestedWeight], torch.Tensor]:
-    """Some blocks of the shape of Llama-3-8B with random weights, rounded to nearest; and random text."""
+    """Some blocks of the shape of Llama-3-8B with random weights, their nested weights by layer name, and random sequences."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=4096,
@@ -66,11 +69,11 @@ def random_8b(blocks: int, device: torch.device) -> tuple[BlockModel, dict[str, 
         model = BlockModel(AutoModelForCausalLM.from_config(config).eval().requires_grad_(False))
         torch.set_default_dtype(torch.float32)
     layers = {n: layer for i in range(blocks) for n, layer in model.linears(i).items()}
-    return model, {n: rounded(layer.weight) for n, layer in layers.items()}, torch.randint(32000, (64, 2048))
+    return model, {n: round_to_nearest(layer.weight) for n, layer in layers.items()}, torch.randint(32000, (64, 2048))
 
 
-def rounded(weight: torch.Tensor) -> NestedWeight:
-    """Codes of 8 bits to the nearest, a scale for each group."""
+def round_to_nearest(weight: torch.Tensor) -> NestedWeight:
+    """Nested weight with the nearest 8-bit codes and one scale per group."""
     rows, columns = weight.shape
     groups = weight.float().view(rows, columns // GROUP_SIZE, GROUP_SIZE)
     scales = (groups.abs().amax(-1) / 127).half()
@@ -83,34 +86,34 @@ def rounded(weight: torch.Tensor) -> NestedWeight:
     )
 
 
-class Reloading:
-    """One model whose layers are read from disk as their widths change, as the published code does."""
+class ReloadingModel:
+    """Model whose layers are loaded from files when their bit-width changes, as in MatGPTQ's code."""
 
-    def __init__(self, blocks: BlockModel, codes: dict[str, NestedWeight], dtype: torch.dtype, folder: Path) -> None:
-        self.model, self.codes, self.dtype, self.folder = blocks.model, codes, dtype, folder
+    def __init__(self, blocks: BlockModel, weights: dict[str, NestedWeight], dtype: torch.dtype, folder: Path) -> None:
+        self.model, self.weights, self.dtype, self.folder = blocks.model, weights, dtype, folder
         self.layers = {n: m for i in range(len(blocks)) for n, m in blocks.linears(i).items()}
 
     def write(self, candidates: list[dict[str, int]]) -> None:
-        """The files that these candidates need, which are in the system's cache then."""
-        for name, bits in {pair for widths in candidates for pair in widths.items()}:
+        """Write the files of these candidates and read them once, so that they are in the page cache."""
+        for name, bits in {pair for layer_bits in candidates for pair in layer_bits.items()}:
             if not self._file(name, bits).exists():
-                save_file({"weight": self.codes[name].dequantize(bits, self.dtype)}, self._file(name, bits))
+                save_file({"weight": self.weights[name].dequantize(bits, self.dtype)}, self._file(name, bits))
                 load_file(self._file(name, bits))
 
     def measure(
-        self, parent: dict[str, int], children: list[dict[str, int]], windows: torch.Tensor
+        self, parent: dict[str, int], children: list[dict[str, int]], sequences: torch.Tensor
     ) -> tuple[float, list[float]]:
-        """Seconds for each child, and the children's losses. The model is as before afterwards."""
+        """Return the seconds per child and the losses of the children; restore the model's weights."""
         own = {name: p.data for name, p in self.model.named_parameters()}
         self.model.to(self.dtype)
         with torch.no_grad():
-            targets = [self._logits(window) for window in windows]
+            targets = [self._log_probabilities(sequence) for sequence in sequences]
             self._load(parent, {})
             start = time.perf_counter()
             losses = []
             for child, before in zip(children, [parent, *children], strict=False):
                 self._load(child, before)
-                losses.append(self._loss(windows, targets))
+                losses.append(self._loss(sequences, targets))
             seconds = time.perf_counter() - start
         for name, parameter in self.model.named_parameters():
             parameter.data = own[name]
@@ -119,79 +122,86 @@ class Reloading:
     def _file(self, name: str, bits: int) -> Path:
         return self.folder / f"{name}-{bits}.safetensors"
 
-    def _load(self, widths: dict[str, int], before: dict[str, int]) -> None:
-        for name, bits in widths.items():
+    def _load(self, layer_bits: dict[str, int], before: dict[str, int]) -> None:
+        for name, bits in layer_bits.items():
             if before.get(name) != bits:
                 weight = self.layers[name].weight
                 weight.data = load_file(self._file(name, bits), device=str(weight.device))["weight"]
 
-    def _logits(self, window: torch.Tensor) -> torch.Tensor:
-        return self.model(window[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    def _log_probabilities(self, sequence: torch.Tensor) -> torch.Tensor:
+        return self.model(sequence[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
 
-    def _loss(self, windows: torch.Tensor, targets: list[torch.Tensor]) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=windows.device)
-        for window, target in zip(windows, targets, strict=True):
-            total += kl_div(self._logits(window), target, log_target=True, reduction="sum")
-        return float(total / (windows.numel() - len(windows)))
+    def _loss(self, sequences: torch.Tensor, targets: list[torch.Tensor]) -> float:
+        total = torch.zeros((), dtype=torch.float64, device=sequences.device)
+        for sequence, target in zip(sequences, targets, strict=True):
+            total += kl_div(self._log_probabilities(sequence), target, log_target=True, reduction="sum")
+        return float(total / (sequences.numel() - len(sequences)))
 
 
-def in_memory(blocks, problem, slices, children, windows, batch_tokens, device) -> tuple[float, list[float]]:
-    """Seconds for each candidate by the evaluator, and its losses."""
-    batch = max(1, batch_tokens // windows.shape[1])
-    with open_evaluator(
-        blocks, problem.units, slices, windows, batch_size=batch, fitness="kl", top_k=1, device=device
-    ) as evaluator:
-        evaluator.losses(children, evaluator.everything())  # a search meets each slice many times
+def measure_in_memory(
+    blocks, problem, layer_forwards, children, sequences, batch_tokens, device
+) -> tuple[float, list[float]]:
+    """Seconds per candidate with the evaluator, and the losses."""
+    batch_size = max(1, batch_tokens // sequences.shape[1])
+    config = EvaluatorConfig(fitness=KlDivergence(), batch_size=batch_size, device=device)
+    with open_evaluator(blocks, problem.units, layer_forwards, sequences, config) as evaluator:
+        evaluator.losses(children, evaluator.all_tokens())  # fills the cache of dense weights
         start = time.perf_counter()
-        losses = evaluator.losses(children, evaluator.everything())
+        losses = evaluator.losses(children, evaluator.all_tokens())
         return (time.perf_counter() - start) / len(children), losses
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=0, help="of the shape of an 8B Llama; 0 for the shipped model")
-    parser.add_argument("--tokens", type=int, nargs="+", help="rows to measure; all when not given")
-    parser.add_argument("--batch-tokens", type=int, default=16384, help="that go through the model at a time in memory")
+    parser.add_argument(
+        "--blocks", type=int, default=0, help="number of blocks of the shape of an 8B Llama; 0: shipped model"
+    )
+    parser.add_argument("--tokens", type=int, nargs="+", help="rows to measure; default: all")
+    parser.add_argument("--batch-tokens", type=int, default=16384, help="tokens per forward pass in memory")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    blocks, codes, text = random_8b(arguments.blocks, device) if arguments.blocks else shipped(device)
+    blocks, weights, text = random_8b(arguments.blocks, device) if arguments.blocks else shipped(device)
     if device.type == "cuda":
         blocks.model.to(device)
         text = text.to(device)
-    index_of = {name: i for i in range(len(blocks)) for name in blocks.linears(i)}
-    layers = [Layer(name=n, block=index_of[n], parameters=w.codes.numel(), bytes={}) for n, w in codes.items()]
-    problem = make_problem(layers, WIDTHS, Budget(kind="average_bits", value=exact(3)))
+    block_of = {name: i for i in range(len(blocks)) for name in blocks.linears(i)}
+    layers = [
+        LayerCost(name=n, block=block_of[n], parameters=w.codes.numel(), bytes_read={}) for n, w in weights.items()
+    ]
+    problem = make_problem(layers, BITS, Budget(kind="average_bits", value=decimal_fraction(3)))
     parent = (3,) * len(problem.units)
-    serving = {"decoded": DecodedSlices(codes, device, dtype, 32 * 10**9)}
+    layer_forwards = {"dense": DenseLayerForwards(weights, device, dtype, 32 * 10**9)}
     if device.type == "cuda":
-        serving["planes"] = PlaneSlices(codes, device, dtype)
+        layer_forwards["planes"] = PlaneLayerForwards(weights, device, dtype)
     stages = STAGES_8B if arguments.blocks else STAGES_SHIPPED
     if arguments.tokens:
         stages = [stage for stage in stages if stage[0] * stage[1] in arguments.tokens]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        reloading = Reloading(blocks, codes, dtype, Path(folder))
+        reloading = ReloadingModel(blocks, weights, dtype, Path(folder))
         for count, length, candidates in stages:
-            windows = text[:count, :length].contiguous()
-            children = breed(problem, parent, candidates, random.Random(0), switch_levels)
-            widths = [problem.layer_widths(candidate) for candidate in (parent, *children)]
-            reloading.write(widths)
-            slow, expected = reloading.measure(widths[0], widths[1:], windows)
+            sequences = text[:count, :length].contiguous()
+            children = make_offspring(problem, parent, candidates, random.Random(0), switch_levels)
+            layer_bits = [problem.layer_bits(candidate) for candidate in (parent, *children)]
+            reloading.write(layer_bits)
+            slow, expected = reloading.measure(layer_bits[0], layer_bits[1:], sequences)
             row = {"tokens": count * length, "candidates": candidates, "reloading": slow}
-            for name, slices in serving.items():
-                row[name], found = in_memory(blocks, problem, slices, children, windows, arguments.batch_tokens, device)
+            for name, forwards in layer_forwards.items():
+                row[name], found = measure_in_memory(
+                    blocks, problem, forwards, children, sequences, arguments.batch_tokens, device
+                )
                 worst = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
                 assert worst < (1e-3 if dtype == torch.float32 else 3e-2), worst
             rows.append(row)
-            times = ", ".join(f"{name} {1 / row[name]:.1f} ({slow / row[name]:.1f} times)" for name in serving)
+            times = ", ".join(f"{name} {1 / row[name]:.1f} ({slow / row[name]:.1f} times)" for name in layer_forwards)
             print(f"{row['tokens']} tokens: reloading {1 / slow:.1f} candidates/s, {times}", flush=True)
     if set(PUBLISHED) <= set(stages):
         generation = [row for row in rows if row["tokens"] in {count * length for count, length, _ in PUBLISHED}]
-        for name in serving:
+        for name in layer_forwards:
             slow, fast = (sum(row[key] * row["candidates"] for row in generation) for key in ("reloading", name))
-            print(f"a generation as published, {name}: {slow / fast:.2f} times", flush=True)
+            print(f"published generation, {name}: {slow / fast:.2f} times", flush=True)
     if arguments.output:
         arguments.output.write_text(json.dumps({"provenance": provenance(), "rows": rows}, indent=1) + "\n")
 

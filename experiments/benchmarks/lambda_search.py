@@ -1,13 +1,14 @@
-"""Weights of the objective (lambda) by Optuna: which of them make the best slices, all widths together.
+"""Search for the weights of the objective (lambda) with Optuna, by the mean KL of all slices.
 
     python experiments/benchmarks/lambda_search.py --trials 20
-    python experiments/benchmarks/lambda_search.py --trials 16 --jobs 8 --seconds 120 tracking=none    # a GPU with some cores
+    python experiments/benchmarks/lambda_search.py --trials 16 --jobs 8 --seconds 120 tracking=none    # for a GPU
     python experiments/benchmarks/lambda_search.py --trials 20 calibration.sequences=16 eval.datasets.stdlib.sequences=16
 
-Optuna itself and not Hydra's sweeper for it, which needs an Optuna older than 3. Each trial is one job, ``python run.py`` with
-its weights and the overrides given here. The study is kept in outputs/lambda: the same command goes on where it stopped, a
-failed job is reported and counts as failed, and the summary is written over all jobs. trials.json has every trial's weights,
-value and the sampler's seed. With several jobs at a time the weights of a trial depend on which ones ended before it.
+Uses Optuna itself, because Hydra's Optuna sweeper needs an Optuna older than version 3. Each trial is one job: ``python
+run.py`` with its weights and the given overrides. The study is stored in outputs/lambda, and the same command resumes
+it. A failed job is reported and counts as a failed trial. The summary covers all jobs. trials.json has the weights and
+the value of every trial, and the seed of the sampler. With parallel jobs, the weights of a trial depend on the trials
+that ended before it.
 """
 
 import argparse
@@ -29,39 +30,46 @@ from matquant.report.provenance import provenance
 from matquant.report.summary import summarize
 
 ROOT = Path(__file__).resolve().parents[2]
-WIDTHS = (2, 3, 4, 6, 8)
-PRESET = {"weight_3": 1.5, "weight_4": 3.0, "weight_6": 12.0, "weight_8": 48.0}  # with 1 for 2 bits
+BITS = (2, 3, 4, 6, 8)
+# Weights of objective=balanced; 2 bits have weight 1.
+PRESET = {"weight_3": 1.5, "weight_4": 3.0, "weight_6": 12.0, "weight_8": 48.0}
 
 
 def objective(trial: optuna.Trial, folder: Path, overrides: list[str], threads: int) -> float:
-    """The geometric mean of the widths' KL: each width counts by ratio, not by size. Raises RuntimeError when the job fails."""
+    """Run one job and return the geometric mean of its slices' KL, in which ratios count, not absolute values.
+
+    Raises:
+        RuntimeError: the job failed.
+    """
     weights = {2: 1.0}  # only ratios matter
-    weights |= {bits: trial.suggest_float(f"weight_{bits}", 0.1, 10.0 ** (bits / 2), log=True) for bits in WIDTHS[1:]}
+    weights |= {bits: trial.suggest_float(f"weight_{bits}", 0.1, 10.0 ** (bits / 2), log=True) for bits in BITS[1:]}
     given = ",".join(f"{bits}:{weight:.4g}" for bits, weight in weights.items())
-    where = folder / "jobs" / str(trial.number)
+    job_folder = folder / "jobs" / str(trial.number)
     command = [
         sys.executable,
         str(ROOT / "run.py"),
         f"++objective.weights={{{given}}}",
         "objective.name=optuna",
-        f"hydra.run.dir={where}",
+        f"hydra.run.dir={job_folder}",
         f"tracking.group={folder.name}",
         *overrides,
     ]
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=environment, check=False)
     if done.returncode:
-        (where / "error.txt").parent.mkdir(parents=True, exist_ok=True)
-        (where / "error.txt").write_text(done.stderr[-4000:])
+        job_folder.mkdir(parents=True, exist_ok=True)
+        (job_folder / "error.txt").write_text(done.stderr[-4000:])
         raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "the job failed")
-    values = [value for one in load(where).slices for value in one.kl.values()]
+    values = [value for one in load(job_folder).slices for value in one.kl.values()]
     return math.exp(sum(math.log(max(value, 1e-12)) for value in values) / len(values))
 
 
 def open_study(folder: Path, seed: int) -> tuple[optuna.Study, int]:
-    """The study in a folder, with the preset as the first to beat; and the seed of what it draws from now on.
+    """Open or create the study of a folder; a new study starts with the preset.
 
-    A study that goes on must not draw again what it drew at first.
+    Returns:
+        The study, and the seed of its sampler. A resumed study has another seed, so that it does not repeat its first
+        trials.
     """
     storage = JournalStorage(JournalFileBackend(str(folder / "study.log")))
     study = optuna.create_study(study_name="lambda", storage=storage, load_if_exists=True)
@@ -73,7 +81,7 @@ def open_study(folder: Path, seed: int) -> tuple[optuna.Study, int]:
 
 
 def record(study: optuna.Study, path: Path, about: dict[str, object]) -> None:
-    """Write down every trial."""
+    """Write all trials to a JSON file."""
     trials = [
         {
             "number": trial.number,
@@ -89,11 +97,11 @@ def record(study: optuna.Study, path: Path, about: dict[str, object]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=20, help="in all, those of earlier runs included")
-    parser.add_argument("--jobs", type=int, default=1, help="trials at a time")
-    parser.add_argument("--seconds", type=float, help="after which no trial begins")
+    parser.add_argument("--trials", type=int, default=20, help="total number, earlier runs included")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel trials")
+    parser.add_argument("--seconds", type=float, help="start no trial after this time")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "lambda")
-    parser.add_argument("--output", type=Path, help="of the trials; trials.json in the folder if not given")
+    parser.add_argument("--output", type=Path, help="file of the trials; default: trials.json in the folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
@@ -119,7 +127,7 @@ def main() -> int:
         catch=(RuntimeError,),
         callbacks=[lambda study, _: record(study, output, about)],
     )
-    record(study, output, about)  # of trials that ended together, one may have written over another
+    record(study, output, about)  # parallel trials may have overwritten each other's record
     summarize(folder)
     failed = [trial.number for trial in study.trials if trial.state == TrialState.FAIL]
     if failed:

@@ -1,10 +1,10 @@
-"""Allocations for a ladder of budgets against uniform slices of the same parent and against a GPTQ model for each width.
+"""Allocations under several budgets, against uniform slices of the same parent and one GPTQ model per bit-width.
 
     python experiments/benchmarks/pareto_front.py
     python experiments/benchmarks/pareto_front.py model=llama3_8b eval=wikitext2
 
-Two jobs with the overrides given here (those of ``search`` for the first alone), and one summary over both in outputs/pareto.
-A job that is done is not run again; one that failed is reported, and the other stands.
+Runs two jobs and writes one summary of both to outputs/pareto. Overrides apply to both jobs, those of ``search`` to the
+first one only. A finished job is not run again. A failed job is reported and does not stop the other.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from matquant.report.summary import HTML_NAME, summarize
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = {
     "parent": ("method=matgptq", "search=pareto", "bits=[2,3,4,5,6]"),
-    "dedicated": ("method=gptq", "bits=[2,3,4,5,6]"),
+    "per_bit_models": ("method=gptq", "bits=[2,3,4,5,6]"),
 }
 
 
@@ -28,14 +28,14 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
     failed = []
-    for name, own in JOBS.items():
+    for name, overrides in JOBS.items():
         if not (folder / name / "results.json").exists():
             given = [o for o in arguments.overrides if name == "parent" or not o.startswith("search")]
-            command = [sys.executable, str(ROOT / "run.py"), *own, *given, f"hydra.run.dir={folder / name}"]
+            command = [sys.executable, str(ROOT / "run.py"), *overrides, *given, f"hydra.run.dir={folder / name}"]
             failed += [name] if subprocess.run(command, check=False).returncode else []
     summarize(folder)
     if failed:
-        print(f"failed: {', '.join(failed)}; what is done stands in the summary", file=sys.stderr)
+        print(f"failed: {', '.join(failed)}; the summary has the other job", file=sys.stderr)
     print(f"summary: {folder / HTML_NAME}")
     return 1 if failed else 0
 

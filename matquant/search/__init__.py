@@ -1,1 +1,1 @@
-"""The search for a width of each layer: allocations under a budget, from one parent."""
+"""Search for allocations: a bit-width for each layer of one parent, under a budget."""

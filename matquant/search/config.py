@@ -1,117 +1,203 @@
-"""The config group ``search``, and what it refuses."""
+"""Settings of the search, and their checks."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Literal
 
 from matquant.errors import UserError
-from matquant.formats.bits import MAX_BITS, MIN_BITS
-from matquant.search.allocation_problem import Budget, exact
+from matquant.formats.bits import BIT_WIDTHS, MAX_BITS, MIN_BITS
+from matquant.search.allocation_problem import Budget, decimal_fraction
+
+NO_SEARCH = "none"  # value of ``method`` for uniform slices only
+
+# Settings that had another name before.
+RENAMED = {
+    "search.ladder": "search.budgets",
+    "search.gigabytes": "search.budget_gb",
+    "search.widths": "search.bits",
+    "search.fused": "search.fuse_shared_inputs",
+    "search.initial": "search.initial_candidates",
+    "search.proposals": "search.proposals_per_offspring",
+    "search.serve": "search.layer_forward",
+    "search.cache_gigabytes": "search.cache_gb",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SearchConfig:
-    """How a width is found for each layer, and within which budget."""
+    """Budget, method and text of a search for a bit-width per layer.
 
-    name: str  # of the preset
-    method: Literal["none", "sensitivity", "evolve", "hybrid"]
-    average_bits: float | None  # the budget, by parameters of the quantized layers
-    gigabytes: float | None  # or in 10^9 bytes that a runtime reads of them per token, scales included
-    ladder: tuple[float, ...]  # or several budgets in average bits
-    widths: tuple[int, ...]
-    fused: bool  # layers that share their input (q, k, v; gate, up) share a width, for runtimes that fuse them
-    fitness: Literal["kl", "sparse_kl", "perplexity"]
-    top_k: int  # tokens that sparse_kl looks at
-    # Each layer's loss alone, measured at every width; its share of the uniform slices' losses, measured at the widths next
-    # to the budget; or its relative second-order error.
-    sensitivity: Literal["measured", "shared", "error"]
-    sensitivity_tokens: int
-    generations: int
-    offspring: int
-    survivors: tuple[int, ...]  # of each stage of selection, the last of them 1
-    tokens: tuple[int, ...]  # that each stage measures candidates on
-    initial: int  # random candidates of the first generation, where no uniform width meets the budget
-    initial_tokens: int
-    proposals: int  # of hybrid, for each offspring: the surrogate measures the most promising only
-    max_tokens: int | None  # the search ends with the generation in which it has measured as many
-    seed: int
-    sequences: int  # of the text: the calibration text, other windows of it
-    sequence_length: int
-    batch_size: int  # windows that go through the model at a time, those of several candidates together
-    serve: Literal["auto", "decoded", "planes"]  # candidates by dense weights, or by kernels that read bit planes
-    cache_gigabytes: float  # for decoded slices
+    A search needs exactly one of ``average_bits``, ``budget_gb`` and ``budgets``.
+
+    Attributes:
+        name: name of the preset.
+        method: ``none``, or a key of ``SEARCH_METHODS``.
+        average_bits: budget in average bits, weighted by the parameters of the quantized layers.
+        budget_gb: budget in 10^9 bytes that a runtime reads per token for the quantized layers, scales included.
+        budgets: several budgets in average bits.
+        bits: bit-widths to choose from.
+        fuse_shared_inputs: one bit-width for layers with the same input (q, k, v; gate, up). The stock formats gptq and
+            compressed_tensors store these layers with one bit-width, because their runtimes fuse them. Transformers and
+            the vLLM plugin of this project read each layer at its own bit-width.
+        fitness: key of ``FITNESS_FUNCTIONS``.
+        top_k: number of tokens for the fitness ``sparse_kl``.
+        sensitivity: key of ``SENSITIVITY_ESTIMATORS``. ``measured``: loss of each layer alone at every bit-width.
+            ``shared``: its share in the loss of the uniform slices, measured at the bit-widths next to the budget.
+            ``error``: second-order error from the parent, without evaluations.
+        sensitivity_tokens: tokens for each evaluation of the sensitivity.
+        generations: largest number of generations per budget.
+        offspring: children per generation.
+        survivors: children that pass each stage of selection; the last number is 1.
+        tokens: tokens for each evaluation in each stage of selection.
+        initial_candidates: random candidates from which ``evolve`` takes its start if no uniform bit-width meets the
+            budget.
+        initial_tokens: tokens for each evaluation of these.
+        proposals_per_offspring: random children that the surrogate of ``hybrid`` ranks for each one that is evaluated.
+        max_tokens: end the generations of a budget once they have evaluated this number of tokens.
+        seed: seed of the random numbers and of the text.
+        sequences: sequences of the text. It is the calibration split; the parent is calibrated on other sequences of
+            it.
+        sequence_length: tokens per sequence.
+        batch_size: sequences per forward pass; candidates on fewer sequences share a pass.
+        layer_forward: ``dense``: dequantized weights, cached. ``planes``: nested kernels on the parent's planes.
+            ``auto``: planes on a GPU with CuPy, otherwise dense.
+        cache_gb: size of the cache of dequantized weights, in 10^9 bytes.
+    """
+
+    name: str = "hybrid"
+    method: str = "hybrid"
+    average_bits: float | None = None
+    budget_gb: float | None = None
+    budgets: tuple[float, ...] = ()
+    bits: tuple[int, ...] = tuple(BIT_WIDTHS)
+    fuse_shared_inputs: bool = False
+    fitness: str = "kl"
+    top_k: int = 64
+    sensitivity: str = "shared"
+    sensitivity_tokens: int = 1024
+    generations: int = 12
+    offspring: int = 12
+    survivors: tuple[int, ...] = (3, 1)
+    tokens: tuple[int, ...] = (1024, 4096)
+    initial_candidates: int = 10
+    initial_tokens: int = 4096
+    proposals_per_offspring: int = 32
+    max_tokens: int | None = None
+    seed: int = 0
+    sequences: int = 64
+    sequence_length: int = 256
+    batch_size: int = 8
+    layer_forward: Literal["auto", "dense", "planes"] = "auto"
+    cache_gb: float = 4.0
 
     @property
     def wanted(self) -> bool:
-        return self.method != "none"
+        """True unless ``method`` is ``none``."""
+        return self.method != NO_SEARCH
 
     @property
-    def budgets(self) -> list[Budget]:
-        """What is searched for, in ascending order."""
-        if self.gigabytes is not None:
-            return [Budget(kind="bytes", value=exact(self.gigabytes) * 10**9)]
-        average = [self.average_bits] if self.average_bits is not None else sorted(self.ladder)
-        return [Budget(kind="average_bits", value=exact(bits)) for bits in average]
+    def number_of_budgets(self) -> int:
+        """Number of budget settings that have a value."""
+        return (self.average_bits is not None) + (self.budget_gb is not None) + bool(self.budgets)
+
+    @property
+    def ascending_budgets(self) -> list[Budget]:
+        """Budgets of the search, ascending."""
+        if self.budget_gb is not None:
+            return [Budget(kind="bytes", value=decimal_fraction(self.budget_gb) * 10**9)]
+        average_bits = [self.average_bits] if self.average_bits is not None else sorted(self.budgets)
+        return [Budget(kind="average_bits", value=decimal_fraction(bits)) for bits in average_bits]
 
 
-def chosen(search: SearchConfig) -> SearchConfig:
-    """``search=none`` with a budget means the default method."""
-    if search.method == "none" and (search.average_bits is not None or search.gigabytes is not None or search.ladder):
+def with_default_method(search: SearchConfig) -> SearchConfig:
+    """Replace the method ``none`` by ``hybrid`` if a budget is given."""
+    if not search.wanted and search.number_of_budgets:
         return dataclasses.replace(search, name="hybrid", method="hybrid")
     return search
 
 
-def check(search: SearchConfig, master_bits: int, *, dedicated: bool) -> None:
-    """Refuse settings that no search can follow.
+def check_search(search: SearchConfig, master_bits: int, *, per_bit_models: bool) -> None:
+    """Check the settings.
+
+    Args:
+        master_bits: bits of the parent's codes.
+        per_bit_models: True if the quantization method makes one model per bit-width.
 
     Raises:
-        UserError: in a sentence.
+        UserError: a setting is out of range or contradicts another.
     """
     if not search.wanted:
         return
-    if dedicated:
+    if per_bit_models:
         raise UserError(
-            f"search={search.name} mixes widths of one parent, but the method makes a model for each width. "
+            f"search={search.name} mixes bit-widths of one parent, but the method makes one model per bit-width. "
             "Use method=matgptq, or method.per_bit_models=false."
         )
-    given = [search.average_bits is not None, search.gigabytes is not None, bool(search.ladder)]
-    if sum(given) != 1:
+    if search.number_of_budgets != 1:
         raise UserError(
-            f"search={search.name} needs one budget: search.average_bits (such as 3.0), search.gigabytes, or search.ladder "
-            f"(a list of average bits); found {sum(given)} of them."
+            f"search={search.name} needs exactly one budget: search.average_bits (for example 3.0), search.budget_gb, or "
+            f"search.budgets (a list of average bits); found {search.number_of_budgets} of them."
         )
-    _check_widths(search, master_bits)
-    _check_evolution(search)
+    _check_bits(search, master_bits)
+    _check_selection(search)
+    _check_minimums(search)
+    _check_registered_names(search)
 
 
-def _check_widths(search: SearchConfig, master_bits: int) -> None:
-    if not search.widths or len(set(search.widths)) != len(search.widths):
-        raise UserError(f"search.widths needs different widths; found {list(search.widths)}.")
-    for bits in search.widths:
-        if not MIN_BITS <= bits <= min(MAX_BITS, master_bits):
+def _check_registered_names(search: SearchConfig) -> None:
+    # Imported late: the registries import the implementations, which import this module and torch.
+    from matquant.search.fitness import FITNESS_FUNCTIONS
+    from matquant.search.methods import SEARCH_METHODS
+    from matquant.search.sensitivity import SENSITIVITY_ESTIMATORS
+
+    registries: dict[str, Collection[str]] = {
+        "method": [NO_SEARCH, *SEARCH_METHODS],
+        "fitness": FITNESS_FUNCTIONS,
+        "sensitivity": SENSITIVITY_ESTIMATORS,
+    }
+    for setting, names in registries.items():
+        if getattr(search, setting) not in names:
+            raise UserError(f"search.{setting} must be one of {', '.join(names)}; found {getattr(search, setting)!r}.")
+
+
+def _check_bits(search: SearchConfig, master_bits: int) -> None:
+    if not search.bits or len(set(search.bits)) != len(search.bits):
+        raise UserError(f"search.bits needs at least one bit-width, and each one only once; found {list(search.bits)}.")
+    highest = min(MAX_BITS, master_bits)
+    for bits in search.bits:
+        if not MIN_BITS <= bits <= highest:
+            raise UserError(f"search.bits: a bit-width must lie in {MIN_BITS}..{highest}; found {bits}.")
+    for budget in search.ascending_budgets:
+        if budget.kind == "average_bits" and budget.value < min(search.bits):
             raise UserError(
-                f"search.widths: a width must lie in {MIN_BITS}..{min(MAX_BITS, master_bits)}; found {bits}."
-            )
-    for budget in search.budgets:
-        if budget.kind == "average_bits" and budget.value < min(search.widths):
-            raise UserError(
-                f"A budget of {budget} cannot be kept: the narrowest of search.widths is {min(search.widths)} bits."
+                f"The budget of {budget} is too small: the lowest bit-width of search.bits is {min(search.bits)}. "
+                "Raise the budget, or add a lower bit-width."
             )
 
 
-def _check_evolution(search: SearchConfig) -> None:
+def _check_selection(search: SearchConfig) -> None:
     if not search.survivors or len(search.survivors) != len(search.tokens) or search.survivors[-1] != 1:
         raise UserError(
-            f"search.survivors={list(search.survivors)} and search.tokens={list(search.tokens)} describe the same stages of "
-            "selection: as many of one as of the other, and the last survivor alone."
+            f"search.survivors={list(search.survivors)} and search.tokens={list(search.tokens)} need one value per stage of "
+            "selection each, and the last number of survivors must be 1."
         )
     if any(a < b for a, b in zip(search.survivors, search.survivors[1:], strict=False)):
-        raise UserError(f"search.survivors cannot grow from stage to stage; found {list(search.survivors)}.")
-    least = {"generations": 0, "offspring": 1, "top_k": 1, "sensitivity_tokens": 2, "initial": 1, "initial_tokens": 2}
-    least |= {"proposals": 1, "sequences": 1, "sequence_length": 2, "batch_size": 1}
-    for name, low in least.items():
-        if getattr(search, name) < low:
-            raise UserError(f"search.{name} must be at least {low}; found {getattr(search, name)}.")
-    if min(search.tokens) < 2 or min(search.survivors) < 1:
-        raise UserError("search.tokens needs at least 2 tokens in each stage, and search.survivors at least 1.")
-    if search.cache_gigabytes < 0:
-        raise UserError(f"search.cache_gigabytes cannot be negative; found {search.cache_gigabytes}.")
+        raise UserError(f"search.survivors must not increase from stage to stage; found {list(search.survivors)}.")
+
+
+def _check_minimums(search: SearchConfig) -> None:
+    minimums = {
+        "generations": 0,
+        "offspring": 1,
+        "top_k": 1,
+        "sensitivity_tokens": 2,
+        "initial_candidates": 1,
+        "initial_tokens": 2,
+        "proposals_per_offspring": 1,
+        "sequences": 1,
+        "sequence_length": 2,
+        "batch_size": 1,
+    }
+    for name, minimum in minimums.items():
+        if getattr(search, name) < minimum:
+            raise UserError(f"search.{name} must be at least {minimum}; found {getattr(search, name)}.")

@@ -1,18 +1,11 @@
-"""The loss of candidates on some text, with one model in memory whose layers change width in place.
+"""Loss of candidates on a text, from one model in memory.
 
-What makes it fast:
-  - a layer changes width by taking another tensor, which is decoded once and kept within a memory limit, or by reading
-    another number of bit planes (``matquant.search.layer_forwards``);
-  - candidates are put in order so that neighbours agree on their first blocks, and what leaves those blocks is computed once;
-  - as many of them as a batch has room for go through the model together (``matquant.search.candidate_batching``);
-  - of the full-precision model only what leaves its last block is kept (exact, and small whatever the vocabulary), or
-    its k likeliest tokens;
-  - losses are added up on the device, which is waited for once they are all under way.
-
-Lifecycle:
-  1. ``open`` puts the model on the device and follows the full-precision model through the text once;
-  2. ``losses`` any number of times;
-  3. when the context ends, the model has its own weights again.
+Measures for speed:
+  - a layer changes its bit-width in place (``matquant.search.layer_forwards``);
+  - leading blocks that several candidates share are computed once (``matquant.search.mixed_bit_model``);
+  - several candidates share one forward pass, up to ``batch_size`` sequences (``matquant.search.candidate_batching``);
+  - the full-precision model runs once, and only a small reference is kept (``matquant.search.fitness``);
+  - losses are summed on the device, with one synchronization per call.
 """
 
 import contextlib
@@ -20,302 +13,168 @@ import dataclasses
 import functools
 import random
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from matquant.distributed import SINGLE_PROCESS, ProcessGroup
 from matquant.models.blocks import BlockModel
-from matquant.search.allocation_problem import Candidate, Unit
-from matquant.search.candidate_batching import Forward, Text, branches, by_width, forward_by_width, spread
-from matquant.search.fitness import Fitness, Score, kl_score, likeliest, likelihood_score, sparse_kl_score
-from matquant.search.layer_forwards import Slices
+from matquant.search.allocation_problem import AllocationUnit, Candidate
+from matquant.search.candidate_batching import TokenBatch
+from matquant.search.fitness import FitnessFunction
+from matquant.search.layer_forwards import LayerForwards
+from matquant.search.mixed_bit_model import BlockPath, MixedBitModel
+from matquant.search.token_sample import TokenSample, all_tokens, draw_tokens
 
-FULL = 0  # the "width" of a layer that is left in full precision
-
-# Of a GPU's free memory what is kept of the full-precision model may take this share; more stays in the host's.
-_SHARE_OF_MEMORY = 0.25
+# Largest share of a GPU's free memory for the reference of the full-precision model; a larger one stays in host memory.
+_REFERENCE_SHARE = 0.25
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """Some tokens of the text: windows by number, the last of them cut to ``last`` tokens."""
+class EvaluatorConfig:
+    """Settings of an evaluator.
 
-    windows: tuple[int, ...]
-    last: int
+    Attributes:
+        fitness: loss of a candidate.
+        batch_size: sequences of one forward pass, over all candidates in it.
+        device: device of the model.
+        process_group: processes that share the candidates.
+    """
+
+    fitness: FitnessFunction
+    batch_size: int
+    device: torch.device
+    process_group: ProcessGroup = SINGLE_PROCESS
 
 
 @dataclasses.dataclass(slots=True)
-class Counts:
-    """What a search spent: candidates measured, and tokens that they were measured on, together."""
+class SearchCost:
+    """Number of candidates that were evaluated, and the sum of their tokens."""
 
     evaluations: int = 0
     tokens: int = 0
 
 
 class Evaluator:
-    """Measures candidates. Made by ``open``.
+    """Evaluation of candidates. Construct it with ``open_evaluator``.
 
     Attributes:
-        batch_size: windows that go through the model at a time, all candidates' together.
-        counts: of all calls of ``losses``.
-        windows: int64 [sequences, length], the text.
+        sequences: int64 [sequences, length], the text.
+        cost: cost of all calls of ``losses``, summed over the processes.
     """
 
-    def __init__(
-        self,
-        blocks: BlockModel,
-        units: Sequence[Unit],
-        slices: Slices,
-        windows: Tensor,
-        *,
-        batch_size: int,
-        fitness: Fitness,
-        top_k: int,
-        device: torch.device,
-        process_group: ProcessGroup = SINGLE_PROCESS,
-    ) -> None:
-        self.blocks = blocks
-        self.slices = slices
-        self.windows = windows
-        self.batch_size = batch_size
-        self.fitness = fitness
-        self.top_k = top_k
-        self.device = device
-        self.process_group = process_group
-        self.counts = Counts()
-        self._layers = _layers_of_blocks(blocks, units)
-        self._units_of_block = [
-            [u for u, unit in enumerate(units) if unit.block == index] for index in range(len(blocks) + 1)
-        ]
-        self._names = [unit.layers for unit in units]
-        self._installed: dict[str, tuple[int, ...]] = dict.fromkeys(self._layers, (FULL,))
-        self._full: Candidate = (FULL,) * len(units)
-        # An expert sees tokens of any candidate, in an order of its own.
-        self._together = slices.mixes and not any(blocks.expert_groups(index) for index in range(len(blocks)))
-        self._targets: tuple[Tensor, ...] = ()
-        if fitness != "perplexity":
-            kept = [self._follow(numbers) for numbers, _ in self._batches(self.everything())]
-            self._targets = tuple(self._placed(torch.cat(parts)) for parts in zip(*kept, strict=True))
+    def __init__(self, model: MixedBitModel, sequences: Tensor, config: EvaluatorConfig) -> None:
+        self.model = model
+        self.sequences = sequences
+        self.config = config
+        self.cost = SearchCost()
+        self._reference: tuple[Tensor, ...] = self._make_reference() if config.fitness.needs_reference else ()
 
-    def everything(self) -> Sample:
-        """All of the text."""
-        return Sample(windows=tuple(range(len(self.windows))), last=self.windows.shape[1])
+    def all_tokens(self) -> TokenSample:
+        """Sample of the whole text."""
+        sequences, length = self.sequences.shape
+        return all_tokens(sequences, length)
 
-    def draw(self, tokens: int, rng: random.Random) -> Sample:
-        """Windows drawn without replacement until they hold ``tokens`` tokens, the last one cut; all if there are fewer."""
-        count, length = self.windows.shape
-        needed = min(-(-tokens // length), count)
-        last = min(tokens - (needed - 1) * length, length)
-        return Sample(windows=tuple(sorted(rng.sample(range(count), needed))), last=max(last, 2))
-
-    def size(self, sample: Sample) -> int:
-        """Tokens in a sample."""
-        return (len(sample.windows) - 1) * self.windows.shape[1] + sample.last
+    def draw(self, tokens: int, rng: random.Random) -> TokenSample:
+        """Draw a sample of ``tokens`` tokens; the whole text if it is shorter."""
+        sequences, length = self.sequences.shape
+        return draw_tokens(sequences, length, tokens, rng)
 
     @torch.no_grad()
-    def losses(self, candidates: Sequence[Candidate], sample: Sample) -> list[float]:
-        """The mean loss over the predicted tokens of a sample, for each candidate.
+    def losses(self, candidates: Sequence[Candidate], sample: TokenSample) -> list[float]:
+        """Mean loss of each candidate over the predicted tokens of a sample, in nats per token.
 
-        Several processes share the candidates; what one of them finds for a candidate does not depend on the others.
+        The result does not depend on the number of processes.
 
         Args:
-            candidates: a width, or ``FULL``, for each unit.
-            sample: of the text.
-
-        Returns:
-            KL(full || candidate), or that over the full model's likeliest tokens, in nats a token; for ``perplexity`` the
-            mean negative log-likelihood, which puts candidates in the same order.
+            candidates: bit-width, or ``FULL_PRECISION``, of each unit.
+            sample: tokens of the text.
         """
-        passes = self._passes(candidates, min(self.batch_size, len(sample.windows)))
-        passes = passes[
-            self._share(len(passes), self.process_group.rank) : self._share(len(passes), self.process_group.rank + 1)
-        ]
-        sums = torch.zeros(len(candidates), dtype=torch.float64, device=self.device)
+        passes = self._own_passes(self._passes(candidates, min(self.config.batch_size, len(sample.rows))))
+        sums = torch.zeros(len(candidates), dtype=torch.float64, device=self.config.device)
         predicted = 0
-        for numbers, length in self._batches(sample):
-            predicted += len(numbers) * (length - 1)
+        for rows, length in sample.batches(self.config.batch_size):
+            predicted += len(rows) * (length - 1)
             if passes:
-                self._measure(candidates, passes, numbers, length, sums)
-        self.process_group.all_reduce(sums)
-        self.counts.evaluations += len(candidates)
-        self.counts.tokens += len(candidates) * self.size(sample)
+                self._add_losses(candidates, passes, rows, length, sums)
+        self.config.process_group.all_reduce(sums)
+        self.cost.evaluations += len(candidates)
+        self.cost.tokens += len(candidates) * sample.tokens
         return (sums / predicted).tolist()
 
-    def _passes(self, candidates: Sequence[Candidate], windows: int) -> list[list[int]]:
-        """Numbers of the candidates that go through the model together, on so many windows each.
+    def _passes(self, candidates: Sequence[Candidate], sequences: int) -> list[list[int]]:
+        """Indices of the candidates of each forward pass, of ``sequences`` sequences per candidate.
 
-        They do not depend on the number of processes, so that it has no influence on what is found.
+        Independent of the number of processes, so that it does not change the result.
         """
-        order = sorted(range(len(candidates)), key=lambda c: self._key(candidates[c]))
-        size = max(1, self.batch_size // windows) if self._together else 1
+        order = sorted(range(len(candidates)), key=lambda c: self.model.sort_key(candidates[c]))
+        size = max(1, self.config.batch_size // sequences) if self.model.supports_batching else 1
         return [order[start : start + size] for start in range(0, len(order), size)]
 
-    def _share(self, passes: int, rank: int) -> int:
-        """Where a process's part of the passes begins."""
-        return rank * passes // self.process_group.world_size
+    def _own_passes(self, passes: list[list[int]]) -> list[list[int]]:
+        """Shard of the passes for this process; empty if there are fewer passes than processes."""
+        rank, world_size = self.config.process_group.rank, self.config.process_group.world_size
+        return passes[rank * len(passes) // world_size : (rank + 1) * len(passes) // world_size]
 
-    def _measure(
+    def _add_losses(
         self,
         candidates: Sequence[Candidate],
         passes: Sequence[Sequence[int]],
-        numbers: Sequence[int],
+        rows: Sequence[int],
         length: int,
         sums: Tensor,
     ) -> None:
-        """Add the loss on some windows, cut to ``length``, to ``sums``, float64 [candidates]; waits for no result."""
-        text = Text(self.blocks, self.windows[numbers, :length].to(self.device))
-        score = self._score(text.ids, numbers, length)
-        path, last = [text.hidden], None
-        for together in passes:
-            group = [candidates[c] for c in together]
-            self._run(group, last, path, text)
-            last = group[-1]
-            logits = self.blocks.head(text.copies(len(group)), path[-1])
-            for c, own in zip(together, logits.split(len(numbers)), strict=True):
-                sums[c] += score(own[:, :-1])
-
-    # A candidate's forward pass
-
-    def _key(self, candidate: Candidate) -> list[int]:
-        """Candidates in this order share first blocks with their neighbours as far as they can."""
-        return [candidate[u] for units in self._units_of_block for u in units]
-
-    def _run(self, group: Sequence[Candidate], last: Candidate | None, path: list[Tensor], text: Text) -> None:
-        """Make ``path`` what enters block 0 and leaves each block for these candidates, from what it was up to ``last``.
-
-        Args:
-            group: in the order of ``_key``, as ``last`` is before them.
-            path: each element has the windows of the candidates that differ up to there, one candidate after the other.
-        """
-        alike = [self._common_blocks(one, other) for one, other in pairwise(group)]
-        start = 0 if last is None else min([self._common_blocks(last, group[0]), *alike])
-        rows, length = text.ids.shape
-        path[:] = [hidden[-rows:] for hidden in path[: start + 1]]
-        before = [0]
-        for index in range(start, len(self.blocks)):
-            after = branches(alike, index)
-            entering = spread(path[-1], before, after)
-            self._install([group[number] for number in after], index, rows, length)
-            path.append(self.blocks.run_block(index, entering, text.calls(len(after))[index]))
-            before = after
-        path[-1] = spread(path[-1], before, range(len(group)))
-        self._install(group, len(self.blocks), rows, length)
-
-    def _common_blocks(self, one: Candidate, other: Candidate) -> int:
-        """How many first blocks have the same widths in both."""
-        for index, units in enumerate(self._units_of_block[:-1]):
-            if any(one[u] != other[u] for u in units):
-                return index
-        return len(self.blocks)
-
-    def _install(self, group: Sequence[Candidate], index: int, rows: int, length: int) -> None:
-        """Give the layers of a block the widths of candidates that follow each other, ``rows`` windows each."""
-        for unit in self._units_of_block[index]:
-            widths = tuple(candidate[unit] for candidate in group)
-            shape = (len(group) * rows, length)
-            wanted = widths[:1] if len(set(widths)) == 1 else widths + shape
-            for name in self._names[unit]:
-                if self._installed[name] != wanted:
-                    self._set_forward(name, widths, *shape)
-                    self._installed[name] = wanted
-
-    def _set_forward(self, name: str, widths: tuple[int, ...], rows: int, length: int) -> None:
-        layer = self._layers[name]
-        own = layer.__dict__
-        if set(widths) == {FULL}:
-            own.pop("forward", None)
-            return
-        runs = by_width(widths, functools.partial(self._serve, name))
-        if len(runs) == 1:
-            own["forward"] = runs[0][1]
-        else:
-            own["forward"] = functools.partial(forward_by_width, runs=runs, rows=rows, length=length, name=name)
-
-    def _serve(self, name: str, bits: int) -> Forward:
-        layer = self._layers[name]
-        return functools.partial(type(layer).forward, layer) if bits == FULL else self.slices.serve(name, layer, bits)
-
-    def restore(self) -> None:
-        """Give every layer its own weight again."""
-        for index in range(len(self.blocks) + 1):
-            self._install([self._full], index, 0, 0)
-
-    # Targets and scores
-
-    def _batches(self, sample: Sample) -> Iterator[tuple[list[int], int]]:
-        """Numbers of windows and the length they are cut to."""
-        whole = list(sample.windows if sample.last == self.windows.shape[1] else sample.windows[:-1])
-        for start in range(0, len(whole), self.batch_size):
-            yield whole[start : start + self.batch_size], self.windows.shape[1]
-        if len(whole) < len(sample.windows):
-            yield [sample.windows[-1]], sample.last
+        """Add the losses on some sequences, cut to ``length``, to ``sums``, float64 [candidates], without a synchronization."""
+        batch = TokenBatch(self.model.blocks, self.sequences[rows, :length].to(self.config.device))
+        summed_loss = self.config.fitness.summed_loss(
+            batch.ids,
+            [tensor[rows, :length].to(self.config.device) for tensor in self._reference],
+            functools.partial(self.model.full_precision_head, batch.ids),
+        )
+        path = BlockPath(batch)
+        for indices in passes:
+            self.model.run([candidates[c] for c in indices], path)
+            logits = self.model.logits(path, len(indices))
+            for c, own in zip(indices, logits.split(len(rows)), strict=True):
+                sums[c] += summed_loss(own[:, :-1])
 
     @torch.no_grad()
-    def _follow(self, numbers: Sequence[int]) -> tuple[Tensor, ...]:
-        """What is kept of the full-precision model on some windows."""
-        text = Text(self.blocks, self.windows[numbers].to(self.device))
-        path = [text.hidden]
-        self._run([self._full], None, path, text)
-        if self.fitness == "kl":
-            return (path[-1].cpu(),)
-        shares, tokens = likeliest(self.blocks.head(text.ids, path[-1]), self.top_k)
-        return shares.cpu(), tokens.cpu()
+    def _make_reference(self) -> tuple[Tensor, ...]:
+        """Run the full-precision model on the whole text and keep what the fitness function needs."""
+        kept = []
+        for rows, _ in self.all_tokens().batches(self.config.batch_size):
+            path = BlockPath(TokenBatch(self.model.blocks, self.sequences[rows].to(self.config.device)))
+            self.model.run_full_precision(path)
+            head = functools.partial(self.model.full_precision_head, path.batch.ids)
+            kept.append([tensor.cpu() for tensor in self.config.fitness.reference(path.output, head)])
+        return tuple(self._place(torch.cat(parts)) for parts in zip(*kept, strict=True))
 
-    def _placed(self, target: Tensor) -> Tensor:
-        """On the device if it has room, else in the host's memory."""
-        roomy = (
-            self.device.type == "cuda" and target.nbytes <= _SHARE_OF_MEMORY * torch.cuda.mem_get_info(self.device)[0]
-        )
-        return target.to(self.device) if roomy else target
-
-    def _score(self, ids: Tensor, numbers: Sequence[int], length: int) -> Score:
-        """How the logits of the predicted tokens of some windows are judged."""
-        if self.fitness == "perplexity":
-            return likelihood_score(ids)
-        kept = [target[numbers, :length].to(self.device) for target in self._targets]
-        if self.fitness == "kl":
-            self._install([self._full], len(self.blocks), *ids.shape)  # the head may be quantized too
-            return kl_score(self.blocks.head(ids, kept[0])[:, :-1])
-        return sparse_kl_score(kept[0][:, :-1], kept[1][:, :-1])
+    def _place(self, tensor: Tensor) -> Tensor:
+        """Move a tensor to the device if it has enough free memory."""
+        device = self.config.device
+        fits = device.type == "cuda" and tensor.nbytes <= _REFERENCE_SHARE * torch.cuda.mem_get_info(device)[0]
+        return tensor.to(device) if fits else tensor
 
 
 @contextlib.contextmanager
 def open_evaluator(
     blocks: BlockModel,
-    units: Sequence[Unit],
-    slices: Slices,
-    windows: Tensor,
-    *,
-    batch_size: int,
-    fitness: Fitness,
-    top_k: int,
-    device: torch.device,
-    process_group: ProcessGroup = SINGLE_PROCESS,
+    units: Sequence[AllocationUnit],
+    layer_forwards: LayerForwards,
+    sequences: Tensor,
+    config: EvaluatorConfig,
 ) -> Iterator[Evaluator]:
-    """An evaluator whose model is on ``device`` in the slices' dtype; the model is as before afterwards."""
+    """Evaluator of a model that is on the device, in the dtype of ``layer_forwards``, until the context ends.
+
+    The model has its own weights and forward functions again afterwards.
+
+    Args:
+        sequences: int64 [sequences, length], the text.
+    """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(blocks.head_on_device(device, slices.dtype))
+        stack.enter_context(blocks.head_on_device(config.device, layer_forwards.dtype))
         for index in range(len(blocks)):
-            stack.enter_context(blocks.on_device(index, device, slices.dtype))
-        evaluator = Evaluator(
-            blocks,
-            units,
-            slices,
-            windows,
-            batch_size=batch_size,
-            fitness=fitness,
-            top_k=top_k,
-            device=device,
-            process_group=process_group,
-        )
-        stack.callback(evaluator.restore)
-        yield evaluator
-
-
-def _layers_of_blocks(blocks: BlockModel, units: Sequence[Unit]) -> dict[str, nn.Linear]:
-    """The units' layers by name, the head among them."""
-    wanted = {name for unit in units for name in unit.layers}
-    found = {name: layer for i in range(len(blocks) + 1) for name, layer in blocks.linears(i).items()}
-    return {name: layer for name, layer in found.items() if name in wanted}
+            stack.enter_context(blocks.on_device(index, config.device, layer_forwards.dtype))
+        model = MixedBitModel(blocks, units, layer_forwards)
+        stack.callback(model.restore)
+        yield Evaluator(model, sequences, config)

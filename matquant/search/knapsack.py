@@ -1,8 +1,8 @@
-"""The exact optimum of a sum of losses, one per unit, under a budget: a multiple-choice knapsack.
+"""Exact minimum of a sum of unit losses under a budget: the multiple-choice knapsack problem.
 
-Every unit takes exactly one width; losses add up, costs add up, and the cost may not exceed the limit. By dynamic programming
-over the cost when that has few distinct values (layers' sizes have a large common divisor), else by scipy's branch and
-bound, whose gap is zero.
+Each unit takes exactly one bit-width, losses and costs are summed, and the cost may not exceed the limit. Solved by
+dynamic programming over the cost if it has few distinct values (layer sizes have a large common divisor), otherwise by
+SciPy's branch and bound with an optimality gap of zero.
 """
 
 import math
@@ -11,41 +11,38 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from matquant.search.allocation_problem import Candidate, Problem
+from matquant.search.allocation_problem import AllocationProblem, Candidate
 
-# Cells of the table (units times steps of cost): a byte each for the choices.
-_LARGEST_TABLE = 2**27
+MAX_TABLE_CELLS = 2**27  # of the dynamic program, units times cost steps; one byte per cell
 
-Losses = Sequence[Mapping[int, float]]  # for each unit the loss at each width
+UnitLosses = Sequence[Mapping[int, float]]  # loss of each unit at each bit-width
 
 
-def solve(problem: Problem, losses: Losses) -> Candidate:
-    """The candidate of least total loss within the limit; of several the one of least cost.
+def solve(problem: AllocationProblem, losses: UnitLosses, max_table_cells: int = MAX_TABLE_CELLS) -> Candidate:
+    """Candidate of the least total loss within the limit; the cheapest one if several are equal.
 
     Args:
-        problem: that at least one candidate fits.
-        losses: finite, for each unit at each width of the problem.
+        problem: problem with at least one candidate within the limit.
+        losses: finite loss of each unit at each bit-width.
+        max_table_cells: largest table of the dynamic program; larger problems are solved by branch and bound.
 
     Raises:
         ValueError: no candidate fits.
     """
-    costs = np.array([[unit.costs[bits] for bits in problem.widths] for unit in problem.units], dtype=np.int64)
-    values = np.array([[unit[bits] for bits in problem.widths] for unit in losses], dtype=np.float64)
-    extra = costs - costs.min(axis=1, keepdims=True)  # over the cheapest width of each unit
+    costs = np.array([[unit.costs[bits] for bits in problem.bits] for unit in problem.units], dtype=np.int64)
+    values = np.array([[unit[bits] for bits in problem.bits] for unit in losses], dtype=np.float64)
+    extra = costs - costs.min(axis=1, keepdims=True)  # above the cheapest bit-width of each unit
     room = problem.limit - int(costs.min(axis=1).sum())
     if room < 0:
         raise ValueError("no candidate fits the budget")
     step = math.gcd(*(int(c) for c in extra.flat)) or 1
     room = min(room, int(extra.max(axis=1).sum())) // step
-    if (room + 1) * len(problem.units) <= _LARGEST_TABLE:
-        chosen = _by_programming(extra // step, values, room)
-    else:
-        chosen = _by_branch_and_bound(extra // step, values, room)
-    return tuple(problem.widths[index] for index in chosen)
+    solver = _dynamic_program if (room + 1) * len(problem.units) <= max_table_cells else _branch_and_bound
+    return tuple(problem.bits[index] for index in solver(extra // step, values, room))
 
 
-def _by_programming(costs: NDArray[np.int64], values: NDArray[np.float64], room: int) -> list[int]:
-    """``best[c]`` is the least loss of the units so far at a cost of exactly c; the choices are walked back."""
+def _dynamic_program(costs: NDArray[np.int64], values: NDArray[np.float64], room: int) -> list[int]:
+    """Choices per unit. ``best[c]`` is the least loss of the units so far at a cost of exactly c."""
     best = np.full(room + 1, np.inf)
     best[0] = 0.0
     choices = np.zeros((len(costs), room + 1), dtype=np.uint8)
@@ -59,7 +56,7 @@ def _by_programming(costs: NDArray[np.int64], values: NDArray[np.float64], room:
             after[cost:][better] = reached[better]
             choices[unit, cost:][better] = index
         best = after
-    left = int(best.argmin())  # the first of several: the least cost
+    left = int(best.argmin())  # the first minimum has the least cost
     chosen = []
     for unit in range(len(costs) - 1, -1, -1):
         chosen.append(int(choices[unit, left]))
@@ -67,13 +64,13 @@ def _by_programming(costs: NDArray[np.int64], values: NDArray[np.float64], room:
     return chosen[::-1]
 
 
-def _by_branch_and_bound(costs: NDArray[np.int64], values: NDArray[np.float64], room: int) -> list[int]:
+def _branch_and_bound(costs: NDArray[np.int64], values: NDArray[np.float64], room: int) -> list[int]:
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array, eye_array, kron
 
-    units, widths = costs.shape
-    scale = max(room, 1)  # so that the solver's tolerance is relative to the budget
-    one_each = csr_array(kron(eye_array(units), np.ones((1, widths))))
+    units, choices = costs.shape
+    scale = max(room, 1)  # the solver's tolerance is relative to the budget
+    one_each = csr_array(kron(eye_array(units), np.ones((1, choices))))
     found = milp(
         values.ravel(),
         constraints=[
@@ -86,12 +83,12 @@ def _by_branch_and_bound(costs: NDArray[np.int64], values: NDArray[np.float64], 
     )
     if found.x is None:
         raise ValueError(f"no candidate was found: {found.message}")
-    chosen = [int(i) for i in found.x.reshape(units, widths).argmax(axis=1)]
-    return _within(chosen, costs, values, room)
+    chosen = [int(i) for i in found.x.reshape(units, choices).argmax(axis=1)]
+    return _repair(chosen, costs, values, room)
 
 
-def _within(chosen: list[int], costs: NDArray[np.int64], values: NDArray[np.float64], room: int) -> list[int]:
-    """Mend what the solver's tolerance let through: the cheapest steps down until the budget is kept exactly."""
+def _repair(chosen: list[int], costs: NDArray[np.int64], values: NDArray[np.float64], room: int) -> list[int]:
+    """Lower units, at the least loss per cost, until the exact budget is kept; the solver keeps it within a tolerance only."""
     chosen = list(chosen)
     while sum(int(costs[u, i]) for u, i in enumerate(chosen)) > room:
         steps = [

@@ -1,49 +1,51 @@
-"""Changes of a candidate that keep the budget: some units take fewer bits, others more."""
+"""Mutations of a candidate within the budget: some units get fewer bits, others more.
+
+A level is a position in the list of bit-widths of the problem.
+"""
 
 import random
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from matquant.search.allocation_problem import Candidate, Problem
+from matquant.search.allocation_problem import AllocationProblem, Candidate
 
-_FLIPS = 3  # at most; fewer are likelier
-_MAKE_ROOM = 3  # units that go down until one can go up
-_TRIES = 50  # in a row without a new child before a generation has all there are
+_MAX_EXCHANGES = 3  # per mutation; the minimum of two uniform draws, so that fewer are more likely
+_MAX_LOWERED = 3  # units that go a level down before one goes up
+_MAX_MISSES = 50  # mutations in a row without a new child
+
+Mutation = Callable[[AllocationProblem, Candidate, random.Random], Candidate]
 
 
-def switch_levels(problem: Problem, parent: Candidate, rng: random.Random) -> Candidate:
-    """A level switch as in EvoPress (arXiv 2410.14649): of units of equal size one goes a level down and one up.
+def switch_levels(problem: AllocationProblem, parent: Candidate, rng: random.Random) -> Candidate:
+    """Level switch of EvoPress (arXiv 2410.14649): of two units of equal cost, one goes a level down and one a level
+    up.
 
-    Where levels are uneven (a unit goes from 4 to 6 bits), as many go down as one that goes up needs.
+    With uneven levels (4 to 6 bits), as many units go down as the unit that goes up needs.
     """
-    groups = problem.equal_units
+    groups = problem.equal_cost_units
     child = list(parent)
-    for _ in range(min(rng.randint(1, _FLIPS), rng.randint(1, _FLIPS))):
+    for _ in range(_number_of_exchanges(rng)):
         group = rng.choices(groups, weights=[len(g) for g in groups])[0]
-        child = _flip(problem, child, group, rng, fill=False)
+        child = _exchange_level(problem, child, group, rng, fill=False)
     return tuple(child)
 
 
-def trade(problem: Problem, parent: Candidate, rng: random.Random) -> Candidate:
-    """Like ``switch_levels`` between units of any size: a large one may pay for several small ones."""
+def trade_bits(problem: AllocationProblem, parent: Candidate, rng: random.Random) -> Candidate:
+    """Exchange levels between units of any cost: one large unit that goes down can pay for several small ones."""
     child = list(parent)
-    everyone = range(len(problem.units))
-    for _ in range(min(rng.randint(1, _FLIPS), rng.randint(1, _FLIPS))):
-        child = _flip(problem, child, everyone, rng, fill=True)
+    all_units = range(len(problem.units))
+    for _ in range(_number_of_exchanges(rng)):
+        child = _exchange_level(problem, child, all_units, rng, fill=True)
     return tuple(child)
 
 
-def breed(
-    problem: Problem,
-    parent: Candidate,
-    count: int,
-    rng: random.Random,
-    mutate: Callable[[Problem, Candidate, random.Random], Candidate],
+def make_offspring(
+    problem: AllocationProblem, parent: Candidate, count: int, rng: random.Random, mutate: Mutation
 ) -> list[Candidate]:
-    """Different children, none of them the parent; fewer than ``count`` when chance finds no more."""
+    """Draw up to ``count`` different children, none equal to the parent; fewer if the mutations repeat themselves."""
     found: dict[Candidate, None] = {}
     misses = 0
-    while len(found) < count and misses < _TRIES:
+    while len(found) < count and misses < _MAX_MISSES:
         child = mutate(problem, parent, rng)
         misses = misses + 1 if child in found or child == parent else 0
         if child != parent:
@@ -51,40 +53,48 @@ def breed(
     return list(found)
 
 
-def random_start(problem: Problem, rng: random.Random) -> Candidate:
-    """A uniform width that is just too wide, and random units taken down until the budget is kept."""
+def random_candidate(problem: AllocationProblem, rng: random.Random) -> Candidate:
+    """Lowest uniform bit-width at or above the budget, with random units lowered until the budget is kept."""
     count = len(problem.units)
-    wide = next((b for b in problem.widths if problem.cost((b,) * count) >= problem.limit), problem.widths[-1])
+    wide = next((b for b in problem.bits if problem.cost(problem.uniform(b)) >= problem.limit), problem.bits[-1])
     child = [wide] * count
     cost = problem.cost(tuple(child))
     while cost > problem.limit:
-        unit = rng.choice([u for u in range(count) if child[u] > problem.widths[0]])
-        lower = _next(problem, child[unit], -1)
-        cost += problem.units[unit].costs[lower] - problem.units[unit].costs[child[unit]]
-        child[unit] = lower
+        unit = rng.choice([u for u in range(count) if child[u] > problem.bits[0]])
+        cost -= _shift_level(problem, child, unit, -1)
     return tuple(child)
 
 
-def uniform_start(problem: Problem, budget: Fraction) -> Candidate | None:
-    """The uniform width that meets a budget in average bits exactly, if there is one."""
-    if budget.denominator == 1 and int(budget) in problem.widths:
-        return (int(budget),) * len(problem.units)
+def uniform_candidate(problem: AllocationProblem, average_bits: Fraction) -> Candidate | None:
+    """Uniform candidate whose bit-width equals the budget in average bits; None if there is none."""
+    if average_bits.denominator == 1 and int(average_bits) in problem.bits:
+        return problem.uniform(int(average_bits))
     return None
 
 
-def _flip(problem: Problem, parent: list[int], group: Sequence[int], rng: random.Random, fill: bool) -> list[int]:
-    """One unit down a level, another up; with ``fill`` more may follow. The parent itself where that cannot be."""
-    child, room, lowered = list(parent), problem.limit - problem.cost(tuple(parent)), set[int]()
-    raised = False
-    for _ in range(_MAKE_ROOM):
-        down = [u for u in group if child[u] > problem.widths[0] and u not in lowered]
+def _number_of_exchanges(rng: random.Random) -> int:
+    return min(rng.randint(1, _MAX_EXCHANGES), rng.randint(1, _MAX_EXCHANGES))
+
+
+def _exchange_level(
+    problem: AllocationProblem, parent: list[int], group: Sequence[int], rng: random.Random, fill: bool
+) -> list[int]:
+    """Lower one unit of a group by a level and raise another; return the parent if no exchange fits.
+
+    Args:
+        fill: True to raise further units with probability 1/2 while the budget allows it.
+    """
+    child, lowered, raised = list(parent), set[int](), False
+    room = problem.limit - problem.cost(tuple(parent))
+    for _ in range(_MAX_LOWERED):
+        down = [u for u in group if child[u] > problem.bits[0] and u not in lowered]
         if not down:
             break
         unit = rng.choice(down)
-        room += _shift(problem, child, unit, -1)
+        room += _shift_level(problem, child, unit, -1)
         lowered.add(unit)
-        while up := [u for u in group if u not in lowered and _price(problem, child[u], u) <= room]:
-            room += _shift(problem, child, rng.choice(up), +1)
+        while up := [u for u in group if u not in lowered and _cost_of_next_level(problem, child[u], u) <= room]:
+            room += _shift_level(problem, child, rng.choice(up), +1)
             raised = True
             if not fill or rng.random() < 0.5:
                 break
@@ -93,20 +103,21 @@ def _flip(problem: Problem, parent: list[int], group: Sequence[int], rng: random
     return parent
 
 
-def _shift(problem: Problem, child: list[int], unit: int, direction: int) -> int:
-    """Take a unit a level up or down in place; returns the cost that this frees."""
+def _shift_level(problem: AllocationProblem, child: list[int], unit: int, direction: int) -> int:
+    """Shift a unit by one level in place; return the cost that becomes free."""
     costs, old = problem.units[unit].costs, child[unit]
-    child[unit] = _next(problem, old, direction)
+    child[unit] = _neighbour(problem, old, direction)
     return costs[old] - costs[child[unit]]
 
 
-def _price(problem: Problem, bits: int, unit: int) -> float:
-    """What a level more costs; infinite at the widest."""
-    if bits == problem.widths[-1]:
+def _cost_of_next_level(problem: AllocationProblem, bits: int, unit: int) -> float:
+    """Additional cost of one level up; infinite at the highest level."""
+    if bits == problem.bits[-1]:
         return float("inf")
     costs = problem.units[unit].costs
-    return costs[_next(problem, bits, +1)] - costs[bits]
+    return costs[_neighbour(problem, bits, +1)] - costs[bits]
 
 
-def _next(problem: Problem, bits: int, direction: int) -> int:
-    return problem.widths[problem.widths.index(bits) + direction]
+def _neighbour(problem: AllocationProblem, bits: int, direction: int) -> int:
+    """Bit-width one level up (+1) or down (-1)."""
+    return problem.bits[problem.bits.index(bits) + direction]

@@ -3,8 +3,8 @@
 from typing import Any
 
 from matquant.formats.slice_spec import SliceSpec
+from matquant.search.context import SearchContext
 from matquant.search.stage import search as run_search
-from matquant.search.strategies import Setting
 from matquant.stages.load import LoadedJob
 from matquant.stages.quantize import QuantizedJob
 from matquant.stages.runtime import Runtime
@@ -19,16 +19,16 @@ def search(job: LoadedJob, quantized: QuantizedJob, runtime: Runtime) -> tuple[l
     config = job.config.search
     if job.search is None or quantized.parent is None:
         return [], None
-    setting = Setting(
+    context = SearchContext(
         blocks=job.blocks,
         parent=quantized.parent,
-        windows=job.search,
+        sequences=job.search,
         device=runtime.device,
         dtype=job.dtype,
         process_group=runtime.process_group,
     )
-    with runtime.bars.bar(f"search {config.name}", len(config.budgets) + 1) as progress:
-        found = run_search(config, setting, runtime.store, progress)
+    with runtime.bars.bar(f"search {config.name}", len(config.ascending_budgets) + 1) as progress:
+        found = run_search(config, context, runtime.store, progress)
     slices = [
         SliceSpec(name=row["file"], parent=quantized.parent, bits=one.bits, allocation=one)
         for row, one in zip(found.record["front"], found.allocations, strict=True)

@@ -1,32 +1,23 @@
-"""A model of one or two blocks with a nested weight for each of its layers."""
+"""Fixtures of the search tests: a random Llama of one or two blocks with a nested weight per layer."""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from matquant.formats.nested import NestedWeight, WeightFormat
+from matquant.formats.nested import NestedWeight
 from matquant.models.blocks import BlockModel
+from tests.search.evaluation import round_to_nearest
 
 
 @pytest.fixture(autouse=True)
-def of_all_tests_here(one_thread: None) -> None: ...
-
-
-def _nested(weight: torch.Tensor) -> NestedWeight:
-    """Rounded to nearest on the grid of the widest slice, a scale for each row."""
-    scales = (weight.float().abs().amax(1, keepdim=True) / 127).half()
-    codes = (weight.float() / scales.float() + 127.5).round().clamp(0, 255).to(torch.uint8)
-    return NestedWeight(
-        codes=codes,
-        scales=scales,
-        zeros=None,
-        format=WeightFormat(master_bits=8, slicing="msb", group_size=weight.shape[1], scale_dtype=torch.float16),
-    )
+def use_one_thread(one_thread: None) -> None:
+    """Run all tests of this folder on one thread."""
 
 
 @pytest.fixture
 def make_model():
     def make(blocks: int = 1, bias: bool = False) -> tuple[BlockModel, dict[str, NestedWeight]]:
+        """Random model in float16, and the nested weights of its layers by name."""
         torch.manual_seed(blocks)
         config = LlamaConfig(
             hidden_size=32,
@@ -44,7 +35,7 @@ def make_model():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.2)
         model = BlockModel(model.half().eval().requires_grad_(False))
-        names = {name: layer for index in range(blocks) for name, layer in model.linears(index).items()}
-        return model, {name: _nested(layer.weight) for name, layer in names.items()}
+        layers = {name: layer for index in range(blocks) for name, layer in model.linears(index).items()}
+        return model, {name: round_to_nearest(layer.weight) for name, layer in layers.items()}
 
     return make

@@ -1,4 +1,4 @@
-"""The recipe that compares searches: cut off it keeps what it measured, and goes on from there."""
+"""Script that compares searches: stopped searches resume, finished ones are not repeated."""
 
 import importlib.util
 import json
@@ -10,51 +10,54 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from shared import ROOT
 
+FOLDER = ROOT / "experiments" / "benchmarks"
+
 
 @pytest.fixture
-def recipe(monkeypatch):
-    spec = importlib.util.spec_from_file_location(
-        "compare_searches", ROOT / "experiments" / "benchmarks" / "compare_searches.py"
-    )
+def script(monkeypatch):
+    """Module of ``compare.py``."""
+    monkeypatch.syspath_prepend(FOLDER)
+    spec = importlib.util.spec_from_file_location("compare_searches", FOLDER / "compare_searches.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "compare_searches", module)  # its dataclasses look themselves up
+    monkeypatch.setitem(sys.modules, "compare_searches", module)  # its dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
-def test_a_search_out_of_time_goes_on_after_the_generation_that_it_stopped_at(recipe, tmp_path, capsys):
-    task = recipe.Task(0, 3.0, "evolve, published")
-    made = []
+def test_search_past_its_deadline_resumes_after_its_last_generation(script, tmp_path, capsys):
+    import search_bench
+
+    task = script.Task(0, 3.0, "evolve, published")
+    written = []
 
     def build(draft):
         for number in range(1, 51):
             name = f"budget-00-generation-{number:04d}.json"
             if not draft.has(name):
-                made.append(number)
+                written.append(number)
                 draft.write_json(name, number)
         return {}
 
-    stopping = recipe.WatchedStore(tmp_path, recipe.watcher(task, deadline=0))
-    with pytest.raises(recipe.OutOfTime):
-        stopping.open_or_build("search", {"seed": 0}, build)
-    assert made == [1]
-    lasting = recipe.WatchedStore(tmp_path, recipe.watcher(task, deadline=math.inf))
-    artifact = lasting.open_or_build("search", {"seed": 0}, build)
-    assert made == list(range(1, 51))
+    stopped = search_bench.WatchedStore(tmp_path, script.make_watcher(task, deadline=0))
+    with pytest.raises(script.OutOfTime):
+        stopped.open_or_build("search", {"seed": 0}, build)
+    assert written == [1]
+    resumed = search_bench.WatchedStore(tmp_path, script.make_watcher(task, deadline=math.inf))
+    artifact = resumed.open_or_build("search", {"seed": 0}, build)
+    assert written == list(range(1, 51))
     assert artifact.read_json("budget-00-generation-0050.json") == 50
-    out = capsys.readouterr().out
-    assert out.count("evolve, published, seed 0, 3.0 bits: generation") == 2
+    assert capsys.readouterr().out.count("evolve, published, seed 0, 3.0 bits: generation") == 2
 
 
-def test_searches_are_written_one_by_one_and_done_once(recipe, tmp_path, monkeypatch, capsys):
-    ran = []
+def test_each_result_is_written_and_computed_once(script, tmp_path, monkeypatch, capsys):
+    calls = []
 
-    def run(task, tokens, deadline):
-        ran.append((task, tokens))
+    def run(task, max_tokens, deadline):
+        calls.append((task, max_tokens))
         if task.budget == 3.5:
             raise OSError("the disk is full")
         if task.budget == 4.5:
-            return None  # out of time
+            return None  # past the deadline
         return {
             "method": task.method,
             "budget": task.budget,
@@ -64,26 +67,34 @@ def test_searches_are_written_one_by_one_and_done_once(recipe, tmp_path, monkeyp
             "evaluations": 1,
         }
 
-    monkeypatch.setattr(recipe, "run", run)
+    monkeypatch.setattr(script, "run", run)
     path = tmp_path / "results.json"
-    results = recipe.Results(path, "parent")
-    first, second = recipe.wanted(seeds=1, published=1, budgets=list(recipe.BUDGETS))
+    results = script.Results(path, "parent")
+    first, second = script.plan_rounds(seeds=1, published=1, budgets=script.BUDGETS)
     assert [task.method for task in first[:8:4]] == ["evolve, published", "hybrid, a tenth"]
     with ThreadPoolExecutor(2) as pool:
-        missing = [recipe.measure(tasks, results, pool, time.time()) for tasks in (first, second)]
+        missing = [script.run_round(tasks, results, pool, time.time()) for tasks in (first, second)]
     assert missing == [6, 2]
     assert "hybrid, seed 0, 3.5 bits failed: OSError('the disk is full')" in capsys.readouterr().out
-    # Evolution got as many tokens as the hybrid search before it spent, and did not begin without one.
-    assert [(task.budget, tokens) for task, tokens in ran if task.method == recipe.EQUAL_TOKENS] == [(2.5, 7), (3.0, 7)]
+    # Evolution gets as many tokens as the hybrid search spent, and does not run without a hybrid result.
+    equal_tokens = [(task.budget, tokens) for task, tokens in calls if task.method == script.EQUAL_TOKENS]
+    assert equal_tokens == [(2.5, 7), (3.0, 7)]
     assert len(json.loads(path.read_text())["rows"]) == 8
-    ran.clear()
+    calls.clear()
     with ThreadPoolExecutor(2) as pool:
-        recipe.measure(first, recipe.Results(path, "parent"), pool, time.time())
-    assert {task.budget for task, _ in ran} == {3.5, 4.5}
+        script.run_round(first, script.Results(path, "parent"), pool, time.time())
+    assert {task.budget for task, _ in calls} == {3.5, 4.5}
+
+
+def test_results_of_another_parent_are_refused(script, tmp_path):
+    path = tmp_path / "results.json"
+    script.Results(path, "parent").write()
     with pytest.raises(SystemExit, match="another parent"):
-        recipe.Results(path, "another")
+        script.Results(path, "another")
 
 
-def test_every_search_is_one_that_the_configuration_knows(recipe):
-    for overrides in recipe.METHODS.values():
-        assert recipe.config_of(*overrides, "search.average_bits=3", "search.max_tokens=9").search.wanted
+def test_overrides_of_all_methods_compose(script):
+    from search_bench import compose_config
+
+    for overrides in script.METHODS.values():
+        assert compose_config(*overrides, "search.average_bits=3", "search.max_tokens=9").search.wanted

@@ -1,4 +1,4 @@
-"""Searches through the command line: what they write, that it can be read again, and what they refuse."""
+"""Searches through the command line: written files, resumption, and refusals."""
 
 import json
 import sys
@@ -8,8 +8,9 @@ import yaml
 from shared import SMALL
 
 from matquant import cli
+from matquant.store.artifact import Draft
 
-# Rounded to nearest, as the parent's quality is not what is looked at.
+# Rounded to nearest: these tests do not depend on the quality of the parent.
 QUICK = (
     *SMALL,
     "method=rtn",
@@ -22,85 +23,94 @@ QUICK = (
     "search.generations=3",
     "search.offspring=4",
     "search.survivors=[2,1]",
-    "search.widths=[2,3,4,8]",
+    "search.bits=[2,3,4,8]",
     "bits=[2,3]",
 )
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory, small_model):
-    """One search for the whole module: its folder, which holds its store and its run."""
+    """Folder of one search, with its store and its run, shared by the module."""
     folder = tmp_path_factory.mktemp("search")
-    where = (f"store.path={folder}/store", f"hydra.run.dir={folder}/run")
+    paths = (f"store.path={folder}/store", f"hydra.run.dir={folder}/run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["run.py", f"model.path={small_model}", *QUICK, "search.average_bits=2.6", *where])
+        patch.setattr(sys, "argv", ["run.py", f"model.path={small_model}", *QUICK, "search.average_bits=2.6", *paths])
         cli.main()
     return folder
 
 
 @pytest.fixture
 def job(matquant, tmp_path, small_model, first):
-    """Run a job that must succeed, with the parent that is there; its results."""
+    """Run a job that must succeed, on the parent of ``first``; return its results."""
 
     def run(*overrides):
         status, _, err = matquant(f"model.path={small_model}", *QUICK, f"store.path={first}/store", *overrides)
         assert status == 0, err
-        return load(tmp_path)
+        return load_results(tmp_path)
 
     return run
 
 
-def load(folder):
+def load_results(folder):
     return json.loads((folder / "run" / "results.json").read_text())
 
 
-def found(results):
+def allocation_slices(results):
     return [entry for entry in results["slices"] if entry["bits"] == "allocation"]
 
 
-def test_a_budget_alone_asks_for_the_default_search_and_its_files_measure_the_same(first, job, tmp_path):
-    results = load(first)
+@pytest.mark.slow
+def test_budget_alone_runs_the_default_search(first):
+    results = load_results(first)
     assert results["search"]["method"] == "hybrid"
     assert results["search"]["evaluations_per_second"] > 0
-    assert results["search"]["served"] == "decoded"
-    (entry,) = found(results)
+    assert results["search"]["served"] == "dense"
+    assert results["search"]["bits"] == [2, 3, 4, 8]
+    (entry,) = allocation_slices(results)
     assert entry["average_bits"] <= 2.6
-    path = first / "run" / "allocation.yaml"
-    written = yaml.safe_load(path.read_text())
+    written = yaml.safe_load((first / "run" / "allocation.yaml").read_text())
     sizes = {row["name"]: row["parameters"] for row in results["layers"]}
-    average = sum(sizes[n] * bits for n, bits in written["bits"].items()) / sum(sizes.values())
+    average = sum(sizes[name] * bits for name, bits in written["bits"].items()) / sum(sizes.values())
     assert entry["average_bits"] == written["average_bits"] == pytest.approx(average)
     assert written["measured"] > 0
     assert written["predicted"] > 0
-    # The files that it wrote, in both formats, are the same model; one that was edited is another, and says so.
+
+
+@pytest.mark.slow
+def test_written_allocations_evaluate_to_the_same_figures(first, job, tmp_path):
+    (entry,) = allocation_slices(load_results(first))
+    path = first / "run" / "allocation.yaml"
     edited = tmp_path / "edited.yaml"
     edited.write_text(path.read_text().replace("_proj: 2", "_proj: 8", 1))
     again = job(f"bits=[{path},{path.with_suffix('.txt')},{edited}]")
-    *same, other = found(again)
+    *same, other = allocation_slices(again)
     assert [e["kl"] for e in same] == [entry["kl"]] * 2
     assert [e["bytes"] for e in same] == [entry["bytes"]] * 2
     assert other["bytes"] > entry["bytes"]
-    assert [warning for warning in again["warnings"] if "it was edited" in warning] != []
-    assert not any(str(path) in warning for warning in again["warnings"])
+    warnings = [warning for warning in again["warnings"] if "edited" in warning]
+    assert len(warnings) == 1
+    assert str(edited) in warnings[0]
 
 
-def test_the_same_search_is_found_in_the_store(first, job):
-    again = job("search.average_bits=2.6", "search.cache_gigabytes=0")
-    assert (load(first)["search"]["reused"], again["search"]["reused"]) == (False, True)
-    assert found(again) == found(load(first))
-    other = job("search.average_bits=2.6", "search.seed=1", "search.serve=planes")
+@pytest.mark.slow
+def test_same_search_is_reused_from_the_store(first, job):
+    again = job("search.average_bits=2.6", "search.cache_gb=0")  # no part of the key
+    assert (load_results(first)["search"]["reused"], again["search"]["reused"]) == (False, True)
+    assert allocation_slices(again) == allocation_slices(load_results(first))
+    other = job("search.average_bits=2.6", "search.seed=1", "search.layer_forward=planes")
     assert other["search"]["reused"] is False
     assert other["search"]["served"] == "planes"
 
 
-def test_a_byte_budget_counts_scales_and_is_never_exceeded(first, job):
-    full = {entry["bits"]: entry["bytes"] for entry in load(first)["slices"]}
+@pytest.mark.slow
+def test_byte_budget_includes_scales_and_is_kept(first, job):
+    full = {entry["bits"]: entry["bytes"] for entry in load_results(first)["slices"]}
     budget = (full[2] + full[3]) // 2
-    (entry,) = found(job(f"search.gigabytes={budget / 1e9:.9f}", "search=sensitivity"))
+    (entry,) = allocation_slices(job(f"search.budget_gb={budget / 1e9:.9f}", "search=sensitivity"))
     assert full[2] < entry["bytes"] <= budget
-    (entry,) = found(
+    (entry,) = allocation_slices(
         job(
-            f"search.gigabytes={full[3] / 1e9:.9f}",
+            f"search.budget_gb={full[3] / 1e9:.9f}",
             "search=evolve",
             "search.initial_tokens=32",
             "search.survivors=[2,1]",
@@ -111,67 +121,69 @@ def test_a_byte_budget_counts_scales_and_is_never_exceeded(first, job):
     assert entry["bytes"] <= full[3]
 
 
-def test_a_ladder_is_monotone_and_its_allocations_are_files(job, tmp_path):
-    results = job("search=pareto", "search.ladder=[4,2.5,3,8]", "search.generations=1", "search.tokens=[32,64]")
+@pytest.mark.slow
+def test_several_budgets_give_one_file_each_and_falling_losses(job, tmp_path):
+    results = job("search=pareto", "search.budgets=[4,2.5,3,8]", "search.generations=1", "search.tokens=[32,64]")
     rows = results["search"]["front"]
     assert [row["budget"] for row in rows] == ["2.5 bits", "3 bits", "4 bits", "8 bits"]
     losses = [row["measured"] for row in rows]
     assert losses == sorted(losses, reverse=True)
-    assert [entry["average_bits"] for entry in found(results)] == [row["average_bits"] for row in rows]
+    entries = allocation_slices(results)
+    assert [entry["average_bits"] for entry in entries] == [row["average_bits"] for row in rows]
     assert all((tmp_path / "run" / row["file"]).is_file() for row in rows)
 
 
-def test_fused_layers_get_one_width(job):
-    (entry,) = found(job("search.average_bits=3.1", "search.fused=true", "search=sensitivity"))
-    widths = entry["allocation"]["widths"]
+@pytest.mark.slow
+def test_layers_with_the_same_input_share_a_bit_width(job):
+    (entry,) = allocation_slices(job("search.average_bits=3.1", "search.fuse_shared_inputs=true", "search=sensitivity"))
+    bits = entry["allocation"]["bits"]
     for block in range(4):
-        attention = {widths[f"model.layers.{block}.self_attn.{p}_proj"] for p in "qkv"}
+        attention = {bits[f"model.layers.{block}.self_attn.{p}_proj"] for p in "qkv"}
         assert len(attention) == 1
-        assert widths[f"model.layers.{block}.mlp.gate_proj"] == widths[f"model.layers.{block}.mlp.up_proj"]
+        assert bits[f"model.layers.{block}.mlp.gate_proj"] == bits[f"model.layers.{block}.mlp.up_proj"]
 
 
-def test_a_killed_search_goes_on_and_finds_the_same(first, matquant, small_model, monkeypatch, tmp_path):
-    from matquant.search import evolution
+@pytest.mark.slow
+def test_killed_search_resumes_after_the_last_generation(first, matquant, small_model, monkeypatch, tmp_path):
+    write, generations = Draft.write_json, []
 
-    measured = evolution._generation
-    calls = []
+    def write_and_stop_once(draft, name, value):
+        write(draft, name, value)
+        if "generation" in name:
+            generations.append(name)
+            if len(generations) == 2:
+                raise KeyboardInterrupt
 
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return measured(*args)
-
-    monkeypatch.setattr(evolution, "_generation", dies)
+    monkeypatch.setattr(Draft, "write_json", write_and_stop_once)
     same = (f"model.path={small_model}", *QUICK, "search.average_bits=2.6")  # in a store of its own
     assert matquant(*same)[0] == 130
     assert matquant(*same)[0] == 0
-    assert len(calls) == 4
-    assert found(load(tmp_path)) == found(load(first))
-    assert load(tmp_path)["search"]["history"] == load(first)["search"]["history"]
+    assert generations == [f"budget-00-generation-000{number}.json" for number in (1, 2, 3)]
+    assert allocation_slices(load_results(tmp_path)) == allocation_slices(load_results(first))
+    assert load_results(tmp_path)["search"]["history"] == load_results(first)["search"]["history"]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "sentence"),
+    ("overrides", "facts"),
     [
-        (["search=evolve"], "needs one budget"),
-        (["search.average_bits=3", "search.gigabytes=1"], "needs one budget"),
-        (["search.average_bits=1.5"], "A budget of 1.5 bits cannot be kept"),
-        (["search.gigabytes=1e-6"], "the narrowest width, 2 bits in every layer, needs"),
-        (["search.average_bits=3", "search.widths=[2,9]"], "search.widths: a width must lie in 2..8; found 9"),
-        (["search.average_bits=3", "search.survivors=[4,2]"], "the last survivor alone"),
-        (["search.average_bits=3", "search.tokens=[64]"], "describe the same stages"),
-        (["search.average_bits=3", "search.survivors=[1,2,1]", "search.tokens=[2,2,2]"], "cannot grow"),
-        (["search.average_bits=3", "method.per_bit_models=true"], "makes a model for each width"),
-        (["search.average_bits=3", "search.fitness=speed"], "search.fitness must be one of kl, sparse_kl, perplexity"),
-        (["search.average_bits=3", "search.sequence_length=4000"], "search.sequence_length=4000 is longer"),
-        (["search.average_bits=3", "search.sensitivity=error"], "no second-order error is recorded"),
-        (["bits=nowhere.yaml"], "There is no allocation at nowhere.yaml"),
-        (["bits=nowhere.yaml", "method.per_bit_models=true"], "mixes widths of one parent"),
+        (["search=evolve"], ["exactly one budget", "search.average_bits"]),
+        (["search.average_bits=3", "search.budget_gb=1"], ["exactly one budget"]),
+        (["search.average_bits=1.5"], ["1.5 bits is too small"]),
+        (["search.budget_gb=1e-6"], ["2 bits in every layer, needs", "search.bits"]),
+        (["search.average_bits=3", "search.bits=[2,9]"], ["search.bits", "2..8", "found 9"]),
+        (["search.average_bits=3", "search.fitness=speed"], ["search.fitness", "kl, sparse_kl, perplexity", "speed"]),
+        (["search.average_bits=3", "search.layer_forward=fast"], ["search.layer_forward", "auto, dense, planes"]),
+        (["search.average_bits=3", "method.per_bit_models=true"], ["one model per bit-width"]),
+        (["search.average_bits=3", "search.sequence_length=4000"], ["search.sequence_length=4000", "longer"]),
+        (["search.average_bits=3", "search.sensitivity=error"], ["search.sensitivity=error", "no second-order error"]),
+        (["search.gigabytes=1"], ["search.gigabytes", "search.budget_gb"]),
+        (["bits=nowhere.yaml"], ["nowhere.yaml"]),
+        (["bits=nowhere.yaml", "method.per_bit_models=true"], ["nowhere.yaml", "method.per_bit_models=false"]),
     ],
 )
-def test_what_is_refused(matquant, small_model, overrides, sentence):
+def test_refusals_name_the_setting(matquant, small_model, overrides, facts):
     status, _, err = matquant(f"model.path={small_model}", *QUICK, *overrides)
     assert status == 2
-    assert sentence in err
+    for fact in facts:
+        assert fact in err
     assert "Traceback" not in err

@@ -25,6 +25,8 @@ from matquant.report.config import TrackingConfig
 from matquant.search import config as searching
 from matquant.search.config import SearchConfig, check_search, with_default_method
 from matquant.store.config import StoreConfig
+from matquant.transforms.config import TransformConfig
+from matquant.transforms.rotation import RotationConfig
 from matquant.typed_config import TARGET, build, defaults_of
 
 STAGES = ("quantize", "evaluate", "pack", "generate")
@@ -106,6 +108,7 @@ class Config:
     calibration: TextConfig
     objective: ObjectiveConfig
     method: MethodConfig
+    transform: TransformConfig
     search: SearchConfig
     eval: EvalConfig
     pack: PackConfig
@@ -133,8 +136,9 @@ def schemas() -> dict[str, dict[str, Any]]:
         "pack": PackConfig,
         "tracking": TrackingConfig,
         "runtime": RuntimeConfig,
+        "transform": TransformConfig,
     }
-    methods = {"gptq": GptqConfig, "rtn": RtnConfig}
+    methods = {"gptq": GptqConfig, "rtn": RtnConfig, "rotation": RotationConfig}
     found = {name: defaults_of(kind) for name, kind in nodes.items()}
     for name, kind in methods.items():
         found[name] = {TARGET: f"{kind.__module__}.{kind.__qualname__}", **defaults_of(kind)}

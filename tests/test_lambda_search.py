@@ -15,7 +15,9 @@ pytest.importorskip("optuna")
 @pytest.fixture
 def script(monkeypatch, tmp_path):
     """Function that calls the script with stubbed jobs, and the weights of the jobs; the second job fails."""
-    spec = importlib.util.spec_from_file_location("lambda_search", ROOT / "experiments" / "benchmarks" / "lambda_search.py")
+    spec = importlib.util.spec_from_file_location(
+        "lambda_search", ROOT / "experiments" / "benchmarks" / "lambda_search.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     weights = []

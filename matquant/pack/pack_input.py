@@ -33,7 +33,9 @@ class Source:
         self.loaded, self.blocks, self.parent = loaded, blocks, parent
         _check_transform(blocks, parent)
         self.folder = Path(loaded.model.config.name_or_path)
-        self.layers = {n: LayerSpec.from_weight(w) for i in range(len(parent.blocks)) for n, w in parent.block(i).items()}
+        self.layers = {
+            n: LayerSpec.from_weight(w) for i in range(len(parent.blocks)) for n, w in parent.block(i).items()
+        }
         self.origins = blocks.source_views
         self._views: dict[str, SourceView] = {}
         self.dense = self._dense()

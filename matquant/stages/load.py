@@ -90,7 +90,7 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
     """
     model = open_model(config.model)
     runtime.log.warnings.extend(model.warnings)
-    blocks = BlockModel(model.model, model.checkpoint)
+    blocks = BlockModel(model.model, model.checkpoint, config.transform.build(model.model))
     dtype = compute_dtype(model.dtype, runtime.device)
     layers = layers_to_quantize(blocks, config.method.skips, lm_head=config.method.quantize_lm_head)
     check_layers(layers, config.method.group_size_of)

@@ -89,7 +89,14 @@ def _inputs(job: LoadedJob, quantizer: BlockQuantizer) -> dict[str, Any]:
         "calibration": None if job.calibration is None else texts.fingerprint(job.calibration),
         "layers": list(job.layer_names),
         **quantizer.cache_key(),
+        **transform_entry(job),
     }
+
+
+def transform_entry(job: LoadedJob) -> dict[str, Any]:
+    """Entry ``transform`` of a parent's key and manifest; empty without a transform."""
+    description = job.blocks.transform_description
+    return {} if description is None else {"transform": description}
 
 
 def _make_parent(
@@ -121,4 +128,5 @@ def _make_parent(
         blocks = driver.run(draft, job.calibration)
     for phase, seconds in driver.timer.seconds.items():
         log.quantize_seconds[phase] = log.quantize_seconds.get(phase, 0.0) + seconds
-    return {"label": f"{job.model.label} {config.method.name}{suffix}", "blocks": blocks}
+    label = f"{job.model.label} {config.method.name}{suffix}"
+    return {"label": label, "blocks": blocks} | transform_entry(job)

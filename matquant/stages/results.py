@@ -56,7 +56,9 @@ def assemble(
         seconds=runtime.log.seconds,
         resources=resources(runtime),
         unquantized=_unquantized(job),
-        experts=[row for parent in dict.fromkeys(one.parent for one in slices) for row in parent.undersampled_experts()],
+        experts=[
+            row for parent in dict.fromkeys(one.parent for one in slices) for row in parent.undersampled_experts()
+        ],
         layers=_layer_errors(slices),
         warnings=list(dict.fromkeys(runtime.log.warnings)),
         versions=versions(),

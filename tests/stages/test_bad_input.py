@@ -51,7 +51,10 @@ def model_copy(folder, source=TINY):
         (["++method.overrides={*.o_proj:{group_size:96}}"], "method.overrides.*.o_proj.group_size must be one of"),
         (["calibration.sequences=100000"], "100000"),
         (["eval.datasets.stdlib.sequence_length=1"], "eval.datasets.stdlib.sequence_length is too small"),
-        (["calibration.sequence_length=513"], "calibration.sequence_length=513 is longer than the context of 512 tokens"),
+        (
+            ["calibration.sequence_length=513"],
+            "calibration.sequence_length=513 is longer than the context of 512 tokens",
+        ),
         (["stages=[evaluate]"], "add quantize to stages"),
         (["store.path=/dev/null"], "is not a folder"),
     ],

@@ -77,7 +77,9 @@ class LearnedScales(BlockQuantizer):
     def _round(self, name: str, weight: Tensor) -> NestedWeight:
         fmt = self.weight_format(name, weight.shape[1])
         groups = weight.detach().float().view(weight.shape[0], -1, fmt.group_size)  # (out, groups, group_size)
-        scales = (groups.abs().amax(-1) / 100).to(fmt.scale_dtype)  # too short on purpose: training has to lengthen them
+        scales = (groups.abs().amax(-1) / 100).to(
+            fmt.scale_dtype
+        )  # too short on purpose: training has to lengthen them
         codes = (groups / scales.float()[..., None] + 127.5).round().clamp(0, 255).to(torch.uint8)
         return NestedWeight(codes=codes.view(weight.shape), scales=scales, zeros=None, format=fmt)
 

@@ -86,7 +86,8 @@ def _all_hessians(settings: GptqSettings, inputs: Sequence[int]) -> int:
 
 def _calibrate(settings: GptqSettings, sizes: ModelSizes, tokens: CalibrationTokens, stage: Sequence[LayerSize]) -> int:
     """Accumulators of a stage, captured inputs of a batch, dequantized layers of earlier stages, and the larger one of the
-    batch's activations and a product that is added to the accumulators."""
+    batch's activations and a product that is added to the accumulators.
+    """
     streams, asymmetric = settings.streams, settings.asymmetric
     earlier = sum(layer.rows * layer.columns for layer in sizes.layers if layer.stage < min(one.stage for one in stage))
     dequantized = streams * earlier * sizes.computing if settings.true_sequential else 0

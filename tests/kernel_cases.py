@@ -7,7 +7,7 @@ import torch
 from standin import Argument, TensorMap, compile_kernel, read_source
 from torch import Tensor
 
-from matquant.cuda.tma import Tiling
+from matquant.cuda.tma import TmaDescriptor
 from matquant.formats.nested import NestedWeight, Slicing, WeightFormat, planes_read
 from matquant.formats.tile_layout import pack_groups, pack_planes, tiles
 
@@ -207,7 +207,7 @@ def array_arguments(
     variant: Variant, planes: Tensor, scales: Tensor, zeros: Tensor | None, x: Tensor
 ) -> list[Argument]:
     """Planes, scales, zero points and x as the kernel takes them."""
-    x_map = TensorMap(x, Tiling(2, tuple(x.shape), (8 * variant.token_tiles, 64), turned=True))
+    x_map = TensorMap(x, TmaDescriptor(2, tuple(x.shape), (8 * variant.token_tiles, 64), turned=True))
     if variant.many:
         return [*weight_maps(variant, planes, scales, zeros), x_map]
     stride = ctypes.c_uint64(planes[0].numel() // 4)
@@ -219,8 +219,8 @@ def weight_maps(variant: Variant, planes: Tensor, scales: Tensor, zeros: Tensor 
     rows, units, columns = planes.shape[1], planes.shape[2], 64 * variant.units
     groups = columns // min(variant.group if variant.group > 0 else columns, columns)
     read = planes_read(variant.bits, 8, variant.slicing)
-    tiling = Tiling(8, (read, rows, 64 * units), (read, variant.row_warps, 64 * variant.units))
-    of_groups = [Tiling(8, (scales.shape[0], n * rows), (groups, n * variant.row_warps)) for n in (16, 8)]
+    tiling = TmaDescriptor(8, (read, rows, 64 * units), (read, variant.row_warps, 64 * variant.units))
+    of_groups = [TmaDescriptor(8, (scales.shape[0], n * rows), (groups, n * variant.row_warps)) for n in (16, 8)]
     return [
         TensorMap(planes, tiling),
         TensorMap(scales, of_groups[0]),

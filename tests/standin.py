@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from matquant.cuda.tma import Tiling
+from matquant.cuda.tma import TmaDescriptor
 from matquant.paths import resource_root
 
 KERNELS = resource_root() / "kernels"
@@ -45,7 +45,7 @@ class TensorMap:
     """An array that is copied in tiles."""
 
     array: Tensor
-    tiling: Tiling
+    tiling: TmaDescriptor
 
     def packed(self, address: int) -> bytes:
         """``TensorMap`` of kernels/standin/standin.h."""

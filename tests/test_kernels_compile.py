@@ -17,8 +17,8 @@ import torch
 from standin import KERNELS, read_source
 
 from matquant.formats.nested import WeightFormat
-from matquant.inference.gemm_shape import Device, Problem
-from matquant.inference.launch_config import plan
+from matquant.inference.gemm_shape import DeviceLimits, GemmShape
+from matquant.inference.launch_config import make_launch_config
 from matquant.quantize.gptq import column_solver_cuda
 
 ARCHITECTURES = {
@@ -47,11 +47,11 @@ def source(name: str) -> str:
     return read_source(name).replace('#include "device.cuh"', device, 1).replace('#include "device.cuh"', "")
 
 
-def cubin(problem: Problem, architecture: str, name: str = "") -> bytes:
+def cubin(problem: GemmShape, architecture: str, name: str = "") -> bytes:
     """Of the matmul that is chosen, or of another kernel for the problem."""
     multiprocessors, shared = ARCHITECTURES[architecture]
     wgmma = architecture == "sm_90a"
-    made = plan(problem, Device(multiprocessors=multiprocessors, shared_bytes=1024 * shared, wgmma=wgmma))
+    made = make_launch_config(problem, DeviceLimits(multiprocessors=multiprocessors, shared_bytes=1024 * shared, wgmma=wgmma))
     defines = problem.defines() if name else made.defines
     options = [f"-arch={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in defines.items())]
     return nvrtc.compile_cubin(source(name or made.source), name or made.source, options)
@@ -59,10 +59,10 @@ def cubin(problem: Problem, architecture: str, name: str = "") -> bytes:
 
 def problem(
     bits: int, tokens: int, *, rows: int = 14336, depth: int = 4096, dtype=torch.float16, **fmt: Any
-) -> Problem:
+) -> GemmShape:
     """GEMM shape of one layer; ``fmt`` are fields of its weight format."""
     about = {"group_size": 128, "scale_dtype": torch.float16, "zero_point_offset": 8.0} | fmt
-    return Problem(tokens=tokens, rows=rows, depth=depth, bits=bits, dtype=dtype, format=WeightFormat(**about))
+    return GemmShape(tokens=tokens, rows=rows, depth=depth, bits=bits, dtype=dtype, format=WeightFormat(**about))
 
 
 def stack_bytes(compiled: bytes, folder: Path) -> int:
@@ -143,10 +143,10 @@ def test_instructions_per_weight(bits: int, tmp_path: Path) -> None:
     assert (len(main) + len(copying)) / (8 * multiplications) <= INSTRUCTIONS_PER_WEIGHT[bits]
 
 
-def all_by_wgmma() -> dict[tuple, Problem]:
+def all_by_wgmma() -> dict[tuple, GemmShape]:
     """A problem for each variant by wgmma that is ever taken for these sizes, widths, groups and dtypes, by its macros."""
     multiprocessors, shared = ARCHITECTURES["sm_90a"]
-    device = Device(multiprocessors=multiprocessors, shared_bytes=1024 * shared, wgmma=True)
+    device = DeviceLimits(multiprocessors=multiprocessors, shared_bytes=1024 * shared, wgmma=True)
     found = {}
     for tokens, side, bits, group, zeros, dtype, slicing in itertools.product(
         (24, 64, 128, 300, 512),
@@ -168,13 +168,13 @@ def all_by_wgmma() -> dict[tuple, Problem]:
             scale_dtype=dtype,
             slicing=slicing,
         )
-        made = plan(one, device)
+        made = make_launch_config(one, device)
         if made.defines["WGMMA"]:
             found[tuple(made.defines.items())] = one
     return found
 
 
-def spills(one: Problem) -> bool:
+def spills(one: GemmShape) -> bool:
     with tempfile.TemporaryDirectory() as scratch:
         return stack_bytes(cubin(one, "sm_90a"), Path(scratch)) > 0
 

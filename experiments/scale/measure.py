@@ -27,6 +27,7 @@ import psutil
 import torch
 from hydra import compose, initialize_config_dir
 from make_llama import INDEX, make
+from matquant.options import solver_options
 from torch import Tensor
 
 from matquant import cli, machine, plan
@@ -37,7 +38,6 @@ from matquant.models.blocks import BlockModel
 from matquant.models.loading import LoadedModel, open_model
 from matquant.models.model_sizes import measure
 from matquant.models.tracing import check
-from matquant.options import solver_options
 from matquant.quantize.driver import CalibrationOptions, Driver, layers_to_quantize
 from matquant.store import Store
 

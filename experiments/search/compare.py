@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from matquant.pipeline import Job, compute
 
 from matquant import cli
 from matquant.config import Config, from_hydra
@@ -33,7 +34,6 @@ from matquant.formats.parent import Parent
 from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.loading import load
 from matquant.paths import resource_root
-from matquant.pipeline import Job, compute
 from matquant.search.config import SearchConfig
 from matquant.search.evaluator import open_evaluator
 from matquant.search.layer_forwards import DecodedSlices

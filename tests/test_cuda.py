@@ -14,7 +14,7 @@ import torch
 import matquant.cuda
 from matquant.cuda import CACHE_VARIABLE, Kernel, read_source
 from matquant.cuda.cuda_driver import architecture, nvrtc_compile, nvrtc_version
-from matquant.cuda.pdl import Overlap
+from matquant.cuda.pdl import PdlLauncher
 from matquant.cuda.source import cache_folder, compile_options, cubin
 from matquant.errors import UserError
 
@@ -101,7 +101,7 @@ def test_an_overlapping_launch_hands_the_driver_what_its_header_asks_for(monkeyp
         return 201
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace(cuLaunchKernelEx=launch_kernel_ex))
-    overlap = Overlap()
+    overlap = PdlLauncher()
     for stream in (77, 2**40):
         assert overlap.launch(5, 3, 4, 1, 128, 1, 1, 1000, stream, 4096, 0) == 201
         assert seen[-2:] == [([3, 4, 1, 128, 1, 1, 1000], stream, 1, 5, 4096, None), (6, 1)]

@@ -13,9 +13,9 @@ from matquant.errors import UserError
 from matquant.formats.nested import WeightFormat
 from matquant.inference import NestedPlanes, cuda_ops, workspace
 from matquant.inference import launch_config as inference_plan
-from matquant.inference.gemm_shape import Device, Problem, centred_exactly, supported
-from matquant.inference.launch_config import MOST_TOKENS, TOKENS, most_tokens, plan
-from matquant.inference.tile_configs import choose
+from matquant.inference.gemm_shape import DeviceLimits, GemmShape, folds_zero_point_exactly, is_supported
+from matquant.inference.kernel_families import choose_tile_config
+from matquant.inference.launch_config import GEMM_MAX_M, MAX_M, make_launch_config, max_tokens
 from tests.kernels.emulator import TensorMap, compile_kernel, have_compiler, read_source
 
 pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
@@ -54,9 +54,9 @@ def device(monkeypatch, request):
     monkeypatch.setattr(
         cuda_ops, "load", lambda source, name, *, defines, device, **how: Launcher(source, name, defines)
     )
-    monkeypatch.setattr(cuda_ops, "Scratch", KeptScratch)
-    monkeypatch.setattr(cuda_ops, "_launches", {})
-    monkeypatch.setattr(cuda_ops, "_scratch", {})
+    monkeypatch.setattr(cuda_ops, "Workspace", KeptScratch)
+    monkeypatch.setattr(cuda_ops, "launch_cache", {})
+    monkeypatch.setattr(cuda_ops, "workspaces", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
@@ -112,17 +112,17 @@ def test_a_call_reaches_the_kernel_with_what_it_expects(device, about, bits, tok
     assert_close(call(x, weight, bits, bias), x, weight, bits, bias)
     assert_close(call(x, weight, bits), x, weight, bits)
     assert len(device) == 2
-    assert not cuda_ops._scratch[x.get_device()].held.any()
+    assert not cuda_ops.workspaces[x.get_device()].held.any()
 
 
 def test_a_launch_is_planned_once_for_all_calls_like_it(device):
     weight = make_weight(64, 128, 128)
     for _ in range(3):
         call(activations(2, 128), weight, 4)
-    assert len(cuda_ops._launches) == 1
+    assert len(cuda_ops.launch_cache) == 1
     call(activations(3, 128), weight, 4)
     call(activations(2, 128), weight, 5)
-    assert len(cuda_ops._launches) == 3
+    assert len(cuda_ops.launch_cache) == 3
     assert len(device) == 5
 
 
@@ -152,7 +152,7 @@ def test_with_wgmma_tokens_by_the_hundred_take_one_launch(device):
     for tokens in (16, 17):
         x = activations(tokens, 384)
         assert_close(call(x, weight, 3, bias), x, weight, 3, bias)
-    for tokens in (70, 300, MOST_TOKENS + 1):
+    for tokens in (70, 300, MAX_M + 1):
         x = activations(tokens, 384)
         exact, dense = (
             x.double() @ weight.dequantize(3, dtype).double().T + bias.double()
@@ -166,7 +166,7 @@ def test_with_wgmma_tokens_by_the_hundred_take_one_launch(device):
 
 @pytest.mark.parametrize("device", ["sm_90a"], indirect=True)
 def test_offsets_that_16_bits_do_not_hold_go_without_wgmma_and_that_is_said_once(device, caplog):
-    cuda_ops._say_without_wgmma.cache_clear()
+    cuda_ops._warn_without_wgmma.cache_clear()
     weight = make_weight(64, 128, 128, offset=7.3)
     for tokens in (40, 41):
         x = activations(tokens, 128)
@@ -181,7 +181,7 @@ def test_offsets_that_16_bits_do_not_hold_go_without_wgmma_and_that_is_said_once
 def test_codes_are_called_exact_where_they_are(dtype, slicing, zeros):
     """Against every code and zero point, in the arithmetic of the dtype."""
     for bits, offset in itertools.product(range(2, 9), (0.0, 0.5, 3.0, 7.3, 8.0)):
-        problem = Problem(
+        problem = GemmShape(
             tokens=64,
             rows=64,
             depth=128,
@@ -200,7 +200,7 @@ def test_codes_are_called_exact_where_they_are(dtype, slicing, zeros):
         exact = bool((sums.to(dtype).double() == sums).all()) and bool(
             (distances.to(dtype).double() == distances).all()
         )
-        if centred_exactly(problem):
+        if folds_zero_point_exactly(problem):
             assert exact
         elif offset in (0.0, 8.0):
             raise AssertionError(f"{problem} could use wgmma")
@@ -272,7 +272,7 @@ def test_wrong_calls_are_refused_before_anything_is_planned(device):
         with pytest.raises(UserError, match=sentence):
             call(x, weight, bits, bias)
     packed = NestedPlanes.pack(weight)
-    turned = packed.planes.transpose(-1, -2).contiguous().transpose(-1, -2)
+    swizzle_128b = packed.planes.transpose(-1, -2).contiguous().transpose(-1, -2)
     good = (
         activations(2, 128),
         packed.planes,
@@ -288,8 +288,8 @@ def test_wrong_calls_are_refused_before_anything_is_planned(device):
     )
     cuda_ops.linear(*good)
     with pytest.raises(UserError, match="not contiguous int32"):
-        cuda_ops.linear(good[0], turned, *good[2:])
-    assert len(cuda_ops._launches) == len(device) == 1
+        cuda_ops.linear(good[0], swizzle_128b, *good[2:])
+    assert len(cuda_ops.launch_cache) == len(device) == 1
 
 
 @pytest.fixture
@@ -310,11 +310,11 @@ def streams(monkeypatch):
 
 
 def test_a_stream_keeps_its_counters_and_captured_launches_share_none(streams):
-    held = workspace.Scratch(torch.device("cpu", 0))
+    held = workspace.Workspace(torch.device("cpu", 0))
     places = set()
 
     def take(count, new):
-        found, room = held.now(count, 3 * count)
+        found, room = held.acquire(count, 3 * count)
         assert (room.dtype, room.numel() >= 3 * count) == (torch.float32, True)
         workspaces.append(room)
         assert found.dtype == torch.int32
@@ -350,11 +350,11 @@ def test_a_stream_keeps_its_counters_and_captured_launches_share_none(streams):
 @pytest.mark.parametrize(("group_size", "zeros"), [(32, True), (64, False), (128, False), (192, False), (-1, True)])
 def test_every_plan_fits_its_device(shared, wgmma, group_size, zeros):
     """With the shared memory of a multiprocessor in KiB, of which each block costs one more than it gets."""
-    device = Device(multiprocessors=108, shared_bytes=1024 * shared, wgmma=wgmma)
+    device = DeviceLimits(multiprocessors=108, shared_bytes=1024 * shared, wgmma=wgmma)
     for tokens, (rows, depth), bits in itertools.product(
-        (1, 3, 8, 9, 16, 17, 32, 33, TOKENS, 65, MOST_TOKENS), ((4096, 14208), (64, 384), (16384, 16128)), range(2, 9)
+        (1, 3, 8, 9, 16, 17, 32, 33, GEMM_MAX_M, 65, MAX_M), ((4096, 14208), (64, 384), (16384, 16128)), range(2, 9)
     ):
-        problem = Problem(
+        problem = GemmShape(
             tokens=tokens,
             rows=rows,
             depth=depth,
@@ -364,10 +364,10 @@ def test_every_plan_fits_its_device(shared, wgmma, group_size, zeros):
                 group_size=depth if group_size == -1 else group_size, slicing="round", has_zero_points=zeros
             ),
         )
-        assert supported(problem)
-        if tokens > most_tokens(problem, device):
+        assert is_supported(problem)
+        if tokens > max_tokens(problem, device):
             continue
-        launch, variant = plan(problem, device), choose(problem, device)
+        launch, variant = make_launch_config(problem, device), choose_tile_config(problem, device)
         assert launch.block <= 1024
         assert variant.blocks * (launch.shared_bytes + 1024) <= device.shared_bytes
         assert variant.wgmma == (wgmma and tokens > 16)

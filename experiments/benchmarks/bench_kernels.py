@@ -40,9 +40,9 @@ from matquant.cuda.source import compile_options, cubin, read_source
 from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.formats.planes import NestedPlanes
 from matquant.inference import cuda_ops, ops
-from matquant.inference.gemm_shape import Device, Problem
-from matquant.inference.launch_config import Plan, most_tokens, plan
-from matquant.inference.tile_configs import TOKENS, Variant, choose
+from matquant.inference.gemm_shape import DeviceLimits, GemmShape
+from matquant.inference.kernel_families import TOKENS, Variant, choose_tile_config
+from matquant.inference.launch_config import LaunchConfig, make_launch_config, max_tokens
 from matquant.report.provenance import provenance
 
 SHAPES = "4096x4096,4096x14336,14336x4096,8192x8192,16384x16384"
@@ -111,8 +111,8 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / statistics.median(times)
 
 
-def problem_of(tokens: int, rows: int, depth: int, bits: int, group: int) -> Problem:
-    return Problem(
+def problem_of(tokens: int, rows: int, depth: int, bits: int, group: int) -> GemmShape:
+    return GemmShape(
         tokens=tokens,
         rows=rows,
         depth=depth,
@@ -127,7 +127,7 @@ def _compile(job: tuple[str, dict[str, int], str]) -> None:
     cubin(read_source(source), compile_options(target, defines), nvrtc_version(), nvrtc_compile)
 
 
-def precompile(plans: Sequence[Plan]) -> None:
+def precompile(plans: Sequence[LaunchConfig]) -> None:
     """Fill the cache of cubins with all cores; afterwards each is only loaded."""
     different = {(p.source, tuple(sorted(p.defines.items()))) for p in plans}
     target = architecture(torch.cuda.get_device_capability())
@@ -139,7 +139,7 @@ def precompile(plans: Sequence[Plan]) -> None:
 class Bench:
     """Weights of one shape and width, in as many copies as exceed the cache."""
 
-    def __init__(self, rows: int, depth: int, bits: int, group: int, device: Device, *, overlap: bool) -> None:
+    def __init__(self, rows: int, depth: int, bits: int, group: int, device: DeviceLimits, *, overlap: bool) -> None:
         self.rows, self.depth, self.bits, self.group = rows, depth, bits, group
         self.device, self.overlap = device, overlap
         cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -148,15 +148,15 @@ class Bench:
         self.planes = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
         self.scales = torch.rand(copies, depth // group, shape[2], 8, 4, 2, device="cuda").half()
 
-    def launches(self, plan: Plan, tokens: int) -> tuple[list[Callable[[], None]], int, int]:
+    def launches(self, plan: LaunchConfig, tokens: int) -> tuple[list[Callable[[], None]], int, int]:
         """(one launch for each copy, registers, bytes of local memory)."""
-        kernel = load(plan.source, plan.function, defines=plan.defines, prefer_shared=True, overlap=self.overlap)
+        kernel = load(plan.source, plan.function, defines=plan.defines, prefer_shared=True, pdl=self.overlap)
         x, y = (
             activations(tokens, self.depth, torch.float16),
             torch.empty(tokens, self.rows, device="cuda", dtype=torch.float16),
         )
         workspace = torch.empty(plan.workspace, device="cuda")
-        tickets = torch.zeros(plan.tickets, dtype=torch.int32, device="cuda")
+        tickets = torch.zeros(plan.tile_semaphores, dtype=torch.int32, device="cuda")
 
         def launch(planes: Tensor, scales: Tensor) -> None:
             args = plan.arguments(planes, scales, None, x, None, y, workspace, tickets, tokens)
@@ -167,15 +167,15 @@ class Bench:
 
     def time(self, tokens: int, variant: Variant) -> tuple[float, int] | None:
         """(microseconds, registers); None for a variant that spills registers, which is never chosen."""
-        made = plan(self.problem(tokens), self.device, variant)
+        made = make_launch_config(self.problem(tokens), self.device, variant)
         launches, registers, local = self.launches(made, tokens)
         return None if local else (replay(launches), registers)
 
     def chosen(self, tokens: int) -> Variant | None:
         problem = self.problem(tokens)
-        return choose(problem, self.device) if tokens <= most_tokens(problem, self.device) else None
+        return choose_tile_config(problem, self.device) if tokens <= max_tokens(problem, self.device) else None
 
-    def problem(self, tokens: int) -> Problem:
+    def problem(self, tokens: int) -> GemmShape:
         return problem_of(tokens, self.rows, self.depth, self.bits, self.group)
 
     def timing(
@@ -217,7 +217,7 @@ class Bench:
 
     def time_strips(self, tokens: int) -> float:
         """By strips for cuBLAS, whatever the rule is."""
-        with mock.patch.object(cuda_ops, "most_tokens", return_value=0), mock.patch.object(cuda_ops, "_launches", {}):
+        with mock.patch.object(cuda_ops, "max_tokens", return_value=0), mock.patch.object(cuda_ops, "launch_cache", {}):
             return self.time_many(tokens)
 
 
@@ -264,11 +264,11 @@ def fp16_times(rows: int, depth: int, batches: Sequence[int]) -> dict[int, float
     return times
 
 
-def measure(args: argparse.Namespace, device: Device, bandwidth: float) -> Iterator[Timing]:
+def measure(args: argparse.Namespace, device: DeviceLimits, bandwidth: float) -> Iterator[Timing]:
     for rows, depth in args.shapes:
         fp16 = fp16_times(rows, depth, args.tokens)
         for bits in args.bits:
-            bench = Bench(rows, depth, bits, args.group, device, overlap=not args.no_overlap)
+            bench = Bench(rows, depth, bits, args.group, device, pdl=not args.no_overlap)
             for tokens in args.tokens:
                 for variant, us, registers in timed_variants(bench, tokens, candidates=args.candidates):
                     yield bench.timing(tokens, us, fp16[tokens], bandwidth, variant, registers)
@@ -277,7 +277,7 @@ def measure(args: argparse.Namespace, device: Device, bandwidth: float) -> Itera
 def timed_variants(bench: Bench, tokens: int, *, candidates: bool) -> Iterator[tuple[Variant | None, float, int]]:
     """(variant, microseconds, registers): first the chosen one. The variant of strips is None."""
     problem = bench.problem(tokens)
-    if tokens > most_tokens(problem, bench.device):
+    if tokens > max_tokens(problem, bench.device):
         yield None, bench.time_many(tokens), 0
         return
     for variant in variants(problem, bench.device, candidates=candidates):
@@ -329,15 +329,18 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def all_plans(args: argparse.Namespace, device: Device) -> list[Plan]:
+def all_plans(args: argparse.Namespace, device: DeviceLimits) -> list[LaunchConfig]:
     """Of everything that will be launched."""
-    plans = [] if args.no_check else [plan(c.problem(), device) for c in checks(args.bits)]
+    plans = [] if args.no_check else [make_launch_config(c.problem(), device) for c in checks(args.bits)]
     if not args.check_only:
         for rows, depth in args.shapes:
             for bits in args.bits:
                 problems = [problem_of(tokens, rows, depth, bits, args.group) for tokens in args.tokens]
-                for problem in (p for p in problems if p.tokens <= most_tokens(p, device)):
-                    plans += [plan(problem, device, v) for v in variants(problem, device, candidates=args.candidates)]
+                for problem in (p for p in problems if p.tokens <= max_tokens(p, device)):
+                    plans += [
+                        make_launch_config(problem, device, v)
+                        for v in variants(problem, device, candidates=args.candidates)
+                    ]
     return plans
 
 
@@ -360,7 +363,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("There is no CUDA device to measure on.")
     properties = torch.cuda.get_device_properties(0)
-    device = cuda_ops.about_device(0)
+    device = cuda_ops.device_limits(0)
     precompile(all_plans(args, device))
     worst = None if args.no_check else check(args.bits)
     if worst is not None:

@@ -1,7 +1,7 @@
 """Variants of ``kernels/gemm.cu`` that ``bench_kernels.py --candidates`` tries beside the chosen one."""
 
-from matquant.inference.gemm_shape import Device, Problem
-from matquant.inference.tile_configs import TOKENS, Variant, choose
+from matquant.inference.gemm_shape import DeviceLimits, GemmShape
+from matquant.inference.kernel_families import TOKENS, Variant, choose_tile_config
 
 # (row_warps, tile_warps, k_warps, units, panel, blocks) by tiles of 8 tokens; as many stages as there is room for.
 CANDIDATES = {
@@ -89,7 +89,7 @@ MANY_CANDIDATES = [
 _MOST_STAGES = 6
 
 
-def _shapes(problem: Problem, device: Device) -> list[tuple[bool, tuple[int, ...]]]:
+def _shapes(problem: GemmShape, device: DeviceLimits) -> list[tuple[bool, tuple[int, ...]]]:
     """Whether by wgmma, and a shape with tiles of 8 tokens in front."""
     if problem.tokens > TOKENS:
         return [(True, shape) for shape in MANY_CANDIDATES if 8 * shape[0] < 2 * problem.tokens]
@@ -101,9 +101,9 @@ def _shapes(problem: Problem, device: Device) -> list[tuple[bool, tuple[int, ...
     return found
 
 
-def variants(problem: Problem, device: Device, *, candidates: bool) -> list[Variant]:
+def variants(problem: GemmShape, device: DeviceLimits, *, candidates: bool) -> list[Variant]:
     """The chosen variant, and then the others that fit."""
-    found = [choose(problem, device)]
+    found = [choose_tile_config(problem, device)]
     for wgmma, shape in _shapes(problem, device) if candidates else ():
         token_tiles, row_warps, tile_warps, k_warps, units, panel, blocks = shape
         for stages in range(_MOST_STAGES, 1, -1):

@@ -9,8 +9,8 @@ from torch import Tensor
 from matquant.formats.nested import NestedWeight, Slicing, WeightFormat, planes_read
 from matquant.formats.planes import NestedPlanes
 from matquant.inference import ops
-from matquant.inference.gemm_shape import Problem
-from matquant.inference.tile_configs import TOKENS
+from matquant.inference.gemm_shape import GemmShape
+from matquant.inference.kernel_families import TOKENS
 
 
 def activations(tokens: int, depth: int, dtype: torch.dtype) -> Tensor:
@@ -36,8 +36,8 @@ class Check:
     def depth(self) -> int:
         return self.group if self.group > 128 else 1280
 
-    def problem(self) -> Problem:
-        return Problem(
+    def problem(self) -> GemmShape:
+        return GemmShape(
             tokens=self.tokens,
             rows=self.rows,
             depth=self.depth,

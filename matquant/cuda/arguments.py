@@ -1,4 +1,4 @@
-"""A kernel's arguments in the form that ``cuLaunchKernel`` takes: an array of addresses, one of each argument's value."""
+"""Kernel arguments in the form of ``cuLaunchKernel``: an array with the address of each argument's value."""
 
 import ctypes
 import itertools
@@ -10,17 +10,16 @@ import numpy as np
 from torch import Tensor
 
 _SLOT = 8  # bytes for one argument, or several such slots for a structure
-_SCALARS = "?bBhHiIlLqQefd"  # the characters of ``struct`` for what may be passed beside addresses
+_SCALARS = "?bBhHiIlLqQefd"  # format characters of ``struct`` for scalar arguments
 
 
 class Signature:
-    """How the arguments of one kernel are passed, learnt from the first ones: of a kind each, in the same order ever after.
+    """Types of a kernel's arguments, from those of its first launch.
 
-    A tensor or None is an address, int an int32, float a float32; ctypes and numpy scalars are what their types say, and
-    bytes a structure.
+    A tensor or None is an address, int an int32, float a float32, bytes a structure; ctypes and numpy scalars keep their type.
 
     Raises:
-        TypeError: an argument of another type.
+        TypeError: an argument has another type.
     """
 
     def __init__(self, args: Sequence[Any]) -> None:
@@ -33,10 +32,10 @@ class Signature:
 
 
 class Frame:
-    """Memory for the arguments of one launch at a time: a slot for each value, and the array of the slots' addresses.
+    """Memory for the arguments of one launch at a time: a slot per value, and the array of slot addresses.
 
     Attributes:
-        address: of that array.
+        address: of the array of slot addresses.
     """
 
     def __init__(self, signature: Signature) -> None:
@@ -48,14 +47,14 @@ class Frame:
         self.address = ctypes.addressof(self._addresses)
 
     def write(self, args: Sequence[Any], device: int) -> None:
-        """Put the values of the next launch into the slots.
+        """Write the values of the next launch to the slots.
 
         Args:
-            device: index of the CUDA device that tensors must lie on.
+            device: index of the CUDA device that tensors must be on.
 
         Raises:
-            ValueError: a tensor lies elsewhere.
-            TypeError: the arguments are not of the signature's kinds.
+            ValueError: a tensor is on another device.
+            TypeError: the arguments do not match the signature.
         """
         values = list(args)
         try:
@@ -66,7 +65,7 @@ class Frame:
                 elif tensor.get_device() == device:
                     values[i] = tensor.data_ptr()
                 else:
-                    raise ValueError(f"A tensor on {tensor.device} was given to a kernel on cuda:{device}.")
+                    raise ValueError(f"A tensor on {tensor.device} was passed to a kernel on cuda:{device}.")
             for i in self._signature.boxed:
                 values[i] = values[i].value
             self._signature.layout.pack_into(self._slots, 0, *values)
@@ -78,7 +77,7 @@ class Frame:
 
 
 def _form(type_: type) -> str:
-    """How a value of a type lies in its slot, in the notation of ``struct``; "P" is an address."""
+    """Format of a value in its slot, in the notation of ``struct``; "P" is an address."""
     if issubclass(type_, Tensor | type(None)):
         return "P"
     if type_ in (int, float):

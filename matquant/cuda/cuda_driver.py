@@ -1,19 +1,19 @@
-"""What is needed of CuPy and of torch's CUDA runtime, and nothing of it before a kernel is asked for."""
+"""CUDA driver and NVRTC through CuPy, imported when the first kernel is loaded."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from matquant.cuda.pdl import FIRST_CAPABILITY, Overlap
+from matquant.cuda.pdl import MIN_CAPABILITY, PdlLauncher
 from matquant.errors import UserError
 
-_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not used the device yet
-_FIRST_SPECIFIC = 9  # major compute capability from which an architecture has features of its own: sm_90a
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: the first use of the device on this thread
+_MIN_ARCH_SPECIFIC = 9  # major compute capability from which there are architecture-specific features: sm_90a
 
 
-class Driver:
-    """NVRTC and the driver by way of CuPy, devices and streams by way of torch.
+class CudaDriver:
+    """CUDA driver through CuPy, with torch's devices and streams.
 
     Raises:
         UserError: CuPy is not installed, or torch sees no CUDA device.
@@ -29,54 +29,54 @@ class Driver:
         from cupy_backends.cuda.api import driver, runtime
 
         self._driver, self._runtime = driver, runtime
-        self._overlap = Overlap()
+        self._pdl = PdlLauncher()
         self.current_stream = torch._C._cuda_getCurrentRawStream
         self.current_device = torch._C._cuda_getDevice
 
     def architecture(self, device: int) -> str:
-        """The real architecture, as ``sm_86``, or ``sm_90a`` with what only that one has."""
+        """Architecture of a device, ``sm_86`` or ``sm_90a``."""
         return architecture(torch.cuda.get_device_capability(device))
 
     def load(self, cubin: bytes, device: int) -> int:
-        """Load a cubin for the life of the process; returns the module's handle."""
+        """Load a cubin for the life of the process; return the module handle."""
         self.use(device)
         return self._driver.moduleLoadData(cubin)
 
     def function(self, module: int, name: str) -> int:
-        """The handle of a kernel of a loaded module."""
+        """Handle of a kernel of a loaded module."""
         return self._driver.moduleGetFunction(module, name)
 
     def prefer_shared(self, function: int) -> None:
-        """All that L1 can give to shared memory: left to itself the driver makes room for one block of a kernel only."""
+        """Set the largest shared-memory carveout: by default the driver makes room for one CTA of a kernel only."""
         self._driver.funcSetAttribute(function, self._driver.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
 
-    def can_overlap(self, device: int) -> bool:
-        """Whether a launch there may begin before the kernel in front of it has ended."""
-        return torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
+    def supports_pdl(self, device: int) -> bool:
+        """Return True if the device supports programmatic dependent launch."""
+        return torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
 
     def use(self, device: int) -> None:
-        """Make the device's primary context, which torch works in, current on this thread."""
+        """Make the device's primary context, which torch uses, current on this thread."""
         torch.cuda.init()
         self._runtime.setDevice(device)
 
-    def launch(self, function: int, device: int, overlap: bool, *launch: int) -> None:
-        """``cuLaunchKernel``, or with ``overlap`` the like of it; raises RuntimeError when the driver refuses it."""
+    def launch(self, function: int, device: int, pdl: bool, *launch: int) -> None:
+        """Enqueue a kernel, with programmatic dependent launch if ``pdl``. Raises RuntimeError if the driver refuses it."""
         try:
-            self._launch(function, overlap, launch)
+            self._launch(function, pdl, launch)
         except self._driver.CUDADriverError as error:
             if error.status != _INVALID_CONTEXT:
                 raise RuntimeError(str(error)) from error
             self.use(device)
-            self._launch(function, overlap, launch)
+            self._launch(function, pdl, launch)
 
-    def _launch(self, function: int, overlap: bool, launch: tuple[int, ...]) -> None:
-        if overlap:
-            self._driver.check_status(self._overlap.launch(function, *launch))
+    def _launch(self, function: int, pdl: bool, launch: tuple[int, ...]) -> None:
+        if pdl:
+            self._driver.check_status(self._pdl.launch(function, *launch))
         else:
             self._driver.launchKernel(function, *launch)
 
     def allow_shared(self, function: int, bytes_: int) -> None:
-        """Let a kernel have so much dynamic shared memory; raises RuntimeError when the device has less."""
+        """Set the maximum dynamic shared memory of a kernel. Raises RuntimeError if the device has less."""
         attribute = self._driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         try:
             self._driver.funcSetAttribute(function, attribute, bytes_)
@@ -88,22 +88,22 @@ class Driver:
         return self._driver.funcGetAttribute(self._driver.CU_FUNC_ATTRIBUTE_NUM_REGS, function)
 
     def local_bytes(self, function: int) -> int:
-        """Local memory of a thread in bytes; more than 0 as a rule means spilled registers."""
+        """Local memory of a thread in bytes; more than 0 usually means spilled registers."""
         return self._driver.funcGetAttribute(self._driver.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function)
 
     def blocks_per_multiprocessor(self, function: int, threads: int, shared_bytes: int) -> int:
-        """How many blocks of a kernel a multiprocessor runs at once."""
+        """Number of CTAs of a kernel that a multiprocessor runs at once."""
         return self._driver.occupancyMaxActiveBlocksPerMultiprocessor(function, threads, shared_bytes)
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """NVRTC's name of a compute capability: (8, 6) is ``sm_86``, (9, 0) is ``sm_90a``."""
+    """Name of a compute capability for NVRTC: (8, 6) is ``sm_86``, (9, 0) is ``sm_90a``."""
     major, minor = capability
-    return f"sm_{major}{minor}" + ("a" if major >= _FIRST_SPECIFIC else "")
+    return f"sm_{major}{minor}" + ("a" if major >= _MIN_ARCH_SPECIFIC else "")
 
 
 def nvrtc_version() -> str:
-    """Of the NVRTC that CuPy finds, as ``13.5``. Raises UserError without CuPy or NVRTC."""
+    """Version of the NVRTC that CuPy finds, such as ``13.5``. Raises UserError without CuPy or NVRTC."""
     _require_cupy()
     from cupy_backends.cuda.libs import nvrtc
 
@@ -117,10 +117,10 @@ def nvrtc_version() -> str:
 
 
 def nvrtc_compile(name: str, text: str, headers: Mapping[str, str], options: Sequence[str]) -> bytes:
-    """Compile one source to a cubin; needs no GPU.
+    """Compile one source to a cubin; no GPU is needed.
 
     Raises:
-        RuntimeError: it does not compile; the message is the compiler's log.
+        RuntimeError: it does not compile; the message holds the compiler's log.
         UserError: CuPy or NVRTC is not installed.
     """
     nvrtc_version()
@@ -132,7 +132,7 @@ def nvrtc_compile(name: str, text: str, headers: Mapping[str, str], options: Seq
     )
     try:
         nvrtc.compileProgram(program, tuple(options))
-        # CuPy leaves out the last byte, which is 0; tools that read the ELF file miss it.
+        # CuPy drops the last byte, a 0 that tools for ELF files expect.
         return nvrtc.getCUBIN(program) + b"\0"
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program)
@@ -154,5 +154,5 @@ def _require_cupy() -> Any:
 
 
 def _cuda_major() -> str:
-    """12 or 13: what torch was built for, 13 where it was built for none."""
+    """Major CUDA version of torch, 12 or 13; 13 for a CPU build."""
     return "12" if str(torch.version.cuda).startswith("12.") else "13"

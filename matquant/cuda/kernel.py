@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from matquant.cuda.arguments import Frame, Signature
-from matquant.cuda.cuda_driver import Driver, nvrtc_compile, nvrtc_version
+from matquant.cuda.cuda_driver import CudaDriver, nvrtc_compile, nvrtc_version
 from matquant.cuda.source import compile_options, cubin, read_source
 from matquant.errors import UserError
 
-FREE_SHARED_BYTES = 48 * 1024  # dynamic shared memory that a kernel gets without asking
+DEFAULT_SHARED_BYTES = 48 * 1024  # dynamic shared memory of a kernel without opt-in
 
 _modules: dict[tuple, int] = {}
 _kernels: dict[tuple, "Kernel"] = {}
-_loading = threading.Lock()
+_load_lock = threading.Lock()
 
 
 def load(
@@ -27,17 +27,17 @@ def load(
     device: torch.device | str | int | None = None,
     options: Sequence[str] = (),
     prefer_shared: bool = False,
-    overlap: bool = False,
+    pdl: bool = False,
 ) -> "Kernel":
-    """The kernel ``name`` (``extern "C"``) of ``kernels/source``, compiled and loaded when it is first asked for.
+    """Load the kernel ``name`` (``extern "C"``) of ``kernels/source``; it is compiled at its first use.
 
     Args:
         defines: macros of the compilation.
-        device: None is torch's current CUDA device.
-        options: more of NVRTC's, such as ``--maxrregcount=128``.
-        prefer_shared: leave L1 as small as it gets, so that several blocks with much shared memory fit a multiprocessor.
-        overlap: the kernel waits itself for the one in front of it on the stream, so its launches may begin before that has
-            ended, on devices that can do so.
+        device: torch's current CUDA device if None.
+        options: further options of NVRTC, such as ``--maxrregcount=128``.
+        prefer_shared: use the largest shared-memory carveout, so that several CTAs with much shared memory fit a multiprocessor.
+        pdl: launch with programmatic dependent launch, on devices that support it. The kernel has to synchronize with the previous
+            kernel on its stream itself.
 
     Raises:
         UserError: CuPy or NVRTC is not installed, there is no CUDA device, or no such source.
@@ -46,10 +46,10 @@ def load(
     driver = _driver()
     index = _device_index(device, driver)
     key = (source, tuple(sorted((defines or {}).items())), tuple(options), index)
-    overlap = overlap and driver.can_overlap(index)
-    kernel = _kernels.get((name, overlap, *key))
+    pdl = pdl and driver.supports_pdl(index)
+    kernel = _kernels.get((name, pdl, *key))
     if kernel is None:
-        with _loading:
+        with _load_lock:
             module = _modules.get(key)
             if module is None:
                 arguments = compile_options(driver.architecture(index), defines, options)
@@ -58,42 +58,42 @@ def load(
             function = driver.function(module, name)
             if prefer_shared:
                 driver.prefer_shared(function)
-            kernel = _kernels.setdefault((name, overlap, *key), Kernel(name, function, index, driver, overlap))
+            kernel = _kernels.setdefault((name, pdl, *key), Kernel(name, function, index, driver, pdl))
     return kernel
 
 
 class Kernel:
-    """A kernel on one device. Made by ``load``; may be launched from several threads at once.
+    """Kernel on one device, from ``load``; may be launched from several threads at once.
 
     Attributes:
         name: of the function.
         device: index of the CUDA device.
     """
 
-    def __init__(self, name: str, function: int, device: int, driver: Driver, overlap: bool = False) -> None:
+    def __init__(self, name: str, function: int, device: int, driver: CudaDriver, pdl: bool = False) -> None:
         self.name, self.device = name, device
-        self._function, self._driver, self._overlap = function, driver, overlap
-        self._shared_bytes = FREE_SHARED_BYTES
+        self._function, self._driver, self._pdl = function, driver, pdl
+        self._shared_bytes = DEFAULT_SHARED_BYTES
         self._signature: Signature | None = None
-        self._thread = threading.local()  # its frame; two threads must not write the same one
+        self._thread = threading.local()  # holds an argument frame per thread
 
     def launch(
         self, grid: int | tuple[int, ...], block: int | tuple[int, ...], args: Sequence[Any], shared_bytes: int = 0
     ) -> None:
-        """Enqueue on torch's current stream of the kernel's device. Does not wait, and allocates no device memory.
+        """Enqueue on torch's current stream of the kernel's device. Asynchronous; allocates no device memory.
 
         Args:
-            grid: blocks, in up to three dimensions.
-            block: threads, likewise.
-            args: a tensor becomes its address, None a null pointer, int an int32, float a float32, bytes a structure. Other
-                types are given as ``ctypes`` or numpy scalars. Nothing compares them with the source; each must be of the
-                same kind in every launch.
-            shared_bytes: dynamic shared memory of a block.
+            grid: CTAs, in up to three dimensions.
+            block: threads of a CTA, in up to three dimensions.
+            args: a tensor is passed as its address, None as a null pointer, int as int32, float as float32, bytes as a structure; other
+                types as ``ctypes`` or numpy scalars. They are not compared with the source, and must have the same types in every
+                launch.
+            shared_bytes: dynamic shared memory of a CTA.
 
         Raises:
             ValueError: a tensor lies on another device.
-            TypeError: an argument cannot be passed, or is not what it was in the first launch.
-            RuntimeError: the launch was refused; the message says what was asked for.
+            TypeError: an argument cannot be passed, or has another type than in the first launch.
+            RuntimeError: the driver refused the launch; the message holds its configuration.
         """
         try:
             frame = self._thread.frame
@@ -106,10 +106,10 @@ class Kernel:
         launch = (*_three(grid), *_three(block), shared_bytes, driver.current_stream(device), frame.address, 0)
         try:
             if driver.current_device() == device:
-                driver.launch(self._function, device, self._overlap, *launch)
+                driver.launch(self._function, device, self._pdl, *launch)
             else:
                 with torch.cuda.device(device):
-                    driver.launch(self._function, device, self._overlap, *launch)
+                    driver.launch(self._function, device, self._pdl, *launch)
         except RuntimeError as error:
             raise RuntimeError(
                 f"The launch of {self.name} with grid {grid}, block {block} and {shared_bytes} bytes of shared memory "
@@ -123,11 +123,11 @@ class Kernel:
 
     @property
     def local_bytes(self) -> int:
-        """Local memory of a thread in bytes; spilled registers lie there."""
+        """Local memory of a thread in bytes; it holds spilled registers."""
         return self._driver.local_bytes(self._function)
 
     def blocks_per_multiprocessor(self, threads: int, shared_bytes: int = 0) -> int:
-        """How many blocks of ``threads`` threads fit on a multiprocessor at once."""
+        """Number of CTAs of ``threads`` threads that fit on a multiprocessor at once."""
         if shared_bytes > self._shared_bytes:
             self._allow_shared(shared_bytes)
         return self._driver.blocks_per_multiprocessor(self._function, threads, shared_bytes)
@@ -143,8 +143,7 @@ class Kernel:
             self._driver.allow_shared(self._function, shared_bytes)
         except RuntimeError as error:
             raise RuntimeError(
-                f"{self.name} asks for {shared_bytes} bytes of shared memory per block, which device {self.device} does "
-                f"not have: {error}"
+                f"{self.name} needs {shared_bytes} bytes of shared memory per CTA, more than device {self.device} has: {error}"
             ) from error
         self._shared_bytes = shared_bytes
 
@@ -153,7 +152,7 @@ def _three(size: int | tuple[int, ...]) -> tuple[int, ...]:
     return (size, 1, 1) if isinstance(size, int) else (*size, 1, 1)[:3]
 
 
-def _device_index(device: torch.device | str | int | None, driver: Driver) -> int:
+def _device_index(device: torch.device | str | int | None, driver: CudaDriver) -> int:
     if device is None:
         return driver.current_device()
     device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
@@ -163,5 +162,5 @@ def _device_index(device: torch.device | str | int | None, driver: Driver) -> in
 
 
 @functools.cache
-def _driver() -> Driver:
-    return Driver()
+def _driver() -> CudaDriver:
+    return CudaDriver()

@@ -1,19 +1,19 @@
-"""Launches that may begin before the kernel in front of them on the stream has ended (programmatic dependent launch).
+"""Programmatic dependent launch (PDL): a kernel may start before the previous kernel on its stream has ended.
 
-CuPy has ``cuLaunchKernel`` alone; this is ``cuLaunchKernelEx`` with its one attribute, by ctypes (CUDA driver API, ``cuda.h``).
-A kernel that is launched so must wait for the one in front before it touches anything that one may write; see
+CuPy has ``cuLaunchKernel`` only; this is ``cuLaunchKernelEx`` with the PDL attribute, by ctypes (CUDA driver API, ``cuda.h``). A kernel
+launched this way must execute ``griddepcontrol.wait`` before it accesses memory that the previous kernel may write; see
 ``kernels/device.cuh``.
 """
 
 import ctypes
 import threading
 
-FIRST_CAPABILITY = (9, 0)  # compute capability from which devices can
+MIN_CAPABILITY = (9, 0)  # compute capability
 _ALLOW = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 class _Attribute(ctypes.Structure):
-    """``CUlaunchAttribute``: a union of 64 bytes, of which this attribute uses an int."""
+    """``CUlaunchAttribute``: a union of 64 bytes; this attribute uses an int of it."""
 
     _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
 
@@ -31,8 +31,8 @@ class _Config(ctypes.Structure):
     )
 
 
-class Overlap:
-    """``cuLaunchKernelEx`` of one process.
+class PdlLauncher:
+    """Launcher with programmatic dependent launch, by ``cuLaunchKernelEx``.
 
     Raises:
         OSError, AttributeError: the driver's library is not found, or is older than CUDA 11.8.
@@ -44,7 +44,7 @@ class Overlap:
         self._thread = threading.local()
 
     def launch(self, function: int, *launch: int) -> int:
-        """Enqueue; takes what ``cuLaunchKernel`` takes after the function, and returns the driver's status."""
+        """Enqueue a kernel; arguments as of ``cuLaunchKernel``. Returns the status of the driver."""
         try:
             config, address = self._thread.config
         except AttributeError:
@@ -55,7 +55,7 @@ class Overlap:
         return self._call(address, function, launch[8], None)
 
     def _new_config(self) -> tuple[_Config, int]:
-        """This thread's. The attribute lives as long as what points at it."""
+        """Configuration of this thread; it keeps the attribute alive."""
         allow = _Attribute(id=_ALLOW, value=1)
         config = _Config(attributes=ctypes.pointer(allow), count=1)
         self._thread.config = config, ctypes.addressof(config)

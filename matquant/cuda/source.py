@@ -1,7 +1,7 @@
-"""From a source in ``kernels/`` to a cubin for one architecture, through a cache on disk.
+"""Compilation of a source in ``kernels/`` to a cubin for one architecture, with a cache on disk.
 
-NVRTC gets the source and the files it includes as text, so it searches no folders, and what it was given is what the
-cache's key is made of: texts, options, architecture and NVRTC's version.
+NVRTC gets the source and its includes as text and searches no folders. The cache key is a hash of all its inputs: texts, options,
+architecture and NVRTC version.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from matquant.paths import resource_root
 CACHE_VARIABLE = "MATQUANT_CUDA_CACHE"
 STANDARD = "--std=c++17"
 
-# NVRTC itself: name of the source, its text, the included texts by name, options -> cubin.
+# Compiler: (name of the source, its text, included texts by name, options) -> cubin.
 Compiler = Callable[[str, str, Mapping[str, str], Sequence[str]], bytes]
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
@@ -31,12 +31,11 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Source:
-    """A translation unit.
+    """Translation unit.
 
     Attributes:
-        name: of the file in ``kernels/``.
-        text: of that file.
-        headers: text of every file in ``kernels/`` that it includes, directly or not, by name.
+        name, text: of the file in ``kernels/``.
+        headers: texts of all files in ``kernels/`` that it includes, directly or indirectly, by name.
     """
 
     name: str
@@ -45,10 +44,9 @@ class Source:
 
 
 def read_source(name: str, folder: Path | None = None) -> Source:
-    """The file ``name`` of ``kernels/`` (or of ``folder``) and what it includes.
+    """Read the file ``name`` of ``kernels/`` (or of ``folder``) and its includes.
 
-    An include in a branch that the preprocessor will skip is read as well, if it is there; one that is not there is left
-    to the compiler to complain about.
+    Includes in skipped preprocessor branches are read too. A missing include is left to the compiler.
 
     Raises:
         UserError: there is no such file.
@@ -59,32 +57,31 @@ def read_source(name: str, folder: Path | None = None) -> Source:
         raise UserError(f"There is no CUDA source {name} in {folder}. Is the installation complete?")
     text = path.read_text(encoding="utf-8")
     headers: dict[str, str] = {}
-    waiting = [text]
-    while waiting:
-        for included in _INCLUDE.findall(waiting.pop()):
+    unread = [text]
+    while unread:
+        for included in _INCLUDE.findall(unread.pop()):
             file = folder / included
             if included not in headers and file.is_file():
                 headers[included] = file.read_text(encoding="utf-8")
-                waiting.append(headers[included])
+                unread.append(headers[included])
     return Source(name, text, headers)
 
 
 def compile_options(
     architecture: str, defines: Mapping[str, int | str] | None = None, extra: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """NVRTC's options: the architecture (``sm_90a``), C++17, ``-DNAME=VALUE`` for each definition by name, ``extra``."""
+    """Options of NVRTC: the architecture (``sm_90a``), C++17, ``-DNAME=VALUE`` per macro sorted by name, ``extra``."""
     macros = tuple(f"-D{name}={value}" for name, value in sorted((defines or {}).items()))
     return (f"-arch={architecture}", STANDARD, *macros, *extra)
 
 
 def cubin(source: Source, options: Sequence[str], version: str, compiler: Compiler, cache: Path | None = None) -> bytes:
-    """The compiled source, out of the cache where it is there.
+    """Compile a source, or read it from the cache.
 
     Args:
         version: of NVRTC.
-        compiler: is called when the cache has nothing.
-        cache: folder; None for the user's, see ``cache_folder``. One that cannot be written costs a compilation per
-            process, and a warning.
+        compiler: called on a cache miss.
+        cache: folder; that of ``cache_folder`` if None. A folder that cannot be written gives a warning, and each process compiles.
     """
     path = (
         cache_folder() if cache is None else cache
@@ -97,14 +94,14 @@ def cubin(source: Source, options: Sequence[str], version: str, compiler: Compil
         _write(path, compiled)
     except OSError as error:
         logger.warning(
-            f"The compiled kernels cannot be kept in {path.parent}: {error}. They will be compiled again by every process; "
-            f"{CACHE_VARIABLE} names another folder."
+            f"Compiled kernels cannot be written to {path.parent}: {error}. Every process will compile them again; set "
+            f"{CACHE_VARIABLE} to another folder."
         )
     return compiled
 
 
 def cache_folder() -> Path:
-    """Where cubins are kept: ``MATQUANT_CUDA_CACHE``, else ``matquant/cuda`` in the user's cache folder."""
+    """Folder of the cubin cache: ``MATQUANT_CUDA_CACHE``, else ``matquant/cuda`` in the user's cache folder."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen).expanduser()
@@ -118,7 +115,7 @@ def _key(source: Source, options: Sequence[str], version: str) -> str:
 
 
 def _read(path: Path) -> bytes | None:
-    """What ``_write`` wrote, or None: a file that was cut short must not reach the driver."""
+    """Content written by ``_write``; None if the file is missing or truncated."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -128,7 +125,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, body: bytes) -> None:
-    """Digest and body, under a temporary name until all is written: other processes may be reading or writing it."""
+    """Write digest and body atomically: other processes may read or write the file at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:

@@ -1,4 +1,4 @@
-"""Arrays as ``copy_tile`` of ``kernels/hopper.cuh`` takes them: ``CUtensorMap`` of the CUDA driver API (``cuda.h``)."""
+"""TMA descriptors: ``CUtensorMap`` of the CUDA driver API (``cuda.h``), for the loads of ``kernels/hopper.cuh``."""
 
 import ctypes
 import functools
@@ -6,70 +6,69 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-_BYTES = 128  # of a CUtensorMap
+_BYTES = 128  # size of a CUtensorMap
 _ALIGNMENT = 64
-_TYPES = {2: 1, 8: 4}  # CU_TENSOR_MAP_DATA_TYPE_UINT16, UINT64, by bytes: bits are copied, whatever they mean
-_TURNED_128 = 3  # CU_TENSOR_MAP_SWIZZLE_128B
+_TYPES = {2: 1, 8: 4}  # CU_TENSOR_MAP_DATA_TYPE_UINT16, UINT64, by element size; the type has no effect on a copy
+_SWIZZLE_128B = 3  # CU_TENSOR_MAP_SWIZZLE_128B
 _CACHE_LINES_256 = 3  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 
 
-class Tiling(NamedTuple):
-    """How an array is copied in tiles.
+class TmaDescriptor(NamedTuple):
+    """Specification of a TMA descriptor, without the address of the array.
 
     Attributes:
         element_bytes: 2 or 8.
-        sizes: of the array in elements, two or three, the last one contiguous; rows begin at multiples of 16 bytes.
-        tile: likewise; at most 256 in each dimension.
-        turned: for products by wgmma: rows of 128 bytes, whose pieces are put in the order that it wants.
+        sizes: two or three sizes of the array in elements, the last dimension contiguous; rows begin at multiples of 16 bytes.
+        box: sizes of one load; at most 256 in each dimension.
+        swizzle_128b: 128-byte swizzle of rows of 128 bytes, as WGMMA operands need it.
     """
 
     element_bytes: int
     sizes: tuple[int, ...]
-    tile: tuple[int, ...]
-    turned: bool = False
+    box: tuple[int, ...]
+    swizzle_128b: bool = False
 
 
-def tensor_map(array: Tensor, tiling: Tiling) -> bytes:
-    """A kernel's argument for an array that it copies in tiles.
+def encode_tma_descriptor(array: Tensor, spec: TmaDescriptor) -> bytes:
+    """Encode the TMA descriptor of an array as a kernel argument.
 
     Args:
-        array: contiguous from a multiple of 16 bytes on; its elements may be others to torch.
-        tiling: of it.
+        array: contiguous, at an address that is a multiple of 16 bytes; its torch dtype has no effect.
 
     Returns:
-        128 bytes; they hold the address of the array, and not the array.
+        128 bytes that hold the address of the array. They do not keep the array alive.
 
     Raises:
         RuntimeError: the driver refuses it.
     """
-    return _encode(array.data_ptr(), tiling)
+    return _encode(array.data_ptr(), spec)
 
 
 @functools.lru_cache(maxsize=4096)
-def _encode(address: int, tiling: Tiling) -> bytes:
+def _encode(address: int, spec: TmaDescriptor) -> bytes:
     room = ctypes.create_string_buffer(_BYTES + _ALIGNMENT)
     start = ctypes.addressof(room) + -ctypes.addressof(room) % _ALIGNMENT
-    sizes, tile = tiling.sizes[::-1], tiling.tile[::-1]  # the driver begins with the contiguous one
-    rank, strides, stride = len(sizes), [], tiling.element_bytes
+    sizes, box = spec.sizes[::-1], spec.box[::-1]  # the driver's order begins with the contiguous dimension
+    rank, strides, stride = len(sizes), [], spec.element_bytes
     for size in sizes[:-1]:
         stride *= size
         strides.append(stride)
     status = _driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(start),
-        _TYPES[tiling.element_bytes],
+        _TYPES[spec.element_bytes],
         rank,
         ctypes.c_void_p(address),
         (ctypes.c_uint64 * rank)(*sizes),
         (ctypes.c_uint64 * (rank - 1))(*strides),
-        (ctypes.c_uint32 * rank)(*tile),
+        (ctypes.c_uint32 * rank)(*box),
         (ctypes.c_uint32 * rank)(*[1] * rank),
         0,
-        _TURNED_128 if tiling.turned else 0,
+        _SWIZZLE_128B if spec.swizzle_128b else 0,
         _CACHE_LINES_256,
         0,
     )
     if status:
-        raise RuntimeError(f"The driver makes no tensor map of {tiling} at {address:#x}: CUDA error {status}")
+        raise RuntimeError(f"The driver cannot encode the TMA descriptor {spec} at {address:#x}: CUDA error {status}")
     return ctypes.string_at(start, _BYTES)
 
 

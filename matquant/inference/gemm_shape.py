@@ -1,4 +1,4 @@
-"""A product with bit planes, as far as it decides how the kernels are compiled and launched."""
+"""Shape of a product with bit planes, as far as it decides how kernels are compiled and launched."""
 
 import dataclasses
 
@@ -9,11 +9,12 @@ from matquant.formats.tile_layout import TILE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """What a launch depends on but the tensors' addresses.
+class GemmShape:
+    """Everything that a launch depends on except the addresses of the tensors.
 
     Attributes:
         tokens, rows, depth: M, N and K of y[M, N] = x[M, K] W[N, K]^T.
+        bits: bit-width at which W is read.
         format: of the weight; a group size of K for one scale per row.
         dtype: of x, bias and y: float16 or bfloat16.
     """
@@ -27,15 +28,16 @@ class Problem:
 
     @property
     def group(self) -> int:
-        """The macro GROUP: 0 for one scale per row."""
+        """Value of the macro GROUP: 0 for one scale per row."""
         return 0 if self.format.group_size == self.depth else self.format.group_size
 
     @property
     def planes(self) -> int:
+        """Number of bit planes that are read."""
         return self.format.planes_read(self.bits)
 
     def defines(self) -> dict[str, int]:
-        """The macros that both kernels share."""
+        """Macros that all kernels share."""
         return {
             "BITS": self.bits,
             "ROUND": int(self.planes > self.bits),
@@ -46,7 +48,10 @@ class Problem:
         }
 
     def affine(self) -> tuple[float, float, float]:
-        """(offset, zero_step, gain): a weight is gain * s * (code + offset - zero_step * zero), ``code`` its first bits."""
+        """Coefficients (offset, zero_step, gain) of a weight, gain * s * (code + offset - zero_step * zero).
+
+        ``code`` is the first ``bits`` bits of the stored code.
+        """
         step = 2.0 ** (self.format.master_bits - self.bits)
         centre = 0.5 if self.format.slicing == "msb" else 0.0
         zero = 0.0 if self.format.has_zero_points else self.format.zero_point
@@ -54,12 +59,12 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Device:
-    """What a plan needs to know of a device.
+class DeviceLimits:
+    """Properties of a device that decide a launch.
 
     Attributes:
-        shared_bytes: of shared memory on a multiprocessor.
-        wgmma: whether it has the instructions of that name, as sm_90a alone does.
+        shared_bytes: shared memory of a multiprocessor.
+        wgmma: True if the device has WGMMA instructions, as sm_90a has.
     """
 
     multiprocessors: int
@@ -67,24 +72,25 @@ class Device:
     wgmma: bool = False
 
 
-def supported(problem: Problem) -> bool:
-    """Whether the kernels take the problem; torch computes it otherwise, in strips."""
+def is_supported(shape: GemmShape) -> bool:
+    """Return True if the kernels support the shape; torch computes it otherwise, in strips of the dense weight."""
     halves = (torch.float16, torch.bfloat16)
-    group = problem.group == 0 or problem.group == TILE // 2 or problem.group % TILE == 0
-    return group and problem.dtype in halves and problem.format.scale_dtype in halves
+    group = shape.group == 0 or shape.group == TILE // 2 or shape.group % TILE == 0
+    return group and shape.dtype in halves and shape.format.scale_dtype in halves
 
 
-def centred_exactly(problem: Problem) -> bool:
-    """Whether a code stays exact in ``dtype`` when offset and zero point are added to it, as ``gemm_wgmma.cuh`` does.
+def folds_zero_point_exactly(shape: GemmShape) -> bool:
+    """Return True if code, offset and zero point add up exactly in ``dtype``, as the WGMMA kernels require.
 
-    All sums are multiples of a step; they fit if the largest is no more steps than the dtype has numbers before it rounds.
-    For bfloat16's codes of 8 bits, of which each nibble is multiplied by itself, that is asked of the low one.
+    All sums are multiples of a step. They are exact if the largest one is no more steps than the dtype represents before it rounds. For
+    8-bit codes in bfloat16, whose nibbles are multiplied separately, the low nibble decides.
     """
-    offset, zero_step, _ = problem.affine()
-    zero = zero_step * (2**problem.format.master_bits - 1) if problem.format.has_zero_points else 0.0
-    digits = 8 if problem.dtype == torch.bfloat16 else 11
-    largest = max(abs(offset - zero), abs(offset + 2**problem.bits - 1))
-    if problem.dtype == torch.bfloat16 and problem.bits == 8:
+    offset, zero_step, _ = shape.affine()
+    has_zeros = shape.format.has_zero_points
+    zero = zero_step * (2**shape.format.master_bits - 1) if has_zeros else 0.0
+    digits = 8 if shape.dtype == torch.bfloat16 else 11
+    largest = max(abs(offset - zero), abs(offset + 2**shape.bits - 1))
+    if shape.dtype == torch.bfloat16 and shape.bits == 8:
         largest = 2 * 2**4
-    steps = max(offset.as_integer_ratio()[1], zero_step.as_integer_ratio()[1] if problem.format.has_zero_points else 1)
+    steps = max(offset.as_integer_ratio()[1], zero_step.as_integer_ratio()[1] if has_zeros else 1)
     return largest * steps <= 2**digits

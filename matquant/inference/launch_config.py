@@ -1,4 +1,4 @@
-"""How ``kernels/gemm.cu``, ``gemm_sm90_ws.cu`` and ``dequant.cu`` are launched for a problem; plain arithmetic, no GPU."""
+"""Launch configurations of the GEMM and dequantization kernels; plain arithmetic, no GPU."""
 
 import ctypes
 import dataclasses
@@ -7,62 +7,65 @@ from typing import Any
 
 from torch import Tensor
 
-from matquant.cuda.tma import Tiling, tensor_map
+from matquant.cuda.tma import encode_tma_descriptor
 from matquant.formats.tile_layout import TILE, tiles
-from matquant.inference.gemm_shape import Device, Problem, centred_exactly
-from matquant.inference.tile_configs import TOKENS, WARP, Variant, choose
+from matquant.inference.gemm_shape import DeviceLimits, GemmShape, folds_zero_point_exactly
+from matquant.inference.kernel_families import FAMILIES, choose_tile_config
+from matquant.inference.kernel_families.base import WARP, TileConfig, TmaDescriptors
+from matquant.inference.kernel_families.mma import GEMM_MAX_M
 
-MOST_TOKENS = 1024  # that one launch takes with wgmma; more are faster by strips (H200: results/kernels)
-_MOST_OF_MANY_PLANES = 512  # likewise, where decoding takes long
+MAX_M = 1024  # tokens of one launch with WGMMA; strips of the dense weight are faster for more (H200)
+_MAX_M_MANY_PLANES = 512  # the same where dequantization takes long
 _MANY_PLANES = 6
-STRIP_WEIGHTS = 2**26  # decoded at a time: fewer are too little work for cuBLAS to share out among all multiprocessors
-_TWICE_WEIGHTS = 2**25  # of matrices from which two launches take less time than strips (H200: results/kernels)
-_EVEN = 0.94  # of the blocks that could be resident must be left for every tile to have as many as the others
-_DECODE_WARPS = 4  # a block of kernels/dequant.cu, a tile each
-_DECODE_ROW_BYTES = 144  # of a tile in its shared memory
+STRIP_WEIGHTS = 2**26  # weights dequantized at a time: fewer are too little work for cuBLAS to fill all multiprocessors
+_MIN_WEIGHTS_TWO_LAUNCHES = 2**25  # matrices from which two launches are faster than strips (H200)
+_MIN_RESIDENT_SHARE = 0.94  # use an equal number of CTAs per tile if that keeps this share of resident CTAs busy
+_DEQUANT_WARPS = 4  # warps of a CTA of kernels/dequant.cu, a tile each
+_DEQUANT_ROW_BYTES = 144  # shared memory of a tile row there
 
 
-def most_tokens(problem: Problem, device: Device) -> int:
-    """For how many tokens one launch of the matmul is the fastest way.
+def max_tokens(shape: GemmShape, device: DeviceLimits) -> int:
+    """Largest number of tokens for which one launch of a GEMM kernel is the fastest way.
 
-    For more than ``TOKENS``, by ``kernels/gemm_sm90_ws.cu`` or by strips, weights are rounded as a dense matrix would hold them.
+    For more than ``GEMM_MAX_M`` tokens, weights are rounded to the activations' dtype, as in a dense matrix.
     """
-    if not device.wgmma or not centred_exactly(problem):
-        return TOKENS
-    return MOST_TOKENS if problem.planes < _MANY_PLANES else _MOST_OF_MANY_PLANES
+    if not device.wgmma or not folds_zero_point_exactly(shape):
+        return GEMM_MAX_M
+    return MAX_M if shape.planes < _MANY_PLANES else _MAX_M_MANY_PLANES
 
 
-def in_two(tokens: int, rows: int, depth: int) -> bool:
-    """Whether two launches without wgmma, with half of the tokens each, are the faster way for so many tokens."""
-    return TOKENS < tokens <= 2 * TOKENS and rows * depth >= _TWICE_WEIGHTS
+def prefers_two_launches(tokens: int, rows: int, depth: int) -> bool:
+    """Return True if two launches without WGMMA, with half of the tokens each, are faster than strips."""
+    return GEMM_MAX_M < tokens <= 2 * GEMM_MAX_M and rows * depth >= _MIN_WEIGHTS_TWO_LAUNCHES
 
 
-def dequantize_launch(problem: Problem, rows: int, first_tile: int) -> tuple[int, int, int, tuple[Any, ...]]:
-    """How ``kernels/dequant.cu`` decodes ``rows`` rows from a tile of 64 rows on.
+def dequantize_launch(shape: GemmShape, rows: int, first_tile: int) -> tuple[int, int, int, tuple[Any, ...]]:
+    """Launch of ``kernels/dequant.cu`` for ``rows`` rows, from a tile of 64 rows on.
 
     Returns:
-        grid, block, bytes of shared memory, and the arguments that follow the output.
+        Grid, block, bytes of shared memory, and the arguments after the output.
     """
-    grid = -(-tiles(rows) * tiles(problem.depth) // _DECODE_WARPS)
-    numbers = (first_tile, rows, problem.depth, tiles(problem.rows), *problem.affine())
-    return grid, WARP * _DECODE_WARPS, _DECODE_WARPS * TILE * _DECODE_ROW_BYTES, numbers
-
-
-Tilings = tuple[Tiling | None, Tiling | None, Tiling | None, Tiling | None]
+    grid = -(-tiles(rows) * tiles(shape.depth) // _DEQUANT_WARPS)
+    numbers = (first_tile, rows, shape.depth, tiles(shape.rows), *shape.affine())
+    return grid, WARP * _DEQUANT_WARPS, _DEQUANT_WARPS * TILE * _DEQUANT_ROW_BYTES, numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """A launch of the matmul.
+class LaunchConfig:
+    """Launch of a GEMM kernel.
 
     Attributes:
         source, function: the kernel.
-        workspace: float32 numbers that it needs; not initialised.
-        tickets: uint32 numbers that it needs; 0 before and after.
-        tilings: of planes, scales, zero points and x; None for one that the kernel takes as it is, or for all.
+        defines: macros of its compilation.
+        grid, block, shared_bytes: CTAs, threads of a CTA, dynamic shared memory of a CTA.
+        workspace: float32 numbers for partial sums; not initialized.
+        tile_semaphores: uint32 numbers; 0 before and after the launch.
+        descriptors: TMA descriptors of planes, scales, zero points and x; None without TMA.
+        numbers: scalar arguments after the number of tokens.
+        plane_stride: argument after the planes, of kernels that need it.
     """
 
-    problem: Problem
+    shape: GemmShape
     source: str
     function: str
     defines: dict[str, int]
@@ -70,8 +73,8 @@ class Plan:
     block: int
     shared_bytes: int
     workspace: int
-    tickets: int
-    tilings: Tilings | None
+    tile_semaphores: int
+    descriptors: TmaDescriptors | None
     numbers: tuple[Any, ...]
     plane_stride: tuple[ctypes.c_uint64, ...]
 
@@ -84,66 +87,52 @@ class Plan:
         bias: Tensor | None,
         y: Tensor,
         workspace: Tensor,
-        tickets: Tensor,
+        tile_semaphores: Tensor,
         tokens: int,
     ) -> tuple[Any, ...]:
-        """The kernel's arguments, in its order."""
+        """Arguments of the kernel, in its order."""
         arrays: Sequence[Any] = (planes, scales, zeros, x)
-        if self.tilings is not None:
-            pairs = zip(arrays, self.tilings, strict=True)
-            arrays = [a if a is None or tiling is None else tensor_map(a, tiling) for a, tiling in pairs]
-        return (arrays[0], *self.plane_stride, *arrays[1:], bias, y, workspace, tickets, tokens, *self.numbers)
+        if self.descriptors is not None:
+            pairs = zip(arrays, self.descriptors, strict=True)
+            arrays = [a if a is None or spec is None else encode_tma_descriptor(a, spec) for a, spec in pairs]
+        return (arrays[0], *self.plane_stride, *arrays[1:], bias, y, workspace, tile_semaphores, tokens, *self.numbers)
 
 
-def _blocks(resident: int, all_tiles: int, chunks: int) -> int:
-    """How many blocks share out the chunks of all tiles.
+def make_launch_config(shape: GemmShape, device: DeviceLimits, tile: TileConfig | None = None) -> LaunchConfig:
+    """Launch of a shape on a device.
 
-    As many as are resident at once, or a few less, so that every tile has the same number of blocks and none works on two:
-    fewer partial sums are exchanged (on an H200 7 % faster with 256 blocks of 264, for 64 tiles).
+    Args:
+        tile: tile configuration; that of ``choose_tile_config`` if None.
     """
-    even = resident // all_tiles * all_tiles
-    return min(even if even >= _EVEN * resident else resident, all_tiles * chunks)
-
-
-def plan(problem: Problem, device: Device, variant: Variant | None = None) -> Plan:
-    """The launch of a problem on a device, by the variant of ``choose`` if None is given."""
-    variant = choose(problem, device) if variant is None else variant
-    shared = variant.shared_bytes(problem)
-    token_tiles = -(-problem.tokens // (8 * variant.token_tiles))
-    all_tiles = -(-tiles(problem.rows) // variant.row_warps) * token_tiles
-    chunks = -(-tiles(problem.depth) // (variant.units * variant.k_warps))
-    grid = _blocks(device.multiprocessors * variant.blocks, all_tiles, chunks)
-    tile = TILE * variant.row_warps * 8 * variant.token_tiles
-    shared_out = all_tiles % grid if variant.many else all_tiles
-    return Plan(
-        problem=problem,
-        source="gemm_sm90_ws.cu" if variant.many else "gemm.cu",
-        function="nested_gemm_sm90_ws" if variant.many else "nested_gemm",
-        defines=problem.defines() | variant.defines() | {"SHARED_BYTES": shared},
+    tile = choose_tile_config(shape, device) if tile is None else tile
+    family = FAMILIES[tile.family]
+    shared = family.shared_bytes(shape, tile)
+    output_tiles = -(-tiles(shape.rows) // tile.warps_n) * -(-shape.tokens // tile.block_m)
+    k_tiles = -(-tiles(shape.depth) // (tile.k_units * tile.warps_k))
+    grid = _grid(device.multiprocessors * tile.ctas_per_sm, output_tiles, k_tiles)
+    split_tiles = output_tiles % grid if family.persistent else output_tiles
+    stride = () if family.persistent else (ctypes.c_uint64(tiles(shape.rows) * tiles(shape.depth) * WARP),)
+    return LaunchConfig(
+        shape=shape,
+        source=family.source,
+        function=family.function,
+        defines=shape.defines() | family.defines(tile) | {"SHARED_BYTES": shared},
         grid=grid,
-        block=variant.threads,
+        block=family.threads(tile),
         shared_bytes=shared,
-        workspace=(grid + shared_out) * tile,
-        tickets=shared_out * variant.warps,
-        tilings=_tilings(problem, variant),
-        numbers=(problem.rows, -(-problem.depth // 8) * 8, *problem.affine()),
-        plane_stride=() if variant.many else (ctypes.c_uint64(tiles(problem.rows) * tiles(problem.depth) * WARP),),
+        workspace=(grid + split_tiles) * tile.block_n * tile.block_m,
+        tile_semaphores=split_tiles * tile.mma_warps,
+        descriptors=family.tma_descriptors(shape, tile),
+        numbers=(shape.rows, -(-shape.depth // 8) * 8, *shape.affine()),
+        plane_stride=stride,
     )
 
 
-def _tilings(problem: Problem, variant: Variant) -> Tilings | None:
-    if not variant.wgmma:
-        return None
-    depth = -(-problem.depth // 8) * 8
-    x = Tiling(2, (problem.tokens, depth), (8 * variant.token_tiles, TILE), turned=True)
-    if not variant.many:
-        return None, None, None, x
-    row_blocks, units, columns = tiles(problem.rows), tiles(problem.depth), TILE * variant.units
-    all_groups = -(-units * TILE // problem.group) if problem.group else 1
-    groups = columns // problem.group if 0 < problem.group < columns else 1
-    return (
-        Tiling(8, (problem.planes, row_blocks, 64 * units), (problem.planes, variant.row_warps, 64 * variant.units)),
-        Tiling(8, (all_groups, 16 * row_blocks), (groups, 16 * variant.row_warps)),
-        Tiling(8, (all_groups, 8 * row_blocks), (groups, 8 * variant.row_warps)),
-        x,
-    )
+def _grid(resident: int, output_tiles: int, k_tiles: int) -> int:
+    """Number of CTAs for the k-tiles of all output tiles.
+
+    All resident CTAs, or a few less so that every output tile has the same number of CTAs and no CTA works on two: fewer partial sums
+    are reduced (7 % faster on an H200 with 256 CTAs of 264, for 64 tiles).
+    """
+    even = resident // output_tiles * output_tiles
+    return min(even if even >= _MIN_RESIDENT_SHARE * resident else resident, output_tiles * k_tiles)

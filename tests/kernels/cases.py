@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from matquant.cuda.tma import Tiling
+from matquant.cuda.tma import TmaDescriptor
 from matquant.formats.nested import NestedWeight, Slicing, WeightFormat, planes_read
 from matquant.formats.tile_layout import pack_groups, pack_planes, tiles
 from tests.kernels.emulator import Argument, TensorMap, compile_kernel, read_source
@@ -283,7 +283,7 @@ def input_arguments(
     config: GemmConfig, planes: Tensor, scales: Tensor, zeros: Tensor | None, x: Tensor
 ) -> list[Argument]:
     """Kernel arguments for planes, scales, zero points and x."""
-    x_map = TensorMap(x, Tiling(2, tuple(x.shape), (config.block_m, 64), turned=True))
+    x_map = TensorMap(x, TmaDescriptor(2, tuple(x.shape), (config.block_m, 64), swizzle_128b=True))
     if config.family == "wgmma_ws":
         return [*weight_maps(config, planes, scales, zeros), x_map]
     stride = ctypes.c_uint64(planes[0].numel() // 4)
@@ -294,8 +294,8 @@ def weight_maps(config: GemmConfig, planes: Tensor, scales: Tensor, zeros: Tenso
     """TMA descriptors of planes, scales and zero points for ``gemm_sm90_ws.cu``, with 8-byte elements."""
     rows, units, groups = planes.shape[1], planes.shape[2], config.groups_per_k_tile
     read = planes_read(config.bits, 8, config.slicing)
-    of_planes = Tiling(8, (read, rows, 64 * units), (read, config.row_warps, config.block_k))
-    of_groups = [Tiling(8, (scales.shape[0], n * rows), (groups, n * config.row_warps)) for n in (16, 8)]
+    of_planes = TmaDescriptor(8, (read, rows, 64 * units), (read, config.row_warps, config.block_k))
+    of_groups = [TmaDescriptor(8, (scales.shape[0], n * rows), (groups, n * config.row_warps)) for n in (16, 8)]
     return [
         TensorMap(planes, of_planes),
         TensorMap(scales, of_groups[0]),

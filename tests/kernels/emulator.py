@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from matquant.cuda.tma import Tiling
+from matquant.cuda.tma import TmaDescriptor
 from matquant.paths import resource_root
 
 KERNELS = resource_root() / "kernels"
@@ -48,12 +48,12 @@ class TensorMap:
     """TMA descriptor of a CPU tensor."""
 
     array: Tensor
-    tiling: Tiling
+    tiling: TmaDescriptor
 
     def encode(self, address: int) -> bytes:
         """Bytes of ``TensorMap`` in ``emulator.h``, for elements at ``address``."""
-        sizes, box = ((1, 1, *shape)[-3:] for shape in (self.tiling.sizes, self.tiling.tile))
-        return struct.pack("<Q8I88x", address, self.tiling.element_bytes, *sizes, *box, self.tiling.turned)
+        sizes, box = ((1, 1, *shape)[-3:] for shape in (self.tiling.sizes, self.tiling.box))
+        return struct.pack("<Q8I88x", address, self.tiling.element_bytes, *sizes, *box, self.tiling.swizzle_128b)
 
 
 Argument = Tensor | TensorMap | int | float | ctypes._SimpleCData | None

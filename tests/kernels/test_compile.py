@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from matquant.formats.nested import WeightFormat
-from matquant.inference.gemm_shape import Device, Problem
-from matquant.inference.launch_config import plan
+from matquant.inference.gemm_shape import DeviceLimits, GemmShape
+from matquant.inference.launch_config import make_launch_config
 from matquant.quantize.gptq import column_solver_cuda
 from tests.kernels import nvrtc
 from tests.kernels.emulator import KERNELS, read_source
@@ -57,20 +57,22 @@ def compile_source(name: str, architecture: str, defines: dict[str, int], option
     return nvrtc.compile_cubin(inlined_source(name), name, [f"-arch={architecture}", "--std=c++17", *options, *macros])
 
 
-def compile_gemm(problem: Problem, architecture: str) -> bytes:
+def compile_gemm(problem: GemmShape, architecture: str) -> bytes:
     """Cubin of the GEMM kernel that the launch configuration selects for the problem."""
     multiprocessors, shared = ARCHITECTURES[architecture]
     wgmma = architecture == "sm_90a"
-    launch = plan(problem, Device(multiprocessors=multiprocessors, shared_bytes=1024 * shared, wgmma=wgmma))
+    launch = make_launch_config(
+        problem, DeviceLimits(multiprocessors=multiprocessors, shared_bytes=1024 * shared, wgmma=wgmma)
+    )
     return compile_source(launch.source, architecture, launch.defines)
 
 
 def gemm_problem(
     bits: int, tokens: int, *, rows: int = 14336, depth: int = 4096, dtype=torch.float16, **fmt: Any
-) -> Problem:
+) -> GemmShape:
     """GEMM shape of one layer; ``fmt`` are fields of its weight format."""
     fields = {"group_size": 128, "scale_dtype": torch.float16, "zero_point_offset": 8.0} | fmt
-    return Problem(tokens=tokens, rows=rows, depth=depth, bits=bits, dtype=dtype, format=WeightFormat(**fields))
+    return GemmShape(tokens=tokens, rows=rows, depth=depth, bits=bits, dtype=dtype, format=WeightFormat(**fields))
 
 
 def stack_bytes(cubin: bytes, folder: Path) -> int:
@@ -145,10 +147,10 @@ def test_instructions_per_weight(bits: int, tmp_path: Path) -> None:
     assert (len(multiply) + len(load)) / (8 * mmas) <= MAX_INSTRUCTIONS_PER_WEIGHT[bits]
 
 
-def all_wgmma_problems() -> list[Problem]:
+def all_wgmma_problems() -> list[GemmShape]:
     """One problem for each WGMMA configuration that is selected for these shapes and formats."""
     multiprocessors, shared = ARCHITECTURES["sm_90a"]
-    device = Device(multiprocessors=multiprocessors, shared_bytes=1024 * shared, wgmma=True)
+    device = DeviceLimits(multiprocessors=multiprocessors, shared_bytes=1024 * shared, wgmma=True)
     found = {}
     for tokens, side, bits, group_size, zeros, dtype, slicing in itertools.product(
         (24, 64, 128, 300, 512),
@@ -170,13 +172,13 @@ def all_wgmma_problems() -> list[Problem]:
             scale_dtype=dtype,
             slicing=slicing,
         )
-        launch = plan(problem, device)
+        launch = make_launch_config(problem, device)
         if launch.defines["WGMMA"]:
             found[tuple(launch.defines.items())] = problem
     return list(found.values())
 
 
-def spills(problem: Problem) -> bool:
+def spills(problem: GemmShape) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         return stack_bytes(compile_gemm(problem, "sm_90a"), Path(folder)) > 0
 

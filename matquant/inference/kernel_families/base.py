@@ -1,0 +1,172 @@
+"""Base of the kernel families: tile configurations, and the choice among them for a shape and a device."""
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+from matquant.cuda.tma import TmaDescriptor
+from matquant.formats.tile_layout import TILE
+from matquant.inference.gemm_shape import DeviceLimits, GemmShape
+
+LOAD_BYTES = 16  # bytes of one load of a thread
+WARP = 32
+TOKEN_TILE = 8  # tokens of one MMA tile
+_MAX_STAGES = 6
+_RESERVED_BYTES = 1024  # shared memory that each CTA costs beside its own, from sm_80 on
+
+# TMA descriptors of planes, scales, zero points and x; None for an array that is loaded without TMA.
+TmaDescriptors = tuple[TmaDescriptor | None, TmaDescriptor | None, TmaDescriptor | None, TmaDescriptor | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TileCandidate:
+    """Tile configuration before the number of pipeline stages is known.
+
+    Attributes:
+        min_stages: fewest pipeline stages for which the configuration pays.
+    """
+
+    block_n: int
+    block_k: int
+    block_m: int = 0
+    warps_m: int = 1
+    warps_k: int = 1
+    x_panel: int = 1
+    ctas_per_sm: int = 1
+    min_stages: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TileConfig:
+    """Tile configuration of a kernel family.
+
+    Attributes:
+        family: name of the kernel family.
+        block_m: tokens of a CTA tile, a multiple of 8.
+        block_n: rows of W of a CTA tile, a multiple of 64; a warp (or a warpgroup's quarter) has 64.
+        block_k: columns of a k-tile per K warp, a multiple of 64.
+        warps_m, warps_k: warps along the tokens and along K.
+        stages: pipeline stages of weights in shared memory.
+        x_panel: k-tiles of activations that are copied together.
+        ctas_per_sm: CTAs that are resident on a multiprocessor.
+    """
+
+    family: str
+    block_m: int
+    block_n: int
+    block_k: int
+    warps_m: int
+    warps_k: int
+    stages: int
+    x_panel: int
+    ctas_per_sm: int
+
+    @property
+    def warps_n(self) -> int:
+        """Warps along the rows of W."""
+        return self.block_n // TILE
+
+    @property
+    def mma_warps(self) -> int:
+        """Number of consumer (MMA) warps."""
+        return self.warps_n * self.warps_m * self.warps_k
+
+    @property
+    def token_tiles(self) -> int:
+        """Tiles of 8 tokens."""
+        return self.block_m // TOKEN_TILE
+
+    @property
+    def k_units(self) -> int:
+        """Units of 64 columns in a k-tile."""
+        return self.block_k // TILE
+
+
+class KernelFamily(abc.ABC):
+    """Kernels of one source that differ by their tile configuration.
+
+    Attributes:
+        name: unique among the families.
+        source, function: file in ``kernels/`` and its entry point.
+        wgmma: True if the products are WGMMA instructions.
+        persistent: True if a CTA works on one tile after the other, and stream-K splits the remaining tiles alone.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    function: ClassVar[str]
+    wgmma: ClassVar[bool]
+    persistent: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def supports(self, shape: GemmShape, device: DeviceLimits) -> bool:
+        """Return True if the family is the choice for a shape on a device, unless an earlier family is."""
+
+    @abc.abstractmethod
+    def candidates(self, shape: GemmShape, device: DeviceLimits) -> Sequence[TileCandidate]:
+        """Candidates for a shape, the best first, with ``block_m`` set."""
+
+    @abc.abstractmethod
+    def spills(self, shape: GemmShape, tile: TileCandidate) -> bool:
+        """Return True if accumulators and operands of a candidate need more registers than there are."""
+
+    @abc.abstractmethod
+    def shared_bytes(self, shape: GemmShape, tile: TileConfig) -> int:
+        """Size of the struct ``Shared`` in the kernel."""
+
+    @abc.abstractmethod
+    def tma_descriptors(self, shape: GemmShape, tile: TileConfig) -> TmaDescriptors | None:
+        """TMA descriptors of the arrays; None if the kernel uses none."""
+
+    def threads(self, tile: TileConfig) -> int:
+        """Threads of a CTA."""
+        return WARP * tile.mma_warps
+
+    def defines(self, tile: TileConfig) -> dict[str, int]:
+        """Macros of the tile configuration."""
+        return {
+            "TOKEN_TILES": tile.token_tiles,
+            "ROW_WARPS": tile.warps_n,
+            "TILE_WARPS": tile.warps_m,
+            "K_WARPS": tile.warps_k,
+            "UNITS": tile.k_units,
+            "STAGES": tile.stages,
+            "PANEL": tile.x_panel,
+            "BLOCKS_PER_SM": tile.ctas_per_sm,
+            "WGMMA": int(self.wgmma),
+        }
+
+    def choose(self, shape: GemmShape, device: DeviceLimits) -> TileConfig:
+        """Return the first candidate that fits the device's shared memory, with as many stages as there is room for.
+
+        Raises:
+            ValueError: no candidate fits.
+        """
+        for tile in self.candidates(shape, device):
+            if self.spills(shape, tile) or _divides_a_group(shape, tile):
+                continue
+            for stages in range(_MAX_STAGES, tile.min_stages - 1, -1):
+                config = self._with_stages(tile, stages)
+                needed = tile.ctas_per_sm * (self.shared_bytes(shape, config) + _RESERVED_BYTES)
+                if needed <= device.shared_bytes:
+                    return config
+        raise ValueError(f"no tile configuration of {self.name} fits {device.shared_bytes} bytes of shared memory")
+
+    def _with_stages(self, tile: TileCandidate, stages: int) -> TileConfig:
+        fields = dataclasses.asdict(tile)
+        del fields["min_stages"]
+        return TileConfig(family=self.name, stages=stages, **fields)
+
+
+def weight_stage_bytes(shape: GemmShape, tile: TileConfig) -> int:
+    """Bytes of one stage of weights of one warp: planes, scales and zero points."""
+    columns = tile.block_k
+    groups = columns // (shape.group if 0 < shape.group < columns else columns)
+    side = 3 if shape.format.has_zero_points else 2
+    return tile.k_units * shape.planes * WARP * LOAD_BYTES + groups * TILE * side
+
+
+def _divides_a_group(shape: GemmShape, tile: TileCandidate) -> bool:
+    """Return True if a k-tile would hold a part of a group and more."""
+    return bool(shape.group and shape.group % tile.block_k and tile.block_k % shape.group)

@@ -1,0 +1,162 @@
+"""Kernel family by ``mma.sync``, for up to 64 tokens on any device from sm_80 on."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from matquant.formats.tile_layout import TILE, tiles
+from matquant.inference.gemm_shape import DeviceLimits, GemmShape
+from matquant.inference.kernel_families.base import (
+    LOAD_BYTES,
+    WARP,
+    KernelFamily,
+    TileCandidate,
+    TileConfig,
+    TmaDescriptors,
+    weight_stage_bytes,
+)
+
+GEMM_MAX_M = 64  # tokens of one launch of ``kernels/gemm.cu``
+LARGE_WEIGHTS = 2**27  # weights of a large matrix
+
+# Candidates by block_m, the best first: for matrices whose tiles of 64 rows are fewer than half of the device's multiprocessors
+# (narrow), for the others (wide), and for large ones. Measured on an H200, see experiments/results/kernels. The last candidates are
+# for devices with less shared memory.
+_FALLBACK = (
+    TileCandidate(block_n=64, block_k=64, warps_k=4, ctas_per_sm=2),
+    TileCandidate(block_n=64, block_k=64, warps_k=2, ctas_per_sm=2),
+    TileCandidate(block_n=64, block_k=64),
+)
+_FALLBACK_32 = (
+    TileCandidate(block_n=256, block_k=64, warps_m=2, x_panel=2),
+    TileCandidate(block_n=256, block_k=64),
+    TileCandidate(block_n=128, block_k=64),
+    TileCandidate(block_n=64, block_k=64, warps_m=2),
+)
+_NARROW = {
+    8: (
+        TileCandidate(block_n=64, block_k=128, warps_k=8, ctas_per_sm=2),
+        TileCandidate(block_n=64, block_k=128, warps_k=4, ctas_per_sm=2, min_stages=3),
+        TileCandidate(block_n=64, block_k=64, warps_k=8, x_panel=2, ctas_per_sm=2),
+        TileCandidate(block_n=128, block_k=64, warps_k=8, x_panel=2),
+        *_FALLBACK,
+    ),
+    16: (
+        TileCandidate(block_n=128, block_k=128, warps_k=4),
+        TileCandidate(block_n=128, block_k=64, warps_k=4),
+        *_FALLBACK,
+    ),
+    32: (
+        TileCandidate(block_n=128, block_k=128, warps_k=4),
+        TileCandidate(block_n=256, block_k=128, warps_k=2),
+        TileCandidate(block_n=256, block_k=64, warps_k=2, x_panel=2),
+        *_FALLBACK_32,
+    ),
+    64: (
+        TileCandidate(block_n=256, block_k=128, warps_m=2),
+        TileCandidate(block_n=256, block_k=64, warps_m=2, x_panel=2),
+        TileCandidate(block_n=128, block_k=64, warps_m=4),
+        TileCandidate(block_n=64, block_k=64, warps_m=2),
+    ),
+}
+_WIDE = {
+    8: (
+        TileCandidate(block_n=256, block_k=128, warps_k=2, x_panel=4, ctas_per_sm=2),
+        TileCandidate(block_n=512, block_k=128, warps_k=2, x_panel=4),
+        TileCandidate(block_n=256, block_k=64, warps_k=2, x_panel=4, ctas_per_sm=2),
+        *_FALLBACK,
+    ),
+    16: (
+        TileCandidate(block_n=256, block_k=128, warps_k=2, x_panel=4),
+        TileCandidate(block_n=512, block_k=128, x_panel=4),
+        TileCandidate(block_n=256, block_k=64),
+        *_FALLBACK,
+    ),
+    32: (
+        TileCandidate(block_n=256, block_k=128, warps_k=2),
+        TileCandidate(block_n=512, block_k=128, x_panel=2),
+        *_FALLBACK_32,
+    ),
+    64: _NARROW[64],
+}
+_LARGE = {
+    8: (
+        TileCandidate(block_n=1024, block_k=256, x_panel=4),
+        TileCandidate(block_n=1024, block_k=128, x_panel=8),
+        *_WIDE[8],
+    ),
+    16: (
+        TileCandidate(block_n=512, block_k=256, x_panel=2),
+        TileCandidate(block_n=512, block_k=128, x_panel=4),
+        *_WIDE[16],
+    ),
+    32: (TileCandidate(block_n=512, block_k=128, x_panel=2), *_FALLBACK_32),
+    64: _NARROW[64],
+}
+
+
+class MmaFamily(KernelFamily):
+    """Split-K with ``mma.m16n8k16``; weights through a cp.async ring, activations through panels."""
+
+    name = "mma"
+    source, function = "gemm.cu", "nested_gemm"
+    wgmma = False
+
+    def supports(self, shape: GemmShape, device: DeviceLimits) -> bool:
+        return shape.tokens <= GEMM_MAX_M
+
+    def candidates(self, shape: GemmShape, device: DeviceLimits) -> Sequence[TileCandidate]:
+        return by_matrix_size(shape, device, _NARROW, _WIDE, _LARGE)
+
+    def spills(self, shape: GemmShape, tile: TileCandidate) -> bool:
+        small_groups = 0 < shape.group < TILE
+        token_tiles, units = tile.block_m // 8, tile.block_k // TILE
+        return small_groups and (units > 2 or (token_tiles > 2 and (units > 1 or tile.warps_m < token_tiles // 2)))
+
+    def shared_bytes(self, shape: GemmShape, tile: TileConfig) -> int:
+        groups = tile.block_k // (shape.group if 0 < shape.group < tile.block_k else tile.block_k)
+        ring, x, exchange = ring_bytes(shape, tile), x_panel_bytes(tile, padding=8), exchange_bytes(tile)
+        x_sums = tile.x_panel * tile.warps_k * groups * tile.block_m * 4
+        return x + ring + exchange + x_sums
+
+    def tma_descriptors(self, shape: GemmShape, tile: TileConfig) -> TmaDescriptors | None:
+        return None
+
+
+def by_matrix_size(
+    shape: GemmShape,
+    device: DeviceLimits,
+    narrow: dict[int, tuple[TileCandidate, ...]],
+    wide: dict[int, tuple[TileCandidate, ...]],
+    large: dict[int, tuple[TileCandidate, ...]],
+) -> list[TileCandidate]:
+    """Candidates of the table for a matrix's size, for the smallest ``block_m`` that holds all tokens."""
+    if 2 * tiles(shape.rows) < device.multiprocessors:
+        table = narrow
+    elif shape.rows * shape.depth >= LARGE_WEIGHTS:
+        table = large
+    else:
+        table = wide
+    block_m = next(m for m in table if shape.tokens <= m)
+    return [dataclasses.replace(tile, block_m=block_m) for tile in table[block_m]]
+
+
+def ring_bytes(shape: GemmShape, tile: TileConfig) -> int:
+    """Bytes of the weight pipelines of all warps."""
+    return tile.warps_k * tile.warps_n * tile.stages * weight_stage_bytes(shape, tile)
+
+
+def x_panels(tile: TileConfig) -> int:
+    """Panels of activations in shared memory: one in use, the others in flight."""
+    return 1 + -(-(tile.stages - 1) // tile.x_panel)
+
+
+def x_panel_bytes(tile: TileConfig, padding: int) -> int:
+    """Bytes of all panels of activations; rows are padded by ``padding`` elements."""
+    return x_panels(tile) * tile.x_panel * tile.block_m * (tile.block_k * tile.warps_k + padding) * 2
+
+
+def exchange_bytes(tile: TileConfig) -> int:
+    """Bytes through which K warps reduce their accumulators."""
+    if tile.warps_k == 1:
+        return 0
+    return tile.warps_k * tile.warps_n * 4 * tile.token_tiles * WARP * LOAD_BYTES

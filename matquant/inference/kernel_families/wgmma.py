@@ -1,0 +1,87 @@
+"""Kernel family by WGMMA for 17 to 64 tokens, on sm_90a."""
+
+from collections.abc import Sequence
+
+import torch
+
+from matquant.cuda.tma import TmaDescriptor
+from matquant.formats.tile_layout import TILE
+from matquant.inference.gemm_shape import DeviceLimits, GemmShape, folds_zero_point_exactly
+from matquant.inference.kernel_families.base import KernelFamily, TileCandidate, TileConfig, TmaDescriptors
+from matquant.inference.kernel_families.mma import (
+    GEMM_MAX_M,
+    by_matrix_size,
+    exchange_bytes,
+    ring_bytes,
+    x_panel_bytes,
+    x_panels,
+)
+
+WGMMA_MIN_M = 17  # tokens; mma.sync is as fast or faster for fewer
+
+# Candidates by block_m, as in ``mma``.
+_FALLBACK = (TileCandidate(block_n=256, block_k=128, warps_k=2), TileCandidate(block_n=64, block_k=64, warps_m=4))
+_NARROW = {
+    32: (TileCandidate(block_n=128, block_k=128, warps_m=2, warps_k=4), *_FALLBACK),
+    64: (
+        TileCandidate(block_n=64, block_k=128, warps_m=4, warps_k=4),
+        TileCandidate(block_n=128, block_k=128, warps_m=2, warps_k=2),
+        *_FALLBACK,
+    ),
+}
+_WIDE = {
+    32: _FALLBACK,
+    64: (
+        TileCandidate(block_n=128, block_k=256, warps_m=2, ctas_per_sm=2),
+        TileCandidate(block_n=256, block_k=256, warps_m=2),
+        TileCandidate(block_n=128, block_k=128, warps_m=2, warps_k=2),
+        *_FALLBACK,
+    ),
+}
+_LARGE = {
+    32: (TileCandidate(block_n=512, block_k=256), *_FALLBACK),
+    64: (
+        TileCandidate(block_n=512, block_k=256, min_stages=3),
+        TileCandidate(block_n=512, block_k=128, x_panel=2),
+        *_WIDE[64][1:],
+    ),
+}
+
+
+class WgmmaFamily(KernelFamily):
+    """Split-K with WGMMA; weights through a cp.async ring, activations through TMA."""
+
+    name = "wgmma"
+    source, function = "gemm.cu", "nested_gemm"
+    wgmma = True
+
+    def supports(self, shape: GemmShape, device: DeviceLimits) -> bool:
+        return uses_wgmma(shape, device) and shape.tokens <= GEMM_MAX_M
+
+    def candidates(self, shape: GemmShape, device: DeviceLimits) -> Sequence[TileCandidate]:
+        return by_matrix_size(shape, device, _NARROW, _WIDE, _LARGE)
+
+    def spills(self, shape: GemmShape, tile: TileCandidate) -> bool:
+        small_groups = 0 < shape.group < TILE
+        # All eight planes take one more operand fragment in float16, two in bfloat16.
+        fragments = 0 if shape.planes < 8 else 1 if shape.dtype == torch.float16 else 2
+        pressure = small_groups + shape.format.has_zero_points + fragments
+        return tile.block_m // 8 >= 8 * tile.warps_m and pressure > 1
+
+    def shared_bytes(self, shape: GemmShape, tile: TileConfig) -> int:
+        barriers = -(-8 * x_panels(tile) // 16) * 16
+        return x_panel_bytes(tile, padding=0) + ring_bytes(shape, tile) + exchange_bytes(tile) + barriers
+
+    def tma_descriptors(self, shape: GemmShape, tile: TileConfig) -> TmaDescriptors | None:
+        return None, None, None, x_descriptor(shape, tile)
+
+
+def uses_wgmma(shape: GemmShape, device: DeviceLimits) -> bool:
+    """Return True if WGMMA computes the shape, exactly, and faster than ``mma.sync``."""
+    return device.wgmma and shape.tokens >= WGMMA_MIN_M and folds_zero_point_exactly(shape)
+
+
+def x_descriptor(shape: GemmShape, tile: TileConfig) -> TmaDescriptor:
+    """TMA descriptor of the activations, in boxes of block_m tokens and 64 columns with a 128-byte swizzle."""
+    depth = -(-shape.depth // 8) * 8
+    return TmaDescriptor(2, (shape.tokens, depth), (tile.block_m, TILE), swizzle_128b=True)

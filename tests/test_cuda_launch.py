@@ -1,4 +1,4 @@
-"""The operators' way to a CUDA device, with the stand-in in place of the device: plans, arguments, tickets, refusals."""
+"""CUDA operators on the CPU emulator: launch configurations, arguments, tile semaphores and refused calls."""
 
 import contextlib
 import itertools
@@ -11,32 +11,31 @@ from weights import make_weight
 
 from matquant.errors import UserError
 from matquant.formats.nested import WeightFormat
-from matquant.inference import NestedPlanes, cuda_ops, workspace
-from matquant.inference import launch_config as inference_plan
+from matquant.inference import NestedPlanes, cuda_ops, launch_config, workspace
 from matquant.inference.gemm_shape import DeviceLimits, GemmShape, folds_zero_point_exactly, is_supported
-from matquant.inference.kernel_families import choose_tile_config
+from matquant.inference.kernel_families import FAMILIES, choose_tile_config
 from matquant.inference.launch_config import GEMM_MAX_M, MAX_M, make_launch_config, max_tokens
 from tests.kernels.emulator import TensorMap, compile_kernel, have_compiler, read_source
 
 pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
 
 
-class KeptScratch:
-    """Keeps the counters of all launches, so that they can be looked at."""
+class SharedWorkspace:
+    """One set of tile semaphores for all launches, for tests to read."""
 
     def __init__(self, device=None) -> None:
-        self.held = torch.zeros(4096, dtype=torch.int32)
+        self.semaphores = torch.zeros(4096, dtype=torch.int32)
 
-    def now(self, counters: int, workspace: int) -> tuple[torch.Tensor, torch.Tensor]:
-        assert counters <= self.held.numel()
-        return self.held, torch.full((workspace,), torch.nan)
+    def acquire(self, semaphores: int, workspace: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert semaphores <= self.semaphores.numel()
+        return self.semaphores, torch.full((workspace,), torch.nan)
 
 
 @pytest.fixture
 def device(monkeypatch, request):
-    """A CUDA device of 3 multiprocessors that is really the stand-in. Returns what it launched.
+    """A CUDA device of 3 multiprocessors that the CPU emulator implements. Returns its launches.
 
-    With ``@pytest.mark.parametrize("device", ["sm_90a"], indirect=True)`` it has wgmma.
+    With ``@pytest.mark.parametrize("device", ["sm_90a"], indirect=True)`` it has WGMMA.
     """
     launched = []
 
@@ -54,13 +53,13 @@ def device(monkeypatch, request):
     monkeypatch.setattr(
         cuda_ops, "load", lambda source, name, *, defines, device, **how: Launcher(source, name, defines)
     )
-    monkeypatch.setattr(cuda_ops, "Workspace", KeptScratch)
+    monkeypatch.setattr(cuda_ops, "Workspace", SharedWorkspace)
     monkeypatch.setattr(cuda_ops, "launch_cache", {})
     monkeypatch.setattr(cuda_ops, "workspaces", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(inference_plan, "tensor_map", TensorMap)
+    monkeypatch.setattr(launch_config, "encode_tma_descriptor", TensorMap)
     return launched
 
 
@@ -112,7 +111,7 @@ def test_a_call_reaches_the_kernel_with_what_it_expects(device, about, bits, tok
     assert_close(call(x, weight, bits, bias), x, weight, bits, bias)
     assert_close(call(x, weight, bits), x, weight, bits)
     assert len(device) == 2
-    assert not cuda_ops.workspaces[x.get_device()].held.any()
+    assert not cuda_ops.workspaces[x.get_device()].semaphores.any()
 
 
 def test_a_launch_is_planned_once_for_all_calls_like_it(device):
@@ -172,7 +171,7 @@ def test_offsets_that_16_bits_do_not_hold_go_without_wgmma_and_that_is_said_once
         x = activations(tokens, 128)
         assert_close(call(x, weight, 4), x, weight, 4)
     assert [made["WGMMA"] for made, _ in device] == [0, 0]
-    assert caplog.text.count("an offset of 7.3") == 1
+    assert caplog.text.count("zero-point offset of 7.3") == 1
 
 
 @pytest.mark.parametrize("zeros", [False, True])
@@ -247,7 +246,7 @@ def test_what_the_kernels_do_not_take_is_computed_by_torch_and_said(device, capl
 
 
 def test_large_matrices_meet_up_to_128_tokens_in_two_launches(device, monkeypatch):
-    monkeypatch.setattr(inference_plan, "_TWICE_WEIGHTS", 64 * 128)
+    monkeypatch.setattr(launch_config, "_MIN_WEIGHTS_TWO_LAUNCHES", 64 * 128)
     weight, bias = make_weight(64, 128, 128), activations(64)
     x = activations(9, 11, 128)  # 99 tokens: 50 and 49
     assert_close(call(x, weight, 3, bias), x, weight, 3, bias)
@@ -256,7 +255,7 @@ def test_large_matrices_meet_up_to_128_tokens_in_two_launches(device, monkeypatc
 
 def test_a_first_call_within_a_capture_is_refused(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(UserError, match="Run the model once at this width and batch size before the capture"):
+    with pytest.raises(UserError, match="Run the model once at these bits and this batch size before the capture"):
         call(activations(2, 128), make_weight(64, 128, 128), 4)
 
 
@@ -265,14 +264,14 @@ def test_wrong_calls_are_refused_before_anything_is_planned(device):
     for x, bits, bias, sentence in (
         (activations(2, 64), 4, None, r"Planes of \[64, 64\]|Groups of 128"),
         (activations(2, 128).double(), 4, None, "found torch.float64"),
-        (torch.tensor(1.0), 4, None, "found a single number"),
-        (activations(2, 128), 9, None, "in 2..8 bits; found 9"),
+        (torch.tensor(1.0), 4, None, "found a tensor without dimensions"),
+        (activations(2, 128), 9, None, "a whole number in 2..8; found 9"),
         (activations(2, 128), 4, activations(63), r"The bias must be .*\[64\]"),
     ):
         with pytest.raises(UserError, match=sentence):
             call(x, weight, bits, bias)
     packed = NestedPlanes.pack(weight)
-    swizzle_128b = packed.planes.transpose(-1, -2).contiguous().transpose(-1, -2)
+    transposed = packed.planes.transpose(-1, -2).contiguous().transpose(-1, -2)
     good = (
         activations(2, 128),
         packed.planes,
@@ -288,7 +287,7 @@ def test_wrong_calls_are_refused_before_anything_is_planned(device):
     )
     cuda_ops.linear(*good)
     with pytest.raises(UserError, match="not contiguous int32"):
-        cuda_ops.linear(good[0], swizzle_128b, *good[2:])
+        cuda_ops.linear(good[0], transposed, *good[2:])
     assert len(cuda_ops.launch_cache) == len(device) == 1
 
 
@@ -367,11 +366,11 @@ def test_every_plan_fits_its_device(shared, wgmma, group_size, zeros):
         assert is_supported(problem)
         if tokens > max_tokens(problem, device):
             continue
-        launch, variant = make_launch_config(problem, device), choose_tile_config(problem, device)
+        launch, tile = make_launch_config(problem, device), choose_tile_config(problem, device)
         assert launch.block <= 1024
-        assert variant.blocks * (launch.shared_bytes + 1024) <= device.shared_bytes
-        assert variant.wgmma == (wgmma and tokens > 16)
-        assert variant.wgmma or 8 * variant.token_tiles >= tokens
-        assert 1 <= launch.grid <= 108 * variant.blocks
-        columns = 64 * variant.units  # of a chunk: it holds whole groups, or is a whole part of one
+        assert tile.ctas_per_sm * (launch.shared_bytes + 1024) <= device.shared_bytes
+        assert FAMILIES[tile.family].wgmma == (wgmma and tokens > 16)
+        assert FAMILIES[tile.family].wgmma or 8 * tile.token_tiles >= tokens
+        assert 1 <= launch.grid <= 108 * tile.ctas_per_sm
+        columns = tile.block_k  # of a chunk: it holds whole groups, or is a whole part of one
         assert not problem.group or problem.group % columns == 0 or columns % problem.group == 0

@@ -2,7 +2,7 @@
 
     make bench-kernels                                                     # all shapes, widths and batches
     .venv/bin/python experiments/benchmarks/bench_kernels.py --shapes 4096x4096 --bits 2,4 --tokens 1,16
-    .venv/bin/python experiments/benchmarks/bench_kernels.py --candidates             # tries other variants than the chosen one
+    .venv/bin/python experiments/benchmarks/bench_kernels.py --candidates             # times other tile configurations too
 
 Needs a CUDA device, CuPy and nothing of Hydra. Every time is a replay of one CUDA graph with a launch for each of several
 copies of the weights, together more than three times the second-level cache, so that weights come from memory. The floor is
@@ -31,7 +31,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 
-from kernel_candidates import variants
+from kernel_candidates import tile_configs
 from kernel_checks import activations, check, checks
 
 from matquant.cuda import load
@@ -41,7 +41,9 @@ from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.formats.planes import NestedPlanes
 from matquant.inference import cuda_ops, ops
 from matquant.inference.gemm_shape import DeviceLimits, GemmShape
-from matquant.inference.kernel_families import TOKENS, Variant, choose_tile_config
+from matquant.inference.kernel_families import choose_tile_config
+from matquant.inference.kernel_families.base import TileConfig
+from matquant.inference.kernel_families.mma import GEMM_MAX_M
 from matquant.inference.launch_config import LaunchConfig, make_launch_config, max_tokens
 from matquant.report.provenance import provenance
 
@@ -65,7 +67,7 @@ class Timing:
     floor_us: float
     floor_share: float
     gb_per_s: float
-    variant: dict[str, int] | None
+    tile: dict[str, int] | None
     registers: int = 0
     chosen: bool = True
 
@@ -139,9 +141,9 @@ def precompile(plans: Sequence[LaunchConfig]) -> None:
 class Bench:
     """Weights of one shape and width, in as many copies as exceed the cache."""
 
-    def __init__(self, rows: int, depth: int, bits: int, group: int, device: DeviceLimits, *, overlap: bool) -> None:
+    def __init__(self, rows: int, depth: int, bits: int, group: int, device: DeviceLimits, *, pdl: bool) -> None:
         self.rows, self.depth, self.bits, self.group = rows, depth, bits, group
-        self.device, self.overlap = device, overlap
+        self.device, self.pdl = device, pdl
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         copies = max(3, -(-4 * cache // (rows * depth * bits // 8)))
         shape = (copies, bits, -(-rows // 64), -(-depth // 64), 32, 4)
@@ -150,28 +152,28 @@ class Bench:
 
     def launches(self, plan: LaunchConfig, tokens: int) -> tuple[list[Callable[[], None]], int, int]:
         """(one launch for each copy, registers, bytes of local memory)."""
-        kernel = load(plan.source, plan.function, defines=plan.defines, prefer_shared=True, pdl=self.overlap)
+        kernel = load(plan.source, plan.function, defines=plan.defines, prefer_shared=True, pdl=self.pdl)
         x, y = (
             activations(tokens, self.depth, torch.float16),
             torch.empty(tokens, self.rows, device="cuda", dtype=torch.float16),
         )
         workspace = torch.empty(plan.workspace, device="cuda")
-        tickets = torch.zeros(plan.tile_semaphores, dtype=torch.int32, device="cuda")
+        semaphores = torch.zeros(plan.tile_semaphores, dtype=torch.int32, device="cuda")
 
         def launch(planes: Tensor, scales: Tensor) -> None:
-            args = plan.arguments(planes, scales, None, x, None, y, workspace, tickets, tokens)
+            args = plan.arguments(planes, scales, None, x, None, y, workspace, semaphores, tokens)
             kernel.launch(plan.grid, plan.block, args, plan.shared_bytes)
 
         pairs = zip(self.planes, self.scales, strict=True)
         return [lambda p=p, s=s: launch(p, s) for p, s in pairs], kernel.registers, kernel.local_bytes
 
-    def time(self, tokens: int, variant: Variant) -> tuple[float, int] | None:
-        """(microseconds, registers); None for a variant that spills registers, which is never chosen."""
-        made = make_launch_config(self.problem(tokens), self.device, variant)
+    def time(self, tokens: int, tile: TileConfig) -> tuple[float, int] | None:
+        """(microseconds, registers); None for a tile that spills registers, which is never chosen."""
+        made = make_launch_config(self.problem(tokens), self.device, tile)
         launches, registers, local = self.launches(made, tokens)
         return None if local else (replay(launches), registers)
 
-    def chosen(self, tokens: int) -> Variant | None:
+    def chosen(self, tokens: int) -> TileConfig | None:
         problem = self.problem(tokens)
         return choose_tile_config(problem, self.device) if tokens <= max_tokens(problem, self.device) else None
 
@@ -179,7 +181,7 @@ class Bench:
         return problem_of(tokens, self.rows, self.depth, self.bits, self.group)
 
     def timing(
-        self, tokens: int, us: float, fp16_us: float, bandwidth: float, variant: Variant | None, registers: int
+        self, tokens: int, us: float, fp16_us: float, bandwidth: float, tile: TileConfig | None, registers: int
     ) -> Timing:
         weights = self.rows * self.depth
         moved = weights * self.bits / 8 + weights / self.group * 2 + 2 * tokens * (self.rows + self.depth)
@@ -194,9 +196,9 @@ class Bench:
             floor_us=moved / bandwidth * 1e6,
             floor_share=moved / bandwidth * 1e6 / us,
             gb_per_s=moved / us / 1e3,
-            variant=None if variant is None else dataclasses.asdict(variant),
+            tile=None if tile is None else dataclasses.asdict(tile),
             registers=registers,
-            chosen=variant == self.chosen(tokens),
+            chosen=tile == self.chosen(tokens),
         )
 
     def time_many(self, tokens: int) -> float:
@@ -268,23 +270,23 @@ def measure(args: argparse.Namespace, device: DeviceLimits, bandwidth: float) ->
     for rows, depth in args.shapes:
         fp16 = fp16_times(rows, depth, args.tokens)
         for bits in args.bits:
-            bench = Bench(rows, depth, bits, args.group, device, pdl=not args.no_overlap)
+            bench = Bench(rows, depth, bits, args.group, device, pdl=not args.no_pdl)
             for tokens in args.tokens:
-                for variant, us, registers in timed_variants(bench, tokens, candidates=args.candidates):
-                    yield bench.timing(tokens, us, fp16[tokens], bandwidth, variant, registers)
+                for tile, us, registers in timed_tiles(bench, tokens, candidates=args.candidates):
+                    yield bench.timing(tokens, us, fp16[tokens], bandwidth, tile, registers)
 
 
-def timed_variants(bench: Bench, tokens: int, *, candidates: bool) -> Iterator[tuple[Variant | None, float, int]]:
-    """(variant, microseconds, registers): first the chosen one. The variant of strips is None."""
+def timed_tiles(bench: Bench, tokens: int, *, candidates: bool) -> Iterator[tuple[TileConfig | None, float, int]]:
+    """(tile, microseconds, registers): first the chosen one. The tile of strips is None."""
     problem = bench.problem(tokens)
     if tokens > max_tokens(problem, bench.device):
         yield None, bench.time_many(tokens), 0
         return
-    for variant in variants(problem, bench.device, candidates=candidates):
-        timed = bench.time(tokens, variant)
+    for tile in tile_configs(problem, bench.device, candidates=candidates):
+        timed = bench.time(tokens, tile)
         if timed is not None:
-            yield variant, *timed
-    if candidates and tokens > TOKENS:
+            yield tile, *timed
+    if candidates and tokens > GEMM_MAX_M:
         yield None, bench.time_strips(tokens), 0
 
 
@@ -317,8 +319,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", default="2,3,4,5,6,7,8")
     parser.add_argument("--tokens", default=BATCHES)
     parser.add_argument("--group", type=int, default=128)
-    parser.add_argument("--candidates", action="store_true", help="time other variants of the kernel too")
-    parser.add_argument("--no-overlap", action="store_true", help="a launch begins when the one in front has ended")
+    parser.add_argument("--candidates", action="store_true", help="time other tile configurations too")
+    parser.add_argument("--no-pdl", action="store_true", help="launch without programmatic dependent launch (PDL)")
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench-kernels"))
@@ -339,7 +341,7 @@ def all_plans(args: argparse.Namespace, device: DeviceLimits) -> list[LaunchConf
                 for problem in (p for p in problems if p.tokens <= max_tokens(p, device)):
                     plans += [
                         make_launch_config(problem, device, v)
-                        for v in variants(problem, device, candidates=args.candidates)
+                        for v in tile_configs(problem, device, candidates=args.candidates)
                     ]
     return plans
 
@@ -392,7 +394,7 @@ def main() -> None:
             "nvrtc": nvrtc_version(),
             "group_size": args.group,
             "copy_bytes_per_s": bandwidth,
-            "overlap": not args.no_overlap,
+            "pdl": not args.no_pdl,
             "call_us": overhead,
             "largest_error": worst,
             "timings": [dataclasses.asdict(t) for t in timings],

@@ -1,10 +1,14 @@
-"""Variants of ``kernels/gemm.cu`` that ``bench_kernels.py --candidates`` tries beside the chosen one."""
+"""Tile configurations that ``bench_kernels.py --candidates`` times beside the chosen one."""
+
+from collections.abc import Iterator
 
 from matquant.inference.gemm_shape import DeviceLimits, GemmShape
-from matquant.inference.kernel_families import TOKENS, Variant, choose_tile_config
+from matquant.inference.kernel_families import FAMILIES, choose_tile_config
+from matquant.inference.kernel_families.base import TileConfig
+from matquant.inference.kernel_families.mma import GEMM_MAX_M
 
-# (row_warps, tile_warps, k_warps, units, panel, blocks) by tiles of 8 tokens; as many stages as there is room for.
-CANDIDATES = {
+# (warps_n, warps_m, warps_k, units of 64 columns, x_panel, ctas_per_sm) by tiles of 8 tokens.
+MMA_CANDIDATES = {
     1: [
         (8, 1, 1, 2, 4, 3),
         (8, 1, 1, 1, 4, 3),
@@ -77,8 +81,8 @@ WGMMA_CANDIDATES = {
         (2, 2, 1, 4, 1, 2),
     ],
 }
-# With tiles of 8 tokens in front: for more than ``TOKENS``.
-MANY_CANDIDATES = [
+# The same after the number of tiles of 8 tokens, for more than ``GEMM_MAX_M`` tokens.
+WGMMA_WS_CANDIDATES = [
     (16, 4, 2, 1, 2, 1, 1),
     (16, 4, 2, 1, 1, 1, 1),
     (16, 2, 4, 1, 2, 1, 1),
@@ -86,40 +90,40 @@ MANY_CANDIDATES = [
     (32, 2, 4, 1, 1, 1, 1),
     (32, 2, 4, 1, 2, 1, 1),
 ]
-_MOST_STAGES = 6
+_MAX_STAGES = 6
+_RESERVED_BYTES = 1024  # shared memory that each CTA costs beside its own
 
 
-def _shapes(problem: GemmShape, device: DeviceLimits) -> list[tuple[bool, tuple[int, ...]]]:
-    """Whether by wgmma, and a shape with tiles of 8 tokens in front."""
-    if problem.tokens > TOKENS:
-        return [(True, shape) for shape in MANY_CANDIDATES if 8 * shape[0] < 2 * problem.tokens]
-    found = []
-    for wgmma, shapes in ((False, CANDIDATES), (True, WGMMA_CANDIDATES if device.wgmma else {})):
-        if shapes:
-            tiles = next(count for count in sorted(shapes) if problem.tokens <= 8 * count)
-            found += [(wgmma, (tiles, *shape)) for shape in shapes[tiles]]
-    return found
+def _candidates(shape: GemmShape, device: DeviceLimits) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Family, and numbers in the order of ``WGMMA_WS_CANDIDATES``, of each candidate for a shape."""
+    if shape.tokens > GEMM_MAX_M:
+        yield from (("wgmma_ws", numbers) for numbers in WGMMA_WS_CANDIDATES if 8 * numbers[0] < 2 * shape.tokens)
+        return
+    for family, table in (("mma", MMA_CANDIDATES), ("wgmma", WGMMA_CANDIDATES if device.wgmma else {})):
+        if table:
+            token_tiles = next(count for count in sorted(table) if shape.tokens <= 8 * count)
+            yield from ((family, (token_tiles, *numbers)) for numbers in table[token_tiles])
 
 
-def variants(problem: GemmShape, device: DeviceLimits, *, candidates: bool) -> list[Variant]:
-    """The chosen variant, and then the others that fit."""
-    found = [choose_tile_config(problem, device)]
-    for wgmma, shape in _shapes(problem, device) if candidates else ():
-        token_tiles, row_warps, tile_warps, k_warps, units, panel, blocks = shape
-        for stages in range(_MOST_STAGES, 1, -1):
-            variant = Variant(
-                token_tiles=token_tiles,
-                row_warps=row_warps,
-                tile_warps=tile_warps,
-                k_warps=k_warps,
-                units=units,
+def tile_configs(shape: GemmShape, device: DeviceLimits, *, candidates: bool) -> list[TileConfig]:
+    """Return the chosen tile configuration, and then the candidates that fit, with as many stages as there is room for."""
+    found = [choose_tile_config(shape, device)]
+    for family, numbers in _candidates(shape, device) if candidates else ():
+        token_tiles, warps_n, warps_m, warps_k, units, x_panel, ctas_per_sm = numbers
+        for stages in range(_MAX_STAGES, 1, -1):
+            tile = TileConfig(
+                family=family,
+                block_m=8 * token_tiles,
+                block_n=64 * warps_n,
+                block_k=64 * units,
+                warps_m=warps_m,
+                warps_k=warps_k,
                 stages=stages,
-                panel=panel,
-                blocks=blocks,
-                wgmma=wgmma,
-                many=problem.tokens > TOKENS,
+                x_panel=x_panel,
+                ctas_per_sm=ctas_per_sm,
             )
-            if blocks * (variant.shared_bytes(problem) + 1024) <= device.shared_bytes:
-                found.append(variant)
+            needed = FAMILIES[family].shared_bytes(shape, tile) + _RESERVED_BYTES
+            if ctas_per_sm * needed <= device.shared_bytes:
+                found.append(tile)
                 break
     return list(dict.fromkeys(found))

@@ -10,7 +10,7 @@ from matquant.formats.nested import NestedWeight, Slicing, WeightFormat, planes_
 from matquant.formats.planes import NestedPlanes
 from matquant.inference import ops
 from matquant.inference.gemm_shape import GemmShape
-from matquant.inference.kernel_families import TOKENS
+from matquant.inference.kernel_families.mma import GEMM_MAX_M
 
 
 def activations(tokens: int, depth: int, dtype: torch.dtype) -> Tensor:
@@ -53,7 +53,7 @@ class Check:
         )
 
     def error(self) -> float:
-        """As a multiple of what rounding the exact result makes, or for more than ``TOKENS`` a dense matrix.
+        """As a multiple of what rounding the exact result makes, or for more than ``GEMM_MAX_M`` a dense matrix.
 
         Planes that must not be read are poisoned.
         """
@@ -80,7 +80,7 @@ class Check:
             x.double() @ weight.dequantize(self.bits, dtype).double().T + bias.double()
             for dtype in (torch.float32, self.dtype)
         )
-        best = (by_dense if self.tokens > TOKENS else exact).to(self.dtype)
+        best = (by_dense if self.tokens > GEMM_MAX_M else exact).to(self.dtype)
         made = torch.linalg.norm(ops.linear(x, packed, self.bits, bias).double() - exact)
         return (made / torch.linalg.norm(best.double() - exact)).item()
 

@@ -159,7 +159,7 @@ def _allocation(
     bits = {name: by_unit[name] for name in weights}
     limit = {"average_bits": float(budget.value)} if budget.kind == "average_bits" else {"bytes": problem.limit}
     return Allocation(
-        widths=bits,
+        bits=bits,
         average_bits=row["average_bits"],
         bytes=sum(weight.bytes_read(bits[name]) for name, weight in weights.items()),
         about={

@@ -11,7 +11,8 @@ from matquant.errors import UserError
 from matquant.formats.nested import WeightFormat
 from matquant.formats.packed import LayerSpec, NestedSpec, parse_nested_config
 from matquant.formats.parent import read_block
-from matquant.store.files import Record, read_tensors
+from matquant.store.files import FileRecord
+from matquant.store.tensor_files import read_tensors
 
 QUANTIZATION_CONFIG: dict[str, Any] = {
     "quant_method": "matquant",
@@ -67,7 +68,7 @@ def test_quantization_config():
         prefill_bits=8,
         modules_to_not_convert=("lm_head",),
         plane_indices=(2, 3),
-        files={"model-00001-of-00001.safetensors": Record("ab" * 32, 4096)},
+        files={"model-00001-of-00001.safetensors": FileRecord("ab" * 32, 4096)},
     )
     assert spec.to_json() == QUANTIZATION_CONFIG
 

@@ -8,7 +8,7 @@ import yaml
 from shared import SMALL
 
 from matquant import cli
-from matquant.store.artifact import Draft
+from matquant.store.draft import Draft
 
 # Rounded to nearest: these tests do not depend on the quality of the parent.
 QUICK = (

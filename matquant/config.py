@@ -1,18 +1,18 @@
 """Typed config of a job: the composed YAML becomes frozen dataclasses, checked once. No other module reads a DictConfig.
 
-Every wrong value is refused with a sentence before any work starts. Checks that need the model (a group size that does not divide
-a layer, a folder without safetensors) are made when the model is loaded.
+Every wrong value is refused with a sentence before any work starts. Checks that need the model (a group size that does
+not divide a layer, a folder without safetensors) are made when the model is loaded.
 """
 
 import dataclasses
-import math
 import typing
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
+from matquant.data.config import TextConfig, check_text
 from matquant.errors import UserError
+from matquant.evaluate.config import EvalConfig, check_evaluation
 from matquant.formats.allocation import is_file_name
 from matquant.models import config as loading
 from matquant.models.config import ModelConfig
@@ -34,45 +34,22 @@ STAGES = ("quantize", "evaluate", "pack", "generate")
 _TOKENS_AT_ONCE = 4096  # tokens of one forward pass with batch_size=auto: they keep a GPU busy and need little memory
 
 # Settings that had another name before.
-RENAMED = {
-    "method.solver": "method._target_",
-    "method.dedicated": "method.per_bit_models",
-    "method.feedback": "method.error_feedback",
-    "method.offset": "method.zero_point_offset",
-    "method.sweeps": "method.cd_passes",
-    "method.streams": "method.calibration_bits",
-    "method.asymmetric": "method.asymmetric_calibration",
-    "method.staged": "method.true_sequential",
-    "method.head": "method.quantize_lm_head",
-    "objective.tilt": "objective.per_bit_factor",
-} | searching.RENAMED
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TextConfig:
-    """A text cut into ``sequences`` windows of ``sequence_length`` tokens."""
-
-    dataset: Literal["stdlib", "wikitext2", "c4", "fineweb_edu", "local", "mix"]
-    path: str | None  # of dataset 'local': a file, or a folder of .txt, .md, .py, .jsonl and .parquet files
-    sequences: int
-    sequence_length: int
-    seed: int | None  # draws the windows; null takes the first ones
-    batch_size: int  # windows at a time; auto in a config: as many as make 4096 tokens
-    field: str | None = None  # of a row of .jsonl and .parquet; null: text, messages or content
-    bos: bool | None = None  # windows begin with the tokenizer's first token; null: where it adds one by itself
-    mix: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of dataset 'mix': a weight for each dataset
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class EvalConfig:
-    """Texts and tasks that every width is measured on; keys of the texts name them in the results."""
-
-    datasets: Mapping[str, TextConfig]
-    tasks: tuple[str, ...]  # of lm-eval
-    task_folder: str | None  # of task files
-    fewshot: int | None  # null leaves it to the task
-    limit: int | None  # questions of each task
-    task_batch_size: int
+RENAMED = (
+    {
+        "method.solver": "method._target_",
+        "method.dedicated": "method.per_bit_models",
+        "method.feedback": "method.error_feedback",
+        "method.offset": "method.zero_point_offset",
+        "method.sweeps": "method.cd_passes",
+        "method.streams": "method.calibration_bits",
+        "method.asymmetric": "method.asymmetric_calibration",
+        "method.staged": "method.true_sequential",
+        "method.head": "method.quantize_lm_head",
+        "objective.tilt": "objective.per_bit_factor",
+    }
+    | searching.RENAMED
+    | packing.RENAMED
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +108,10 @@ class Config:
 def schemas() -> dict[str, dict[str, Any]]:
     """Defaults of every component's settings, as nodes of the Hydra group ``schema``."""
     nodes = {
+        "model": ModelConfig,
+        "text": TextConfig,
+        "eval": EvalConfig,
+        "store": StoreConfig,
         "objective": ObjectiveConfig,
         "search": SearchConfig,
         "pack": PackConfig,
@@ -188,9 +169,9 @@ def _check(config: Config) -> None:
     loading.check(config.model)
     check_objective(config.objective, master_bits)
     check_method(method)
-    _check_text(config.calibration, "calibration")
+    check_text(config.calibration, "calibration")
     check_search(config.search, master_bits, per_bit_models=method.per_bit_models)
-    _check_evaluation(config.eval)
+    check_evaluation(config.eval)
     _check_slices(config)
     for stage in config.stages:
         if stage not in STAGES:
@@ -198,8 +179,8 @@ def _check(config: Config) -> None:
     models = len(config.slice_bits) if method.per_bit_models else 1
     if "generate" in config.stages and (not config.prompt or config.max_new_tokens < 1 or models > 1):
         raise UserError(
-            "stages=[generate] needs a prompt, such as prompt='def ', max_new_tokens of at least 1, and a method that makes one "
-            f"parent; found prompt={config.prompt!r}, max_new_tokens={config.max_new_tokens} and {models} models."
+            "stages=[generate] needs a prompt, such as prompt='def ', max_new_tokens of at least 1, and a method that "
+            f"makes one parent; found prompt={config.prompt!r}, max_new_tokens={config.max_new_tokens} and {models} models."
         )
     packing.check(config.pack, config.stages, models)
 
@@ -214,30 +195,3 @@ def _check_slices(config: Config) -> None:
             f"bits={config.allocations[0]} mixes bit-widths of one parent, but method={config.method.name} makes one model per "
             "bit-width. Use method=matgptq, or method.per_bit_models=false."
         )
-
-
-def _check_evaluation(config: EvalConfig) -> None:
-    if not config.datasets:
-        raise UserError("eval.datasets names no text; give at least one, for example eval=default.")
-    for name, text in config.datasets.items():
-        _check_text(text, f"eval.datasets.{name}")
-    for name, least in {"task_batch_size": 1, "limit": 1, "fewshot": 0}.items():
-        if (value := getattr(config, name)) is not None and value < least:
-            raise UserError(f"eval.{name} must be at least {least}; found {value}.")
-
-
-def _check_text(text: TextConfig, where: str) -> None:
-    for name in ("sequences", "sequence_length", "batch_size"):
-        if getattr(text, name) < (2 if name == "sequence_length" else 1):
-            raise UserError(f"{where}.{name} is too small: {getattr(text, name)}.")
-    if "local" in (text.dataset, *text.mix) and text.path is None:
-        raise UserError(f"{where}.dataset={text.dataset} needs {where}.path: a text file or a folder of them.")
-    if (text.dataset == "mix") != bool(text.mix):
-        raise UserError(
-            f"{where}.mix gives each dataset a weight, and goes with {where}.dataset=mix; found {dict(text.mix)}."
-        )
-    for name, weight in text.mix.items():
-        if name not in ("stdlib", "wikitext2", "c4", "fineweb_edu", "local") or not 0 < weight < math.inf:
-            raise UserError(
-                f"{where}.mix.{name}={weight}: a mix is of stdlib, wikitext2, c4, fineweb_edu and local, with weights above 0."
-            )

@@ -47,19 +47,21 @@ def device(name: str) -> torch.device:
 
 
 def solver_device(device: torch.device, warnings: list[str]) -> torch.device:
-    """Device of the column solver: the GPU that runs the model if CuPy can compile kernels for it, else the CPU with a warning."""
+    """Device of the column solver: the GPU of the model if CuPy can compile kernels for it, else the CPU, with a warning."""
     if device.type == "cuda" and importlib.util.find_spec("cupy") is None:
         warnings.append(
-            "CuPy is not installed, so layers were solved on the CPU, which takes far longer. Install the extra gpu13 (CUDA 13) "
-            "or gpu (CUDA 12): pip install '.[gpu13]'."
+            "CuPy is not installed, so layers were solved on the CPU, which takes far longer. Install the extra gpu13 "
+            "(CUDA 13) or gpu (CUDA 12): pip install '.[gpu13]'."
         )
         return torch.device("cpu")
     return device
 
 
 def host_free() -> int:
-    """Memory that this process may still allocate: the smaller of the system's available memory and the container's limit, divided by
-    the processes that torchrun started on this machine.
+    """Memory in bytes that this process may still allocate.
+
+    It is the smaller of the system's available memory and the container's limit, divided by the processes that torchrun
+    started on this machine.
     """
     free = psutil.virtual_memory().available
     for limit, used in zip(_LIMITS, _USED, strict=True):
@@ -107,8 +109,8 @@ def use_threads(threads: int | None) -> None:
 def tune_malloc() -> None:
     """Make the C library return large freed blocks to the system at once.
 
-    By default it keeps blocks of up to 32 MB once some were freed. Between the tensors of a calibration batch they fragment the heap, so
-    that a process may hold 1.5 times the memory that it uses.
+    By default it keeps blocks of up to 32 MB once some were freed. Between the tensors of a calibration batch they fragment
+    the heap, so that a process may hold 1.5 times the memory that it uses.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_MMAP_THRESHOLD, 2**23)

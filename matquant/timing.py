@@ -11,8 +11,8 @@ import torch
 class PhaseTimer:
     """Seconds by phase, of work on one device.
 
-    GPU work is asynchronous. A phase therefore ends with a synchronization. A nested phase does not: it measures the GPU time between two
-    events of the stream.
+    GPU work is asynchronous. A phase therefore ends with a synchronization. A nested phase does not: it measures the GPU time
+    between two events of the stream.
 
     Attributes:
         seconds: of each phase so far; a nested phase is not counted in the phase around it.

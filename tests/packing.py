@@ -92,7 +92,7 @@ def method() -> Any:
 
 
 def read(folder: Path, **asked: Any) -> Any:
-    """As a user loads it, in float32."""
+    """Packed model, loaded by Transformers in float32."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **asked)
 
 

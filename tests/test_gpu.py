@@ -1,4 +1,4 @@
-"""What only a GPU shows: the kernels as torch calls them there. Skipped without an NVIDIA GPU and CuPy."""
+"""CUDA operators on a GPU. Skipped without an NVIDIA GPU and CuPy."""
 
 import copy
 import importlib.util

@@ -332,7 +332,7 @@ def arguments() -> argparse.Namespace:
 
 
 def all_plans(args: argparse.Namespace, device: DeviceLimits) -> list[LaunchConfig]:
-    """Of everything that will be launched."""
+    """Launch configurations of all checks and measurements."""
     plans = [] if args.no_check else [make_launch_config(c.problem(), device) for c in checks(args.bits)]
     if not args.check_only:
         for rows, depth in args.shapes:
@@ -347,7 +347,7 @@ def all_plans(args: argparse.Namespace, device: DeviceLimits) -> list[LaunchConf
 
 
 def command(argv: Sequence[str]) -> str:
-    """How the run was started, without the folder that it wrote into."""
+    """Command of the run, without its output folder."""
     kept = list(argv)
     if "--out" in kept:
         place = kept.index("--out")

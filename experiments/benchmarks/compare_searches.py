@@ -1,8 +1,9 @@
 """Hybrid search against evolution on the shipped model: with equal tokens, and with the published settings.
 
-    python experiments/benchmarks/compare_searches.py --jobs 8                                # five seeds, four budgets; for a GPU
-    python experiments/benchmarks/compare_searches.py --jobs 8 --seeds 0 --published 1        # published settings only, one seed
-    python experiments/benchmarks/compare_searches.py --jobs 8 --published 1 --seconds 240    # stops early; the next run continues
+    python experiments/benchmarks/compare_searches.py --jobs 8                                # five seeds, four budgets; for a
+    GPU python experiments/benchmarks/compare_searches.py --jobs 8 --seeds 0 --published 1        # published settings only,
+    one seed python experiments/benchmarks/compare_searches.py --jobs 8 --published 1 --seconds 240    # stops early; the next
+    run continues
 
 The searches use the calibration split. The KL is measured on the evaluation split, which no search sees. Each result is
 written when its search ends. Results that the file has for the same parent are not computed again. A search that

@@ -53,9 +53,9 @@ class Check:
         )
 
     def error(self) -> float:
-        """As a multiple of what rounding the exact result makes, or for more than ``GEMM_MAX_M`` a dense matrix.
+        """Error as a multiple of the rounding error of the exact result.
 
-        Planes that must not be read are poisoned.
+        For more than ``GEMM_MAX_M`` tokens the reference is a dense matmul. Planes that must not be read are poisoned.
         """
         shape = (self.rows, self.depth // self.group)
         sign = torch.randint(0, 2, shape, device="cuda") * 2 - 1

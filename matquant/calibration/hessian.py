@@ -5,16 +5,17 @@ from torch import Tensor
 
 from matquant.distributed import ProcessGroup
 
-# Columns of a panel of X^T X. Of the symmetric matrix only the part from each panel's first column on is computed: with many panels that
-# is half of it. Narrower panels would leave matrix products too small for a GPU.
+# Columns of a panel of X^T X. Of the symmetric matrix only the part from each panel's first column on is computed: with many
+# panels that is half of it. Narrower panels would leave matrix products too small for a GPU.
 PANEL_COLUMNS = 2048
 
 
 class HessianAccumulator:
     """Running H = 2 X_b^T X_b / n, and for asymmetric calibration C = 2 (X - X_b)^T X_b / n.
 
-    X_b [n, columns] are the inputs in a quantized model, X those in the full-precision model for the same tokens. Products of a batch
-    are float32, sums over batches float64: so the order of batches, and the number of processes, has no effect after rounding to
+    X_b [n, columns] are the inputs in a quantized model, X those in the full-precision model for the same tokens. Products of
+    a batch are float32, sums over batches float64: so the order of batches, and the number of processes, has no effect after
+        rounding to
     float32.
     """
 
@@ -86,9 +87,9 @@ def _panels(columns: int) -> list[tuple[int, int]]:
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left^T right to ``total``; [n, columns] of any float dtype each, and a float64 total.
 
-    A GPU multiplies half-precision inputs many times faster than float32 inputs without a loss: their products are exact in float32, in
-    which they are summed. If only ``right`` is half precision, ``left`` is scaled into its range by a power of two and rounded, to a
-    relative error of 2^-9 (bfloat16) or 2^-11 of each number.
+    A GPU multiplies half-precision inputs many times faster than float32 inputs without a loss: their products are exact in
+    float32, in which they are summed. If only ``right`` is half precision, ``left`` is scaled into its range by a power of two
+    and rounded, to a relative error of 2^-9 (bfloat16) or 2^-11 of each number.
     """
     if right.device.type != "cuda" or right.dtype == torch.float32:
         total.add_(left.float().T @ right.float())

@@ -35,9 +35,10 @@ def load(
         defines: macros of the compilation.
         device: torch's current CUDA device if None.
         options: further options of NVRTC, such as ``--maxrregcount=128``.
-        prefer_shared: use the largest shared-memory carveout, so that several CTAs with much shared memory fit a multiprocessor.
-        pdl: launch with programmatic dependent launch, on devices that support it. The kernel has to synchronize with the previous
-            kernel on its stream itself.
+        prefer_shared: use the largest shared-memory carveout, so that several CTAs with much shared memory fit a
+            multiprocessor.
+        pdl: launch with programmatic dependent launch, on devices that support it. The kernel has to synchronize with the
+            previous kernel on its stream itself.
 
     Raises:
         UserError: CuPy or NVRTC is not installed, there is no CUDA device, or no such source.
@@ -85,9 +86,9 @@ class Kernel:
         Args:
             grid: CTAs, in up to three dimensions.
             block: threads of a CTA, in up to three dimensions.
-            args: a tensor is passed as its address, None as a null pointer, int as int32, float as float32, bytes as a structure; other
-                types as ``ctypes`` or numpy scalars. They are not compared with the source, and must have the same types in every
-                launch.
+            args: a tensor is passed as its address, None as a null pointer, int as int32, float as float32, bytes as a
+                structure; other types as ``ctypes`` or numpy scalars. They are not compared with the source, and must have the
+                same types in every launch.
             shared_bytes: dynamic shared memory of a CTA.
 
         Raises:

@@ -1,8 +1,8 @@
 """Programmatic dependent launch (PDL): a kernel may start before the previous kernel on its stream has ended.
 
-CuPy has ``cuLaunchKernel`` only; this is ``cuLaunchKernelEx`` with the PDL attribute, by ctypes (CUDA driver API, ``cuda.h``). A kernel
-launched this way must execute ``griddepcontrol.wait`` before it accesses memory that the previous kernel may write; see
-``kernels/device.cuh``.
+CuPy has ``cuLaunchKernel`` only; this is ``cuLaunchKernelEx`` with the PDL attribute, by ctypes (CUDA driver API, ``cuda.h``).
+A kernel launched this way must execute ``griddepcontrol.wait`` before it accesses memory that the previous kernel may write;
+see ``kernels/device.cuh``.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
 """Compilation of a source in ``kernels/`` to a cubin for one architecture, with a cache on disk.
 
-NVRTC gets the source and its includes as text and searches no folders. The cache key is a hash of all its inputs: texts, options,
-architecture and NVRTC version.
+NVRTC gets the source and its includes as text and searches no folders. The cache key is a hash of all its inputs: texts,
+options, architecture and NVRTC version.
 """
 
 import dataclasses
@@ -81,7 +81,8 @@ def cubin(source: Source, options: Sequence[str], version: str, compiler: Compil
     Args:
         version: of NVRTC.
         compiler: called on a cache miss.
-        cache: folder; that of ``cache_folder`` if None. A folder that cannot be written gives a warning, and each process compiles.
+        cache: folder; that of ``cache_folder`` if None. A folder that cannot be written gives a warning, and each process
+            compiles.
     """
     path = (
         cache_folder() if cache is None else cache

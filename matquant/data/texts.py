@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from matquant.config import TextConfig
 from matquant.data import hub, local, stdlib
+from matquant.data.config import TextConfig
 from matquant.errors import UserError
 from matquant.store import Store, fingerprint_files
 

@@ -1,4 +1,4 @@
-"""How well a model predicts a text, and how far it strays from another, from logits. Pure functions of tensors.
+"""Perplexity, accuracy and KL divergence, computed from logits. Pure functions of tensors.
 
 Logits are taken in pieces of a few tokens: the temporaries of a softmax over a large vocabulary would otherwise be
 several times the logits themselves. Log-probabilities are float32; sums over tokens are float64.
@@ -65,7 +65,7 @@ class Totals:
 
 
 def likelihood(logits: Tensor, ids: Tensor) -> Totals:
-    """How well logits predict the next tokens.
+    """Sums over tokens of the next-token loss.
 
     Args:
         logits: [batch, length, vocabulary], any float dtype.
@@ -84,7 +84,7 @@ def likelihood(logits: Tensor, ids: Tensor) -> Totals:
 
 
 def compare(full: Tensor, logits: Tensor, ids: Tensor) -> Totals:
-    """How well ``logits`` predict the next tokens, and how far they stray from those of the full-precision model.
+    """Sums over tokens of the next-token loss and of the KL divergence from the full-precision model.
 
     Args:
         full: [batch, length, vocabulary] of the full-precision model, any float dtype.

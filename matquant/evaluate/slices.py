@@ -29,7 +29,7 @@ Hidden = dict[str, ActivationCache]  # of each model
 
 
 def steps(blocks: BlockModel, windows: Tensor, variants: Sequence[str]) -> int:
-    """How far ``progress`` of ``evaluate_slices`` advances in total."""
+    """Number of ``progress`` steps of ``evaluate_slices``."""
     return (len(blocks) + 1) * (len(variants) + 1) * len(windows)
 
 

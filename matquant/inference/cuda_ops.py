@@ -1,6 +1,7 @@
 """Operators on CUDA devices: GEMM kernels for few tokens, strips through cuBLAS for many.
 
-Everything that follows from shapes, dtypes and settings alone is checked and planned once and cached; a call then looks up its launch.
+Everything that follows from shapes, dtypes and settings alone is checked and planned once and cached; a call then looks up its
+launch.
 """
 
 import ctypes

@@ -82,8 +82,8 @@ def is_supported(shape: GemmShape) -> bool:
 def folds_zero_point_exactly(shape: GemmShape) -> bool:
     """Return True if code, offset and zero point add up exactly in ``dtype``, as the WGMMA kernels require.
 
-    All sums are multiples of a step. They are exact if the largest one is no more steps than the dtype represents before it rounds. For
-    8-bit codes in bfloat16, whose nibbles are multiplied separately, the low nibble decides.
+    All sums are multiples of a step. They are exact if the largest one is no more steps than the dtype represents before it
+    rounds. For 8-bit codes in bfloat16, whose nibbles are multiplied separately, the low nibble decides.
     """
     offset, zero_step, _ = shape.affine()
     has_zeros = shape.format.has_zero_points

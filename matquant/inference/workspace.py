@@ -9,8 +9,8 @@ _SLAB = 2**20  # semaphores that are allocated at a time: 4 MiB
 class Workspace:
     """Workspaces and tile semaphores of one device. Semaphores are 0 before and after each launch.
 
-    Launches on one stream are serialized, so each stream has one workspace and one set of semaphores. A captured graph may run beside
-    any other work: each captured launch gets a workspace that belongs to the graph, and semaphores of its own.
+    Launches on one stream are serialized, so each stream has one workspace and one set of semaphores. A captured graph may run
+    beside any other work: each captured launch gets a workspace that belongs to the graph, and semaphores of its own.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What goes along with the weights: the config, and the small files of the original as they are."""
+"""Files beside the weights: the config, and unchanged copies of the small files of the original checkpoint."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from typing import Any
 
 from matquant.formats.parent import TRANSFORM_KEY
 from matquant.models.checkpoint_files import TOKENIZER_SETTINGS, TOKENIZERS
-from matquant.pack.pack_input import Source
+from matquant.pack.pack_input import PackInput
 from matquant.store.files import translate_os_errors
 from matquant.store.json_files import pretty_json
 
@@ -34,7 +34,7 @@ def copy(original: Path, folder: Path) -> None:
 
 
 def write_config(
-    source: Source, folder: Path, quantization_config: Mapping[str, Any], entries: Mapping[str, Any]
+    source: PackInput, folder: Path, quantization_config: Mapping[str, Any], entries: Mapping[str, Any]
 ) -> None:
     """Write ``config.json``: the original's with ``quantization_config``, these entries, and the dtype that is stored.
 

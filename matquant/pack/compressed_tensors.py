@@ -13,7 +13,7 @@ from torch import Tensor
 from matquant.formats.packed import LayerSpec, TensorSpec
 from matquant.pack.export_format import Format, group_size
 from matquant.pack.integer_grid import Grid, IntegerWeight, pack_bits
-from matquant.pack.pack_input import Source
+from matquant.pack.pack_input import PackInput
 
 _WORD = 32
 
@@ -47,7 +47,7 @@ class CompressedTensors(Format):
             found["weight_zero_point"] = pack_bits(weight.zeros.t(), weight.bits).t()
         return found
 
-    def config(self, source: Source, grids: Mapping[str, Grid]) -> dict[str, Any]:
+    def config(self, source: PackInput, grids: Mapping[str, Grid]) -> dict[str, Any]:
         kinds: dict[tuple[int, bool, int], list[str]] = {}
         for name, grid in grids.items():
             kinds.setdefault((grid.bits, grid.symmetric, group_size(source.layers[name])), []).append(name)

@@ -1,4 +1,4 @@
-"""The config group ``pack``, typed and checked."""
+"""Settings of the stage ``pack``, and their checks."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,24 +8,36 @@ from matquant.errors import UserError
 from matquant.formats.allocation import is_file_name
 from matquant.formats.bits import MAX_BITS, MIN_BITS
 
+# Settings that had another name before.
+RENAMED = {"pack.fit": "pack.rounding", "pack.shard_gigabytes": "pack.shard_gb"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PackConfig:
-    """What is exported, and where to."""
+    """Format and folder of the packed checkpoint.
+
+    Attributes:
+        path: of the new folder; None: ``packed`` in the run's folder.
+        overwrite: replace an existing folder.
+        bits: default of a reader: a bit-width or an allocation file; None: the job's only bit-width or allocation, else all
+            bits.
+        prefill_bits: bit-width for prompts; None: the same.
+        max_bits: largest bit-width whose planes are written; None: all.
+        stored_bits: bits of the codes of gptq and compressed_tensors; None: as few as store the slice exactly.
+        rounding: exact refuses a slice that gptq or compressed_tensors cannot store exactly; nearest stores the nearest
+            codes, with a recorded error.
+        shard_gb: size of a weight file in GB; None: that of the original's largest file.
+    """
 
     name: Literal["none", "nested", "matgptq_v1", "gptq", "compressed_tensors"] = "none"
-    path: str | None = None  # of the folder that is made; null: `packed` in the run's folder
-    overwrite: bool = False  # replace a folder that is there
-    bits: str | None = (
-        None  # what a reader begins with: a width, or an allocation's file; null: see `stage.chosen_widths`
-    )
-    prefill_bits: int | None = None  # the width for many tokens; null: the same
-    max_bits: int | None = None  # write only the planes of widths up to this one; null: all
-    stored_bits: int | None = (
-        None  # of the codes of gptq and compressed_tensors; null: as few as hold the slice exactly
-    )
-    fit: Literal["exact", "nearest"] = "exact"  # nearest: their codes nearest to the slice, where none are exact
-    shard_gigabytes: float | None = None  # of a weight file; null: as large as the original's largest
+    path: str | None = None
+    overwrite: bool = False
+    bits: str | None = None
+    prefill_bits: int | None = None
+    max_bits: int | None = None
+    stored_bits: int | None = None
+    rounding: Literal["exact", "nearest"] = "exact"
+    shard_gb: float | None = None
 
     @property
     def wanted(self) -> bool:
@@ -41,7 +53,7 @@ class PackConfig:
 
 
 def check(config: PackConfig, stages: Sequence[str], models: int) -> None:
-    """Raises UserError for a value out of range, or for several models, one for each width, that a method makes."""
+    """Raise UserError for a value out of range, or if the method makes several models."""
     if "pack" in stages and not config.wanted:
         raise UserError("stages names pack, but pack=none; choose a format, for example pack=nested.")
     if config.bits is not None and config.width is None and config.allocation_file is None:
@@ -57,8 +69,8 @@ def check(config: PackConfig, stages: Sequence[str], models: int) -> None:
             f"The method makes {models} models, one for each width, and a folder holds one of them: give one width with bits=, "
             "or a nested method, such as method=matgptq."
         )
-    if config.shard_gigabytes is not None and not config.shard_gigabytes > 0:
-        raise UserError(f"pack.shard_gigabytes must be more than 0; found {config.shard_gigabytes:g}.")
+    if config.shard_gb is not None and not config.shard_gb > 0:
+        raise UserError(f"pack.shard_gb must be more than 0; found {config.shard_gb:g}.")
 
 
 def check_widths(max_bits: int, widths: Mapping[str, int | None]) -> None:

@@ -16,7 +16,7 @@ from matquant.pack.compressed_tensors import CompressedTensors
 from matquant.pack.export_format import FUSED, Format
 from matquant.pack.gptq_format import Gptq
 from matquant.pack.integer_grid import Grid, IntegerWeight, exact_grid, nearest, on_grid, zero_points
-from matquant.pack.pack_input import Source
+from matquant.pack.pack_input import PackInput
 from matquant.pack.shards import ShardWriter, aligned
 
 _SHOWN = 2  # names in a sentence
@@ -27,18 +27,18 @@ FORMATS: dict[str, Format] = {form.name: form for form in (Gptq(), CompressedTen
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """How a slice is stored: the grid of each layer, and the layers that only come near to it."""
+    """Storage of a slice: grid of each layer, and the layers that are stored with the nearest codes."""
 
     widths: Mapping[str, int]
     grids: Mapping[str, Grid]
     fitted: frozenset[str]
 
 
-def write(order: Any, form: Format) -> tuple[dict[str, Any], dict[str, Any]]:
+def write(request: Any, form: Format) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write the weight files and their index.
 
     Args:
-        order: of the stage (``stage.Order``).
+        request: of the stage (``stage.PackRequest``).
 
     Returns:
         ``quantization_config``, and what is recorded: widths, bits of the codes, and how far the codes are from the slice.
@@ -47,29 +47,29 @@ def write(order: Any, form: Format) -> tuple[dict[str, Any], dict[str, Any]]:
         UserError: the format does not hold the slice exactly, and the nearest codes were not asked for. Before anything is
             written.
     """
-    source: Source = order.source
+    source: PackInput = request.source
     _check_experts(source, form)
-    widths = dict.fromkeys(source.layers, order.bits) if isinstance(order.bits, int) else dict(order.bits)
+    widths = dict.fromkeys(source.layers, request.bits) if isinstance(request.bits, int) else dict(request.bits)
     zeros = _zero_points(source)
-    choice = choose(source.layers, zeros, widths, form, order.stored_bits, fit=order.fit)
+    choice = choose(source.layers, zeros, widths, form, request.stored_bits, fit=request.fit)
     layers = {name: form.tensors(source.layers[name], grid) for name, grid in choice.grids.items()}
     dense = aligned(source.dense)
     section = {f"{name}.{kind}": spec for name, tensors in layers.items() for kind, spec in tensors.items()} | dict(
         dense
     )
     errors: dict[str, float] = {}
-    with ShardWriter(order.folder, [section], order.limit) as files:
+    with ShardWriter(request.folder, [section], request.limit) as files:
         for name, weight in source.weights():
             stored = encode(weight, widths[name], choice.grids[name], form, fit=name in choice.fitted)
             if name in choice.fitted:
                 errors[name] = _relative_error(weight, widths[name], stored)
             for kind, tensor in form.encode(stored).items():
                 files.write(f"{name}.{kind}", tensor)
-            order.progress(1)
+            request.progress(1)
         for name in dense:
             files.write(name, source.read(name))
         files.write_index(INDEX)
-    return form.config(source, choice.grids), _record(order.bits, choice, errors)
+    return form.config(source, choice.grids), _record(request.bits, choice, errors)
 
 
 def choose(
@@ -152,14 +152,14 @@ def _units(layers: Iterable[str]) -> list[list[str]]:
     return list(units.values())
 
 
-def _zero_points(source: Source) -> dict[str, list[float]]:
+def _zero_points(source: PackInput) -> dict[str, list[float]]:
     """The different zero points of each layer. Weights are read only where groups have some of their own."""
     if any(spec.format.has_zero_points for spec in source.layers.values()):
         return {name: zero_points(weight).unique().tolist() for name, weight in source.weights()}
     return {name: [s.format.zero_point] for name, s in source.layers.items()}
 
 
-def _check_experts(source: Source, form: Format) -> None:
+def _check_experts(source: PackInput, form: Format) -> None:
     if any(origin.expert is not None for origin in source.origins.values()):
         raise UserError(
             f"pack={form.name} does not hold mixtures of experts yet, whose matrices Transformers keeps in one tensor. "
@@ -203,7 +203,7 @@ def _refusal(
     exact = "; ".join(f"pack={name} pack.bits={found}" for name, found in offers if found)
     if exact:
         sentence += f"Exact are {exact}. "
-    return sentence + "pack=nested holds every width. The nearest codes, with a recorded error: pack.fit=nearest."
+    return sentence + "pack=nested holds every width. The nearest codes, with a recorded error: pack.rounding=nearest."
 
 
 def _alternatives(layers: Mapping[str, LayerSpec], zeros: Mapping[str, Sequence[float]], form: Format) -> str:

@@ -1,4 +1,4 @@
-"""What a stock format has to say of itself, for ``stock`` to write it."""
+"""Base class of the stock formats that ``export`` writes."""
 
 import re
 from abc import ABC, abstractmethod
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from matquant.formats.packed import LayerSpec, TensorSpec
 from matquant.pack.integer_grid import Grid, IntegerWeight
-from matquant.pack.pack_input import Source
+from matquant.pack.pack_input import PackInput
 
 # What vLLM puts into one matrix, which has codes of one kind, and what it calls that.
 FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
@@ -31,14 +31,18 @@ class Format(ABC):
 
     @abstractmethod
     def tensors(self, layer: LayerSpec, grid: Grid) -> dict[str, TensorSpec]:
-        """What is stored of a layer, by the last part of its name. Raises UserError for a shape that it cannot hold."""
+        """Specs of a layer's tensors, by the last part of their name.
+
+        Raises:
+            UserError: the format cannot hold the shape.
+        """
 
     @abstractmethod
     def encode(self, weight: IntegerWeight) -> dict[str, Tensor]:
-        """The same, with values."""
+        """Tensors of a layer, with the names and shapes of ``tensors``."""
 
     @abstractmethod
-    def config(self, source: Source, grids: Mapping[str, Grid]) -> dict[str, Any]:
+    def config(self, source: PackInput, grids: Mapping[str, Grid]) -> dict[str, Any]:
         """``quantization_config``."""
 
 

@@ -15,7 +15,7 @@ from matquant.errors import UserError
 from matquant.formats.packed import LayerSpec, TensorSpec
 from matquant.pack.export_format import Format, group_size, name_pattern
 from matquant.pack.integer_grid import Grid, IntegerWeight, pack_bits
-from matquant.pack.pack_input import Source
+from matquant.pack.pack_input import PackInput
 from matquant.version import __version__
 
 _BITS = (2, 3, 4, 8)
@@ -53,7 +53,7 @@ class Gptq(Format):
             "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // groups),
         }
 
-    def config(self, source: Source, grids: Mapping[str, Grid]) -> dict[str, Any]:
+    def config(self, source: PackInput, grids: Mapping[str, Grid]) -> dict[str, Any]:
         about = {name: _about(source.layers[name], grid) for name, grid in grids.items()}
         common = dict(Counter(tuple(own.items()) for own in about.values()).most_common(1)[0][0])
         dynamic: dict[str, dict[str, Any]] = {}

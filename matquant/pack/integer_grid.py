@@ -132,7 +132,7 @@ def on_grid(weight: NestedWeight, width: int, grid: Grid, least_zero: int = 0) -
     if not torch.equal(scales.double(), wanted):
         raise UserError(
             f"At {width} bits, scales of this grid are too large or too small for {weight.scales.dtype}. Quantize the model "
-            "in bfloat16 (model.dtype=bfloat16), or take the nearest codes: pack.fit=nearest."
+            "in bfloat16 (model.dtype=bfloat16), or take the nearest codes: pack.rounding=nearest."
         )
     return IntegerWeight(
         bits=grid.bits,

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from matquant.config import MethodConfig
 from matquant.errors import UserError
 from matquant.formats.matgptq import CODES, DTYPES, MASTER_BITS, SCALES, MatGptqSpec
 from matquant.formats.packed import LayerSpec, TensorSpec
 from matquant.formats.shard_index import INDEX
 from matquant.pack.config import PackConfig
-from matquant.pack.pack_input import Source
+from matquant.pack.pack_input import PackInput
 from matquant.pack.shards import ShardWriter, aligned
+from matquant.quantize.config import MethodConfig
 
 _INSTEAD = "pack=nested holds this parent as it is; method=matgptq_v1 makes one for this format."
 
@@ -34,7 +34,7 @@ def check(config: PackConfig, method: MethodConfig) -> None:
 
 
 def write(
-    source: Source,
+    source: PackInput,
     folder: Path,
     *,
     bits: int | Mapping[str, int],

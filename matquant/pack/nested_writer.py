@@ -14,14 +14,14 @@ from pathlib import Path
 from matquant.formats.packed import NestedSpec, TensorSpec, index_name
 from matquant.formats.planes import NestedPlanes
 from matquant.formats.shard_index import INDEX
-from matquant.pack.pack_input import Source
+from matquant.pack.pack_input import PackInput
 from matquant.pack.shards import Section, ShardWriter, aligned
 
 _FIRST = 2  # planes that are in the first section: no width needs fewer
 
 
 def write(
-    source: Source,
+    source: PackInput,
     folder: Path,
     *,
     bits: int | Mapping[str, int],
@@ -76,8 +76,8 @@ def write(
     )
 
 
-def _sections(source: Source, dense: Section, max_bits: int) -> list[dict[str, TensorSpec]]:
-    """What goes into the files: the first planes with all that every reader needs, then each plane."""
+def _sections(source: PackInput, dense: Section, max_bits: int) -> list[dict[str, TensorSpec]]:
+    """Sections of the checkpoint: first the planes and tensors that every reader needs, then one section per further plane."""
     sections: list[dict[str, TensorSpec]] = [{}]
     for name, layer in source.layers.items():
         for tensor, spec in layer.tensors(name, max_bits).items():

@@ -1,4 +1,4 @@
-"""What is packed: the nested layers of a parent, and all else of the model, read piece by piece."""
+"""Input of the packing: nested layers of a parent and all other tensors of the model, read one at a time."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,11 +17,11 @@ from matquant.models.loading import LoadedModel
 from matquant.models.tensor_swap import named_tensors
 
 
-class Source:
-    """A model, some of whose layers a parent has.
+class PackInput:
+    """Model and parent to pack.
 
     Attributes:
-        folder: the checkpoint that the model is read from.
+        folder: checkpoint of the model.
         layers: the parent's layers by full name, in its order.
         dense: every other tensor that is stored, under the name that the model gives it; tied ones once. Of experts that
             are one tensor in the model and of which some are nested, the rest is an entry for each expert.
@@ -76,7 +76,7 @@ class Source:
         return found
 
     def _names(self, stored: Mapping[str, Tensor]) -> Iterator[tuple[str, SourceView]]:
-        """What is stored and no nested layer's weight, with where it lies in the model as Transformers makes it."""
+        """Specs of all stored tensors that are not weights of nested layers."""
         pieces: dict[str, list[tuple[str, SourceView]]] = {}
         for name, origin in self.origins.items():
             if origin.expert is not None:

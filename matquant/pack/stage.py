@@ -1,6 +1,6 @@
 """The stage ``pack``: a folder that other programs load, made under another name and renamed when it is whole.
 
-A format is a function from an ``Order`` to what it ``Written``, in ``WRITERS``; the rest (config, tokenizer, model card, the
+A format is a function from a ``PackRequest`` to a ``PackResult``, in ``WRITERS``; the rest (config, tokenizer, model card, the
 record for the results) is the same for all.
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from matquant.config import MethodConfig
 from matquant.errors import UserError
 from matquant.formats import allocation
 from matquant.formats.packed import STOCK_INDEX
@@ -21,29 +20,30 @@ from matquant.models.loading import LoadedModel
 from matquant.pack import aux_files, export, matgptq_writer, model_card, nested_writer
 from matquant.pack.config import PackConfig, check_widths
 from matquant.pack.export_format import Format
-from matquant.pack.pack_input import Source
+from matquant.pack.pack_input import PackInput
+from matquant.quantize.config import MethodConfig
 from matquant.store.files import delete, total_bytes, translate_os_errors
 
 _GIGABYTE = 10**9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Order:
-    """What a writer is asked for.
+class PackRequest:
+    """Request to a writer.
 
     Attributes:
         source: the model.
         folder: an empty one, for weight files and their index.
-        bits: the widths that a reader begins with, or that are written: one, or one for each layer.
-        prefill_bits: the width for many tokens; None for the same.
-        max_bits: the planes that widths up to this one need are written.
+        bits: default bit-width of a reader, or the bit-width to write: one, or one for each layer.
+        prefill_bits: bit-width for many tokens; None for the same.
+        max_bits: largest bit-width whose planes are written.
         limit: bytes of a file.
         progress: called with 1 after each layer.
-        stored_bits, fit: of formats that hold one slice: the bits of their codes (None for as few as are exact), and
-            whether the nearest codes will do.
+        stored_bits: bits of the codes of a stock format; None for as few as are exact.
+        fit: store the nearest codes where none are exact.
     """
 
-    source: Source
+    source: PackInput
     folder: Path
     bits: int | Mapping[str, int]
     prefill_bits: int | None
@@ -55,8 +55,8 @@ class Order:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Written:
-    """What a writer did.
+class PackResult:
+    """Result of a writer.
 
     Attributes:
         quantization_config: for ``config.json``.
@@ -70,47 +70,47 @@ class Written:
 
 
 class Writer(Protocol):
-    """A format."""
+    """Writer of a format."""
 
-    def __call__(self, order: Order) -> Written: ...
+    def __call__(self, request: PackRequest) -> PackResult: ...
 
 
-def _write_nested(order: Order) -> Written:
+def _write_nested(request: PackRequest) -> PackResult:
     spec = nested_writer.write(
-        order.source,
-        order.folder,
-        bits=order.bits,
-        prefill_bits=order.prefill_bits,
-        max_bits=order.max_bits,
-        limit=order.limit,
-        progress=order.progress,
+        request.source,
+        request.folder,
+        bits=request.bits,
+        prefill_bits=request.prefill_bits,
+        max_bits=request.max_bits,
+        limit=request.limit,
+        progress=request.progress,
     )
     # Null here, so that from_pretrained(folder, bits=3) finds a setting of that name.
-    return Written(
+    return PackResult(
         quantization_config=spec.to_json(),
         config={"bits": None, "prefill_bits": None, "max_bits": None, "transformers_weights": STOCK_INDEX},
-        record={"max_bits": spec.max_bits, "bits": order.bits if isinstance(order.bits, int) else "allocation"},
+        record={"max_bits": spec.max_bits, "bits": request.bits if isinstance(request.bits, int) else "allocation"},
     )
 
 
-def _write_published(order: Order) -> Written:
+def _write_published(request: PackRequest) -> PackResult:
     spec = matgptq_writer.write(
-        order.source,
-        order.folder,
-        bits=order.bits,
-        prefill_bits=order.prefill_bits,
-        limit=order.limit,
-        progress=order.progress,
+        request.source,
+        request.folder,
+        bits=request.bits,
+        prefill_bits=request.prefill_bits,
+        limit=request.limit,
+        progress=request.progress,
     )
-    return Written(quantization_config=spec.to_json(), record={"bits": spec.bits})
+    return PackResult(quantization_config=spec.to_json(), record={"bits": spec.bits})
 
 
 def _stock(form: Format) -> Writer:
     """The writer of a format that holds one slice."""
 
-    def write(order: Order) -> Written:
-        quantization_config, record = export.write(order, form)
-        return Written(quantization_config=quantization_config, record=record)
+    def write(request: PackRequest) -> PackResult:
+        quantization_config, record = export.write(request, form)
+        return PackResult(quantization_config=quantization_config, record=record)
 
     return write
 
@@ -169,14 +169,14 @@ class Packing:
             UserError: the format cannot hold the parent or the widths, or the disk is full.
         """
         config = self.config
-        source = Source(loaded, blocks, variants[0].parent)
+        source = PackInput(loaded, blocks, variants[0].parent)
         master = max(layer.format.master_bits for layer in source.layers.values())
         max_bits = min(config.max_bits or master, master)
-        bits = self.allocated or _chosen_widths(config, variants, max_bits)
+        bits = self.allocated or _default_bits(config, variants, max_bits)
         _check_allocation(bits, max_bits)
-        limit = source.original_shard() if config.shard_gigabytes is None else int(config.shard_gigabytes * _GIGABYTE)
+        limit = source.original_shard() if config.shard_gb is None else int(config.shard_gb * _GIGABYTE)
         with _replacing(self.folder) as folder:
-            order = Order(
+            request = PackRequest(
                 source=source,
                 folder=folder,
                 bits=bits,
@@ -185,19 +185,19 @@ class Packing:
                 limit=limit,
                 progress=progress,
                 stored_bits=config.stored_bits,
-                fit=config.fit == "nearest",
+                fit=config.rounding == "nearest",
             )
-            written = WRITERS[config.name](order)
+            written = WRITERS[config.name](request)
             aux_files.copy(source.folder, folder)
             aux_files.write_config(source, folder, written.quantization_config, written.config)
             record = {"format": config.name, "folder": str(self.folder), "bytes": total_bytes(folder), **written.record}
-            with translate_os_errors(folder):
+            with translate_os_errors(folder, setting="pack.path"):
                 (folder / "README.md").write_text(model_card.render(results, record), encoding="utf-8")
         return record
 
 
 def _target(config: PackConfig, job_folder: Path) -> Path:
-    """The folder that is made."""
+    """Output folder. Raises UserError if it is in the way."""
     folder = job_folder / "packed" if config.path is None else Path(config.path).expanduser().absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())) and not config.overwrite:
         raise UserError(
@@ -212,10 +212,10 @@ def _replacing(folder: Path) -> Iterator[Path]:
     temporary = folder.with_name(f".{folder.name}.partial")
     delete(temporary)
     try:
-        with translate_os_errors(temporary):
+        with translate_os_errors(temporary, setting="pack.path"):
             temporary.mkdir(parents=True)
         yield temporary
-        with translate_os_errors(folder):
+        with translate_os_errors(folder, setting="pack.path"):
             delete(folder)
             os.replace(temporary, folder)
     finally:
@@ -227,8 +227,8 @@ def _check_allocation(bits: int | Mapping[str, int], max_bits: int) -> None:
     check_widths(max_bits, widest)
 
 
-def _chosen_widths(config: PackConfig, variants: Sequence[SliceSpec], max_bits: int) -> int | Mapping[str, int]:
-    """What a reader begins with: ``pack.bits``, else the job's only width or allocation, else ``max_bits``."""
+def _default_bits(config: PackConfig, variants: Sequence[SliceSpec], max_bits: int) -> int | Mapping[str, int]:
+    """Default bits of a reader: ``pack.bits``, else the job's only bit-width or allocation, else ``max_bits``."""
     allocated = [v for v in variants if v.allocation is not None]
     if config.width is not None:
         return config.width

@@ -237,5 +237,5 @@ class BlockQuantizer(abc.ABC):
         """Estimate of the floating-point operations for all blocks, propagation of the activations included."""
         return 2.0 * sizes.block * sizes.blocks * tokens.total
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027  (optional)
         """Compile what the method needs, before free memory is measured."""

@@ -51,6 +51,6 @@ def check_scales(name: str, weight: Tensor, quantized: NestedWeight) -> None:
     """Raise UserError if the scales of a quantized layer overflow their dtype."""
     if not torch.isfinite(quantized.scales).all():
         raise UserError(
-            f"The weights of {name} reach {weight.abs().max():.3g}, too much for scales in {quantized.format.scale_dtype}. Skip "
-            "the layer with method.skip, or set model.dtype=bfloat16."
+            f"The weights of {name} reach {weight.abs().max():.3g}, too much for scales in {quantized.format.scale_dtype}. "
+            "Skip the layer with method.skip, or set model.dtype=bfloat16."
         )

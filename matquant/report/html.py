@@ -25,8 +25,14 @@ _ERROR_NOTE = (
     "Error of each layer's output on the calibration text, relative to that output: "
     "tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ). Each bit-width has its own colour scale; point at a cell to read it."
 )
-_TASKS_NOTE = "±: one standard error. In brackets: share of the full-precision score that is kept (a perplexity counts inversely)."
-_GENERATIONS = "Loss of the fittest allocation after each generation. Each point is measured on newly drawn tokens, so it may rise."
+_TASKS_NOTE = (
+    "±: one standard error. In brackets: share of the full-precision score that is "
+    "kept (a perplexity counts inversely)."
+)
+_GENERATIONS = (
+    "Loss of the fittest allocation after each generation. Each point is measured on newly "
+    "drawn tokens, so it may rise."
+)
 _MAPS = 6  # bit-width maps on one page
 _NARROW = 5  # columns of a table that leaves room for a plot beside it
 

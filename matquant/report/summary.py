@@ -69,7 +69,8 @@ class SummaryCallback(Callback):
             summary:
               _target_: matquant.report.summary.SummaryCallback
 
-    Lifecycle: ``on_multirun_start`` and ``on_multirun_end`` run in the launching process; ``on_job_start`` and ``on_job_end`` in the
+    Lifecycle: ``on_multirun_start`` and ``on_multirun_end`` run in the launching process; ``on_job_start`` and ``on_job_end``
+        in the
     process of the job, which a launcher may start with a pickled copy of this object.
     """
 

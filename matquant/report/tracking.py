@@ -24,8 +24,9 @@ _MAPS = 6  # bit-width maps of allocations
 def track(results: JobResults, config: TrackingConfig, folder: Path, group: str | None, name: str) -> str | None:
     """Record ``results`` as one wandb run under ``folder/wandb``.
 
-    The run holds the config, the commit and the machine, tables of slices and layers, a history with one step per bit-width (x axis
-    ``slice/bits``), summary figures such as ``kl/2``, the plots, and the report. ``config.group`` takes precedence over ``group``.
+    The run holds the config, the commit and the machine, tables of slices and layers, a history with one step per bit-width (x
+    axis ``slice/bits``), summary figures such as ``kl/2``, the plots, and the report. ``config.group`` takes precedence over
+    ``group``.
 
     Returns:
         None, or a sentence on why there is no run. It was logged as a warning; nothing is raised.

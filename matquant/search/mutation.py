@@ -17,8 +17,7 @@ Mutation = Callable[[AllocationProblem, Candidate, random.Random], Candidate]
 
 
 def switch_levels(problem: AllocationProblem, parent: Candidate, rng: random.Random) -> Candidate:
-    """Level switch of EvoPress (arXiv 2410.14649): of two units of equal cost, one goes a level down and one a level
-    up.
+    """Level switch of EvoPress (arXiv 2410.14649): one of two units of equal cost goes a level down, the other a level up.
 
     With uneven levels (4 to 6 bits), as many units go down as the unit that goes up needs.
     """

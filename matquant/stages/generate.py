@@ -53,8 +53,8 @@ def generate(job: LoadedJob, slices: Sequence[SliceSpec], runtime: Runtime) -> d
         slices: of one parent; only the planes that they need are kept.
 
     Returns:
-        ``prompt``, and for each slice ``name``, ``text``, ``tokens_per_second`` of decoding, ``prompt_seconds``, and ``bytes`` of the
-        quantized layers that a token reads.
+        ``prompt``, and for each slice ``name``, ``text``, ``tokens_per_second`` of decoding, ``prompt_seconds``, and ``bytes``
+        of the quantized layers that a token reads.
     """
     parent, prompt, device = slices[0].parent, str(job.config.prompt), runtime.device
     dtype = job.model.compute_dtype(device)
@@ -88,9 +88,9 @@ def generate_memory(
 ) -> MemoryEstimate:
     """Peak memory of generating ``new`` tokens after a prompt of ``prompt`` tokens.
 
-    Everything that is not quantized is held in the dtype of the computation, and ``planes`` planes of the codes with their scales; keys
-    and values of every token (at most two hidden states per block), and the activations of the prompt in one block. While a block of
-    the parent is packed, its codes are mapped.
+    Everything that is not quantized is held in the dtype of the computation, and ``planes`` planes of the codes with their
+    scales; keys and values of every token (at most two hidden states per block), and the activations of the prompt in one
+    block. While a block of the parent is packed, its codes are mapped.
     """
     dense = (sizes.parameters - sizes.quantized) * sizes.computing
     packed = sizes.quantized * planes // 8 + scale_bytes(sizes.quantized, group_size)

@@ -48,8 +48,8 @@ def run_job(config: Config, info: JobInfo) -> float | None:
     """Run all stages of one job, and write and show its results.
 
     Returns:
-        Mean of ``config.metric`` over the evaluated slices; None without evaluation, and on all processes but the main one, which
-        alone writes.
+        Mean of ``config.metric`` over the evaluated slices; None without evaluation, and on all processes but the main one,
+        which alone writes.
 
     Raises:
         UserError: something in the config, model or texts cannot be used.

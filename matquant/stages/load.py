@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from matquant.config import Config, TextConfig
+from matquant.config import Config
 from matquant.data import texts
+from matquant.data.config import TextConfig
 from matquant.errors import UserError
 from matquant.formats import allocation
 from matquant.formats.allocation import Allocation

@@ -61,8 +61,8 @@ def allocation_notes(one: SliceSpec) -> list[str]:
     average, parent = one.average_bits(), recorded.about.get("parent")
     if recorded.average_bits is not None and abs(recorded.average_bits - average) > 1e-4:
         notes.append(
-            f"{one.name} records {recorded.average_bits:g} bits on average, but its bit-widths make {average:g}: it was edited, "
-            "and the losses that it records are those before the edit."
+            f"{one.name} records {recorded.average_bits:g} bits on average, but its bit-widths make {average:g}: it was "
+            "edited, and the losses that it records are those before the edit."
         )
     if parent is not None and parent != one.parent.artifact.sha256:
         notes.append(f"{one.name} was found for another parent ({str(parent)[:12]}); it is evaluated on this one.")

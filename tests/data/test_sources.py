@@ -9,8 +9,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from matquant.config import TextConfig
 from matquant.data import hub, texts
+from matquant.data.config import TextConfig
 from matquant.errors import UserError
 from matquant.store import Store
 
@@ -64,7 +64,7 @@ class Rows(list):
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """What was asked of the hub; it answers with a few rows."""
+    """Requests to the hub, which answers with a few rows."""
     found: list[dict] = []
 
     def load_dataset(repository: str, **settings: Any) -> Rows:

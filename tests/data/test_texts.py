@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from matquant.config import TextConfig
 from matquant.data import stdlib, texts
+from matquant.data.config import TextConfig
 from matquant.errors import UserError
 from matquant.paths import resource_root
 

@@ -58,7 +58,7 @@ def edit(tree: Any, path: tuple[Any, ...], value: Any) -> None:
 
 
 def unless_refused(call: Callable[[], Any]) -> Any:
-    """What the call returns, or None when it is refused in a sentence."""
+    """Result of the call, or None if it raises UserError."""
     try:
         return call()
     except UserError as error:

@@ -23,7 +23,7 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def gptq_weight(tensors: dict[str, Tensor], name: str, bits: int) -> Tensor:
-    """As GPTQ's first version defines it: zero points are stored less one."""
+    """Decode GPTQ v1 tensors: zero points are stored less one."""
     scales, group_of = tensors[f"{name}.scales"].float(), tensors[f"{name}.g_idx"].long()
     codes = unpack(tensors[f"{name}.qweight"].t(), bits, len(group_of)).t()
     zeros = unpack(tensors[f"{name}.qzeros"], bits, scales.shape[1]) + 1
@@ -31,7 +31,7 @@ def gptq_weight(tensors: dict[str, Tensor], name: str, bits: int) -> Tensor:
 
 
 def compressed_weight(tensors: dict[str, Tensor], name: str, bits: int) -> Tensor:
-    """As compressed-tensors defines it."""
+    """Decode compressed-tensors tensors."""
     rows, columns = tensors[f"{name}.weight_shape"].tolist()
     scales = tensors[f"{name}.weight_scale"].float()
     zeros: Any = 2 ** (bits - 1)
@@ -121,7 +121,7 @@ def test_what_is_not_exact_is_refused_with_alternatives(mirrored, tmp_path):
         "in 5-bit codes",
         " MB)",
         "pack=nested",
-        "pack.fit=nearest",
+        "pack.rounding=nearest",
     ):
         assert part in sentence
     with pytest.raises(UserError, match=r"the 3-bit slice of .* is not exact in codes of 4 bits"):
@@ -133,7 +133,7 @@ def test_what_is_not_exact_is_refused_with_alternatives(mirrored, tmp_path):
 
 @pytest.mark.parametrize("form", ["gptq", "compressed_tensors"])
 def test_the_nearest_codes_and_their_error(mirrored, tmp_path, form):
-    folder = mirrored.pack(tmp_path / "out", 8, name=form, fit="nearest")
+    folder = mirrored.pack(tmp_path / "out", 8, name=form, rounding="nearest")
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     decode = gptq_weight if form == "gptq" else compressed_weight
     tensors = load_file(folder / "model.safetensors")
@@ -147,4 +147,4 @@ def test_the_nearest_codes_and_their_error(mirrored, tmp_path, form):
 def test_experts_are_refused(tmp_path):
     opened = Opened(save(make_model("mixtral", torch.float16), tmp_path / "model"), tmp_path / "store")
     with pytest.raises(UserError, match="does not hold mixtures of experts yet"):
-        opened.pack(tmp_path / "out", 4, name="gptq", fit="nearest")
+        opened.pack(tmp_path / "out", 4, name="gptq", rounding="nearest")

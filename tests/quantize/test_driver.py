@@ -93,7 +93,7 @@ def test_a_block_leaves_nothing_behind_that_only_the_garbage_collector_would_fin
 
 @torch.no_grad()
 def inputs_of(model, windows, names):
-    """What reaches the named layers in one pass of the whole model: [tokens, in_features] of each."""
+    """Inputs of the named layers in one forward pass of the whole model: [tokens, in_features] of each."""
     caught = {}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(

@@ -57,7 +57,7 @@ class Exports:
                 for name, bits in slices.items():
                     fit = "nearest" if bits == 8 and slicing == "msb" else "exact"
                     if not tag or bits in V1_BITS:
-                        opened.pack(folder / f"{form}-{name}", bits, name=form, fit=fit)
+                        opened.pack(folder / f"{form}-{name}", bits, name=form, rounding=fit)
             model = tf.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
             replace_linears(model, opened.parent)
             for name, bits in slices.items():

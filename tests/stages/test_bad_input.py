@@ -50,7 +50,10 @@ def model_copy(folder, source=TINY):
         (["+calibration.mix={c4:1}"], "goes with calibration.dataset=mix"),
         (["++method.overrides={*.o_proj:{group_size:96}}"], "method.overrides.*.o_proj.group_size must be one of"),
         (["calibration.sequences=100000"], "100000"),
-        (["eval.datasets.stdlib.sequence_length=1"], "eval.datasets.stdlib.sequence_length is too small"),
+        (
+            ["eval.datasets.stdlib.sequence_length=1"],
+            "eval.datasets.stdlib.sequence_length must be at least 2; found 1",
+        ),
         (
             ["calibration.sequence_length=513"],
             "calibration.sequence_length=513 is longer than the context of 512 tokens",

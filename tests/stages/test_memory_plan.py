@@ -46,8 +46,11 @@ def model_sizes(blocks: int = 4, hidden: int = 1024, inner: int = 4096) -> Model
     )
 
 
+GPTQ = GptqConfig()
+
+
 def estimate(
-    method=GptqConfig(), *, bits=BITS, tokens=TOKENS, blocks=4, on_gpu=False, solver_on_gpu=False, offload=CPU
+    method=GPTQ, *, bits=BITS, tokens=TOKENS, blocks=4, on_gpu=False, solver_on_gpu=False, offload=CPU
 ) -> MemoryEstimate:
     task = QuantizerTask(lambdas=dict.fromkeys(bits, 1.0), master_bits=8, dtype=torch.float16)
     return quantize_memory(

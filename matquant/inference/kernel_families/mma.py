@@ -19,8 +19,8 @@ GEMM_MAX_M = 64  # tokens of one launch of ``kernels/gemm.cu``
 LARGE_WEIGHTS = 2**27  # weights of a large matrix
 
 # Candidates by block_m, the best first: for matrices whose tiles of 64 rows are fewer than half of the device's multiprocessors
-# (narrow), for the others (wide), and for large ones. Measured on an H200, see experiments/results/kernels. The last candidates are
-# for devices with less shared memory.
+# (narrow), for the others (wide), and for large ones. Measured on an H200, see experiments/results/kernels. The last
+# candidates are for devices with less shared memory.
 _FALLBACK = (
     TileCandidate(block_n=64, block_k=64, warps_k=4, ctas_per_sm=2),
     TileCandidate(block_n=64, block_k=64, warps_k=2, ctas_per_sm=2),

@@ -48,7 +48,8 @@ def inverse_factor(hessian: Tensor, damp: float, layer: str = "this layer") -> I
     """
     if not torch.isfinite(hessian).all():
         raise UserError(
-            f"The calibration inputs of {layer} hold NaN or Inf, so no codes can be chosen. Check the model and the calibration text."
+            f"The calibration inputs of {layer} hold NaN or Inf, so no codes can be chosen. Check the model and the "
+            "calibration text."
         )
     requested = damp
     while damp <= _MAX_DAMPING:

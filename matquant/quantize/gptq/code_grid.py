@@ -19,7 +19,8 @@ class CodeGrid:
     """Cells of the objective's bit-widths, each a range of codes with the same value.
 
     Attributes:
-        cells: float32 [3, K]; per bit-width the codes in one cell, its cells in one cell of the bit-width before, and its cells.
+        cells: float32 [3, K]; per bit-width the codes in one cell, its cells in one cell of the bit-width before, and its
+            cells.
         codes: 2^M.
         centre: offset of a cell's value from its start, in cells: 1/2 for msb slices, 0 for round ones.
         nested: True if a cell of a bit-width holds whole cells of the next.

@@ -1,7 +1,7 @@
 """Column solver on the device of the weights: ``column_solver_cpu`` (which describes the algorithm) or ``column_solver_cuda``.
 
-K is the number of bit-widths in the objective, ascending, each with a weight above zero; T the number of compensated targets, K, or 1
-when all bit-widths share one; F the number of Hessians, K or 1.
+K is the number of bit-widths in the objective, ascending, each with a weight above zero; T the number of compensated targets,
+K, or 1 when all bit-widths share one; F the number of Hessians, K or 1.
 """
 
 import numpy as np

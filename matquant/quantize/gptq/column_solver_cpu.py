@@ -1,28 +1,28 @@
 """Column solver on the CPU: columns one after the other, rows in parallel. No row depends on another one.
 
-Compiled with numba. Throughout, K is the number of bit-widths in the objective (ascending, each with a weight above zero), T the number
-of compensated targets (K, or 1 when all bit-widths share one), and
+Compiled with numba. Throughout, K is the number of bit-widths in the objective (ascending, each with a weight above zero), T
+the number of compensated targets (K, or 1 when all bit-widths share one), and
 
-    grid      float32 [3, K]         per bit-width: codes in one of its cells, its cells in one cell of the bit-width before, its cells
-    lambdas   float32 [K, columns]   weight of the squared error of each bit-width in each column
+    grid      float32 [3, K]         per bit-width: codes in one of its cells, its cells in one cell of the bit-width before,
+    its cells lambdas   float32 [K, columns]   weight of the squared error of each bit-width in each column
 
-A code q of M bits lies in the cell floor(q / step + 1/2 - centre) of a bit-width, with the value scale (step (cell + centre) - zero).
-``centre`` is 1/2 for msb slices and 0 for round ones. A target divided by the scale, plus the zero point, is in units of a code; it is
-called u.
+A code q of M bits lies in the cell floor(q / step + 1/2 - centre) of a bit-width, with the value scale (step (cell + centre) -
+zero). ``centre`` is 1/2 for msb slices and 0 for round ones. A target divided by the scale, plus the zero point, is in units
+of a code; it is called u.
 
-Choice of a code. Cells of msb slices nest: a cell of one bit-width holds r whole cells of the next. Let g_k(c) be the least cost of the
-bit-widths k and above among the codes of a cell c of bit-width k,
+Choice of a code. Cells of msb slices nest: a cell of one bit-width holds r whole cells of the next. Let g_k(c) be the least
+cost of the bit-widths k and above among the codes of a cell c of bit-width k,
 
     g_k(c) = lambda_k (u_k - value_k(c))^2 + min over the cells c' in c of g_(k+1)(c')
 
-The minimum of a convex function over consecutive intervals is convex in the interval, so every g_k is convex. Hence its least cell m_k
-lies between the cell nearest to u_k and the cell that holds m_(k+1), and its least cell within a range is m_k clipped to that range.
-That gives the best of all 2^M codes after a few evaluations. Round slices do not nest (except for a single bit-width of M bits): for
-them all codes are tried.
+The minimum of a convex function over consecutive intervals is convex in the interval, so every g_k is convex. Hence its least
+cell m_k lies between the cell nearest to u_k and the cell that holds m_(k+1), and its least cell within a range is m_k clipped
+to that range. That gives the best of all 2^M codes after a few evaluations. Round slices do not nest (except for a single
+bit-width of M bits): for them all codes are tried.
 
-Rows (in the scale search: columns) are processed _LANES at a time, in loops that compile to vector instructions. All arithmetic is
-float32 without reassociation, so a choice never depends on the number of threads. All compiled functions stay in one file, since
-numba's cache does not notice changes in other files.
+Rows (in the scale search: columns) are processed _LANES at a time, in loops that compile to vector instructions. All
+arithmetic is float32 without reassociation, so a choice never depends on the number of threads. All compiled functions stay in
+one file, since numba's cache does not notice changes in other files.
 """
 
 import math
@@ -43,8 +43,8 @@ _PART = 16  # columns after which errors are fed back to the rest of the block
 def best_codes(u, weight, grid, master_codes, centre, nested, scratch, codes, cost):
     """Find for each lane the code of least sum_k weight_k (u_k - value_k(q))^2 among all ``master_codes`` codes.
 
-    Among codes that are equal at every bit-width of the objective, the one whose own value is nearest to the target of the highest
-    bit-width is taken, so that bits outside of the objective still follow the weight.
+    Among codes that are equal at every bit-width of the objective, the one whose own value is nearest to the target of the
+    highest bit-width is taken, so that bits outside of the objective still follow the weight.
 
     Args:
         u, weight: float32 [K, _LANES].
@@ -267,9 +267,9 @@ def choose_scales(
 ):
     """Scale and zero point of every row for the group of columns first..last.
 
-    Tries clip ratios of the group's range with each zero point (NaN: the one that follows from the range) and keeps the pair of least
-    nested rounding error, weighted by ``hessian_diag`` (float32 [columns]): every fourth clip ratio first, then those two and one steps
-    beside the best. A single clip ratio and zero point give plain min-max.
+    Tries clip ratios of the group's range with each zero point (NaN: the one that follows from the range) and keeps the pair
+    of least nested rounding error, weighted by ``hessian_diag`` (float32 [columns]): every fourth clip ratio first, then those
+    two and one steps beside the best. A single clip ratio and zero point give plain min-max.
 
     Args:
         targets: float32 [T, rows, columns], error-compensated so far.
@@ -375,8 +375,9 @@ def solve_columns(
 
 @numba.njit(cache=True)
 def _feed_back(block, error, factor, i, columns):
-    """Subtract the error of column i from the later columns of its part; at the end of a part, the error of the whole part from all
-    later columns.
+    """Subtract the error of column i from the later columns of its part.
+
+    At the end of a part, the error of the whole part is subtracted from all later columns.
     """
     part = i // _PART * _PART
     whole = i + 1 == part + _PART
@@ -410,9 +411,9 @@ def _subtract_four(later, error, coupling, i, j):
 def descend_columns(gradient, hessian, lambdas, grid, master_codes, centre, nested, first, last, scales, codes, moves):
     """Run one pass of coordinate descent over the columns first..last of every row, on the exact quadratic objective.
 
-    Each weight in turn takes the best of all codes while the others stay fixed. In a column with curvature h, the error of a bit-width
-    as a function of its value v is h (v - (w - g/h))^2 plus a constant, with the present value w and half the gradient g. So the best
-    code is that of the targets w - g/h.
+    Each weight in turn takes the best of all codes while the others stay fixed. In a column with curvature h, the error of a
+    bit-width as a function of its value v is h (v - (w - g/h))^2 plus a constant, with the present value w and half the
+    gradient g. So the best code is that of the targets w - g/h.
 
     Args:
         gradient: float32 [K, rows, columns], half the gradient.

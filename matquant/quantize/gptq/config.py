@@ -16,13 +16,14 @@ class GptqConfig(MethodConfig):
     """Each field toggles one technique; the presets matgptq, matgptq_v1 and gptq only set these fields.
 
     Attributes:
-        error_feedback: per_bit keeps one compensated target per bit-width; mean keeps one for all and feeds back the mean error of the
-            bit-widths, as MatGPTQ v1 does.
+        error_feedback: per_bit keeps one compensated target per bit-width; mean keeps one for all and feeds back the mean
+            error of the bit-widths, as MatGPTQ v1 does.
         scale: minmax, or search for the clip ratio (and zero point) of the least nested rounding error.
         act_order: columns of a group by falling diagonal of the Hessian.
         cd_passes: passes of coordinate descent over the codes after the solve.
         calibration_bits: bit-widths whose slices are propagated while calibrating; none: the parent at all its bits.
-        asymmetric_calibration: aim at the full-precision model's outputs (GPTAQ), not at those for the quantized model's inputs.
+        asymmetric_calibration: aim at the full-precision model's outputs (GPTAQ), not at those for the quantized model's
+            inputs.
         true_sequential: calibrate later layers of a block on the quantized earlier ones.
         damp: fraction of the Hessian's mean diagonal that is added to it.
         block_size: columns between two lazy updates of the rest.

@@ -85,7 +85,9 @@ def _all_hessians(settings: GptqSettings, inputs: Sequence[int]) -> int:
 
 
 def _calibrate(settings: GptqSettings, sizes: ModelSizes, tokens: CalibrationTokens, stage: Sequence[LayerSize]) -> int:
-    """Accumulators of a stage, captured inputs of a batch, dequantized layers of earlier stages, and the larger one of the
+    """Bytes for the Hessians of a stage.
+
+    Accumulators of the stage, captured inputs of a batch, dequantized layers of earlier stages, and the larger one of the
     batch's activations and a product that is added to the accumulators.
     """
     streams, asymmetric = settings.streams, settings.asymmetric

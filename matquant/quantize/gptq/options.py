@@ -21,8 +21,8 @@ class SolverOptions:
 
     Attributes:
         lambdas: weight of each bit-width; bit-widths of weight zero are left out.
-        zero_point_offset: of symmetric weights from the middle of the codes, in code steps. With an offset each group takes the better
-            of the grid and its mirror image, which a negative scale stands for.
+        zero_point_offset: of symmetric weights from the middle of the codes, in code steps. With an offset each group takes
+            the better of the grid and its mirror image, which a negative scale stands for.
         cd_passes: passes of coordinate descent after the solve.
         scale_dtype: dtype in which scales are stored; codes are chosen with the stored values.
     """

@@ -98,7 +98,8 @@ class GptqQuantizer(BlockQuantizer):
 class _BlockSolver:
     """Quantization of one block, stage by stage.
 
-    A stage is a set of layers that are calibrated in one pass: q, k, v / o / gate, up / down with ``true_sequential``, all layers without.
+    A stage is a set of layers that are calibrated in one pass: q, k, v / o / gate, up / down with ``true_sequential``, all
+        layers without.
     """
 
     def __init__(self, quantizer: GptqQuantizer, context: BlockContext) -> None:

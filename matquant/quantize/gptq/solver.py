@@ -21,11 +21,12 @@ from matquant.quantize.gptq.code_grid import FROM_RANGE, CodeGrid, ScaleSearchSp
 from matquant.quantize.gptq.hessians import HessianStats, PreparedHessians, prepare_hessians
 from matquant.quantize.gptq.options import SolverOptions
 
-# Clip ratios of a group's range that the scale search tries. Two bits need a grid well inside the range, eight bits nearly all of it.
+# Clip ratios of a group's range that the scale search tries. Two bits need a grid well inside the range, eight bits nearly all
+# of it.
 _CLIP_RATIOS = torch.linspace(1.0, 0.4, 25)
 
-# Weights that are solved at once; a larger matrix is solved in parts of its rows. Up to three float32 arrays of a part's size are alive
-# for each bit-width: compensated targets, uncompensated targets, gradients.
+# Weights that are solved at once; a larger matrix is solved in parts of its rows. Up to three float32 arrays of a part's size
+# are alive for each bit-width: compensated targets, uncompensated targets, gradients.
 MAX_WEIGHTS_AT_ONCE = 2**26
 
 # Zero points around the middle of 8-bit codes that the search tries besides the one that fits the range.
@@ -41,8 +42,8 @@ def solve(weight: Tensor, prepared: PreparedHessians | None, options: SolverOpti
         options: techniques and format.
 
     Raises:
-        ValueError: the group size does not divide in_features or does not align with the block size, or round slices, which have no
-            mirror image, are combined with a zero-point offset.
+        ValueError: the group size does not divide in_features or does not align with the block size, or round slices, which
+            have no mirror image, are combined with a zero-point offset.
     """
     columns = weight.shape[1]
     group_size = columns if options.group_size == -1 else options.group_size

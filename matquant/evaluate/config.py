@@ -1,0 +1,38 @@
+"""Settings of the evaluation: texts for perplexity and KL divergence, and tasks of lm-eval."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from matquant.data.config import TextConfig, check_text
+from matquant.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Texts and tasks that every slice is evaluated on.
+
+    Attributes:
+        datasets: texts by their name in the results.
+        tasks: of lm-eval: its own names, ``stdlib_choice`` and ``stdlib_docstrings``, or those in ``task_folder``.
+        task_folder: of task files with data of their own.
+        fewshot: examples before each question; None leaves it to the task.
+        limit: questions of each task; None for all.
+    """
+
+    datasets: Mapping[str, TextConfig]
+    tasks: tuple[str, ...] = ()
+    task_folder: str | None = None
+    fewshot: int | None = None
+    limit: int | None = None
+    task_batch_size: int = 8
+
+
+def check_evaluation(config: EvalConfig) -> None:
+    """Raise UserError if there is no text, or a value is out of range."""
+    if not config.datasets:
+        raise UserError("eval.datasets names no text; give at least one, for example eval=default.")
+    for name, text in config.datasets.items():
+        check_text(text, f"eval.datasets.{name}")
+    for name, least in {"task_batch_size": 1, "limit": 1, "fewshot": 0}.items():
+        if (value := getattr(config, name)) is not None and value < least:
+            raise UserError(f"eval.{name} must be at least {least}; found {value}.")

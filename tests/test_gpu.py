@@ -166,7 +166,7 @@ def test_moments_of_half_precision_inputs_lose_nothing(dtype, monkeypatch):
     moments = hessian.HessianAccumulator(512, "cuda", asymmetric=True)
     batches = [activations(4, 600, 512, dtype=dtype) * (1 + k) for k in range(3)]
     for full, _, inputs, _ in batches:
-        moments.add(inputs, full)
+        moments.update(inputs, full)
     inputs = torch.cat([batch[2] for batch in batches]).double()
     full = torch.cat([batch[0] for batch in batches]).double()
     square, cross = (2 * left.T @ inputs / len(inputs) for left in (inputs, full - inputs))

@@ -25,7 +25,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"symmetric": False}),
     ("gpt2", {"group_size": -1}),
     ("llama", {"slicing": "round"}),
-    ("opt", {"offset": 8.0}),
+    ("opt", {"zero_point_offset": 8.0}),
     ("mixtral", {"skip": "down_proj"}),  # of each expert only a part is nested
     ("gpt2", {"skip": "c_attn"}),
 ]

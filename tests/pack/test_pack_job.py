@@ -101,9 +101,9 @@ def test_a_folder_that_is_there_is_not_replaced_unless_asked(
         (["pack=nested", "method=gptq", "bits=[2,3]"], "makes 2 models, one for each width, and a folder holds one"),
         (["pack=matgptq_v1"], "that are cut by msb"),
         (["pack=zip"], "matgptq_v1"),
-        (["stages=[generate]"], "stages=[generate] needs a text to go on with"),
+        (["stages=[generate]"], "stages=[generate] needs a prompt"),
         (["stages=[generate]", "prompt=x", "method=gptq", "bits=[2,3]"], "and 2 models"),
-        (["stages=[generate]", "prompt=x", "max_new_tokens=5000"], "with max_new_tokens=5000 that is more than the"),
+        (["stages=[generate]", "prompt=x", "max_new_tokens=5000"], "with max_new_tokens=5000 that is longer than the"),
     ],
 )
 def test_what_is_refused(matquant: Any, small_model: Path, tmp_path: Path, overrides: list[str], sentence: str) -> None:

@@ -78,7 +78,7 @@ def mirrored(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     """With the offset of the default method, so that groups are mirrored."""
     folder = tmp_path_factory.mktemp("mirrored")
     model = save(make_model("llama", torch.float16), folder / "model")
-    return Opened(model, folder / "store", slicing="msb", offset=8.0)
+    return Opened(model, folder / "store", slicing="msb", zero_point_offset=8.0)
 
 
 @pytest.mark.parametrize("form", ["gptq", "compressed_tensors"])
@@ -104,7 +104,7 @@ def test_an_allocation_keeps_one_kind_of_code_where_runtimes_fuse(mirrored, tmp_
 def test_rounded_slices_have_codes_of_their_own_width(tmp_path_factory, tmp_path):
     folder = tmp_path_factory.mktemp("rounded")
     model = save(make_model("llama", torch.float16), folder / "model")
-    opened = Opened(model, folder / "store", slicing="round", offset=0.0)
+    opened = Opened(model, folder / "store", slicing="round", zero_point_offset=0.0)
     for width in (2, 3, 4, 8):
         for form in ("gptq", "compressed_tensors"):
             config = check(opened, opened.pack(tmp_path / f"{form}{width}", width, name=form), width)

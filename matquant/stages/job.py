@@ -129,6 +129,6 @@ def _write_allocations(results: JobResults, folder: Path) -> None:
     for row in results.search["front"] if results.search else []:
         one = by_name[row["file"]]
         about = dict(one.allocation or {})
-        found = Allocation(bits=about.pop("widths"), average_bits=one.average_bits, bytes=one.bytes, about=about)
+        found = Allocation(bits=about.pop("bits"), average_bits=one.average_bits, bytes=one.bytes, about=about)
         write_atomic(folder / row["file"], allocation.to_yaml(found))
         write_atomic((folder / row["file"]).with_suffix(".txt"), allocation.to_text(found))

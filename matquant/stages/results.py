@@ -108,7 +108,7 @@ def _slice_result(
     found = {name: of_dataset[one.name] for name, of_dataset in metrics.items()}
     facts = None
     if one.allocation is not None:
-        facts = {**one.allocation.about, "widths": dict(one.allocation.bits)}
+        facts = {**one.allocation.about, "bits": dict(one.allocation.bits)}
     return SliceResult(
         bits=one.bits if isinstance(one.bits, int) else ALLOCATION,
         name=None if one.allocation is None else one.name,

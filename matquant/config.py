@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from matquant.data.config import TextConfig, check_text
+from matquant.data.config import TextConfig
+from matquant.data.texts import check_text
 from matquant.errors import UserError
 from matquant.evaluate.config import EvalConfig, check_evaluation
 from matquant.formats.allocation import is_file_name

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # runs from a checkout that is not installed
 
-from matquant.data import stdlib  # noqa: E402
+from matquant.data.sources import stdlib  # noqa: E402
 from matquant.report.provenance import provenance  # noqa: E402
 
 TINY = ROOT / "experiments" / "models" / "tiny"

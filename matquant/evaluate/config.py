@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
-from matquant.data.config import TextConfig, check_text
+from matquant.data.config import TextConfig
+from matquant.data.texts import check_text
 from matquant.errors import UserError
 
 

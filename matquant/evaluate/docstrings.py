@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from matquant.data import stdlib
+from matquant.data.sources import stdlib
 
 NAMES = ("stdlib_choice", "stdlib_docstrings")
 

@@ -9,8 +9,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from matquant.data import hub, texts
+from matquant.data import texts
 from matquant.data.config import TextConfig
+from matquant.data.sources import SOURCES
 from matquant.errors import UserError
 from matquant.store import Store
 
@@ -105,7 +106,8 @@ def test_c4_is_measured_on_the_first_documents_of_the_validation_split(asked: li
 
 
 def test_fineweb_splits_do_not_overlap_and_stream(asked: list[dict]) -> None:
-    one, two = (set(hub.fineweb_edu(split)) for split in ("calibration", "evaluation"))
+    source, text = SOURCES["fineweb_edu"], config(dataset="fineweb_edu")
+    one, two = (set(source.documents(text, split, Characters())) for split in ("calibration", "evaluation"))
     assert not one & two
     assert len(one | two) == 60
     assert len(one) > len(two) > 0

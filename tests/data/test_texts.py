@@ -1,4 +1,5 @@
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from matquant.data import stdlib, texts
+from matquant.data import texts
 from matquant.data.config import TextConfig
+from matquant.data.sources import SOURCES, TextSource, stdlib
+from matquant.data.sources.base import DOCUMENTS_PER_BATCH
 from matquant.errors import UserError
 from matquant.paths import resource_root
 
@@ -24,6 +27,27 @@ class Characters:
 
     def __call__(self, batch: list[str], **_: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [[ord(c) for c in text] for text in batch]}
+
+
+class Counted:
+    """A tokenizer that makes the tokens 0, 1, 2, ... of every document."""
+
+    eos_token_id = None
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def __call__(self, batch: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [list(range(self.tokens)) for _ in batch]}
+
+
+class OneDocument(TextSource):
+    """The smallest source."""
+
+    name = "one"
+
+    def documents(self, text: TextConfig, split: str, tokenizer: Any) -> Iterator[str]:
+        yield split
 
 
 def config(**settings: Any) -> TextConfig:
@@ -62,12 +86,10 @@ def test_a_tokenizer_without_end_token_and_a_single_file(folder: Path) -> None:
 @given(st.integers(0, 2**31), st.integers(1, 8), st.integers(2, 9))
 @settings(max_examples=30, deadline=None)
 def test_drawn_windows_are_different_ones_in_order(seed: int, sequences: int, length: int) -> None:
-    row = torch.arange(100)
+    drawn = config(dataset="one", sequences=sequences, sequence_length=length, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(texts, "_row", lambda *_: row)
-        drawn = config(sequences=sequences, sequence_length=length, seed=seed)
-        found = texts.windows(drawn, "train", Characters())
-        again = texts.windows(drawn, "train", Characters())
+        patch.setitem(SOURCES, "one", OneDocument())
+        found, again = (texts.windows(drawn, "train", Counted(100)) for _ in range(2))
     assert torch.equal(found, again)
     starts = found[:, 0]
     assert (starts % length == 0).all()
@@ -76,22 +98,25 @@ def test_drawn_windows_are_different_ones_in_order(seed: int, sequences: int, le
 
 
 def test_other_seeds_draw_other_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "_row", lambda *_: torch.arange(4000))
-    drawn = [texts.windows(config(sequences=8, seed=seed), "train", Characters()) for seed in (0, 1)]
+    monkeypatch.setitem(SOURCES, "one", OneDocument())
+    drawn = [texts.windows(config(dataset="one", sequences=8, seed=seed), "train", Counted(4000)) for seed in (0, 1)]
     assert not torch.equal(*drawn)
 
 
 def test_only_as_many_documents_as_needed_are_read_without_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
 
-    def endless(_: str):
-        while True:
-            read.append(1)
-            yield "text"
+    class Endless(TextSource):
+        name = "endless"
 
-    monkeypatch.setattr(stdlib, "documents", endless)
-    assert texts.windows(config(dataset="stdlib"), "train", Characters()).shape == (2, 4)
-    assert len(read) <= texts._AT_ONCE
+        def documents(self, text: TextConfig, split: str, tokenizer: Any) -> Iterator[str]:
+            while True:
+                read.append(1)
+                yield "text"
+
+    monkeypatch.setitem(SOURCES, "endless", Endless())
+    assert texts.windows(config(dataset="endless"), "train", Characters()).shape == (2, 4)
+    assert len(read) <= DOCUMENTS_PER_BATCH
 
 
 def test_the_standard_library_with_a_real_tokenizer_warns_of_nothing(
@@ -140,3 +165,8 @@ def test_the_fingerprint_knows_ids_and_shape() -> None:
     prints = {texts.fingerprint(w) for w in (ids.view(3, 4), ids.view(4, 3), ids.view(3, 4) + 1)}
     assert len(prints) == 3
     assert texts.fingerprint(ids.view(3, 4)) == texts.fingerprint(ids.view(4, 3).clone().view(3, 4))
+
+
+def test_an_unknown_dataset_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"calibration\.dataset must be one of stdlib, .*mix; found 'wiki'"):
+        texts.check_text(config(dataset="wiki"), "calibration")

@@ -5,7 +5,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from matquant.data.config import TextConfig
+from matquant.data.sources.base import TextSource
 from matquant.errors import UserError
+from matquant.store import fingerprint_files
 
 PLAIN = (".txt", ".md", ".py")
 TABLES = (".jsonl", ".parquet")
@@ -15,8 +18,33 @@ SUFFIXES = PLAIN + TABLES
 _FIELDS = ("text", "messages", "content")
 
 
+class LocalSource(TextSource):
+    """File or folder of the user. It has no splits: all of it is read."""
+
+    name = "local"
+    has_splits = False
+
+    def documents(self, text: TextConfig, split: str, tokenizer: Any) -> Iterator[str]:
+        return documents(self.folder(text), text.field, tokenizer)
+
+    def folder(self, text: TextConfig) -> Path:
+        """Path of the file or folder."""
+        return Path(text.path or "").expanduser()
+
+    def check(self, text: TextConfig, where: str) -> None:
+        if text.path is None:
+            raise UserError(f"{where}.dataset={text.dataset} needs {where}.path: a text file or a folder of them.")
+
+    def file_hashes(self, text: TextConfig) -> list[str]:
+        path = self.folder(text)
+        return list(fingerprint_files(Path(), [str(file) for file in files(path)]).values()) if path.exists() else []
+
+    def describe(self, text: TextConfig, split: str) -> str:
+        return str(text.path)
+
+
 def documents(path: Path, field: str | None, tokenizer: Any) -> Iterator[str]:
-    """One file, or every file of a known kind below a folder in order of their paths; what is hidden is left out.
+    """Texts of one file, or of every text file below a folder in the order of their paths; hidden files are skipped.
 
     Args:
         field: of a row of a table; ``text``, ``messages`` or ``content`` when None. A list of chat messages goes

@@ -10,7 +10,10 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from matquant.data.config import TextConfig
+from matquant.data.sources.base import TextSource
 from matquant.errors import UserError
 
 SPLITS = ("train", "calibration", "evaluation")
@@ -23,6 +26,19 @@ _FOREIGN = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _TESTS = frozenset({"test", "tests", "idle_test"})
 # Tables rather than text, or written by the build of one interpreter.
 _TABLES = frozenset({"encodings", "pydoc_data"})
+
+
+class StdlibSource(TextSource):
+    """Source code of the running interpreter's standard library. Its windows depend on the machine, so none are stored."""
+
+    name = "stdlib"
+    has_cached_windows = False
+
+    def documents(self, text: TextConfig, split: str, tokenizer: Any) -> Iterator[str]:
+        return documents(split)
+
+    def describe(self, text: TextConfig, split: str) -> str:
+        return f"the {split} split of the standard library's source"
 
 
 def split_of(path: str) -> str:

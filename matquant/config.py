@@ -18,6 +18,7 @@ from matquant.formats.allocation import is_file_name
 from matquant.models import config as loading
 from matquant.models.config import ModelConfig
 from matquant.pack import config as packing
+from matquant.pack.check import check_pack
 from matquant.pack.config import PackConfig
 from matquant.quantize.config import MethodConfig, ObjectiveConfig, check_bits, check_method, check_objective
 from matquant.quantize.gptq.config import GptqConfig
@@ -183,7 +184,7 @@ def _check(config: Config) -> None:
             "stages=[generate] needs a prompt, such as prompt='def ', max_new_tokens of at least 1, and a method that "
             f"makes one parent; found prompt={config.prompt!r}, max_new_tokens={config.max_new_tokens} and {models} models."
         )
-    packing.check(config.pack, config.stages, models)
+    check_pack(config.pack, config.stages, models)
 
 
 def _check_slices(config: Config) -> None:

@@ -66,7 +66,7 @@ def exact_grid(
     slicing: Slicing,
     zero_points: Iterable[float],
     supported: Sequence[tuple[int, bool]],
-    least_zero: int = 0,
+    min_zero_point: int = 0,
 ) -> Grid | None:
     """The first grid of a format that holds a slice exactly.
 
@@ -74,7 +74,7 @@ def exact_grid(
         width, master_bits, slicing: of the slice.
         zero_points: z of all groups, in steps of a master code.
         supported: (bits, symmetric) of the codes that the format has, the best first.
-        least_zero: the smallest zero point that it can store.
+        min_zero_point: the smallest zero point that it can store.
 
     Returns:
         None when there is none.
@@ -90,7 +90,7 @@ def exact_grid(
     for bits, symmetric in supported:
         middle, top = 2 ** (bits - 1), 2**bits - 1
         if not symmetric:
-            moves = [max(0, low + least_zero) for low in lows]
+            moves = [max(0, low + min_zero_point) for low in lows]
             fits = all(span + m <= top and m - low <= top for m, low in zip(moves, lows, strict=True))
             if fits:
                 return Grid(bits=bits, symmetric=False, factor=factor)
@@ -108,7 +108,7 @@ def zero_points(weight: NestedWeight) -> Tensor:
     return weight.zeros.float()
 
 
-def on_grid(weight: NestedWeight, width: int, grid: Grid, least_zero: int = 0) -> IntegerWeight:
+def on_grid(weight: NestedWeight, width: int, grid: Grid, min_zero_point: int = 0) -> IntegerWeight:
     """A slice as codes of a grid that ``exact_grid`` found for it, without any loss.
 
     Raises:
@@ -125,7 +125,7 @@ def on_grid(weight: NestedWeight, width: int, grid: Grid, least_zero: int = 0) -
         zeros = torch.full_like(low, 2 ** (grid.bits - 1))
         codes = sign * (steps + low[:, :, None]) + zeros[:, :, None]
     else:
-        move = (low + least_zero).clamp(min=0)
+        move = (low + min_zero_point).clamp(min=0)
         zeros, codes = move - low, steps + move[:, :, None]
     wanted = weight.scales.double() * (sign * ratio / grid.factor)
     scales = wanted.to(weight.scales.dtype)

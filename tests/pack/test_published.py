@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from matquant.errors import UserError
 from matquant.inference import nested_layers
 from matquant.pack.config import PackConfig
-from matquant.pack.matgptq_writer import check
+from matquant.pack.formats import FORMATS
 
 GROUP = 32
 
@@ -153,12 +153,12 @@ def test_a_parent_in_the_published_format(tmp_path: Path) -> None:
 def test_what_the_published_format_cannot_hold_is_refused(llama: Opened, tmp_path: Path) -> None:
     config = PackConfig(name="matgptq_v1")
     with pytest.raises(UserError, match="symmetric 8-bit codes that are cut by msb.*pack=nested holds this parent"):
-        check(config, method())
+        FORMATS["matgptq_v1"].check(config, method())
     with pytest.raises(UserError, match="cut by msb"):
         llama.pack(tmp_path / "p", name="matgptq_v1")
     moe = Opened(save(make_model("mixtral", torch.float16), tmp_path / "m"), tmp_path / "s", slicing="round")
     with pytest.raises(UserError, match="no names for experts"):
         moe.pack(tmp_path / "p", name="matgptq_v1")
-    with pytest.raises(UserError, match="holds one width for all layers"):
+    with pytest.raises(UserError, match="holds one bit-width for all layers"):
         moe.pack(tmp_path / "p", name="matgptq_v1", widths=dict.fromkeys(moe.names(), 3))
     assert not list(tmp_path.glob("*p*"))

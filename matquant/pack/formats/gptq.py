@@ -13,7 +13,7 @@ from torch import Tensor
 
 from matquant.errors import UserError
 from matquant.formats.packed import LayerSpec, TensorSpec
-from matquant.pack.export_format import Format, group_size, name_pattern
+from matquant.pack.formats.integer_format import IntegerFormat, group_size, name_pattern
 from matquant.pack.integer_grid import Grid, IntegerWeight, pack_bits
 from matquant.pack.pack_input import PackInput
 from matquant.version import __version__
@@ -22,12 +22,12 @@ _BITS = (2, 3, 4, 8)
 _WORD = 32
 
 
-class Gptq(Format):
-    """See ``formats.Format``."""
+class GptqFormat(IntegerFormat):
+    """Codes of 2, 3, 4 or 8 bits in words of 32 bits, packed along the input features."""
 
     name = "gptq"
     supported = tuple((bits, symmetric) for symmetric in (True, False) for bits in _BITS)
-    least_zero = 1  # since they are stored less one
+    min_zero_point = 1  # since they are stored less one
 
     def tensors(self, layer: LayerSpec, grid: Grid) -> dict[str, TensorSpec]:
         rows, columns = layer.out_features, layer.in_features

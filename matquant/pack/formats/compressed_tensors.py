@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from matquant.formats.packed import LayerSpec, TensorSpec
-from matquant.pack.export_format import Format, group_size
+from matquant.pack.formats.integer_format import IntegerFormat, group_size
 from matquant.pack.integer_grid import Grid, IntegerWeight, pack_bits
 from matquant.pack.pack_input import PackInput
 
 _WORD = 32
 
 
-class CompressedTensors(Format):
-    """See ``formats.Format``."""
+class CompressedTensorsFormat(IntegerFormat):
+    """Codes of 2 to 8 bits in words of 32 bits, packed along the input features."""
 
     name = "compressed_tensors"
     supported = tuple((bits, symmetric) for symmetric in (True, False) for bits in range(2, 9))
-    least_zero = 0
+    min_zero_point = 0
 
     def tensors(self, layer: LayerSpec, grid: Grid) -> dict[str, TensorSpec]:
         rows, columns = layer.out_features, layer.in_features

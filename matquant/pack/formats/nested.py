@@ -1,4 +1,4 @@
-"""Writes the nested checkpoint: planes in the order in which a reader may stop reading.
+"""Nested checkpoint: planes in the order in which a reader may stop reading.
 
     model-00001-of-N  scales, zero points and the first two planes of all layers, then everything that is not quantized
     model-00002-of-N  plane 2
@@ -8,48 +8,38 @@
 the first three planes needs.
 """
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-
-from matquant.formats.packed import NestedSpec, TensorSpec, index_name
+from matquant.formats.packed import STOCK_INDEX, NestedSpec, TensorSpec, index_name
 from matquant.formats.planes import NestedPlanes
 from matquant.formats.shard_index import INDEX
+from matquant.pack.formats.base import CheckpointFormat, PackRequest, PackResult
 from matquant.pack.pack_input import PackInput
 from matquant.pack.shards import Section, ShardWriter, aligned
 
-_FIRST = 2  # planes that are in the first section: no width needs fewer
+_FIRST = 2  # planes in the first section: the smallest bit-width
 
 
-def write(
-    source: PackInput,
-    folder: Path,
-    *,
-    bits: int | Mapping[str, int],
-    prefill_bits: int | None = None,
-    max_bits: int,
-    limit: int,
-    progress: Callable[[int], None] = lambda _: None,
-) -> NestedSpec:
-    """Write the weight files and their indices.
+class NestedFormat(CheckpointFormat):
+    """Parent of this project: one folder that is loaded at any bit-width."""
 
-    Args:
-        folder: an empty one.
-        bits: what a reader begins with: a width, or one for each layer.
-        prefill_bits: its width for many tokens; None for the same.
-        max_bits: the planes that widths up to this one need are written.
-        limit: bytes of a file.
-        progress: called with 1 after each layer.
+    name = "nested"
 
-    Returns:
-        What the config has to say of it.
+    def write(self, request: PackRequest) -> PackResult:
+        spec = _write(request)
+        return PackResult(
+            quantization_config=spec.to_json(),
+            # Null, so that from_pretrained(folder, bits=3) finds a setting of that name.
+            config={"bits": None, "prefill_bits": None, "max_bits": None, "transformers_weights": STOCK_INDEX},
+            record={"max_bits": spec.max_bits, "bits": request.bits if isinstance(request.bits, int) else "allocation"},
+        )
 
-    Raises:
-        UserError: the disk is full, or a file cannot be read.
-    """
+
+def _write(request: PackRequest) -> NestedSpec:
+    """Write the weight files and an index for each number of planes."""
+    source, max_bits = request.source, request.max_bits
     dense = aligned(source.dense)
     sections = _sections(source, dense, max_bits)
     planes = list(range(_FIRST, len(sections) + 1))
-    with ShardWriter(folder, sections, limit) as files:
+    with ShardWriter(request.folder, sections, request.file_bytes) as files:
         for name, weight in source.weights():
             packed = NestedPlanes.pack(weight, min(max_bits, weight.format.master_bits))
             files.write(f"{name}.scales", packed.scales)
@@ -57,19 +47,19 @@ def write(
                 files.write(f"{name}.zeros", packed.zeros)
             for d, plane in enumerate(packed.planes):
                 files.write(f"{name}.plane{d}", plane)
-            progress(1)
+            request.progress(1)
         for name in dense:
             files.write(name, source.read(name))
         files.write_index(INDEX)
         for count in planes:
             files.write_index(index_name(count), count - _FIRST + 1)
-    widths = {} if isinstance(bits, int) else dict(bits)
+    by_layer = {} if isinstance(request.bits, int) else dict(request.bits)
     return NestedSpec(
         layers=source.layers,
-        bits=bits if isinstance(bits, int) else max(widths.values()),
+        bits=request.bits if isinstance(request.bits, int) else max(by_layer.values()),
         max_bits=max_bits,
-        layer_bits=widths,
-        prefill_bits=prefill_bits,
+        layer_bits=by_layer,
+        prefill_bits=request.prefill_bits,
         modules_to_not_convert=source.unconverted,
         plane_indices=planes,
         files=files.records,

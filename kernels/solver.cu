@@ -9,8 +9,8 @@
 //   SCALES   dtype of stored scales: 0 float32, 1 float16, 2 bfloat16
 // Launch
 //   choose_scales                 one warp per row, columns over lanes: 128 threads, (rows + 3) / 4 blocks
-//   solve_columns, sweep_columns  one row per lane, one warp per block: 32 threads, (rows + 31) / 32 blocks. The columns of a row are
-//                                 sequentially dependent, rows are independent. Shared memory: T (solve_columns) or K (sweep_columns)
+//   solve_columns, descend_columns  one row per lane, one warp per block: 32 threads, (rows + 31) / 32 blocks. The columns of a row are
+//                                 sequentially dependent, rows are independent. Shared memory: T (solve_columns) or K (descend_columns)
 //                                 x columns x 33 floats
 //
 // cells: float32 [3, K]; per bit-width the codes per cell, the cells per cell of the previous bit-width, and the number of cells. All
@@ -281,7 +281,7 @@ KERNEL void solve_columns(const float* targets, const float* factor, const float
 //
 // gradient [K, rows, columns], hessian [F, width, width], lambdas [K, columns], scales [rows]; in and out: codes [rows, columns];
 // out: changes of the dequantized weights [K, width, rows].
-KERNEL void sweep_columns(const float* gradient, const float* hessian, const float* lambdas, const float* cells, int code_count,
+KERNEL void descend_columns(const float* gradient, const float* hessian, const float* lambdas, const float* cells, int code_count,
                           float centre, int rows, int columns, int first, int width, const float* scales,
                           u8* codes, float* changes) {
     SHARED_MEMORY(shared);

@@ -120,7 +120,7 @@ def descend_columns(
     """Run a pass of coordinate descent, see ``column_solver.descend_columns``."""
     count, rows, columns = gradient.shape
     width = last - first
-    kernel = load("sweep_columns", _defines(grid, lambdas, count, len(hessian), torch.float32), gradient.device)
+    kernel = load("descend_columns", _defines(grid, lambdas, count, len(hessian), torch.float32), gradient.device)
     moves = gradient.new_empty(count, width, rows)
     args = (
         gradient,

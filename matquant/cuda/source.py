@@ -10,12 +10,12 @@ import json
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matquant.errors import UserError
 from matquant.paths import resource_root
+from matquant.store.files import write_atomically
 
 CACHE_VARIABLE = "MATQUANT_CUDA_CACHE"
 STANDARD = "--std=c++17"
@@ -92,7 +92,7 @@ def cubin(source: Source, options: Sequence[str], version: str, compiler: Compil
         return found
     compiled = compiler(source.name, source.text, source.headers, options)
     try:
-        _write(path, compiled)
+        write_atomically(path, hashlib.sha256(compiled).digest(), compiled)
     except OSError as error:
         logger.warning(
             f"Compiled kernels cannot be written to {path.parent}: {error}. Every process will compile them again; set "
@@ -116,23 +116,10 @@ def _key(source: Source, options: Sequence[str], version: str) -> str:
 
 
 def _read(path: Path) -> bytes | None:
-    """Content written by ``_write``; None if the file is missing or truncated."""
+    """Compiled kernel of a cache file, which begins with its SHA-256; None if the file is missing or truncated."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
     digest, body = content[:_DIGEST], content[_DIGEST:]
     return body if hashlib.sha256(body).digest() == digest else None
-
-
-def _write(path: Path, body: bytes) -> None:
-    """Write digest and body atomically: other processes may read or write the file at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(body).digest() + body)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -1,22 +1,12 @@
-"""Atomic text files: a file under its final name is complete."""
+"""Text files of a report: a file under its final name is complete."""
 
-import os
-import secrets
 from pathlib import Path
+
+from matquant.store.files import write_atomically
 
 
 def write_atomic(path: Path, text: str) -> Path:
-    """Write ``text`` as UTF-8 under a temporary name beside ``path``, sync it, rename it; returns ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with temporary.open("xb") as file:
-            # A path from the command line may hold bytes that are not UTF-8 (lone surrogates): escape them.
-            file.write(text.encode("utf-8", "backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Write ``text`` atomically as UTF-8. Returns ``path``. Raises OSError."""
+    # A path from the command line may hold bytes that are not UTF-8 (lone surrogates): escape them.
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))
     return path

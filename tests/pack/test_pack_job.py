@@ -98,7 +98,10 @@ def test_a_folder_that_is_there_is_not_replaced_unless_asked(
         (["pack=nested", "pack.bits=4", "pack.max_bits=3"], "4 bits need more planes than are written"),
         (["pack=nested", "pack.prefill_bits=4", "pack.max_bits=3"], "4 bits need more planes than are written"),
         (["pack=nested", "pack.shard_gb=0"], "pack.shard_gb must be more than 0"),
-        (["pack=nested", "method=gptq", "bits=[2,3]"], "makes 2 models, one for each bit-width, and a folder holds one"),
+        (
+            ["pack=nested", "method=gptq", "bits=[2,3]"],
+            "makes 2 models, one for each bit-width, and a folder holds one",
+        ),
         (["pack=matgptq_v1"], "that are cut by msb"),
         (["pack=zip"], "matgptq_v1"),
         (["stages=[generate]"], "stages=[generate] needs a prompt"),

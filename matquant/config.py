@@ -11,24 +11,19 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from matquant.data.config import TextConfig
-from matquant.data.texts import check_text
-from matquant.errors import UserError
-from matquant.evaluate.config import EvalConfig, check_evaluation
+from matquant.evaluate.config import EvalConfig
 from matquant.formats.allocation import is_file_name
-from matquant.models import config as loading
 from matquant.models.config import ModelConfig
 from matquant.pack import config as packing
-from matquant.pack.check import check_pack
 from matquant.pack.config import PackConfig
-from matquant.quantize.config import MethodConfig, ObjectiveConfig, check_bits, check_method, check_objective
+from matquant.quantize.config import MethodConfig, ObjectiveConfig
 from matquant.quantize.gptq.config import GptqConfig
 from matquant.quantize.rtn.config import RtnConfig
 from matquant.report.config import TrackingConfig
 from matquant.search import config as searching
-from matquant.search.config import SearchConfig, check_search, with_default_method
+from matquant.search.config import SearchConfig, with_default_method
 from matquant.store.config import StoreConfig
 from matquant.transforms.config import TransformConfig
-from matquant.transforms.rotation import RotationConfig
 from matquant.typed_config import TARGET, build, defaults_of
 
 STAGES = ("quantize", "evaluate", "pack", "generate")
@@ -121,7 +116,7 @@ def schemas() -> dict[str, dict[str, Any]]:
         "runtime": RuntimeConfig,
         "transform": TransformConfig,
     }
-    methods = {"gptq": GptqConfig, "rtn": RtnConfig, "rotation": RotationConfig}
+    methods = {"gptq": GptqConfig, "rtn": RtnConfig}
     found = {name: defaults_of(kind) for name, kind in nodes.items()}
     for name, kind in methods.items():
         found[name] = {TARGET: f"{kind.__module__}.{kind.__qualname__}", **defaults_of(kind)}
@@ -143,7 +138,11 @@ def from_hydra(cfg: DictConfig) -> Config:
     tree["allocations"] = [b for b in given if is_file_name(b)]
     config = typing.cast(Config, build(Config, tree, renamed=RENAMED))
     config = dataclasses.replace(config, search=with_default_method(config.search))
-    _check(config)
+    from matquant.config_check import (
+        check_config,
+    )  # late: it loads torch, which --help and a misspelt setting do not need
+
+    check_config(config)
     return config
 
 
@@ -164,36 +163,3 @@ def _choose_batch_sizes(tree: dict[str, Any]) -> None:
     for text in (tree.get("calibration"), *(evaluated.values() if isinstance(evaluated, dict) else ())):
         if isinstance(text, dict) and text.get("batch_size") == "auto" and isinstance(text.get("sequence_length"), int):
             text["batch_size"] = max(1, _TOKENS_AT_ONCE // max(1, text["sequence_length"]))
-
-
-def _check(config: Config) -> None:
-    method, master_bits = config.method, config.method.master_bits
-    loading.check(config.model)
-    check_objective(config.objective, master_bits)
-    check_method(method)
-    check_text(config.calibration, "calibration")
-    check_search(config.search, master_bits, per_bit_models=method.per_bit_models)
-    check_evaluation(config.eval)
-    _check_slices(config)
-    for stage in config.stages:
-        if stage not in STAGES:
-            raise UserError(f"stages: there is no stage {stage!r}; there are {', '.join(STAGES)}.")
-    models = len(config.slice_bits) if method.per_bit_models else 1
-    if "generate" in config.stages and (not config.prompt or config.max_new_tokens < 1 or models > 1):
-        raise UserError(
-            "stages=[generate] needs a prompt, such as prompt='def ', max_new_tokens of at least 1, and a method that "
-            f"makes one parent; found prompt={config.prompt!r}, max_new_tokens={config.max_new_tokens} and {models} models."
-        )
-    check_pack(config.pack, config.stages, models)
-
-
-def _check_slices(config: Config) -> None:
-    for bits in config.bits:
-        check_bits(bits, "bits", config.method.master_bits)
-    if len(set(config.bits)) != len(config.bits):
-        raise UserError(f"bits names a bit-width twice: {list(config.bits)}.")
-    if config.allocations and config.method.per_bit_models:
-        raise UserError(
-            f"bits={config.allocations[0]} mixes bit-widths of one parent, but method={config.method.name} makes one model per "
-            "bit-width. Use method=matgptq, or method.per_bit_models=false."
-        )

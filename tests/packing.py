@@ -24,7 +24,7 @@ from matquant.quantize.driver import BlockwiseQuantizer
 from matquant.quantize.layers import layers_to_quantize
 from matquant.quantize.rtn.config import RtnConfig
 from matquant.store import Store
-from matquant.transforms import TransformConfig
+from matquant.transforms.config import TransformConfig
 
 RESULTS: dict[str, Any] = {"model": "m", "method": "rtn", "command": "", "baseline": {}, "slices": []}
 IDS = torch.arange(12)[None] * 7 % 128

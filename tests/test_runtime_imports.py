@@ -47,3 +47,9 @@ def test_transformers_registers_the_formats_when_it_is_imported_after_matquant()
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert {"matquant", "matgptq_quant"} <= set(run.stdout.split())
+
+
+def test_the_command_line_answers_before_it_loads_torch():
+    program = "import sys, matquant.cli; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers"} & set(run.stdout.split())

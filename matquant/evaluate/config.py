@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 
 from matquant.data.config import TextConfig
-from matquant.data.texts import check_text
-from matquant.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,14 +24,3 @@ class EvalConfig:
     fewshot: int | None = None
     limit: int | None = None
     task_batch_size: int = 8
-
-
-def check_evaluation(config: EvalConfig) -> None:
-    """Raise UserError if there is no text, or a value is out of range."""
-    if not config.datasets:
-        raise UserError("eval.datasets names no text; give at least one, for example eval=default.")
-    for name, text in config.datasets.items():
-        check_text(text, f"eval.datasets.{name}")
-    for name, least in {"task_batch_size": 1, "limit": 1, "fewshot": 0}.items():
-        if (value := getattr(config, name)) is not None and value < least:
-            raise UserError(f"eval.{name} must be at least {least}; found {value}.")

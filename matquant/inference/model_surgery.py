@@ -117,12 +117,12 @@ def _check_transform(model: nn.Module, transform: Mapping[str, Any] | None) -> N
     if found is None:
         raise UserError(
             f"The parent was made from weights that passed the transform {transform['name']}, and this model has its "
-            "original weights. Call matquant.transforms.apply_transform(model, parent.transform) first, or load a packed "
-            "folder."
+            "original weights. Call matquant.transforms.registry.apply_transform(model, parent.transform) first, or load a "
+            "packed folder."
         )
     raise UserError(
         f"The model's weights passed the transform {dict(found)}, those of the parent {dict(transform)}. Load the "
-        "original model, and call matquant.transforms.apply_transform(model, parent.transform)."
+        "original model, and call matquant.transforms.registry.apply_transform(model, parent.transform)."
     )
 
 

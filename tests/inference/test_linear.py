@@ -262,6 +262,7 @@ def test_bits_by_layer(tiny, tmp_path):
     assert set_bits(nested, {names[0]: 8}) == allocation | {names[0]: 8}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_model_follows_its_bits(small_model, tmp_path):
     parent = make_parent(load_model(small_model), tmp_path)

@@ -255,6 +255,7 @@ def test_a_hydra_sweep_ends_with_a_summary(make_results, tmp_path):
     assert done.stdout.splitlines()[-1] == f"summary: {tmp_path / 'sweep' / 'summary.html'}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_a_sweep_with_a_failing_job_is_summarized(make_results, tmp_path, launcher):
     if launcher == "joblib":

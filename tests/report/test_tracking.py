@@ -225,6 +225,7 @@ def test_a_search_reads_back_with_its_curve_and_its_allocation(make_results, tmp
     assert [entry.path for entry in artifact.manifest.contents] == ["allocation.yaml"]
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_sweep_are_one_group_and_complete(matquant, small_model, tmp_path):
     job = (*SMALL, f"model.path={small_model}", "method=rtn", "method.per_bit_models=false", "method.group_size=64")
     status, out, err = matquant("-m", "bits=2,4", *job, "tracking=wandb", "tracking.tags=[a]")

@@ -106,6 +106,7 @@ def test_weights_that_are_not_finite_are_named(matquant, tmp_path):
     assert "model.layers.1.mlp.up_proj hold NaN or Inf" in err
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached(run_py, tmp_path):
     process = run_py(*SMALL, "model=llama3_8b", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"))
     _, err = process.communicate(timeout=120)

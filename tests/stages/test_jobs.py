@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from shared import SMALL
 
+pytestmark = pytest.mark.slow
+
 # Enough text of the shipped model for a width's KL to stand out of the noise.
 QUICK = (
     "calibration.sequences=8",

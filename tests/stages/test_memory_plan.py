@@ -179,6 +179,7 @@ def test_a_job_that_cannot_fit_ends_before_it_starts(matquant, small_model, monk
     assert matquant(*small, "runtime.check_memory=false")[0] == 0
 
 
+@pytest.mark.slow
 def test_the_plan_was_right_within_a_fifth_and_stands_in_the_results(run_py, small_model, tmp_path) -> None:
     process = run_py(*SMALL, f"model.path={small_model}", "method=gptq", "method.group_size=64", "bits=[2,4]")
     out, err = process.communicate(timeout=300)

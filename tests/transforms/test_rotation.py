@@ -20,7 +20,8 @@ from matquant.models.blocks import BlockModel
 from matquant.models.config import ModelConfig
 from matquant.models.loading import LoadedModel, load_model, open_model
 from matquant.models.tracing import check_blockwise_forward
-from matquant.transforms import TransformConfig, apply_transform, transform_from_json
+from matquant.transforms.config import TransformConfig
+from matquant.transforms.registry import apply_transform, transform_from_json
 from matquant.transforms.rotation import ResidualRotation, RotationConfig
 from matquant.typed_config import build
 

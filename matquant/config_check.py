@@ -1,0 +1,44 @@
+"""Checks of a job's config that need no model."""
+
+from matquant.config import STAGES, Config
+from matquant.data.texts import check_text
+from matquant.errors import UserError
+from matquant.evaluate.check import check_evaluation
+from matquant.models import config as loading
+from matquant.pack.check import check_pack
+from matquant.quantize.config import check_bits, check_method, check_objective
+from matquant.search.config import check_search
+
+
+def check_config(config: Config) -> None:
+    """Raise UserError if a value is out of range, or values contradict each other."""
+    method, master_bits = config.method, config.method.master_bits
+    loading.check(config.model)
+    check_objective(config.objective, master_bits)
+    check_method(method)
+    check_text(config.calibration, "calibration")
+    check_search(config.search, master_bits, per_bit_models=method.per_bit_models)
+    check_evaluation(config.eval)
+    _check_slices(config)
+    for stage in config.stages:
+        if stage not in STAGES:
+            raise UserError(f"stages: there is no stage {stage!r}; there are {', '.join(STAGES)}.")
+    models = len(config.slice_bits) if method.per_bit_models else 1
+    if "generate" in config.stages and (not config.prompt or config.max_new_tokens < 1 or models > 1):
+        raise UserError(
+            "stages=[generate] needs a prompt, such as prompt='def ', max_new_tokens of at least 1, and a method that "
+            f"makes one parent; found prompt={config.prompt!r}, max_new_tokens={config.max_new_tokens} and {models} models."
+        )
+    check_pack(config.pack, config.stages, models)
+
+
+def _check_slices(config: Config) -> None:
+    for bits in config.bits:
+        check_bits(bits, "bits", config.method.master_bits)
+    if len(set(config.bits)) != len(config.bits):
+        raise UserError(f"bits names a bit-width twice: {list(config.bits)}.")
+    if config.allocations and config.method.per_bit_models:
+        raise UserError(
+            f"bits={config.allocations[0]} mixes bit-widths of one parent, but method={config.method.name} makes one model per "
+            "bit-width. Use method=matgptq, or method.per_bit_models=false."
+        )

@@ -11,6 +11,8 @@ from transformers import AutoTokenizer
 
 from matquant.inference import nested_layers
 
+pytestmark = pytest.mark.slow
+
 QUICK = (*SMALL, "method=rtn", "method.per_bit_models=false", "method.group_size=64")
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from matquant import machine
 
+pytestmark = pytest.mark.slow
+
 JOB = (*SMALL, "method.group_size=64", "bits=[2,8]")
 
 
@@ -86,7 +88,6 @@ def test_activations_that_overflow_on_the_calibration_text_are_named(matquant, c
     assert "inputs of model.layers.0.self_attn.q_proj hold NaN or Inf" in err
 
 
-@pytest.mark.slow
 def test_a_disk_that_fills_up_stops_the_run_and_it_resumes_to_the_same_bytes(matquant, small_model, tmp_path):
     """The store is on a file system with room for two blocks, which grows before the second run."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:

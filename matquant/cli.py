@@ -50,9 +50,11 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def _run_job(config: Config, cfg: DictConfig) -> float | None:
-    # Imported late, so that --help, --cfg and a wrong config answer at once.
+    # Imported late, so that --help, --cfg and a wrong type answer before torch is loaded.
+    from matquant.config_check import check_config
     from matquant.stages.job import JobInfo, run_job
 
+    check_config(config)
     hydra_config = HydraConfig.get()
     sweeping = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
     if sweeping and int(os.environ.get("WORLD_SIZE", "1")) > 1:

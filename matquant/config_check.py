@@ -1,4 +1,8 @@
-"""Checks of a job's config that need no model."""
+"""Checks of a job's config that are made before any work starts.
+
+Checks that need the model (a group size that does not divide a layer, a folder without safetensors) are made when it is
+loaded.
+"""
 
 from matquant.config import STAGES, Config
 from matquant.data.texts import check_text

@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 
 from matquant import cli
 from matquant.config import from_hydra
+from matquant.config_check import check_config
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 CHOICES = [f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.yaml"))]
@@ -22,6 +23,7 @@ def test_every_preset_composes(choice, monkeypatch, tmp_path):
         overrides.append("search.average_bits=3.0")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = from_hydra(compose("config", overrides))
+    check_config(config)
     assert config.search.wanted == (choice.startswith("search=") and choice != "search=none")
     assert config.slice_bits == config.objective.bits
 

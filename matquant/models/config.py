@@ -13,7 +13,7 @@ class ModelConfig:
     Attributes:
         label: name of the model in results; the last part of ``name`` or ``path`` if None.
         name: of a repository on the hub.
-        path: of a local folder.
+        path: of a local folder, or of a GGUF file.
         revision: branch, tag or commit on the hub.
         dtype: of the weights; auto: as stored.
         trust_remote_code: run Python code that comes with the checkpoint.
@@ -31,6 +31,6 @@ def check(config: ModelConfig) -> None:
     """Raise UserError unless exactly one of ``name`` and ``path`` is set."""
     if (config.name is None) == (config.path is None):
         raise UserError(
-            "Set either model.name (a repository on the hub) or model.path (a local folder); found "
+            "Set either model.name (a repository on the hub) or model.path (a local folder or a GGUF file); found "
             f"model.name={config.name} and model.path={config.path}."
         )

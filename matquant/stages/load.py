@@ -16,6 +16,7 @@ from matquant.formats.allocation import Allocation
 from matquant.formats.nested import NestedWeight
 from matquant.models.activation_cache import OffloadTarget, choose_offload_target
 from matquant.models.blocks import BlockModel, compute_dtype
+from matquant.models.gguf import convert_gguf, is_gguf
 from matquant.models.loading import LoadedModel, open_model
 from matquant.models.model_sizes import ModelSizes, measure_model
 from matquant.models.tracing import check_blockwise_forward
@@ -89,7 +90,11 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
     Raises:
         UserError: something in the config, model or texts cannot be used.
     """
-    model = open_model(config.model)
+    source = config.model
+    if is_gguf(source):
+        source, warnings = convert_gguf(source, runtime.store)
+        runtime.log.warnings.extend(warnings)
+    model = open_model(source)
     runtime.log.warnings.extend(model.warnings)
     blocks = BlockModel(model.model, model.checkpoint, config.transform.build(model.model))
     dtype = compute_dtype(model.dtype, runtime.device)

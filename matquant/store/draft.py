@@ -98,6 +98,16 @@ class Draft:
         check_file_name(name)
         self._write(name, [pretty_json(normalize_json(value))])
 
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a file durably.
+
+        Raises:
+            ValueError: ``name`` is not a plain file name.
+            UserError: the disk is full, or the store cannot be written.
+        """
+        check_file_name(name)
+        self._write(name, [content])
+
     def read_tensors(self, name: str) -> tuple[dict[str, "Tensor"], dict[str, str]]:
         """Read the tensors (on the CPU) and the metadata of a file. Raises ValueError if ``has`` is False for it."""
         return read_tensors(self._file(name))

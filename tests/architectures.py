@@ -91,10 +91,16 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
-def make_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """Random model in eval mode; its weights are moved from their initialisation, where norms are 1 and biases 0."""
+def make_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+    """Random model in eval mode; its weights are moved from their initialisation, where norms are 1 and biases 0.
+
+    Args:
+        changes: fields of the config.
+    """
     torch.manual_seed(seed)
-    model: Any = tf.AutoModelForCausalLM.from_config(CONFIGS[kind]())
+    config = CONFIGS[kind]()
+    config.update(changes)
+    model: Any = tf.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

@@ -24,7 +24,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory) -> Path:
-    """Random Llama of 4 blocks with the shipped tokenizer. Its hidden size is 64: group size 128 does not fit."""
+    """Random Llama of 4 blocks with the shipped tokenizer. Its hidden size is 64, half a group of 128."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("small")

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from matquant.cli import register
 from matquant.config import from_hydra
+from matquant.formats.packed import LayerSpec
 from matquant.formats.parent import Parent
 from matquant.formats.slice_spec import SliceSpec
 from matquant.inference import replace_linears
@@ -58,9 +59,9 @@ class Opened:
         self.head = head
         self.method = RtnConfig(**{"slicing": "msb", "scale": "search", "group_size": 32} | options)
         lambdas = {self.method.master_bits: 1.0}
-        quantizer = self.method.build(QuantizerTask.of(lambdas, self.method.master_bits, self.loaded.dtype))
+        self.quantizer = self.method.build(QuantizerTask.of(lambdas, self.method.master_bits, self.loaded.dtype))
         driver = BlockwiseQuantizer(
-            self.blocks, self.layers, quantizer, device=torch.device("cpu"), dtype=torch.float32
+            self.blocks, self.layers, self.quantizer, device=torch.device("cpu"), dtype=torch.float32
         )
         self.parent = Parent(
             Store(store).open_or_build("parent", {}, lambda draft: {"blocks": driver.run(draft, None)} | about)
@@ -69,9 +70,12 @@ class Opened:
     def names(self) -> list[str]:
         return [name for block in self.layers for name in block]
 
+    def specs(self) -> dict[str, LayerSpec]:
+        return self.quantizer.layer_specs(self.layers)
+
     def pack(self, folder: Path, widths: Any = 8, **config: Any) -> Path:
         settings = PackConfig(**{"name": "nested", "path": str(folder)} | config)
-        packing = Packing(settings, self.names(), self.method, folder)
+        packing = Packing(settings, self.specs(), self.method, folder)
         packing.run(self.loaded, self.blocks, [SliceSpec(name="v", parent=self.parent, bits=widths)], RESULTS)
         return folder
 

@@ -13,6 +13,9 @@ from matquant.calibration import hessian
 from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.inference import NestedLinear, NestedPlanes, ops, set_bits
 from matquant.models.activation_cache import ActivationCache
+from matquant.quantize.gptq.hessians import HessianStats, prepare_hessians, relative_error
+from matquant.quantize.gptq.options import SolverOptions
+from matquant.quantize.gptq.solver import solve
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,6 +79,55 @@ def test_packing_and_decoding_are_those_of_the_cpu(about):
     assert torch.equal(packed.scales, there.scales.cpu())
     for bits in range(2, weight.format.master_bits + 1):
         assert torch.equal(ops.dequantize(there, bits, torch.float16).cpu(), weight.dequantize(bits, torch.float16))
+
+
+# Rows whose last group is shorter: columns, group size.
+SHORT_LAST_GROUPS = [(576, 128), (576, 32), (200, 128), (200, 200), (72, 64), (81, 32), (30, 30)]
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("columns", "group_size"), SHORT_LAST_GROUPS)
+def test_a_short_last_group_is_multiplied_by_every_kernel(columns, group_size, zeros):
+    """By mma.sync for few tokens, wgmma where there is one, and strips of the dense weight for many."""
+    weight = make_weight(1100, columns, group_size, zeros=zeros, offset=8.0)
+    packed = NestedPlanes.pack(weight).to("cuda")
+    for bits in (2, 3, 5, 8):
+        assert torch.equal(ops.dequantize(packed, bits, torch.float16).cpu(), weight.dequantize(bits, torch.float16))
+        exact_weight, dense = (
+            weight.dequantize(bits, dtype).double().T.cuda() for dtype in (torch.float32, torch.float16)
+        )
+        for tokens in (1, 5, 13, 17, 48, 64, 65, 130, 512, 1200):
+            x = activations(tokens, columns)
+            exact = x.double() @ exact_weight
+            best = (exact if tokens <= 64 else x.double() @ dense).half()
+            made = ops.linear(x, packed, bits)
+            assert (made.double() - exact).norm() <= 1.2 * (best.double() - exact).norm()
+
+
+@pytest.mark.parametrize(("columns", "group_size"), [(576, 128), (200, 128), (200, -1), (72, 64), (30, 128)])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_short_last_group_is_solved_as_on_the_cpu(columns, group_size, act_order):
+    generator = torch.Generator().manual_seed(columns)
+    weight = torch.randn(130, columns, generator=generator) * 0.05
+    inputs = torch.randn(3 * columns, columns, generator=generator)
+    hessian = 2 * inputs.T @ inputs / len(inputs)
+    lambdas = {2: 1.0, 4: 4.0, 8: 64.0}
+    options = SolverOptions(
+        lambdas=lambdas, group_size=group_size, zero_point_offset=8.0, cd_passes=1, act_order=act_order
+    )
+    there, here = (
+        solve(weight.to(device), prepare_hessians([HessianStats(hessian=hessian.to(device))], options), options).to(
+            "cpu"
+        )
+        for device in ("cuda", "cpu")
+    )
+    assert there.format == here.format
+    assert there.scales.shape == here.scales.shape == (130, -(-columns // here.format.group_size))
+    torch.testing.assert_close(there.scales[:, :1], here.scales[:, :1])
+    # Sums in another order change a few choices, and one other choice changes the rest of its row.
+    for bits in lambdas:
+        errors = [relative_error(weight, one.dequantize(bits), hessian) for one in (there, here)]
+        assert errors[0] == pytest.approx(errors[1], rel=0.02)
 
 
 def test_a_layer_that_was_just_packed_is_read_whole():

@@ -12,7 +12,7 @@ def make_weight(
 ) -> NestedWeight:
     """Random codes, scales of both signs and, with ``zeros``, zero points."""
     generator = torch.Generator().manual_seed(seed)
-    groups = columns // group_size
+    groups = -(-columns // group_size)
     top = 2**master_bits
     return NestedWeight(
         codes=torch.randint(top, (rows, columns), generator=generator).to(torch.uint8),
@@ -32,7 +32,7 @@ def make_weight(
 def unpack(packed: NestedPlanes) -> NestedWeight:
     """Inverse of ``NestedPlanes.pack``; bits of missing planes are 0."""
     rows, columns, fmt = packed.out_features, packed.in_features, packed.format
-    groups = columns // fmt.group_size
+    groups = -(-columns // fmt.group_size)
     return NestedWeight(
         codes=unpack_planes(packed.planes)[:rows, :columns] >> (8 - fmt.master_bits),
         scales=unpack_groups(packed.scales)[:rows, :groups],

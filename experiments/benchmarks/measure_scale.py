@@ -226,7 +226,7 @@ def quantize(
         measure_model(blocks, layers, loaded.dtype, dtype),
         quantizer,
         CalibrationTokens(total=sequences.numel(), batch=text.batch_size * text.sequence_length),
-        method.group_size,
+        sum(layer.parent_bytes for layer in quantizer.layer_specs(layers).values()),
         on_gpu=on_gpu,
         solver_on_gpu=on_gpu,
         offload=offload,

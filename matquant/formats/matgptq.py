@@ -15,6 +15,7 @@ import torch
 
 from matquant.errors import UserError
 from matquant.formats.bits import check_bits
+from matquant.formats.groups import WHOLE_ROW, group_count
 from matquant.formats.nested import SCALE_DTYPES, WeightFormat
 from matquant.formats.packed import LayerSpec, NestedSpec, TensorSpec
 from matquant.formats.safetensors_headers import StoredTensor
@@ -52,7 +53,7 @@ class MatGptqSpec:
 
     def layer_spec(self, name: str, out_features: int, in_features: int) -> LayerSpec:
         """Specification of the layer ``name``. Raises UserError if groups do not divide ``in_features``."""
-        size = in_features if self.group_size == -1 else self.group_size
+        size = in_features if self.group_size == WHOLE_ROW else self.group_size
         if in_features % size:
             raise UserError(f"{name}: groups of {size} do not divide its {in_features} input features.")
         fmt = WeightFormat(group_size=size, master_bits=MASTER_BITS, slicing="round", scale_dtype=self.scale_dtype)
@@ -63,7 +64,7 @@ class MatGptqSpec:
         found = {}
         for name, layer in layers.items():
             found[name + CODES] = TensorSpec((layer.out_features, layer.in_features), torch.uint8)
-            groups = layer.in_features // layer.format.group_size
+            groups = group_count(layer.in_features, layer.format.group_size)
             found[name + SCALES] = TensorSpec((layer.out_features, groups), self.scale_dtype)
         return found
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from matquant.formats.bits import check_bits
+from matquant.formats.groups import group_count, scale_groups
 
 Slicing = Literal["msb", "round"]
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}  # by name in files
@@ -61,7 +62,7 @@ class WeightFormat:
         master_bits: bits of a code, 2..8.
         slicing: rule that takes a slice from a code.
         zero_point_offset: offset of the zero point of symmetric weights from 2^(master_bits - 1), in code steps.
-        group_size: consecutive input features that share a scale; all of them for one scale per row.
+        group_size: consecutive input features that share a scale, see ``formats.groups``; all of them for one scale per row.
         has_zero_points: True if every group stores a zero point of its own.
         scale_dtype: one of ``SCALE_DTYPES``.
     """
@@ -142,11 +143,10 @@ class NestedWeight:
     format: WeightFormat
 
     def __post_init__(self) -> None:
-        if self.codes.dtype != torch.uint8 or self.codes.ndim != 2 or self.codes.shape[1] % self.format.group_size:
-            raise ValueError(
-                f"codes must be uint8 [out, in] in equal groups of {self.format.group_size}, not {self.codes.shape}"
-            )
-        shape = (self.codes.shape[0], self.codes.shape[1] // self.format.group_size)
+        group_size = self.format.group_size
+        if self.codes.dtype != torch.uint8 or self.codes.ndim != 2 or not 1 <= group_size <= self.codes.shape[1]:
+            raise ValueError(f"codes must be uint8 [out, in] in groups of {group_size}, not {self.codes.shape}")
+        shape = (self.codes.shape[0], group_count(self.codes.shape[1], group_size))
         if self.scales.shape != shape or (self.zeros is not None and self.zeros.shape != shape):
             raise ValueError(f"scales and zeros must be [out, groups] = {list(shape)}, not {list(self.scales.shape)}")
         if (self.zeros is not None, self.scales.dtype) != (self.format.has_zero_points, self.format.scale_dtype):
@@ -155,7 +155,7 @@ class NestedWeight:
     @classmethod
     def planned(cls, format: WeightFormat, out_features: int, in_features: int) -> "NestedWeight":
         """Weight of this shape without values, on the meta device, for its size in bytes."""
-        groups = in_features // format.group_size
+        groups = group_count(in_features, format.group_size)
         zeros = torch.empty(out_features, groups, dtype=torch.uint8, device="meta") if format.has_zero_points else None
         return cls(
             codes=torch.empty(out_features, in_features, dtype=torch.uint8, device="meta"),
@@ -176,10 +176,9 @@ class NestedWeight:
     def dequantize(self, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dense weight [out_features, in_features] at ``bits`` bits, computed in float32 and cast to ``dtype``."""
         table = self.format.levels(bits).to(self.codes.device)
-        rows, groups = self.scales.shape
-        value = table[self.codes.int()].view(rows, groups, -1)  # (out, groups, group_size)
-        zero = self.format.zero_point if self.zeros is None else self.zeros.float()[:, :, None]
-        return ((value - zero) * self.scales.float()[:, :, None]).view(self.codes.shape).to(dtype)
+        zero_points = self.format.zero_point if self.zeros is None else self.zeros.float()
+        dense = scale_groups(table[self.codes.int()], self.scales.float(), zero_points, self.format.group_size)
+        return dense.to(dtype)
 
     def bytes_read(self, bits: int) -> int:
         """Bytes that a runtime reads for this layer at ``bits`` bits: planes, scales and zero points."""

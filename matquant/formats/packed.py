@@ -26,6 +26,7 @@ import torch
 from matquant.errors import UserError
 from matquant.formats.bits import MAX_BITS, MIN_BITS, check_bits
 from matquant.formats.field_reader import MODULE_NAME, FieldReader, short_json
+from matquant.formats.groups import WHOLE_ROW, group_count
 from matquant.formats.nested import SCALE_DTYPES, NestedWeight, Slicing, WeightFormat
 from matquant.formats.tile_layout import group_shape, plane_shape
 from matquant.store.files import FileRecord
@@ -73,6 +74,28 @@ class LayerSpec:
     def plane_count(self, max_bits: int) -> int:
         """Number of planes that bit-widths up to ``max_bits`` read."""
         return self.format.planes_read(min(max_bits, self.format.master_bits))
+
+    @property
+    def has_equal_groups(self) -> bool:
+        """True if the last group of a row is as long as the others."""
+        return self.in_features % self.format.group_size == 0
+
+    @property
+    def parent_bytes(self) -> int:
+        """Bytes of the layer in a parent: 8-bit codes, scales and zero points."""
+        groups = self.out_features * group_count(self.in_features, self.format.group_size)
+        return self.out_features * self.in_features + groups * self._group_bytes
+
+    def packed_bytes(self, planes: int) -> int:
+        """Bytes of the layer in packed form with its first ``planes`` planes, padding included."""
+        plane = TensorSpec(plane_shape(self.out_features, self.in_features), torch.int32)
+        side = math.prod(group_shape(self.out_features, self.in_features, self.format.group_size))
+        return planes * plane.nbytes + side * self._group_bytes
+
+    @property
+    def _group_bytes(self) -> int:
+        """Bytes of the parameters of one group: its scale, and its zero point."""
+        return self.format.scale_dtype.itemsize + self.format.has_zero_points
 
     def tensors(self, name: str, max_bits: int) -> dict[str, TensorSpec]:
         """Stored tensors of the layer ``name``: scales, zero points, then planes, most significant first."""
@@ -213,9 +236,9 @@ def _parse_layer(fields: FieldReader) -> LayerSpec:
 
 
 def _parse_format(fields: FieldReader, in_features: int) -> WeightFormat:
-    size = in_features if fields.take("group_size") == -1 else fields.integer("group_size", 1, _MAX_FEATURES)
-    if in_features % size:
-        raise fields.wrong("group_size", f"-1 or a divisor of the {in_features} input features")
+    size = in_features if fields.take("group_size") == WHOLE_ROW else fields.integer("group_size", 1, _MAX_FEATURES)
+    if size > in_features:
+        raise fields.wrong("group_size", f"-1 or at most the {in_features} input features")
     offset, slicing, zeros = fields.take("offset"), fields.take("slicing"), fields.take("zeros")
     if type(offset) not in (int, float) or not math.isfinite(offset):
         raise fields.wrong("offset", "a finite number")
@@ -266,7 +289,7 @@ def _format_fields(layer: LayerSpec) -> dict[str, Any]:
         "slicing": fmt.slicing,
         "offset": fmt.zero_point_offset,
         "zeros": fmt.has_zero_points,
-        "group_size": -1 if fmt.group_size == layer.in_features else fmt.group_size,
+        "group_size": WHOLE_ROW if fmt.group_size == layer.in_features else fmt.group_size,
         "scale_dtype": str(fmt.scale_dtype).removeprefix("torch."),
     }
 

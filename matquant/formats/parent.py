@@ -1,8 +1,8 @@
 """Parent artifact: one safetensors file per decoder block, with the meaning of its tensors in the header.
 
 Tensors are ``<layer>.codes``, ``<layer>.scales`` and ``<layer>.zeros``, see ``formats.nested.NestedWeight``. The metadata
-entry ``matquant`` of the header is JSON. It holds for each layer its master bits, slicing, zero-point offset, shape, and
-relative error at each bit-width.
+entry ``matquant`` of the header is JSON. It holds for each layer its master bits, slicing, zero-point offset, shape, relative
+error at each bit-width and, if the last group of a row is shorter than the others, its group size.
 """
 
 import json
@@ -19,16 +19,6 @@ from matquant.store.distributed_store import DraftLike
 TRANSFORM_KEY = "matquant_transform"  # entry of a model's config that describes the transform of its weights
 
 
-def parent_bytes(parameters: int, group_size: int) -> int:
-    """Bytes of a parent of so many quantized parameters: 8-bit codes, and 16-bit scales."""
-    return parameters + scale_bytes(parameters, group_size)
-
-
-def scale_bytes(parameters: int, group_size: int) -> int:
-    """Bytes of the 16-bit scales of so many quantized parameters; negligible with one scale per row."""
-    return 2 * (parameters // group_size) if group_size > 0 else 0
-
-
 def block_file(index: int) -> str:
     """File name of a block."""
     return f"block-{index:04d}.safetensors"
@@ -42,11 +32,7 @@ def write_block(draft: DraftLike, name: str, weights: dict[str, NestedWeight], r
         record: JSON object stored in the header, with an entry in ``layers`` for each layer; ``read_block`` returns it.
     """
     tensors = {f"{layer}.{part}": t for layer, weight in weights.items() for part, t in weight.tensors().items()}
-    layers = {
-        layer: record["layers"][layer]
-        | dict(zip(("master_bits", "slicing", "offset"), weight.format.op_args[1:], strict=True))
-        for layer, weight in weights.items()
-    }
+    layers = {layer: record["layers"][layer] | _format_record(weight) for layer, weight in weights.items()}
     header = json.dumps(record | {"layers": layers}, sort_keys=True, allow_nan=False)
     draft.write_tensors(name, tensors, {"matquant": header})
 
@@ -68,7 +54,7 @@ def read_block(source: DraftLike | Artifact, name: str) -> tuple[dict[str, Neste
                 format=WeightFormat.from_op_args(
                     tensors[f"{layer}.scales"],
                     tensors.get(f"{layer}.zeros"),
-                    _group_size(tensors, layer),
+                    about.get("group_size", _equal_group_size(tensors, layer)),
                     about["master_bits"],
                     about["slicing"],
                     about["offset"],
@@ -83,8 +69,15 @@ def read_block(source: DraftLike | Artifact, name: str) -> tuple[dict[str, Neste
     return weights, record
 
 
-def _group_size(tensors: Mapping[str, Tensor], layer: str) -> int:
-    """Input features per scale, from the shapes of codes and scales."""
+def _format_record(weight: NestedWeight) -> dict[str, Any]:
+    """Format of a layer as far as its tensors do not show it; ``group_size`` only if the last group of a row is shorter."""
+    group_size, master_bits, slicing, offset = weight.format.op_args
+    record = {"master_bits": master_bits, "slicing": slicing, "offset": offset}
+    return record | ({"group_size": group_size} if weight.codes.shape[1] % group_size else {})
+
+
+def _equal_group_size(tensors: Mapping[str, Tensor], layer: str) -> int:
+    """Input features per scale where all groups are equal, from the shapes of codes and scales."""
     return tensors[f"{layer}.codes"].shape[1] // tensors[f"{layer}.scales"].shape[1]
 
 

@@ -8,14 +8,15 @@ from torch import Tensor
 
 from matquant.errors import UserError
 from matquant.formats.bits import BIT_WIDTHS, MAX_BITS, MIN_BITS
+from matquant.formats.groups import group_count, scale_groups
 from matquant.formats.nested import SCALE_DTYPES, NestedWeight, WeightFormat, slice_codes
 from matquant.formats.tile_layout import (
     TILE,
-    group_count,
     group_shape,
     pack_groups,
     pack_planes,
     plane_shape,
+    stored_group_count,
     tiles,
     unpack_groups,
     unpack_planes,
@@ -80,7 +81,7 @@ class NestedPlanes:
             padded = codes.new_zeros(tiles(codes.shape[0]) * TILE, tiles(columns) * TILE)
             padded[: codes.shape[0], :columns] = codes << (_BYTE - master_bits)
             planes[:, strip.start // TILE : tiles(strip.stop)] = pack_planes(padded, count)
-        groups = group_count(columns, weight.format.group_size)
+        groups = stored_group_count(columns, weight.format.group_size)
         return cls(
             planes=planes,
             scales=pack_groups(weight.scales, groups),
@@ -121,20 +122,17 @@ class NestedPlanes:
             UserError: the planes do not hold ``bits`` bits.
         """
         self.check_bits(bits)
-        groups = self.in_features // self.format.group_size
+        groups = group_count(self.in_features, self.format.group_size)
         read = self.format.planes_read(bits)
         for strip in _row_strips(self.out_features, self.in_features, size):
             block = slice(strip.start // TILE, tiles(strip.stop))
             rows = strip.stop - strip.start
-            codes = self._codes(strip, read)
-            values = _code_values(codes, bits, self.format).view(rows, groups, -1)
-            scales = unpack_groups(self.scales[:, block])[:rows, :groups, None].float()
-            if self.zeros is None:
-                values -= self.format.zero_point
-            else:
-                values -= unpack_groups(self.zeros[:, block])[:rows, :groups, None]
-            values *= scales
-            yield strip, values.view(rows, -1).to(dtype)
+            values = _code_values(self._codes(strip, read), bits, self.format)
+            scales = unpack_groups(self.scales[:, block])[:rows, :groups].float()
+            zero_points: Tensor | float = self.format.zero_point
+            if self.zeros is not None:
+                zero_points = unpack_groups(self.zeros[:, block])[:rows, :groups]
+            yield strip, scale_groups(values, scales, zero_points, self.format.group_size).to(dtype)
 
     def to(self, device: torch.device | str) -> "NestedPlanes":
         """Copy with all tensors on ``device``."""
@@ -168,8 +166,8 @@ def check_layout(
 ) -> None:
     """Check shapes, dtypes and devices of the tensors of a packed weight [out_features, in_features]. Raises UserError."""
     size = fmt.group_size
-    if size < 1 or in_features % size:
-        raise UserError(f"Groups of {size} do not divide {in_features} input features.")
+    if not 1 <= size <= in_features:
+        raise UserError(f"The group size of {in_features} input features must lie in 1..{in_features}; found {size}.")
     grid, side = plane_shape(out_features, in_features), group_shape(out_features, in_features, size)
     if planes.dtype != torch.int32 or planes.ndim != 5 or planes.shape[1:] != grid or not planes.is_contiguous():
         wanted = f"contiguous int32 [planes, {', '.join(map(str, grid))}]"

@@ -8,16 +8,16 @@ order of ``mma.m16n8k16``: g and t index the lane, u and p the register, h its h
     bit (2 + (1 - p) + 2c + 8u + 16h - d) mod 32
 
 A byte holds eight rows of one column. Consecutive planes are rotated by one bit, so that the kernel merges two of them with one
-instruction. Scales and zero points are stored as [groups, N/64, g, c, p].
+instruction. Scales and zero points are stored as [groups, N/64, g, c, p], for all groups that the tiles of a row reach into.
 
 Packing and unpacking both reduce to a transpose of 8 x 8 bits: eight codes against eight planes.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from matquant.formats.groups import group_count
 
 TILE = 64  # rows and columns of a tile
 WORD = 32  # codes whose bits share a word
@@ -32,9 +32,9 @@ def tiles(size: int) -> int:
     return -(-size // TILE)
 
 
-def group_count(in_features: int, group_size: int) -> int:
+def stored_group_count(in_features: int, group_size: int) -> int:
     """Number of groups stored per row: one if the row is one group, else as many as its padded tiles reach into."""
-    return 1 if group_size == in_features else math.ceil(tiles(in_features) * TILE / group_size)
+    return 1 if group_size == in_features else group_count(tiles(in_features) * TILE, group_size)
 
 
 def plane_shape(out_features: int, in_features: int) -> tuple[int, int, int, int]:
@@ -44,7 +44,7 @@ def plane_shape(out_features: int, in_features: int) -> tuple[int, int, int, int
 
 def group_shape(out_features: int, in_features: int, group_size: int) -> tuple[int, int, int, int, int]:
     """Shape of packed scales or zero points: groups, row tiles, g, c, p."""
-    return group_count(in_features, group_size), tiles(out_features), _BYTE, 4, 2
+    return stored_group_count(in_features, group_size), tiles(out_features), _BYTE, 4, 2
 
 
 def pack_planes(codes: Tensor, count: int) -> Tensor:

@@ -8,8 +8,8 @@ from matquant.errors import UserError
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def check_x(x: Tensor, planes: Tensor, bias: Tensor | None, out_features: int) -> None:
-    """Check dtypes, devices and the shape of ``bias``. ``check_layout`` compares the number of input features.
+def check_x(x: Tensor, planes: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> None:
+    """Check dtypes, devices, and the shapes of ``x`` [..., in_features] and ``bias`` [out_features].
 
     Raises:
         UserError: ``x`` or ``bias`` does not fit the planes.
@@ -18,6 +18,8 @@ def check_x(x: Tensor, planes: Tensor, bias: Tensor | None, out_features: int) -
         raise UserError(f"x must be float16, bfloat16 or float32; found {x.dtype}. Convert it first.")
     if not x.ndim:
         raise UserError("x must be [..., in_features]; found a tensor without dimensions.")
+    if x.shape[-1] != in_features:
+        raise UserError(f"x must be [..., {in_features}]; found {list(x.shape)}.")
     if x.device != planes.device:
         raise UserError(f"x is on {x.device}, the planes are on {planes.device}. Move one of them.")
     if bias is not None and (

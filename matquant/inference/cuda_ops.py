@@ -40,10 +40,11 @@ logger = logging.getLogger(__name__)
 
 
 class CallSettings(NamedTuple):
-    """Flat settings of a call: bit-width, rows, and the operator arguments of the weight format."""
+    """Flat settings of a call: bit-width, size of the weight, and the operator arguments of its format."""
 
     bits: int
     out_features: int
+    in_features: int
     group_size: int
     master_bits: int
     slicing: Slicing
@@ -72,6 +73,7 @@ def linear(
     bias: Tensor | None,
     bits: int,
     out_features: int,
+    in_features: int,
     group_size: int,
     master_bits: int,
     slicing: Slicing,
@@ -80,7 +82,7 @@ def linear(
     """Operator ``nested_linear`` on a CUDA device; errors as in ``inference.ops``."""
     shape, device = x.shape, x.get_device()
     tokens = x.numel() // shape[-1] if shape and shape[-1] else 0
-    settings = CallSettings(bits, out_features, group_size, master_bits, slicing, offset)
+    settings = CallSettings(bits, out_features, in_features, group_size, master_bits, slicing, offset)
     key = (
         min(tokens, MAX_M + 1),
         shape[-1:],
@@ -107,7 +109,7 @@ def linear(
     if not tokens:
         return y
     if launch.kernel is None or launch.config is None:
-        weight = _weight(planes, scales, zeros, shape[-1], settings)
+        weight = _weight(planes, scales, zeros, settings)
         return _linear_by_strips(x, weight, bias, bits, y)
     rows = _aligned_rows(x, tokens)
     if bias is not None and bias.dtype != x.dtype:
@@ -119,16 +121,14 @@ def linear(
     return y
 
 
-def _weight(
-    planes: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, settings: CallSettings
-) -> NestedPlanes:
+def _weight(planes: Tensor, scales: Tensor, zeros: Tensor | None, settings: CallSettings) -> NestedPlanes:
     return NestedPlanes(
         planes=planes,
         scales=scales,
         zeros=zeros,
         out_features=settings.out_features,
-        in_features=in_features,
-        format=WeightFormat.from_op_args(scales, zeros, *settings[2:]),
+        in_features=settings.in_features,
+        format=WeightFormat.from_op_args(scales, zeros, *settings[3:]),
     )
 
 
@@ -142,13 +142,13 @@ def _plan_launch(
     settings: CallSettings,
 ) -> CachedLaunch:
     """Check a call, and compile and load its kernel. Raises UserError."""
-    check_x(x, planes, bias, settings.out_features)
-    weight = _weight(planes, scales, zeros, x.shape[-1], settings)
+    check_x(x, planes, bias, settings.out_features, settings.in_features)
+    weight = _weight(planes, scales, zeros, settings)
     weight.check_bits(settings.bits)
     shape = _gemm_shape(weight, settings.bits, x.dtype, tokens)
     if not is_supported(shape):
         logger.warning(
-            f"The CUDA kernels support float16 and bfloat16, and groups of 32 or a multiple of 64. A layer of "
+            f"The CUDA kernels support float16 and bfloat16, and groups of 32, a multiple of 64, or whole rows. A layer of "
             f"{x.dtype} with {scales.dtype} scales and groups of {weight.format.group_size} is computed by torch, slowly."
         )
         return CachedLaunch()
@@ -222,8 +222,8 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """Operator ``nested_dequantize`` on a CUDA device."""
-    settings = CallSettings(bits, out_features, group_size, master_bits, slicing, offset)
-    weight = _weight(planes, scales, zeros, in_features, settings)
+    settings = CallSettings(bits, out_features, in_features, group_size, master_bits, slicing, offset)
+    weight = _weight(planes, scales, zeros, settings)
     weight.check_bits(bits)
     if not is_supported(_gemm_shape(weight, bits, dtype, 1)):
         return weight.dequantize(bits, dtype)

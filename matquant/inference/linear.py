@@ -145,7 +145,15 @@ class NestedLinear(nn.Module):
             one_token = x.ndim < 2 or x.shape[-2] == 1
             bits = self.decode_bits if one_token else self.prefill_bits
         return torch.ops.matquant.nested_linear.default(
-            x, self.planes, self.scales, self.zeros, self.bias, bits, self.out_features, *self.format.op_args
+            x,
+            self.planes,
+            self.scales,
+            self.zeros,
+            self.bias,
+            bits,
+            self.out_features,
+            self.in_features,
+            *self.format.op_args,
         )
 
     def nested_planes(self) -> NestedPlanes:

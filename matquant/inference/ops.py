@@ -1,7 +1,9 @@
 """Operators ``torch.ops.matquant.nested_linear`` and ``torch.ops.matquant.nested_dequantize``.
 
-    nested_linear(x, planes, scales, zeros, bias, bits, out_features, group_size, master_bits, slicing, offset) -> y
-    nested_dequantize(planes, scales, zeros, bits, out_features, in_features, group_size, master_bits, slicing, offset, dtype)
+    nested_linear(x, planes, scales, zeros, bias, bits, out_features, in_features,
+                  group_size, master_bits, slicing, offset) -> y
+    nested_dequantize(planes, scales, zeros, bits, out_features, in_features,
+                      group_size, master_bits, slicing, offset, dtype) -> weight
 
 They take the tensors of a ``NestedPlanes`` and its format as flat arguments, see ``WeightFormat.op_args``. ``x`` is
 [..., in_features] in float16, bfloat16 or float32, ``y`` [..., out_features] in the same dtype. On CUDA devices they launch
@@ -31,7 +33,7 @@ _FORMAT_SCHEMA = "int group_size, int master_bits, str slicing, float offset"
 _library = torch.library.Library("matquant", "DEF")
 _library.define(
     "nested_linear(Tensor x, Tensor planes, Tensor scales, Tensor? zeros, Tensor? bias, int bits, int out_features, "
-    f"{_FORMAT_SCHEMA}) -> Tensor"
+    f"int in_features, {_FORMAT_SCHEMA}) -> Tensor"
 )
 _library.define(
     "nested_dequantize(Tensor planes, Tensor scales, Tensor? zeros, int bits, int out_features, int in_features, "
@@ -42,7 +44,15 @@ _library.define(
 def linear(x: Tensor, weight: NestedPlanes, bits: int, bias: Tensor | None = None) -> Tensor:
     """Compute x W^T + bias with W at ``bits`` bits: ``nested_linear`` for a ``NestedPlanes``."""
     return torch.ops.matquant.nested_linear.default(
-        x, weight.planes, weight.scales, weight.zeros, bias, bits, weight.out_features, *weight.format.op_args
+        x,
+        weight.planes,
+        weight.scales,
+        weight.zeros,
+        bias,
+        bits,
+        weight.out_features,
+        weight.in_features,
+        *weight.format.op_args,
     )
 
 
@@ -76,11 +86,12 @@ def _linear(
     bias: Tensor | None,
     bits: int,
     out_features: int,
+    in_features: int,
     *op_args: Any,
 ) -> Tensor:
-    check_x(x, planes, bias, out_features)
+    check_x(x, planes, bias, out_features, in_features)
     fmt = WeightFormat.from_op_args(scales, zeros, *op_args)
-    weight = _nested_planes(planes, scales, zeros, out_features, x.shape[-1], fmt)
+    weight = _nested_planes(planes, scales, zeros, out_features, in_features, fmt)
     return torch_reference.linear(x, weight, bias, bits)
 
 
@@ -92,11 +103,12 @@ def _fake_linear(
     bias: Tensor | None,
     bits: int,
     out_features: int,
+    in_features: int,
     *op_args: Any,
 ) -> Tensor:
     fmt = WeightFormat.from_op_args(scales, zeros, *op_args)
-    check_x(x, planes, bias, out_features)
-    check_layout(planes, scales, zeros, out_features, x.shape[-1], fmt)
+    check_x(x, planes, bias, out_features, in_features)
+    check_layout(planes, scales, zeros, out_features, in_features, fmt)
     fmt.check_bits(bits, planes.shape[0])
     return x.new_empty(*x.shape[:-1], out_features)
 

@@ -1,8 +1,8 @@
 """Shard of a packed weight: the rows and columns that one of several devices holds.
 
-A shard that is aligned to tiles copies tiles. Any other shard unpacks one plane at a time, slices it and packs it again. If a
-group crosses the edge of the columns, the shard uses smaller groups and repeats their scale, so that every group of the shard
-lies in one group of the whole weight.
+A shard that is aligned to tiles copies tiles. Any other shard unpacks one plane at a time, slices it and packs it again. If its
+columns start within a group, the shard uses smaller groups and repeats their scale, so that each lies in one group of the whole
+weight.
 """
 
 import dataclasses
@@ -11,12 +11,13 @@ import math
 import torch
 from torch import Tensor
 
+from matquant.formats.groups import group_count, group_index
 from matquant.formats.tile_layout import (
     TILE,
-    group_count,
     pack_groups,
     pack_planes,
     rotate_plane_bits,
+    stored_group_count,
     tiles,
     unpack_groups,
     unpack_planes,
@@ -67,11 +68,10 @@ class WeightShard:
         )
 
     def group_size(self, group_size: int) -> int:
-        """Group size of the shard: that of the whole weight, or its largest divisor that fits the columns."""
+        """Group size of the shard: that of the whole weight, or a divisor so that no group of the shard crosses two of them."""
         start, stop = self.columns
-        if group_size == self.in_features:
-            return stop - start
-        return math.gcd(group_size, start, stop - start)
+        width, to_next_group = stop - start, -start % group_size
+        return width if to_next_group >= width else min(math.gcd(group_size, to_next_group), width)
 
     def slice_matrix(self, matrix: Tensor) -> Tensor:
         """Slice a matrix [out_features, in_features], for example of codes: [rows, columns] of the shard."""
@@ -98,15 +98,16 @@ class WeightShard:
 
     def slice_packed_groups(self, packed: Tensor, group_size: int) -> Tensor:
         """Slice packed scales or zero points [groups, row tiles, 8, 4, 2] of the whole weight, in the same layout."""
-        values = unpack_groups(packed)[: self.out_features, : self.in_features // group_size]
+        values = unpack_groups(packed)[: self.out_features, : group_count(self.in_features, group_size)]
         return self.slice_groups(values, group_size)
 
     def slice_groups(self, values: Tensor, group_size: int) -> Tensor:
         """Slice scales or zero points [out_features, groups] of the whole weight and pack them for the shard."""
         own = self.group_size(group_size)
-        first = torch.arange(*self.columns, own, device=values.device)  # first column of each group of the shard
-        sliced = _slice_rows(values[:, first // group_size], self.rows, self.out_features)
-        return pack_groups(sliced, group_count(self.shape[1], own))
+        groups = group_index(self.in_features, group_size, values.device)
+        held = groups[slice(*self.columns, own)]  # group of the first column of each group of the shard
+        sliced = _slice_rows(values[:, held], self.rows, self.out_features)
+        return pack_groups(sliced, stored_group_count(self.shape[1], own))
 
 
 def _slice_rows(values: Tensor, rows: tuple[tuple[int, int], ...], count: int) -> Tensor:

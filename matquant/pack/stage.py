@@ -12,6 +12,7 @@ from typing import Any
 
 from matquant.errors import UserError
 from matquant.formats import allocation
+from matquant.formats.packed import LayerSpec
 from matquant.formats.slice_spec import SliceSpec
 from matquant.models.blocks import BlockModel
 from matquant.models.loading import LoadedModel
@@ -31,19 +32,21 @@ class Packing:
 
     Args:
         config: settings with a format, not ``none``.
-        layers: names of the layers of the parent.
+        layers: size, and format in the parent, of each layer by full name.
         method: settings of the method that makes the parent.
         job_folder: output folder of the job.
 
     Raises:
-        UserError: the target is there already, or ``pack.bits`` does not fit the layers.
+        UserError: the target is there already, the format cannot store the layers, or ``pack.bits`` does not fit them.
     """
 
-    def __init__(self, config: PackConfig, layers: Sequence[str], method: MethodConfig, job_folder: Path) -> None:
+    def __init__(
+        self, config: PackConfig, layers: Mapping[str, LayerSpec], method: MethodConfig, job_folder: Path
+    ) -> None:
         self.config = config
         self.folder = _target(config, job_folder)
         self.format = FORMATS[config.name]
-        self.format.check(config, method)
+        self.format.check(config, method, layers)
         self.allocated: Mapping[str, int] | None = None
         if config.allocation_file is not None:
             found = allocation.read(Path(config.allocation_file))

@@ -7,7 +7,7 @@ A method knows neither the checkpoint nor the store. Nothing around ``quantize_b
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from matquant.calibration.activation_streams import FULL, ActivationStreams
 from matquant.distributed import SINGLE_PROCESS, ProcessGroup
 from matquant.formats.nested import NestedWeight, WeightFormat
+from matquant.formats.packed import LayerSpec
 from matquant.models.blocks import BlockModel
 from matquant.models.model_sizes import ModelSizes
 from matquant.timing import PhaseTimer
@@ -224,6 +225,18 @@ class BlockQuantizer(abc.ABC):
     @abc.abstractmethod
     def weight_format(self, layer: str, in_features: int) -> WeightFormat:
         """Format that a layer of ``in_features`` input features will have."""
+
+    def layer_specs(self, layers: Sequence[Mapping[str, nn.Linear]]) -> dict[str, LayerSpec]:
+        """Size, and format after quantization, of all layers of some blocks, by full name."""
+        return {
+            name: LayerSpec(
+                out_features=layer.out_features,
+                in_features=layer.in_features,
+                format=self.weight_format(name, layer.in_features),
+            )
+            for block in layers
+            for name, layer in block.items()
+        }
 
     @abc.abstractmethod
     def cache_key(self) -> dict[str, Any]:

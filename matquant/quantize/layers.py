@@ -18,21 +18,8 @@ def layers_to_quantize(model: BlockModel, skips: Callable[[str], bool], *, lm_he
     ]
 
 
-def check_layers(layers: Sequence[Mapping[str, nn.Linear]], group_size_of: Callable[[str], int]) -> None:
-    """Check that each layer's group size divides its input features, and that there is a layer.
-
-    Raises:
-        UserError: names the first layer that does not fit, and the alternatives.
-    """
-    for block in layers:
-        for name, layer in block.items():
-            group_size = group_size_of(name)
-            if group_size != -1 and layer.in_features % group_size:
-                raise UserError(
-                    f"method.group_size={group_size} does not divide the {layer.in_features} input features of "
-                    f"{name}. Choose another (32, 64, 128, or -1 for one scale per row), or skip such layers with "
-                    f"method.skip=['*{name.rsplit('.', 1)[-1]}']."
-                )
+def check_layers(layers: Sequence[Mapping[str, nn.Linear]]) -> None:
+    """Raise UserError if there is no layer to quantize."""
     if not any(layers):
         raise UserError("method.skip leaves no layer to quantize.")
 

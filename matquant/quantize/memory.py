@@ -1,6 +1,5 @@
 """Memory estimate of making one parent, block by block."""
 
-from matquant.formats.parent import parent_bytes
 from matquant.memory import MemoryEstimate, Offload, estimate
 from matquant.models.model_sizes import ModelSizes
 from matquant.quantize.base import BlockQuantizer, CalibrationTokens
@@ -10,7 +9,7 @@ def quantize_memory(
     sizes: ModelSizes,
     quantizer: BlockQuantizer,
     tokens: CalibrationTokens,
-    group_size: int,
+    parent: int,
     *,
     on_gpu: bool,
     solver_on_gpu: bool,
@@ -20,14 +19,13 @@ def quantize_memory(
 
     Args:
         tokens: calibration tokens on this process; 0 without calibration.
-        group_size: of the parent's scales.
+        parent: bytes of the parent.
         offload: storage of the hidden states between two blocks.
     """
     needs = quantizer.calibration
     streams = len(needs.streams) if needs is not None and tokens.total else 0
     cached = streams * tokens.total * sizes.hidden * sizes.computing
     method = quantizer.memory(sizes, tokens)
-    parent = parent_bytes(sizes.quantized, group_size)
     writing = 3 * parent // max(1, sizes.blocks)
     copy = sizes.block * sizes.computing
     loading = max(sizes.load_bytes(sizes.embeddings), sizes.load_bytes(sizes.block))

@@ -9,7 +9,6 @@ from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
 
 from matquant import number_format
-from matquant.formats.parent import parent_bytes, scale_bytes
 from matquant.formats.slice_spec import SliceSpec
 from matquant.inference import replace_linears, set_bits
 from matquant.memory import MemoryEstimate
@@ -84,19 +83,22 @@ def generate(job: LoadedJob, slices: Sequence[SliceSpec], runtime: Runtime) -> d
 
 
 def generate_memory(
-    sizes: ModelSizes, planes: int, group_size: int, prompt: int, new: int, *, on_gpu: bool
+    sizes: ModelSizes, packed: int, parent: int, prompt: int, new: int, *, on_gpu: bool
 ) -> MemoryEstimate:
     """Peak memory of generating ``new`` tokens after a prompt of ``prompt`` tokens.
 
-    Everything that is not quantized is held in the dtype of the computation, and ``planes`` planes of the codes with their
-    scales; keys and values of every token (at most two hidden states per block), and the activations of the prompt in one
-    block. While a block of the parent is packed, its codes are mapped.
+    Everything that is not quantized is held in the dtype of the computation, and the planes that are read, with their scales;
+    keys and values of every token (at most two hidden states per block), and the activations of the prompt in one block. While
+    a block of the parent is packed, its codes are mapped.
+
+    Args:
+        packed: bytes of the planes that are read and their scales.
+        parent: bytes of the parent.
     """
     dense = (sizes.parameters - sizes.quantized) * sizes.computing
-    packed = sizes.quantized * planes // 8 + scale_bytes(sizes.quantized, group_size)
     cache = 2 * sizes.blocks * (prompt + new) * sizes.hidden * sizes.computing
     held = dense + packed + cache + sizes.activation_bytes(prompt)
-    mapped = parent_bytes(sizes.quantized, group_size) // max(1, sizes.blocks)
+    mapped = parent // max(1, sizes.blocks)
     largest_dense = sizes.block - sum(one.rows * one.columns for one in sizes.layers)
     reading = sizes.load_bytes(max(sizes.embeddings, largest_dense))
     if on_gpu:

@@ -97,7 +97,7 @@ def _run_stages(config: Config, info: JobInfo, device: torch.device, process_gro
     with log.timed("load"):
         job = load_job(config, runtime)
         tasks = load_tasks(config)
-        packing = Packing(config.pack, job.layer_names, config.method, info.folder) if config.pack.wanted else None
+        packing = Packing(config.pack, job.layer_specs, config.method, info.folder) if config.pack.wanted else None
     with log.timed("quantize"):
         quantized = quantize(job, runtime)
         if log.plan is None:

@@ -14,6 +14,7 @@ from matquant.errors import UserError
 from matquant.formats import allocation
 from matquant.formats.allocation import Allocation
 from matquant.formats.nested import NestedWeight
+from matquant.formats.packed import LayerSpec
 from matquant.models.activation_cache import OffloadTarget, choose_offload_target
 from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.gguf import convert_gguf, is_gguf
@@ -59,6 +60,16 @@ class LoadedJob:
         return tuple(name for block in self.layers for name in block)
 
     @property
+    def layer_specs(self) -> dict[str, LayerSpec]:
+        """Size, and format in the future parent, of each layer to quantize, by full name."""
+        return self.quantizer().layer_specs(self.layers)
+
+    @property
+    def parent_bytes(self) -> int:
+        """Bytes of the codes, scales and zero points of the parent."""
+        return sum(layer.parent_bytes for layer in self.layer_specs.values())
+
+    @property
     def dense_bytes(self) -> int:
         """Bytes of the quantized layers in the model's own dtype."""
         return self.sizes.quantized * self.model.dtype.itemsize
@@ -99,7 +110,7 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
     blocks = BlockModel(model.model, model.checkpoint, config.transform.build(model.model))
     dtype = compute_dtype(model.dtype, runtime.device)
     layers = layers_to_quantize(blocks, config.method.skips, lm_head=config.method.quantize_lm_head)
-    check_layers(layers, config.method.group_size_of)
+    check_layers(layers)
     _check_lengths(config, model, runtime.process_group.world_size)
     allocations = _read_allocations(config, [name for block in layers for name in block])
     evaluation = _evaluation_texts(config, model, runtime)

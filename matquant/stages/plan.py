@@ -3,7 +3,6 @@
 from matquant import machine
 from matquant.evaluate.memory import evaluate_memory, evaluate_operations
 from matquant.formats.nested import planes_read
-from matquant.formats.parent import parent_bytes
 from matquant.memory import MemoryEstimate, MemoryPlan, Offload, make_plan
 from matquant.quantize.base import BlockQuantizer, CalibrationTokens
 from matquant.quantize.memory import quantize_memory
@@ -24,7 +23,7 @@ def plan_with_quantize(job: LoadedJob, runtime: Runtime, quantizer: BlockQuantiz
         job.sizes,
         quantizer,
         tokens,
-        job.config.method.group_size,
+        job.parent_bytes,
         on_gpu=runtime.on_gpu,
         solver_on_gpu=solver_on_gpu,
         offload=offload,
@@ -61,8 +60,8 @@ def _later_stages(job: LoadedJob, runtime: Runtime) -> tuple[list[MemoryEstimate
         operations += evaluate_operations(job.sizes, tokens, slices)
     if "generate" in config.stages:
         prompt, new = job.prompt_tokens(), config.max_new_tokens
-        group_size = config.method.group_size
-        estimates.append(generate_memory(job.sizes, _planes(job), group_size, prompt, new, on_gpu=runtime.on_gpu))
+        packed = sum(layer.packed_bytes(_planes(job)) for layer in job.layer_specs.values())
+        estimates.append(generate_memory(job.sizes, packed, job.parent_bytes, prompt, new, on_gpu=runtime.on_gpu))
         operations += evaluate_operations(job.sizes, prompt + new, slices)
     return estimates, operations
 
@@ -84,7 +83,7 @@ def _plan(
         operations,
         parameters=sizes.parameters,
         checkpoint=sizes.parameters * sizes.stored,
-        parent=parent_bytes(sizes.quantized, job.config.method.group_size),
+        parent=job.parent_bytes,
         device=runtime.device,
         offload=offload,
         store=runtime.store.path,

@@ -10,7 +10,7 @@ from matquant.formats import matgptq
 from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.formats.packed import NestedSpec
 from matquant.formats.planes import NestedPlanes
-from matquant.formats.tile_layout import group_count, pack_groups
+from matquant.formats.tile_layout import pack_groups, stored_group_count
 
 
 def nested_converters(planes: int) -> list[WeightConverter]:
@@ -90,7 +90,7 @@ class PackScales(ConversionOps):
         **_: Any,
     ) -> dict[str, Any]:
         layer = self.spec.layers[full_layer_name.rpartition(".")[0]]
-        groups = group_count(layer.in_features, layer.format.group_size)
+        groups = stored_group_count(layer.in_features, layer.format.group_size)
         return {target_patterns[0]: pack_groups(_single(input_dict[source_patterns[0]]), groups)}
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from matquant.errors import UserError, shorten
+from matquant.formats.groups import group_count
 from matquant.formats.nested import NestedWeight
 from matquant.formats.packed import LayerSpec, TensorSpec
 from matquant.formats.planes import NestedPlanes
@@ -117,7 +118,7 @@ class ShardedNestedLinear(nn.Module):
         rows, columns = self.shard.shape
         weight = NestedWeight(
             codes=self.shard.slice_matrix(codes),
-            scales=torch.zeros(rows, columns // self.format.group_size, dtype=self.format.scale_dtype),
+            scales=torch.zeros(rows, group_count(columns, self.format.group_size), dtype=self.format.scale_dtype),
             zeros=None,
             format=self.format,
         )
@@ -142,7 +143,7 @@ class ShardedNestedLinear(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Map [..., columns] to [..., rows] at the bit-width of the current step."""
         return torch.ops.matquant.nested_linear_runtime_bits.default(
-            x, self.planes, self.scales, self.zeros, bias, self.step_bits, self.shard.shape[0], *self.format.op_args
+            x, self.planes, self.scales, self.zeros, bias, self.step_bits, *self.shard.shape, *self.format.op_args
         )
 
 

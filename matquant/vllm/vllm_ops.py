@@ -17,7 +17,7 @@ from matquant.inference.argument_checks import check_x
 _library = torch.library.Library("matquant", "FRAGMENT")
 _library.define(
     "nested_linear_runtime_bits(Tensor x, Tensor planes, Tensor scales, Tensor? zeros, Tensor? bias, Tensor step_bits, "
-    "int out_features, int group_size, int master_bits, str slicing, float offset) -> Tensor"
+    "int out_features, int in_features, int group_size, int master_bits, str slicing, float offset) -> Tensor"
 )
 
 
@@ -70,10 +70,11 @@ def _linear_runtime_bits(
     bias: Tensor | None,
     step_bits: Tensor,
     out_features: int,
+    in_features: int,
     *op_args: Any,
 ) -> Tensor:
     return torch.ops.matquant.nested_linear.default(
-        x, planes, scales, zeros, bias, current_bits(step_bits), out_features, *op_args
+        x, planes, scales, zeros, bias, current_bits(step_bits), out_features, in_features, *op_args
     )
 
 
@@ -85,9 +86,10 @@ def _fake_linear_runtime_bits(
     bias: Tensor | None,
     step_bits: Tensor,
     out_features: int,
+    in_features: int,
     *op_args: Any,
 ) -> Tensor:
-    check_x(x, planes, bias, out_features)
+    check_x(x, planes, bias, out_features, in_features)
     return x.new_empty(*x.shape[:-1], out_features)
 
 

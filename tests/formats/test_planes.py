@@ -10,6 +10,7 @@ from weights import make_weight, unpack
 
 from matquant.errors import UserError
 from matquant.formats.nested import NestedWeight, planes_read
+from matquant.formats.packed import LayerSpec
 from matquant.formats.planes import CPU_STRIP_WEIGHTS, NestedPlanes
 
 GROUP_SIZES = (16, 32, 48, 64, 128, 5)
@@ -17,11 +18,11 @@ GROUP_SIZES = (16, 32, 48, 64, 128, 5)
 
 @st.composite
 def any_weight(draw) -> NestedWeight:
-    group_size = draw(st.sampled_from(GROUP_SIZES))
+    columns = draw(st.integers(1, 400))
     return make_weight(
         draw(st.integers(1, 150)),
-        group_size * draw(st.integers(1, 4)),
-        group_size,
+        columns,
+        min(columns, draw(st.sampled_from((*GROUP_SIZES, columns)))),
         master_bits=draw(st.integers(2, 8)),
         slicing=draw(st.sampled_from(["msb", "round"])),
         zeros=draw(st.booleans()),
@@ -123,6 +124,18 @@ def test_weight_of_several_strips():
     assert torch.equal(packed.dequantize(3), weight.dequantize(3))
 
 
+@settings(max_examples=40, deadline=None)
+@given(weight=any_weight(), data=st.data())
+def test_planned_bytes_are_those_of_the_tensors(weight, data):
+    spec, planes = LayerSpec.from_weight(weight), data.draw(st.integers(2, 8))
+    assert spec.parent_bytes == sum(tensor.nbytes for tensor in weight.tensors().values())
+    stored = spec.tensors("x", 8)
+    side = sum(tensor.nbytes for name, tensor in stored.items() if ".plane" not in name)
+    assert spec.packed_bytes(planes) == side + planes * stored["x.plane0"].nbytes
+    packed = NestedPlanes.pack(weight)
+    assert spec.packed_bytes(packed.planes.shape[0]) == packed.bytes_read(weight.format.master_bits)
+
+
 def test_bytes_read():
     packed = NestedPlanes.pack(make_weight(128, 256, 64, slicing="round", zeros=True))
     side = 128 * 4 * (2 + 1)
@@ -155,8 +168,9 @@ def test_more_bits_than_the_codes_raise():
         ({"scales": torch.zeros(4, 2, 8, 4, 2)}, r"found float32 \[4, 2, 8, 4, 2\]"),
         ({"zeros": torch.zeros(3, 2, 8, 4, 2)}, "Zero points must be contiguous uint8"),
         ({"scales": torch.zeros(3, 2, 8, 4, 2, device="meta")}, "must be on one device"),
-        ({"group_size": 80}, "Groups of 80 do not divide 192"),
-        ({"group_size": 0}, "Groups of 0 do not divide 192"),
+        ({"group_size": 96}, r"Scales of groups of 96 must be .*\[2, 2, 8, 4, 2\]; found float16 \[3, 2, 8, 4, 2\]"),
+        ({"group_size": 193}, r"The group size of 192 input features must lie in 1..192; found 193"),
+        ({"group_size": 0}, r"The group size of 192 input features must lie in 1..192; found 0"),
         ({"master_bits": 9}, "Codes of 9 bits"),
         ({"slicing": "top"}, "'top' slicing"),
     ],

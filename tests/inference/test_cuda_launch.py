@@ -73,6 +73,7 @@ def call(x, weight, bits, bias=None):
         bias,
         bits,
         packed.out_features,
+        packed.in_features,
         packed.format.group_size,
         packed.format.master_bits,
         packed.format.slicing,
@@ -114,6 +115,31 @@ def test_a_call_reaches_the_kernel_with_what_it_expects(device, about, bits, tok
     assert not cuda_ops.workspaces[x.get_device()].semaphores.any()
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(
+    ("columns", "group_size"), [(30, 30), (72, 72), (72, 64), (200, 128), (200, 32), (576, 128), (81, 64)]
+)
+def test_a_short_last_group_reaches_the_kernel(device, columns, group_size, zeros):
+    weight = make_weight(130, columns, group_size, zeros=zeros)
+    bias = activations(130)
+    for tokens in (1, 20):
+        x = activations(tokens, columns)
+        assert_close(call(x, weight, 3, bias), x, weight, 3, bias)
+    assert len(device) == 2
+
+
+@pytest.mark.parametrize("device", ["sm_90a"], indirect=True)
+@pytest.mark.parametrize(("columns", "group_size"), [(30, 30), (72, 64), (200, 128), (576, 128), (81, 32)])
+def test_a_short_last_group_reaches_the_kernels_with_wgmma(device, columns, group_size):
+    weight = make_weight(130, columns, group_size)
+    for tokens in (20, 70, MAX_M + 1):
+        x = activations(tokens, columns)
+        exact, dense = (x.double() @ weight.dequantize(3, dtype).double().T for dtype in (torch.float64, torch.float16))
+        rounding = (dense.to(x.dtype).double() - exact).norm()
+        assert (call(x, weight, 3).double() - exact).norm() <= 1.2 * rounding
+    assert [made.get("WGMMA") for made, _ in device] == [1, 1, None]  # the last one dequantizes
+
+
 def test_a_launch_is_planned_once_for_all_calls_like_it(device):
     weight = make_weight(64, 128, 128)
     for _ in range(3):
@@ -134,15 +160,16 @@ def test_activations_at_odd_addresses_are_moved(device):
     assert_close(call(spread, weight, 4), spread, weight, 4)
 
 
-def test_many_tokens_go_through_decoded_strips(device, monkeypatch):
-    monkeypatch.setattr(cuda_ops, "STRIP_WEIGHTS", 64 * 128)
-    weight = make_weight(200, 128, 64, zeros=True)
-    x, bias = activations(5, 20, 128, dtype=torch.bfloat16), activations(200, dtype=torch.bfloat16)
+@pytest.mark.parametrize("columns", [128, 136])
+def test_many_tokens_go_through_decoded_strips(device, monkeypatch, columns):
+    monkeypatch.setattr(cuda_ops, "STRIP_WEIGHTS", 64 * columns)
+    weight = make_weight(200, columns, 64, zeros=True)
+    x, bias = activations(5, 20, columns, dtype=torch.bfloat16), activations(200, dtype=torch.bfloat16)
     y = call(x, weight, 3, bias)
     exact = x.double() @ weight.dequantize(3).double().T + bias.double()
     assert len(device) == 4  # of 64 rows each
     assert ((y.double() - exact).norm() / exact.norm()) < 2**-7
-    assert call(activations(0, 128), weight, 3).shape == (0, 200)
+    assert call(activations(0, columns), weight, 3).shape == (0, 200)
 
 
 @pytest.mark.parametrize("device", ["sm_90a"], indirect=True)
@@ -230,6 +257,8 @@ def test_decode_reaches_its_kernel(device, master_bits, slicing, bits):
     ("about", "dtype"),
     [
         ({"group_size": 48}, torch.float16),
+        ({"group_size": 4}, torch.float16),
+        ({"group_size": 36}, torch.float16),
         ({"group_size": 32}, torch.float32),
         ({"group_size": 32, "dtype": torch.float32}, torch.float16),
     ],
@@ -262,7 +291,7 @@ def test_a_first_call_within_a_capture_is_refused(device, monkeypatch):
 def test_wrong_calls_are_refused_before_anything_is_planned(device):
     weight = make_weight(64, 128, 128)
     for x, bits, bias, sentence in (
-        (activations(2, 64), 4, None, r"Planes of \[64, 64\]|Groups of 128"),
+        (activations(2, 64), 4, None, r"x must be \[..., 128\]; found \[2, 64\]"),
         (activations(2, 128).double(), 4, None, "found torch.float64"),
         (torch.tensor(1.0), 4, None, "found a tensor without dimensions"),
         (activations(2, 128), 9, None, "a whole number in 2..8; found 9"),
@@ -280,6 +309,7 @@ def test_wrong_calls_are_refused_before_anything_is_planned(device):
         None,
         4,
         64,
+        128,
         128,
         8,
         "msb",

@@ -90,7 +90,7 @@ def test_opcheck(zeros, dtype, shape):
     tensors = (packed.planes, packed.scales, packed.zeros)
     bias = torch.zeros(66, dtype=dtype) if zeros else None
     for op, args in (
-        (torch.ops.matquant.nested_linear.default, (x, *tensors, bias, 3, 66, *packed.format.op_args)),
+        (torch.ops.matquant.nested_linear.default, (x, *tensors, bias, 3, 66, 96, *packed.format.op_args)),
         (torch.ops.matquant.nested_dequantize.default, (*tensors, 3, 66, 96, *packed.format.op_args, dtype)),
     ):
         assert set(torch.library.opcheck(op, args).values()) == {"SUCCESS"}
@@ -100,8 +100,9 @@ BAD_CALLS = [
     ({"x": torch.zeros(2, 96, dtype=torch.float64)}, "x must be float16, bfloat16 or float32; found torch.float64"),
     ({"x": torch.zeros(2, 96, dtype=torch.int32)}, "found torch.int32"),
     ({"x": torch.tensor(1.0)}, "found a tensor without dimensions"),
-    ({"x": torch.zeros(2, 160)}, r"Planes of \[66, 160\] must be contiguous int32 \[planes, 2, 3, 32, 4\]; found"),
-    ({"x": torch.zeros(2, 97)}, "Groups of 32 do not divide 97"),
+    ({"x": torch.zeros(2, 160)}, r"x must be \[..., 96\]; found \[2, 160\]"),
+    ({"x": torch.zeros(2, 97)}, r"x must be \[..., 96\]; found \[2, 97\]"),  # of as many tiles and groups
+    ({"x": torch.zeros(96, 2)}, r"x must be \[..., 96\]; found \[96, 2\]"),
     ({"x": torch.zeros(2, 96, device="meta")}, "x is on meta, the planes are on cpu"),
     ({"bias": torch.zeros(65)}, r"The bias must be .*\[66\] on cpu; found torch.float32 \[65\]"),
     ({"bias": torch.zeros(66, dtype=torch.int64)}, "found torch.int64"),
@@ -126,5 +127,5 @@ def test_invalid_arguments_raise(wrong, message, fake):
     weight = [mode.from_tensor(t) for t in (packed.planes, packed.scales)]
     with mode, pytest.raises(UserError, match=message):
         torch.ops.matquant.nested_linear.default(
-            tensors["x"], *weight, None, tensors["bias"], call["bits"], 66, 32, 8, "msb", 8.0
+            tensors["x"], *weight, None, tensors["bias"], call["bits"], 66, 96, 32, 8, "msb", 8.0
         )

@@ -165,7 +165,7 @@ def make_weight(config: GemmConfig, case: GemmCase) -> NestedWeight:
     """Random codes, scales of both signs, and zero points."""
     g = torch.Generator().manual_seed(case.seed)
     group = config.group_size if config.group_size > 0 else case.depth
-    shape = (case.rows, case.depth // group)
+    shape = (case.rows, -(-case.depth // group))
     codes = torch.randint(0, 2**case.master_bits, (case.rows, case.depth), generator=g, dtype=torch.uint8)
     scales = (torch.rand(shape, generator=g) * 0.02 + 0.001) * torch.randint(0, 2, shape, generator=g).mul(2).sub(1)
     zeros = None
@@ -311,10 +311,10 @@ def exact_weight(weight: NestedWeight, bits: int) -> Tensor:
         value = (torch.floor(codes / 2**drop) + 0.5) * 2**drop
     else:
         value = torch.clamp(torch.floor(codes / 2**drop + 0.5), max=2**bits - 1) * 2**drop
-    rows, groups = weight.scales.shape
+    group = torch.arange(codes.shape[1]) // weight.format.group_size  # of each column
     zero = (
         2 ** (weight.format.master_bits - 1) + weight.format.zero_point_offset
         if weight.zeros is None
-        else weight.zeros.double()[:, :, None]
+        else weight.zeros.double()[:, group]
     )
-    return ((value.view(rows, groups, -1) - zero) * weight.scales.double()[:, :, None]).view(weight.codes.shape)
+    return (value - zero) * weight.scales.double()[:, group]

@@ -22,6 +22,7 @@ WGMMA = GemmConfig(family="wgmma", token_tiles=4, row_warps=4, panel=2)
 WGMMA_CASE = GemmCase(tokens=29, rows=640, depth=1024, blocks=2)
 WS = GemmConfig(family="wgmma_ws", token_tiles=16, row_warps=4, tile_warps=2, units=1, panel=1)
 WS_CASE = GemmCase(tokens=140, rows=300, depth=640, blocks=3)
+SHORT_CASE = GemmCase(tokens=29, rows=192, depth=576, blocks=2)  # in groups of 128 the fifth one has 64 columns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,19 @@ BUGS = {
     ),
     "scales of the wrong group": Bug(
         marker="scale-group", pattern=r"max\(GROUP", wrong="max(2 * GROUP", config=GemmConfig(group_size=64)
+    ),
+    "mma: scales of a short last group taken from the group in front": Bug(
+        marker="scale-group",
+        pattern=r"(\w+ / max\(GROUP, 1\))",
+        wrong=r"min(\1, 3)",
+        config=dataclasses.replace(MMA, token_tiles=4),
+        case=SHORT_CASE,
+    ),
+    "wgmma: scales of a short last group taken from the group in front": dataclasses.replace(
+        wgmma_bug("scale-group", r"(\w+ / max\(GROUP, 1\))", r"min(\1, 3)"), case=SHORT_CASE
+    ),
+    "ws: scales of a short last group taken from the group in front": dataclasses.replace(
+        ws_bug("ws-scale-group", r"(\w+ \* 64 / max\(GROUP, 1\))", r"min(\1, 3)"), case=SHORT_CASE
     ),
     "columns of x beyond K kept": Bug(
         marker="x-bounds",

@@ -52,6 +52,11 @@ def dequantize(config: GemmConfig, case: GemmCase, first_block: int) -> tuple[to
         (GemmConfig(bits=8, dtype=torch.bfloat16), GemmCase(rows=70, depth=128), 0),
         (GemmConfig(bits=4, slicing="round", group_size=64), GemmCase(rows=70, depth=192, offset=0.0), 0),
         (GemmConfig(bits=4, has_zero_points=True), GemmCase(rows=64, depth=128, master_bits=6), 0),
+        # The last group of a row is shorter.
+        (GemmConfig(bits=3, has_zero_points=True), GemmCase(rows=70, depth=200), 0),
+        (GemmConfig(bits=2, dtype=torch.bfloat16), GemmCase(rows=130, depth=576), 1),
+        (GemmConfig(bits=4, group_size=64), GemmCase(rows=70, depth=72), 0),
+        (GemmConfig(bits=8, group_size=32), GemmCase(rows=64, depth=81), 0),
     ],
 )
 def test_dequantize_is_exact(config: GemmConfig, case: GemmCase, first_block: int) -> None:

@@ -35,6 +35,9 @@ def check(config: GemmConfig, case: GemmCase, **options: object) -> None:
     assert run(config, case, **options).error_ratio() <= 1.2
 
 
+SHORT_LAST_GROUPS = [(72, 32), (72, 64), (200, 32), (200, 64), (200, 128), (576, 128), (576, 256)]  # K, group size
+
+
 def ragged_depth(group_size: int) -> int:
     """K that is a multiple of the group size, and otherwise only of 8."""
     if group_size < 0:
@@ -65,6 +68,14 @@ def test_group_sizes_zero_points_and_ragged_shapes(group_size: int, zeros: bool)
     for blocks in (1, 4):
         case = GemmCase(tokens=3, rows=131, depth=ragged_depth(group_size), blocks=blocks, bias=True, seed=blocks)
         check(config, case)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("depth", "group_size"), SHORT_LAST_GROUPS)
+def test_short_last_group(depth: int, group_size: int, zeros: bool) -> None:
+    for k_warps, units in ((1, 2), (2, 1)):
+        config = GemmConfig(bits=3, group_size=group_size, has_zero_points=zeros, k_warps=k_warps, units=units)
+        check(config, GemmCase(tokens=5, rows=131, depth=depth, blocks=3, bias=True, seed=depth))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -142,6 +153,13 @@ def test_wgmma_group_sizes_zero_points_and_ragged_shapes(group_size: int, zeros:
         check(config, dataclasses.replace(case, blocks=blocks, seed=blocks))
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("depth", "group_size"), SHORT_LAST_GROUPS)
+def test_wgmma_short_last_group(depth: int, group_size: int, zeros: bool) -> None:
+    config = wgmma_config(bits=3, group_size=group_size, has_zero_points=zeros)
+    check(config, GemmCase(tokens=29, rows=131, depth=depth, blocks=3, bias=True, seed=depth))
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -203,6 +221,13 @@ def test_ws_group_sizes_zero_points_and_ragged_shapes(group_size: int, zeros: bo
     )
     depth = ragged_depth(group_size)
     check(config, GemmCase(tokens=135, rows=131, depth=depth, blocks=3, bias=True, offset=0.0, seed=3))
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("depth", "group_size"), SHORT_LAST_GROUPS)
+def test_ws_short_last_group(depth: int, group_size: int, zeros: bool) -> None:
+    config = ws_config(bits=3, group_size=group_size, has_zero_points=zeros, units=2, row_warps=2, tile_warps=4)
+    check(config, GemmCase(tokens=135, rows=131, depth=depth, blocks=3, bias=True, seed=depth))
 
 
 def test_ws_scales_of_zero() -> None:

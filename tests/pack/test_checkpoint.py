@@ -17,6 +17,8 @@ import matquant  # noqa: F401 - makes the format known
 from matquant.errors import UserError
 from matquant.formats.packed import parse_nested_config
 from matquant.inference import NestedPlanes, nested_layers, set_bits
+from matquant.models.blocks import BlockModel
+from matquant.models.loading import load_model
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in CONFIGS if kind not in ("mistral", "qwen2", "gemma2", "granite", "olmo2")),
@@ -54,6 +56,41 @@ def test_whatever_a_parent_holds_loads_as_the_same_model(kind: str, options: dic
     few = read(folder, max_bits=2)
     assert torch.equal(logits(few), logits(model))
     assert max(layer.max_bits for layer in nested_layers(few).values()) == 2
+
+
+SHORT_GROUPS = {  # sizes that groups of 128 do not divide
+    "llama": {"hidden_size": 72, "intermediate_size": 200},
+    "gpt2": {"n_embd": 200, "n_inner": 144},
+    "mixtral": {"hidden_size": 200, "intermediate_size": 136},
+    "qwen2": {"hidden_size": 136, "intermediate_size": 72},
+}
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", SHORT_GROUPS)
+def test_rows_with_a_short_last_group_load_as_the_same_slice(kind: str, symmetric: bool, tmp_path: Path) -> None:
+    saved = save(make_model(kind, **SHORT_GROUPS[kind]), tmp_path / "model")
+    opened = Opened(saved, tmp_path / "store", group_size=128, symmetric=symmetric, head=kind == "qwen2")
+    assert any(spec.in_features % spec.format.group_size for spec in opened.specs().values())
+    model, reference = read(opened.pack(tmp_path / "packed")), opened.in_memory()
+    for bits in (2, 5, 8):
+        assert_same_at(bits, model, reference)
+        torch.testing.assert_close(logits(model), logits(dense_slice(opened, bits)), rtol=1e-4, atol=1e-4)
+    model.set_bits(3)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(read(tmp_path / "again")), logits(model))
+
+
+def dense_slice(opened: Opened, bits: int) -> Any:
+    """The model with the dense weights of a slice, without nested layers."""
+    model = load_model(opened.config).model.float()
+    BlockModel(model)
+    if opened.head:
+        model.lm_head = torch.nn.Linear(*model.lm_head.weight.shape[::-1], bias=False)
+    for index in range(len(opened.parent.blocks)):
+        for name, weight in opened.parent.block(index).items():
+            model.get_submodule(name).weight.data.copy_(weight.dequantize(bits))
+    return model
 
 
 def test_every_width_and_allocation_by_argument_and_afterwards(llama: Opened, packed: Path, tmp_path: Path) -> None:

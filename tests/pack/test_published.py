@@ -153,7 +153,7 @@ def test_a_parent_in_the_published_format(tmp_path: Path) -> None:
 def test_what_the_published_format_cannot_hold_is_refused(llama: Opened, tmp_path: Path) -> None:
     config = PackConfig(name="matgptq_v1")
     with pytest.raises(UserError, match="symmetric 8-bit codes that are cut by msb.*pack=nested holds this parent"):
-        FORMATS["matgptq_v1"].check(config, method())
+        FORMATS["matgptq_v1"].check(config, method(), llama.specs())
     with pytest.raises(UserError, match="cut by msb"):
         llama.pack(tmp_path / "p", name="matgptq_v1")
     moe = Opened(save(make_model("mixtral", torch.float16), tmp_path / "m"), tmp_path / "s", slicing="round")

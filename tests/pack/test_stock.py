@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from matquant.errors import UserError
+from matquant.pack.config import PackConfig
+from matquant.pack.stage import Packing
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
@@ -142,6 +144,50 @@ def test_the_nearest_codes_and_their_error(mirrored, tmp_path, form):
             8
         ).norm()
         assert 0 < error < 0.01
+
+
+@pytest.mark.parametrize("form", ["gptq", "compressed_tensors", "matgptq_v1"])
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        (
+            {"hidden_size": 96, "intermediate_size": 64},
+            r"groups of 64 leave a shorter last group in the 96 input features of model.layers.0.self_attn.q_proj and 9 more "
+            r"layers. Set method.group_size \(and method.overrides\) to one of 32, 128, -1 \(-1: one scale per row\), or use "
+            r"pack=nested",
+        ),
+        (
+            {"hidden_size": 64, "intermediate_size": 160},
+            r"groups of 64 leave a shorter last group in the 160 input features of model.layers.0.mlp.down_proj and 1 more",
+        ),
+    ],
+)
+def test_a_short_last_group_is_refused_with_the_group_sizes_that_fit(form, sizes, sentence, tmp_path):
+    saved = save(make_model("llama", torch.float16, **sizes), tmp_path / "model")
+    opened = Opened(saved, tmp_path / "store", group_size=64, slicing="round", zero_point_offset=0.0)
+    settings = PackConfig(name=form, path=str(tmp_path / "out"))
+    with pytest.raises(UserError, match=f"pack={form} holds groups of equal size only, but {sentence}"):
+        Packing(settings, opened.specs(), opened.method, tmp_path)
+    fitting = Opened(saved, tmp_path / "fitting", group_size=32, slicing="round", zero_point_offset=0.0)
+    fitting.pack(tmp_path / "out", 4, name=form)
+    if form != "matgptq_v1":
+        check(fitting, tmp_path / "out", 4)
+
+
+def test_rows_shorter_than_a_group_have_one_scale(tmp_path):
+    """Their group size is that of the row, which stock formats write as -1."""
+    saved = save(make_model("llama", torch.float16, intermediate_size=128), tmp_path / "model")
+    opened = Opened(saved, tmp_path / "store", group_size=128, slicing="round", zero_point_offset=0.0)
+    assert {spec.format.group_size for spec in opened.specs().values()} == {64, 128}
+    for form in ("gptq", "compressed_tensors"):
+        check(opened, opened.pack(tmp_path / form, 4, name=form), 4)
+
+
+def test_sizes_that_do_not_fill_words_are_refused_before_any_work(tmp_path):
+    opened = Opened(save(make_model("llama", torch.float16, hidden_size=72), tmp_path / "model"), tmp_path / "store")
+    settings = PackConfig(name="gptq", path=str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"multiples of 32; model.layers.0.self_attn.q_proj is \[64, 72\]. Leave"):
+        Packing(settings, opened.specs(), opened.method, tmp_path)
 
 
 def test_experts_are_refused(tmp_path):

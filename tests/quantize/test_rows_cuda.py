@@ -1,10 +1,14 @@
 """CUDA column solver on the emulator: its choices equal those of the CPU solver."""
 
+import functools
+
 import pytest
 import torch
 
-from matquant.quantize.gptq import column_solver, column_solver_cuda
+from matquant.quantize.gptq import column_solver, column_solver_cuda, solver
 from matquant.quantize.gptq.code_grid import FROM_RANGE, CodeGrid, ScaleSearchSpace
+from matquant.quantize.gptq.hessians import HessianStats, prepare_hessians
+from matquant.quantize.gptq.options import SolverOptions
 from tests.kernels.emulator import compile_kernel, have_compiler, read_source
 
 pytestmark = [pytest.mark.compiler, pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")]
@@ -104,3 +108,26 @@ def test_the_columns_of_a_block_fit_the_smallest_shared_memory():
         columns = column_solver_cuda.max_block_size(widths)
         assert columns >= 64
         assert column_solver_cuda._tile_bytes(widths, columns) <= 99 * 1024
+
+
+@pytest.mark.parametrize(("columns", "group_size"), [(72, 64), (72, -1), (200, 128), (30, 128), (81, 32)])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_matrix_with_a_short_last_group_is_solved_as_on_the_cpu(monkeypatch, columns, group_size, act_order):
+    generator = torch.Generator().manual_seed(columns)
+    weight = torch.randn(21, columns, generator=generator) * 0.05
+    inputs = torch.randn(3 * columns, columns, generator=generator)
+    options = SolverOptions(
+        lambdas=BALANCED, group_size=group_size, zero_point_offset=8.0, cd_passes=1, act_order=act_order
+    )
+    prepared = prepare_hessians([HessianStats(hessian=inputs.T @ inputs / len(inputs))], options)
+    expected = solver.solve(weight, prepared, options)
+    for name in ("choose_scales", "solve_columns", "descend_columns"):
+        monkeypatch.setattr(column_solver, name, functools.partial(getattr(column_solver_cuda, name), load=load))
+    monkeypatch.setattr(
+        column_solver, "max_block_size", lambda device, widths: column_solver_cuda.max_block_size(widths)
+    )
+    found = solver.solve(weight, prepared, options)
+    assert found.scales.shape == (21, -(-columns // found.format.group_size))
+    # Error feedback is summed in another order, and one other choice changes the rest of its row.
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.scales, expected.scales)

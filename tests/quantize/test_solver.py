@@ -48,7 +48,7 @@ def textbook(weight, hessian, weights, master_bits, slicing, group_size, shared,
     lam = torch.tensor(list(weights.values()), dtype=torch.float64)
     targets = weight.double().repeat(1 if shared else len(weights), 1, 1)
     codes = torch.zeros(out_features, columns, dtype=torch.uint8)
-    scales = torch.zeros(out_features, columns // group_size)
+    scales = torch.zeros(out_features, -(-columns // group_size))
     costs = []
     for j in range(columns):
         if j % group_size == 0:
@@ -94,6 +94,38 @@ def test_codes_are_the_textbooks(group_size, block_size, slicing, shared):
         scale="minmax",
     )
     solution = solve(weight, hessian, options)
+    torch.testing.assert_close(solution.scales.float(), scales, rtol=2e-3, atol=0)
+    assert_same_choices(solution, expected, costs)
+
+
+@pytest.mark.parametrize(
+    ("columns", "group_size", "block_size"),
+    [
+        (72, 64, 128),
+        (72, 128, 128),
+        (72, -1, 32),
+        (200, 128, 128),
+        (200, 128, 96),
+        (200, -1, 128),
+        (30, 32, 7),
+        (81, 32, 48),
+    ],
+)
+@pytest.mark.parametrize(("slicing", "shared"), [("msb", False), ("round", True)])
+def test_a_short_last_group_is_solved_as_in_the_textbook(columns, group_size, block_size, slicing, shared):
+    weight, hessian = layer(in_features=columns, seed=columns)
+    size = columns if group_size == -1 else min(group_size, columns)
+    expected, scales, costs = textbook(weight, hessian, BALANCED, 8, slicing, size, shared)
+    options = SolverOptions(
+        lambdas=BALANCED,
+        slicing=slicing,
+        error_feedback="mean" if shared else "per_bit",
+        group_size=group_size,
+        block_size=block_size,
+        scale="minmax",
+    )
+    solution = solve(weight, hessian, options)
+    assert solution.format.group_size == size
     torch.testing.assert_close(solution.scales.float(), scales, rtol=2e-3, atol=0)
     assert_same_choices(solution, expected, costs)
 
@@ -157,10 +189,10 @@ def test_scaling_the_weight_scales_the_scales_only():
     assert torch.equal(one.scales * 8, eight.scales)
 
 
-@pytest.mark.parametrize("group_size", [32, -1])
-def test_act_order_keeps_groups_whole_and_helps(group_size):
-    weight, hessian = layer(16, 128)
-    decay = torch.logspace(0, -1.5, 128)[torch.randperm(128, generator=torch.Generator().manual_seed(0))]
+@pytest.mark.parametrize(("columns", "group_size"), [(128, 32), (128, -1), (136, 64), (200, 128)])
+def test_act_order_keeps_groups_whole_and_helps(columns, group_size):
+    weight, hessian = layer(16, columns)
+    decay = torch.logspace(0, -1.5, columns)[torch.randperm(columns, generator=torch.Generator().manual_seed(0))]
     hessian = hessian * decay[:, None] * decay
     plain = SolverOptions(lambdas={3: 1.0}, master_bits=8, group_size=group_size, scale="minmax")
     ordered = SolverOptions(lambdas={3: 1.0}, master_bits=8, group_size=group_size, scale="minmax", act_order=True)
@@ -192,10 +224,10 @@ def test_zero_points_help_a_shifted_weight():
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10**6), slicing=st.sampled_from(["msb", "round"]))
-def test_a_sweep_never_raises_the_objective(seed, slicing):
-    weight, hessian = layer(4, 32, seed=seed)
-    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(32)
+@given(seed=st.integers(0, 10**6), slicing=st.sampled_from(["msb", "round"]), columns=st.sampled_from([32, 40, 71]))
+def test_a_sweep_never_raises_the_objective(seed, slicing, columns):
+    weight, hessian = layer(4, columns, seed=seed)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(columns)
     costs = []
     for passes in (0, 1, 2, 4):
         options = SolverOptions(lambdas=BALANCED, slicing=slicing, group_size=32, cd_passes=passes)
@@ -204,9 +236,11 @@ def test_a_sweep_never_raises_the_objective(seed, slicing):
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(costs))
 
 
-def test_a_sweep_ends_where_no_single_code_helps():
-    weight, hessian = layer(2, 32, seed=5)
-    damped = (hessian + 0.01 * hessian.diagonal().mean() * torch.eye(32)).double()
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("columns", [32, 41])
+def test_a_sweep_ends_where_no_single_code_helps(columns):
+    weight, hessian = layer(2, columns, seed=5)
+    damped = (hessian + 0.01 * hessian.diagonal().mean() * torch.eye(columns)).double()
     options = SolverOptions(lambdas=BALANCED, group_size=32, cd_passes=30)
     solution = solve(weight, hessian, options)
 
@@ -216,11 +250,23 @@ def test_a_sweep_ends_where_no_single_code_helps():
         return sum(lam * (e @ damped * e).sum(1) for lam, e in zip(BALANCED.values(), errors, strict=True))
 
     best = cost(solution.codes)
-    for column in range(0, 32, 5):
+    for column in range(0, columns, 5):
         for code in range(256):
             codes = solution.codes.clone()
             codes[:, column] = code
             assert (cost(codes) >= best * (1 - 1e-5)).all()
+
+
+@pytest.mark.parametrize(("columns", "group_size"), [(72, 32), (200, 128), (30, -1)])
+def test_rounding_to_nearest_with_a_short_last_group(columns, group_size):
+    weight, _ = layer(8, columns)
+    size = columns if group_size == -1 else group_size
+    options = SolverOptions(lambdas={4: 1.0}, master_bits=4, slicing="round", group_size=group_size, scale="minmax")
+    expected = []
+    for group in weight.split(size, dim=1):
+        scales = minmax(group, 4)[:, None]
+        expected.append((group / scales + 8).round().clamp(0, 15))
+    assert torch.equal(solve(weight, None, options).codes, torch.cat(expected, 1).to(torch.uint8))
 
 
 def test_rounding_to_nearest_is_the_nearest_code():
@@ -395,14 +441,15 @@ def test_an_offset_costs_normal_weights_little_and_helps_skewed_ones(seed):
     assert ratios[1] < 0.9
 
 
+@pytest.mark.parametrize("columns", [64, 72])
 @pytest.mark.parametrize("act_order", [False, True])
-def test_mirrored_codes_decode_to_what_the_solver_chose(act_order):
+def test_mirrored_codes_decode_to_what_the_solver_chose(act_order, columns):
     """Without feedback each stored code has the least cost of all codes, on the grid that the stored scale stands for."""
-    weight, hessian = layer(16, 64)
+    weight, hessian = layer(16, columns)
     options = SolverOptions(lambdas=BALANCED, group_size=32, zero_point_offset=8.0, act_order=act_order)
     solved = solve(weight, torch.diag(hessian.diagonal()), options)
     assert (solved.scales < 0).any()
-    scale = solved.scales.float().repeat_interleave(32, 1)[:, :, None]
+    scale = solved.scales.float().repeat_interleave(32, 1)[:, :columns, None]
     cost = sum(
         lam * (weight[:, :, None] - scale * (levels(b, 8, "msb") - 136)).double() ** 2 for b, lam in BALANCED.items()
     )

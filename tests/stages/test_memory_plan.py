@@ -57,7 +57,7 @@ def estimate(
         model_sizes(blocks),
         method.build(task),
         tokens,
-        128,
+        model_sizes(blocks).quantized,
         on_gpu=on_gpu,
         solver_on_gpu=solver_on_gpu,
         offload=offload,
@@ -108,13 +108,14 @@ def test_the_solver_is_counted_on_its_device() -> None:
 
 def test_generating_holds_the_dense_parameters_and_the_planes_that_are_read() -> None:
     sizes = model_sizes()
-    low, high = (generate_memory(sizes, planes, 128, 10, 20, on_gpu=False) for planes in (2, 8))
-    assert high.host - low.host == sizes.quantized * 6 // 8
-    dense, scales = (sizes.parameters - sizes.quantized) * 4, 2 * sizes.quantized // 128
-    assert low.host > dense + sizes.quantized // 4 + scales
-    on_gpu = generate_memory(sizes, 2, 128, 10, 20, on_gpu=True)
-    assert on_gpu.device > dense + sizes.quantized // 4 + scales
-    longer = generate_memory(sizes, 2, 128, 10, 1020, on_gpu=True)
+    packed, parent = sizes.quantized // 4, sizes.quantized
+    low, high = (generate_memory(sizes, size, parent, 10, 20, on_gpu=False) for size in (packed, 4 * packed))
+    assert high.host - low.host == 3 * packed
+    dense = (sizes.parameters - sizes.quantized) * 4
+    assert low.host > dense + packed + parent // sizes.blocks
+    on_gpu = generate_memory(sizes, packed, parent, 10, 20, on_gpu=True)
+    assert on_gpu.device > dense + packed
+    longer = generate_memory(sizes, packed, parent, 10, 1020, on_gpu=True)
     assert longer.device - on_gpu.device == 2 * sizes.blocks * 1000 * sizes.hidden * 4
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from matquant.formats.groups import fit_group_size
 from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.models.model_sizes import ModelSizes
 from matquant.quantize.base import (
@@ -44,7 +45,8 @@ class LearnedScales(BlockQuantizer):
         self.calibration = CalibrationNeeds(bits=(task.master_bits,), full_precision=True)
 
     def weight_format(self, layer: str, in_features: int) -> WeightFormat:
-        return WeightFormat(group_size=self.config.group_size_of(layer), scale_dtype=self.task.scale_dtype)
+        group_size = fit_group_size(self.config.group_size_of(layer), in_features)
+        return WeightFormat(group_size=group_size, scale_dtype=self.task.scale_dtype)
 
     def cache_key(self) -> dict[str, Any]:
         return {"learned_scales": [self.config.steps, self.config.learning_rate, self.config.group_size, self.version]}

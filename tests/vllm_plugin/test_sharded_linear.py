@@ -52,13 +52,39 @@ def test_two_ranks_hold_halves_of_a_layer(rank):
     by_columns = load(make_layer(WeightShard(ROWS, COLUMNS, ((0, ROWS),), (columns.start, columns.stop))))
     rows = slice(rank * 48, rank * 48 + 48)
     by_rows = load(make_layer(WeightShard(ROWS, COLUMNS, ((rows.start, rows.stop),), (0, COLUMNS))))
-    assert by_columns.format.group_size == 32
+    assert by_columns.format.group_size == (64, 32)[rank]  # the second half starts in the middle of a group
     for bits in (2, 4, 8):
         by_columns.set_bits(bits, bits)
         by_rows.set_bits(bits, bits)
         dense = nested_weight().dequantize(bits)
         assert_near(by_columns(x[:, columns], None), x[:, columns] @ dense[:, columns].T)
         assert_near(by_rows(x, None), x @ dense[rows].T)
+
+
+@pytest.mark.parametrize(("columns", "ranks"), [(576, 2), (200, 2), (72, 3)])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_ranks_cut_a_layer_with_a_short_last_group(columns, ranks, zeros):
+    """Cuts within groups and within tiles: the parts' outputs add up to that of the whole layer."""
+    weight = make_weight(ROWS, columns, min(columns, 128), zeros=zeros)
+    spec, packed, x = LayerSpec.from_weight(weight), NestedPlanes.pack(weight), torch.randn(3, columns)
+    stored = {key.removeprefix("layer."): tensor for key, tensor in spec.tensors("layer", 8).items()}
+    for bits in (2, 5):
+        total = torch.zeros(3, ROWS)
+        for rank in range(ranks):
+            held = (rank * columns // ranks, (rank + 1) * columns // ranks)
+            shard = WeightShard(ROWS, columns, ((0, ROWS),), held)
+            layer = ShardedNestedLinear("layer", spec, stored, shard, num_planes=8, bits=bits, prefill=bits)
+            tensors = {"scales": packed.scales, "zeros": packed.zeros} | {
+                f"plane{index}": plane for index, plane in enumerate(packed.planes)
+            }
+            for kind in stored:
+                layer.load(kind, tensors[kind])
+            check_complete([layer])
+            assert_near(
+                layer(x[:, slice(*held)], None), x[:, slice(*held)] @ weight.dequantize(bits)[:, slice(*held)].T
+            )
+            total += layer(x[:, slice(*held)], None)
+        assert_near(total, x @ weight.dequantize(bits).T)
 
 
 def test_compiled_layer_reads_its_bits_at_run_time():

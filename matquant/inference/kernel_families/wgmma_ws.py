@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from matquant.cuda.tma import TmaDescriptor
-from matquant.formats.tile_layout import TILE, tiles
+from matquant.formats.tile_layout import TILE, stored_group_count, tiles
 from matquant.inference.gemm_shape import DeviceLimits, GemmShape
 from matquant.inference.kernel_families.base import (
     WARP,
@@ -83,7 +83,7 @@ class WgmmaWsFamily(KernelFamily):
 
     def tma_descriptors(self, shape: GemmShape, tile: TileConfig) -> TmaDescriptors | None:
         row_tiles, units = tiles(shape.rows), tiles(shape.depth)
-        all_groups = -(-units * TILE // shape.group) if shape.group else 1
+        all_groups = stored_group_count(shape.depth, shape.format.group_size)
         groups = tile.block_k // shape.group if 0 < shape.group < tile.block_k else 1
         planes = TmaDescriptor(
             8, (shape.planes, row_tiles, 64 * units), (shape.planes, tile.warps_n, 64 * tile.k_units)

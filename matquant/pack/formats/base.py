@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from matquant.errors import UserError
+from matquant.formats.groups import fit_group_size
+from matquant.formats.packed import LayerSpec
 from matquant.pack.config import PackConfig
 from matquant.pack.pack_input import PackInput
-from matquant.quantize.config import MethodConfig
+from matquant.quantize.config import GROUP_SIZES, MethodConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +56,25 @@ class PackResult:
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def check_equal_groups(name: str, layers: Mapping[str, LayerSpec]) -> None:
+    """Check that all groups of a row are equal, for a format ``name`` that has no shorter last group.
+
+    Raises:
+        UserError: names the first layer with a shorter one, and the group sizes that all layers admit.
+    """
+    uneven = [layer for layer, spec in layers.items() if not spec.has_equal_groups]
+    if not uneven:
+        return
+    spec, more = layers[uneven[0]], f" and {len(uneven) - 1} more layers" if len(uneven) > 1 else ""
+    widths = {one.in_features for one in layers.values()}
+    fitting = [str(s) for s in GROUP_SIZES if all(width % fit_group_size(s, width) == 0 for width in widths)]
+    raise UserError(
+        f"pack={name} holds groups of equal size only, but groups of {spec.format.group_size} leave a shorter last group in "
+        f"the {spec.in_features} input features of {uneven[0]}{more}. Set method.group_size (and method.overrides) to one "
+        f"of {', '.join(fitting)} (-1: one scale per row), or use pack=nested."
+    )
+
+
 class CheckpointFormat(abc.ABC):
     """Format of a packed checkpoint.
 
@@ -62,8 +84,17 @@ class CheckpointFormat(abc.ABC):
 
     name: ClassVar[str]
 
-    def check(self, config: PackConfig, method: MethodConfig) -> None:  # noqa: B027  (optional)
-        """Refuse settings that the format cannot store for any model, before any long work. Raises UserError."""
+    def check(  # noqa: B027  (optional)
+        self, config: PackConfig, method: MethodConfig, layers: Mapping[str, LayerSpec]
+    ) -> None:
+        """Refuse settings and layers that the format cannot store, before any long work.
+
+        Args:
+            layers: size, and format in the parent, of each layer by full name.
+
+        Raises:
+            UserError: names the setting or the first such layer, and the alternatives.
+        """
 
     @abc.abstractmethod
     def write(self, request: PackRequest) -> PackResult:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from matquant.formats.groups import group_count
 from matquant.formats.packed import LayerSpec, TensorSpec
 from matquant.pack.formats.integer_format import IntegerFormat, group_size
 from matquant.pack.integer_grid import Grid, IntegerWeight, pack_bits
@@ -27,7 +28,7 @@ class CompressedTensorsFormat(IntegerFormat):
 
     def tensors(self, layer: LayerSpec, grid: Grid) -> dict[str, TensorSpec]:
         rows, columns = layer.out_features, layer.in_features
-        groups = columns // layer.format.group_size
+        groups = group_count(columns, layer.format.group_size)
         found = {
             "weight_packed": TensorSpec((rows, _words(columns, grid.bits)), torch.int32),
             "weight_scale": TensorSpec((rows, groups), layer.format.scale_dtype),

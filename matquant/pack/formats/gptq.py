@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from matquant.errors import UserError
+from matquant.formats.groups import group_count, group_index
 from matquant.formats.packed import LayerSpec, TensorSpec
+from matquant.pack.config import PackConfig
 from matquant.pack.formats.integer_format import IntegerFormat, group_size, name_pattern
 from matquant.pack.integer_grid import Grid, IntegerWeight, pack_bits
 from matquant.pack.pack_input import PackInput
+from matquant.quantize.config import MethodConfig
 from matquant.version import __version__
 
 _BITS = (2, 3, 4, 8)
@@ -29,14 +32,20 @@ class GptqFormat(IntegerFormat):
     supported = tuple((bits, symmetric) for symmetric in (True, False) for bits in _BITS)
     min_zero_point = 1  # since they are stored less one
 
+    def check(self, config: PackConfig, method: MethodConfig, layers: Mapping[str, LayerSpec]) -> None:
+        """Refuse layers whose codes or zero points do not fill whole words, and those whose last group is shorter."""
+        for name, layer in layers.items():
+            if layer.out_features % _WORD or layer.in_features % _WORD:
+                raise UserError(
+                    f"pack=gptq holds layers whose sizes are multiples of {_WORD}; {name} is [{layer.out_features}, "
+                    f"{layer.in_features}]. Leave such layers out (method.skip), or use pack=compressed_tensors or "
+                    "pack=nested."
+                )
+        super().check(config, method, layers)
+
     def tensors(self, layer: LayerSpec, grid: Grid) -> dict[str, TensorSpec]:
         rows, columns = layer.out_features, layer.in_features
-        if rows % _WORD or columns % _WORD:
-            raise UserError(
-                f"pack=gptq holds layers whose sizes are multiples of {_WORD}; found [{rows}, {columns}]. Leave such layers "
-                "out (method.skip), or use pack=compressed_tensors or pack=nested."
-            )
-        groups = columns // layer.format.group_size
+        groups = group_count(columns, layer.format.group_size)
         return {
             "qweight": TensorSpec((columns * grid.bits // _WORD, rows), torch.int32),
             "qzeros": TensorSpec((groups, rows * grid.bits // _WORD), torch.int32),
@@ -50,7 +59,7 @@ class GptqFormat(IntegerFormat):
             "qweight": pack_bits(weight.codes, weight.bits).t(),
             "qzeros": pack_bits(weight.zeros.t() - 1, weight.bits),
             "scales": weight.scales.t(),
-            "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // groups),
+            "g_idx": group_index(columns, columns // groups).int(),
         }
 
     def config(self, source: PackInput, grids: Mapping[str, Grid]) -> dict[str, Any]:

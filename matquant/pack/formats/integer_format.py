@@ -8,14 +8,17 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from matquant.errors import UserError
+from matquant.formats.groups import WHOLE_ROW
 from matquant.formats.nested import NestedWeight
 from matquant.formats.packed import LayerSpec, TensorSpec
 from matquant.formats.shard_index import INDEX
-from matquant.pack.formats.base import CheckpointFormat, PackRequest, PackResult
+from matquant.pack.config import PackConfig
+from matquant.pack.formats.base import CheckpointFormat, PackRequest, PackResult, check_equal_groups
 from matquant.pack.grid_choice import FUSED, GridChoice, SliceLayers, choose_grids
 from matquant.pack.integer_grid import Grid, IntegerWeight, nearest, on_grid, zero_points
 from matquant.pack.pack_input import PackInput
 from matquant.pack.shards import ShardWriter, aligned
+from matquant.quantize.config import MethodConfig
 
 
 class IntegerFormat(CheckpointFormat):
@@ -31,11 +34,7 @@ class IntegerFormat(CheckpointFormat):
 
     @abstractmethod
     def tensors(self, layer: LayerSpec, grid: Grid) -> dict[str, TensorSpec]:
-        """Specs of a layer's tensors, by the last part of their name.
-
-        Raises:
-            UserError: the format cannot hold the shape.
-        """
+        """Specs of a layer's tensors, by the last part of their name."""
 
     @abstractmethod
     def encode(self, weight: IntegerWeight) -> dict[str, Tensor]:
@@ -44,6 +43,10 @@ class IntegerFormat(CheckpointFormat):
     @abstractmethod
     def config(self, source: PackInput, grids: Mapping[str, Grid]) -> dict[str, Any]:
         """``quantization_config`` of the checkpoint."""
+
+    def check(self, config: PackConfig, method: MethodConfig, layers: Mapping[str, LayerSpec]) -> None:
+        """Refuse layers whose last group is shorter: vLLM rejects them in both formats, compressed-tensors in its own."""
+        check_equal_groups(self.name, layers)
 
     def write(self, request: PackRequest) -> PackResult:
         """Write one slice; a slice that is not exact is refused before anything is written."""
@@ -100,7 +103,7 @@ class IntegerFormat(CheckpointFormat):
 
 def group_size(layer: LayerSpec) -> int:
     """Group size as stock configs write it: -1 for one group per row."""
-    return -1 if layer.format.group_size == layer.in_features else layer.format.group_size
+    return WHOLE_ROW if layer.format.group_size == layer.in_features else layer.format.group_size
 
 
 def name_pattern(name: str) -> str:

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 
+import torch
+
 from matquant.errors import UserError
+from matquant.formats.groups import WHOLE_ROW
 from matquant.formats.matgptq import CODES, DTYPES, MASTER_BITS, SCALES, MatGptqSpec
 from matquant.formats.packed import LayerSpec, TensorSpec
 from matquant.formats.shard_index import INDEX
 from matquant.pack.config import PackConfig
-from matquant.pack.formats.base import CheckpointFormat, PackRequest, PackResult
+from matquant.pack.formats.base import CheckpointFormat, PackRequest, PackResult, check_equal_groups
 from matquant.pack.shards import ShardWriter, aligned
 from matquant.quantize.config import MethodConfig
 
@@ -19,8 +22,8 @@ class MatGptqV1Format(CheckpointFormat):
 
     name = "matgptq_v1"
 
-    def check(self, config: PackConfig, method: MethodConfig) -> None:
-        """Refuse codes of the method and bit-widths that the format cannot store. Raises UserError."""
+    def check(self, config: PackConfig, method: MethodConfig, layers: Mapping[str, LayerSpec]) -> None:
+        """Refuse codes of the method, bit-widths and layers that the format cannot store."""
         if method.slicing != "round" or not method.symmetric or method.master_bits != MASTER_BITS:
             kind = "symmetric" if method.symmetric else "asymmetric"
             raise UserError(
@@ -35,6 +38,8 @@ class MatGptqV1Format(CheckpointFormat):
             raise UserError(
                 "pack=matgptq_v1 stores whole codes: pack.max_bits cannot leave out planes. Use pack=nested."
             )
+        check_equal_groups(self.name, layers)
+        _shared_format(layers)
 
     def write(self, request: PackRequest) -> PackResult:
         source, bits = request.source, request.bits
@@ -42,7 +47,8 @@ class MatGptqV1Format(CheckpointFormat):
             raise UserError(
                 "pack=matgptq_v1 holds one bit-width for all layers. Give pack.bits a bit-width, or use pack=nested."
             )
-        spec = _spec(source.layers, bits)
+        group_size, scale_dtype = _shared_format(source.layers)
+        spec = MatGptqSpec(group_size=group_size, bits=bits, scale_dtype=scale_dtype)
         if any(
             source.origins[f"{n}.weight"].expert is not None for n in source.layers if f"{n}.weight" in source.origins
         ):
@@ -63,10 +69,10 @@ class MatGptqV1Format(CheckpointFormat):
         return PackResult(quantization_config=spec.to_json(), record={"bits": spec.bits})
 
 
-def _spec(layers: Mapping[str, LayerSpec], bits: int) -> MatGptqSpec:
+def _shared_format(layers: Mapping[str, LayerSpec]) -> tuple[int, torch.dtype]:
     """Group size and scale dtype that all layers share. Raises UserError if they differ."""
     by_row = all(s.format.group_size == s.in_features for s in layers.values())
-    sizes = {-1} if by_row else {s.format.group_size for s in layers.values()}
+    sizes = {WHOLE_ROW} if by_row else {s.format.group_size for s in layers.values()}
     dtypes = {s.format.scale_dtype for s in layers.values()}
     for name, layer in layers.items():
         fmt = layer.format
@@ -77,7 +83,8 @@ def _spec(layers: Mapping[str, LayerSpec], bits: int) -> MatGptqSpec:
             )
     if len(sizes) > 1 or len(dtypes) > 1 or not dtypes <= set(DTYPES.values()):
         raise UserError(
-            "pack=matgptq_v1 has one group size for all layers, and scales in float16 or bfloat16; this parent has "
-            f"groups of {', '.join(map(str, sorted(sizes)))} and scales in {', '.join(map(str, dtypes))}. Use pack=nested."
+            "pack=matgptq_v1 has one group size for all layers, and scales in float16 or bfloat16; these layers have groups "
+            f"of {', '.join(map(str, sorted(sizes)))} and scales in {', '.join(map(str, dtypes))}. Choose a method.group_size "
+            "that fits all of them, such as -1 (one scale per row), or use pack=nested."
         )
-    return MatGptqSpec(group_size=sizes.pop(), bits=bits, scale_dtype=dtypes.pop())
+    return sizes.pop(), dtypes.pop()

@@ -26,7 +26,7 @@ class GptqConfig(MethodConfig):
             inputs.
         true_sequential: calibrate later layers of a block on the quantized earlier ones.
         damp: fraction of the Hessian's mean diagonal that is added to it.
-        block_size: columns between two lazy updates of the rest.
+        block_size: columns between two lazy updates of the rest; a block ends with its group.
     """
 
     name: str = "matgptq"
@@ -52,12 +52,6 @@ class GptqConfig(MethodConfig):
             )
         if self.block_size < 1:
             raise UserError(f"method.block_size must be at least 1 column; found {self.block_size}.")
-        size = self.group_size
-        if size > 0 and size % self.block_size and self.block_size % size:
-            raise UserError(
-                f"method.block_size={self.block_size} must be a multiple or a divisor of method.group_size={size}, "
-                "so that no block of columns divides a group."
-            )
         for bits in self.calibration_bits:
             check_bits(bits, "method.calibration_bits", self.master_bits)
         if self.cd_passes < 0:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from matquant.formats.groups import fit_group_size
 from matquant.quantize.gptq.cholesky import damped, inverse_factor
 from matquant.quantize.gptq.options import SolverOptions
 
@@ -101,9 +102,8 @@ def prepare_hessians(
         raise ValueError(f"{len(stats)} input statistics for {len(options.bits)} bit-widths")
     order = None
     if options.act_order:
-        columns = len(stats[0].hessian)
-        group_size = columns if options.group_size == -1 else options.group_size
-        order = _column_order(torch.stack([one.hessian.diagonal() for one in stats]).mean(0), group_size)
+        diagonal = torch.stack([one.hessian.diagonal() for one in stats]).mean(0)
+        order = _column_order(diagonal, fit_group_size(options.group_size, len(diagonal)))
     distinct = list({id(one): one for one in stats}.values())
     made = map_fn(len(distinct), lambda index: factorize(distinct[index], order, options.damp, layer))
     by_id = {id(one): factor for one, factor in zip(distinct, made, strict=True)}
@@ -135,15 +135,17 @@ def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
 
 
 def _column_order(diagonal: Tensor, group_size: int) -> Tensor:
-    """Columns by falling diagonal of the Hessian within their group, groups by their largest.
+    """Columns by falling diagonal of the Hessian within their group, groups by their largest; a short last group stays last.
 
     Groups stay whole, so that the stored matrix keeps its order and no runtime has to permute its input.
     """
-    diagonal = diagonal.view(-1, group_size)
-    within = diagonal.argsort(dim=1, descending=True, stable=True)
-    groups = diagonal.amax(1).argsort(descending=True, stable=True)
+    whole = len(diagonal) // group_size * group_size
+    grouped = diagonal[:whole].view(-1, group_size)
+    within = grouped.argsort(dim=1, descending=True, stable=True)
+    groups = grouped.amax(1).argsort(descending=True, stable=True)
     first = torch.arange(len(groups), device=diagonal.device)[:, None] * group_size
-    return (first + within)[groups].flatten()
+    short = whole + diagonal[whole:].argsort(descending=True, stable=True)
+    return torch.cat([(first + within)[groups].flatten(), short])
 
 
 def _permute(matrix: Tensor, order: Tensor | None) -> Tensor:

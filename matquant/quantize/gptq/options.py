@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from matquant.formats.groups import fit_group_size
 from matquant.formats.nested import Slicing, WeightFormat
 from matquant.quantize.base import QuantizerTask, normalized
 from matquant.quantize.config import MethodConfig
@@ -49,7 +50,7 @@ class SolverOptions:
     def weight_format(self, in_features: int) -> WeightFormat:
         """Format of a weight of ``in_features`` input features."""
         return WeightFormat(
-            group_size=in_features if self.group_size == -1 else self.group_size,
+            group_size=fit_group_size(self.group_size, in_features),
             master_bits=self.master_bits,
             slicing=self.slicing,
             zero_point_offset=self.zero_point_offset if self.symmetric else 0.0,

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from matquant.formats.groups import expand_groups, fit_group_size, group_count, scale_groups
 from matquant.formats.nested import NestedWeight, levels
 from matquant.quantize.gptq import column_solver
 from matquant.quantize.gptq.code_grid import FROM_RANGE, CodeGrid, ScaleSearchSpace
@@ -42,12 +43,12 @@ def solve(weight: Tensor, prepared: PreparedHessians | None, options: SolverOpti
         options: techniques and format.
 
     Raises:
-        ValueError: the group size does not divide in_features or does not align with the block size, or round slices, which
-            have no mirror image, are combined with a zero-point offset.
+        ValueError: round slices, which have no mirror image, are combined with a zero-point offset.
     """
+    if options.zero_point_offset and options.symmetric and options.slicing != "msb":
+        raise ValueError("the grid of round slices has no mirror image: it needs a zero-point offset of 0")
     columns = weight.shape[1]
-    group_size = columns if options.group_size == -1 else options.group_size
-    _check_shapes(columns, group_size, options)
+    group_size = fit_group_size(options.group_size, columns)
     rows_at_once = max(1, MAX_WEIGHTS_AT_ONCE // columns)
     return _concat_rows(
         [_solve_rows(part, prepared, group_size, options) for part in weight.detach().split(rows_at_once)]
@@ -102,20 +103,6 @@ def _scale_search_space(options: SolverOptions, device: torch.device) -> ScaleSe
     )
 
 
-def _check_shapes(columns: int, group_size: int, options: SolverOptions) -> None:
-    if columns % group_size:
-        raise ValueError(f"group size {group_size} does not divide {columns} input features")
-    if group_size % options.block_size and options.block_size % group_size:
-        raise ValueError(f"block size {options.block_size} and group size {group_size} do not align")
-    if options.zero_point_offset and options.symmetric and options.slicing != "msb":
-        raise ValueError("the grid of round slices has no mirror image: it needs a zero-point offset of 0")
-
-
-def _divisor(number: int, most: int) -> int:
-    """Return the largest divisor of ``number`` that is at most ``most``, so that blocks of columns divide a group evenly."""
-    return next(number // n for n in range(1, number + 1) if number % n == 0 and number // n <= most)
-
-
 @dataclasses.dataclass(slots=True)
 class _ColumnSolve:
     """Arrays of the column solver; shapes as in ``column_solver``, with K bit-widths and T targets.
@@ -143,7 +130,7 @@ class _ColumnSolve:
         _, out_features, columns = targets.shape
         bits = options.bits
         count = 1 if options.error_feedback == "mean" else len(bits)
-        groups, device = columns // group_size, targets.device
+        groups, device = group_count(columns, group_size), targets.device
         return cls(
             targets=targets.expand(count, -1, -1).clone(),
             codes=torch.zeros(out_features, columns, dtype=torch.uint8, device=device),
@@ -153,7 +140,7 @@ class _ColumnSolve:
             levels=torch.stack([levels(b, options.master_bits, options.slicing) for b in bits]).float().to(device),
             grid=CodeGrid.of(bits, options.master_bits, options.slicing, device),
             group_size=group_size,
-            block_size=_divisor(min(options.block_size, group_size), column_solver.max_block_size(device, len(bits))),
+            block_size=min(options.block_size, column_solver.max_block_size(device, len(bits))),
         )
 
     def solve(self, factors: Sequence[Tensor], options: SolverOptions) -> None:
@@ -164,8 +151,9 @@ class _ColumnSolve:
         lambdas, hessian_diag = self._column_lambdas(curvature), curvature[-1] / curvature[-1].mean()
         for first, last, group in self._blocks():
             if first % self.group_size == 0:
+                end = min(first + self.group_size, columns)
                 self.scales[:, group], self.zeros[:, group] = column_solver.choose_scales(
-                    self.targets, first, first + self.group_size, hessian_diag, lambdas, self.grid, search_space
+                    self.targets, first, end, hessian_diag, lambdas, self.grid, search_space
                 )
             scales, zeros = self.scales[:, group].contiguous(), self.zeros[:, group].contiguous()
             block = (
@@ -195,18 +183,19 @@ class _ColumnSolve:
                 gradient[k, :, last:].addmm_(moves[k], hessians[k % len(hessians)][first:last, last:])
 
     def _blocks(self) -> Iterator[tuple[int, int, int]]:
-        """First and last column of each block, and its group."""
+        """First column of each block, the column after its last one, and its group; no block crosses the end of a group."""
         columns = self.codes.shape[1]
-        for first in range(0, columns, self.block_size):
-            yield first, min(first + self.block_size, columns), first // self.group_size
+        for group, start in enumerate(range(0, columns, self.group_size)):
+            end = min(start + self.group_size, columns)
+            for first in range(start, end, self.block_size):
+                yield first, min(first + self.block_size, end), group
 
     def _block_of(self, matrices: Sequence[Tensor], first: int, last: int) -> Tensor:
         return torch.stack([m[first:last, first:last] for m in matrices])
 
     def _dequantize(self, k: int) -> Tensor:
         """Dense weight [rows, columns] at the k-th bit-width."""
-        grouped = self.levels[k][self.codes.int()].view(*self.scales.shape, -1)
-        return ((grouped - self.zeros[:, :, None]) * self.scales[:, :, None]).view(self.codes.shape)
+        return scale_groups(self.levels[k][self.codes.int()], self.scales, self.zeros, self.group_size)
 
     def _column_lambdas(self, curvature: Tensor) -> Tensor:
         """Weight of each bit-width and column [K, columns], for errors whose cost has a curvature [1 or K, columns].
@@ -222,7 +211,7 @@ class _ColumnSolve:
             codes, scales = self._flip_mirrored(options.master_bits)
         if order is not None:
             codes = codes[:, order.argsort()].contiguous()
-            stored = (order.view(-1, self.group_size)[:, 0] // self.group_size).argsort()
+            stored = (order[:: self.group_size] // self.group_size).argsort()
             scales, zeros = scales[:, stored].contiguous(), zeros[:, stored].contiguous()
         return NestedWeight(
             codes=codes,
@@ -234,6 +223,6 @@ class _ColumnSolve:
     def _flip_mirrored(self, master_bits: int) -> tuple[Tensor, Tensor]:
         """Codes and scales with one zero point: a mirrored group gets a negative scale and complemented codes."""
         mirrored = self.zeros < 2 ** (master_bits - 1)
-        flipped = mirrored.repeat_interleave(self.group_size, 1)
+        flipped = expand_groups(mirrored, self.codes.shape[1], self.group_size)
         codes = torch.where(flipped, 2**master_bits - 1 - self.codes.int(), self.codes.int()).to(torch.uint8)
         return codes, torch.where(mirrored, -self.scales, self.scales)

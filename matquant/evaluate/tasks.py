@@ -19,8 +19,9 @@ import torch
 
 from matquant.errors import UserError
 from matquant.evaluate import docstrings
-from matquant.evaluate.slices import FULL, WeightsOf
+from matquant.evaluate.slices import FULL, WeightsOf, model_name
 from matquant.models.blocks import BlockModel, compute_dtype
+from matquant.models.finite import checked_logits
 
 Scores = dict[str, dict[str, float]]  # by task and metric; standard errors under `METRIC_stderr`
 
@@ -98,6 +99,9 @@ def evaluate_tasks(
 
     Returns:
         For each model and task the metrics, and their standard errors where lm-eval gives one.
+
+    Raises:
+        UserError: logits or a metric are not finite.
     """
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -114,9 +118,9 @@ def evaluate_tasks(
             with contextlib.ExitStack() as lent:
                 for index in range(len(blocks) + 1) if name != FULL else ():
                     lent.enter_context(blocks.with_weights(index, weights_of(index, name)))
-                with _quiet():
+                with checked_logits(blocks.model, model_name(name)), _quiet():
                     results = evaluate(model, tasks.loaded, limit=limit, log_samples=False, verbosity="ERROR")
-            found[name] = _scores(results["results"] if results else {})
+            found[name] = _scores(results["results"] if results else {}, model_name(name))
             progress(1)
     return found
 
@@ -137,15 +141,28 @@ def recovery(scores: Scores, full: Scores) -> dict[str, float]:
     return kept
 
 
-def _scores(results: Mapping[str, Mapping[str, Any]]) -> Scores:
-    """lm-eval's ``acc,none`` is ``acc`` here; another filter's name stays: ``exact_match/strict``."""
+def _scores(results: Mapping[str, Mapping[str, Any]], model: str) -> Scores:
+    """Scores by task and metric.
+
+    lm-eval's ``acc,none`` is ``acc`` here; another filter's name stays: ``exact_match/strict``. A standard error that is
+    not finite (of a single question) is left out.
+
+    Raises:
+        UserError: a metric of ``model`` is not finite.
+    """
     scores: Scores = {}
     for task, metrics in results.items():
         for key, value in metrics.items():
             metric, comma, source = key.partition(",")
+            is_error = metric.endswith("_stderr")
+            if comma and isinstance(value, int | float) and not math.isfinite(value) and not is_error:
+                raise UserError(
+                    f"eval.tasks: {metric} of {task} is {value} for {model}. Leave the task out, or check its data and the "
+                    "model."
+                )
             if comma and isinstance(value, int | float) and math.isfinite(value):
                 name = metric if source == "none" else f"{metric}/{source}"
-                if metric.endswith("_stderr") and source != "none":
+                if is_error and source != "none":
                     name = f"{metric.removesuffix('_stderr')}/{source}_stderr"
                 scores.setdefault(task, {})[name] = float(value)
     return scores

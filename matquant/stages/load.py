@@ -11,6 +11,7 @@ from matquant.config import Config
 from matquant.data import texts
 from matquant.data.config import TextConfig
 from matquant.errors import UserError
+from matquant.evaluate.plausibility import full_precision_warnings
 from matquant.formats import allocation
 from matquant.formats.allocation import Allocation
 from matquant.formats.nested import NestedWeight
@@ -20,7 +21,7 @@ from matquant.models.loading import LoadedModel, open_model
 from matquant.models.model_sizes import ModelSizes, measure_model
 from matquant.models.tracing import check_blockwise_forward
 from matquant.quantize.base import BlockQuantizer, QuantizerTask
-from matquant.quantize.layers import check_layers, layers_to_quantize
+from matquant.quantize.layers import check_layers, check_weight_range, layers_to_quantize
 from matquant.search.stage import check_budgets
 from matquant.stages.runtime import Runtime
 
@@ -98,7 +99,7 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
     _check_lengths(config, model, runtime.process_group.world_size)
     allocations = _read_allocations(config, [name for block in layers for name in block])
     evaluation = _evaluation_texts(config, model, runtime)
-    check_blockwise_forward(blocks, runtime.device, dtype)
+    largest = check_blockwise_forward(blocks, runtime.device, dtype)
     job = LoadedJob(
         config=config,
         model=model,
@@ -111,12 +112,20 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
         evaluation=evaluation,
         search=None,
     )
+    _check_weight_ranges(job, largest)
     if config.search.wanted:
         _check_budgets(job)
         job = dataclasses.replace(job, search=_read(_search_text(config), "calibration", model, runtime))
     if config.method.uses_calibration:
         job = dataclasses.replace(job, calibration=_read(config.calibration, "calibration", model, runtime))
+    runtime.warn(full_precision_warnings(blocks, _first_windows(job), model.tokenizer.bos_token_id, runtime.device))
     return job
+
+
+def _first_windows(job: LoadedJob) -> dict[str, Tensor]:
+    """First sequence of each text, int64 [length], by the text's name in the config."""
+    named = {} if job.calibration is None else {"calibration": job.calibration[0]}
+    return named | {f"eval.datasets.{name}": sequences[0] for name, sequences in job.evaluation.items()}
 
 
 def own_tokens(runtime: Runtime, sequences: Tensor | None) -> int:
@@ -185,6 +194,14 @@ def _read_allocations(config: Config, layers: list[str]) -> dict[str, Allocation
     for path, one in found.items():
         allocation.check_layers(one, layers, config.method.master_bits, path)
     return found
+
+
+def _check_weight_ranges(job: LoadedJob, largest: Mapping[str, float]) -> None:
+    """Refuse layers whose scales would all overflow or underflow; ``largest`` is the largest weight by tensor name."""
+    quantizer = job.quantizer()
+    for block in job.layers:
+        for name, layer in block.items():
+            check_weight_range(name, largest[f"{name}.weight"], quantizer.weight_format(name, layer.in_features))
 
 
 def _check_budgets(job: LoadedJob) -> None:

@@ -4,12 +4,15 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from matquant.evaluate.metrics import Metrics
+from matquant.evaluate.plausibility import kl_warnings, layer_warnings
+from matquant.evaluate.slices import FULL
 from matquant.evaluate.tasks import Scores, recovery
 from matquant.formats.slice_spec import SliceSpec
 from matquant.models.summary import unquantized_parameters
@@ -39,6 +42,8 @@ def assemble(
         resolved: composed config as plain containers.
     """
     metrics, scores = evaluation.metrics, evaluation.scores
+    layers = _layer_errors(slices)
+    implausible = _implausible(slices, metrics, layers, job.dtype)
     return JobResults(
         model=job.model.label,
         method=job.config.method.name,
@@ -48,8 +53,8 @@ def assemble(
         parent=_parent_record(slices),
         baseline=BaselineResult(
             bytes=job.dense_bytes,
-            perplexity={name: _finite(m["full"].perplexity) for name, m in metrics.items()},
-            tasks=scores.get("full", {}),
+            perplexity={name: m[FULL].perplexity for name, m in metrics.items()},
+            tasks=scores.get(FULL, {}),
         ),
         slices=[_slice_result(one, metrics, scores) for one in slices],
         search=search,
@@ -59,8 +64,8 @@ def assemble(
         experts=[
             row for parent in dict.fromkeys(one.parent for one in slices) for row in parent.undersampled_experts()
         ],
-        layers=_layer_errors(slices),
-        warnings=list(dict.fromkeys(runtime.log.warnings)),
+        layers=layers,
+        warnings=list(dict.fromkeys([*runtime.log.warnings, *implausible])),
         versions=versions(),
     )
 
@@ -78,7 +83,7 @@ def resources(runtime: Runtime) -> dict[str, Any]:
 def mean_figure(results: JobResults, metric: str) -> float | None:
     """Mean of one metric over slices and datasets, for a sweeper to minimise; None without a figure."""
     values = [value for one in results.slices for value in getattr(one, metric).values()]
-    return sum(math.inf if v is None else v for v in values) / len(values) if values else None
+    return sum(values) / len(values) if values else None
 
 
 def _parent_record(slices: Sequence[SliceSpec]) -> ParentRecord:
@@ -115,17 +120,27 @@ def _slice_result(
         allocation=facts,
         average_bits=one.average_bits(),
         bytes=one.bytes_read(),
-        perplexity={name: _finite(m.perplexity) for name, m in found.items()},
-        kl={name: _finite(m.kl) for name, m in found.items()},
+        perplexity={name: m.perplexity for name, m in found.items()},
+        kl={name: m.kl for name, m in found.items()},
         top1_agreement={name: m.top1_agreement for name, m in found.items()},
         tasks=scores.get(one.name, {}),
-        recovery=recovery(scores[one.name], scores["full"]) if scores else {},
+        recovery=recovery(scores[one.name], scores[FULL]) if scores else {},
     )
 
 
-def _finite(value: float) -> float | None:
-    """Replace an infinity or NaN, which JSON cannot hold, by None: not measurable."""
-    return value if math.isfinite(value) else None
+def _implausible(
+    slices: Sequence[SliceSpec],
+    metrics: Mapping[str, Mapping[str, Metrics]],
+    layers: Sequence[LayerErrors],
+    dtype: torch.dtype,
+) -> list[str]:
+    """Sentences on layer errors and KL divergences that a sound parent does not have."""
+    sentences = layer_warnings({row.name: row.error for row in layers})
+    uniform = {one.bits: one.name for one in slices if isinstance(one.bits, int)}
+    for dataset, of_dataset in metrics.items():
+        kl = {bits: of_dataset[name].kl for bits, name in uniform.items()}
+        sentences += kl_warnings(dataset, kl, dtype)
+    return sentences
 
 
 def _layer_errors(slices: Sequence[SliceSpec]) -> list[LayerErrors]:

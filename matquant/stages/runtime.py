@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -78,6 +78,13 @@ class Runtime:
     def on_gpu(self) -> bool:
         """True if blocks run on a CUDA device."""
         return self.device.type == "cuda"
+
+    def warn(self, sentences: Iterable[str]) -> None:
+        """Record warnings, and log them at once: the user may want to stop the job."""
+        for sentence in sentences:
+            self.log.warnings.append(sentence)
+            if self.process_group.is_main:
+                logger.warning(sentence)
 
     def announce(self, plan: MemoryPlan | None) -> None:
         """Log what the job needs, and refuse a job that cannot fit. The first plan of a job counts."""

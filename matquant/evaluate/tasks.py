@@ -60,7 +60,7 @@ class Tasks:
         try:
             self.loaded = manager.load(list(names))
         except Exception as error:  # whatever a data set's loader raises
-            reason = " ".join(str(error).split())
+            reason = " ".join(": ".join(str(e) for e in (error, error.__cause__) if e is not None).split())
             raise UserError(
                 f"The data of eval.tasks={list(names)} cannot be loaded: {reason}. Without a network, give local task files "
                 "with eval.task_folder, or prepare HF_DATASETS_CACHE on another machine and set HF_HUB_OFFLINE=1."
@@ -71,6 +71,18 @@ class Tasks:
             elif task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=_SEED)
+
+    def texts(self, limit: int | None) -> Iterator[tuple[str, str]]:
+        """Yield the name of the task and the text of everything that a model reads: contexts and continuations.
+
+        Args:
+            limit: questions of each task; None for all.
+        """
+        for name, task in self.loaded["tasks"].items():
+            task.build_all_requests(limit=limit, rank=0, world_size=1)
+            for request in task.instances:
+                yield from ((name, part) for part in request.args if isinstance(part, str))
+            task.set_fewshot_seed(seed=_SEED)  # the evaluation draws the same examples
 
 
 def evaluate_tasks(

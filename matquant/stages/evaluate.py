@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from matquant.config import Config
 from matquant.evaluate.metrics import Metrics
 from matquant.evaluate.slices import evaluate_slices, steps
 from matquant.evaluate.tasks import Scores, Tasks, evaluate_tasks
 from matquant.formats.slice_spec import SliceSpec
+from matquant.models.vocabulary import check_token_ids, has_foreign_tokens
 from matquant.stages.load import LoadedJob
 from matquant.stages.runtime import Runtime
 
@@ -27,11 +27,20 @@ class Evaluation:
     scores: Mapping[str, Scores] = dataclasses.field(default_factory=dict)
 
 
-def load_tasks(config: Config) -> Tasks | None:
-    """Load the lm-eval tasks of a job before any long work; None without any."""
-    asked = config.eval
-    wanted = asked.tasks and "evaluate" in config.stages
-    return Tasks(asked.tasks, asked.task_folder, asked.fewshot) if wanted else None
+def load_tasks(job: LoadedJob) -> Tasks | None:
+    """Load the lm-eval tasks of a job before any long work; None without any.
+
+    Raises:
+        UserError: a task cannot be loaded, or has a token that the model has no embedding for.
+    """
+    asked = job.config.eval
+    if not asked.tasks or "evaluate" not in job.config.stages:
+        return None
+    tasks = Tasks(asked.tasks, asked.task_folder, asked.fewshot)
+    if has_foreign_tokens(job.model):
+        for task, text in tasks.texts(asked.limit):
+            check_token_ids(job.model, job.model.tokenizer(text)["input_ids"], f"The task {task} of eval.tasks")
+    return tasks
 
 
 def evaluate(job: LoadedJob, slices: Sequence[SliceSpec], runtime: Runtime) -> dict[str, dict[str, Metrics]]:

@@ -96,7 +96,7 @@ def _run_stages(config: Config, info: JobInfo, device: torch.device, process_gro
     log = runtime.log
     with log.timed("load"):
         job = load_job(config, runtime)
-        tasks = load_tasks(config)
+        tasks = load_tasks(job)
         packing = Packing(config.pack, job.layer_names, config.method, info.folder) if config.pack.wanted else None
     with log.timed("quantize"):
         quantized = quantize(job, runtime)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from matquant.config import Config
 from matquant.data import texts
 from matquant.data.config import TextConfig
+from matquant.data.sources.base import check_characters
 from matquant.errors import UserError
 from matquant.evaluate.plausibility import full_precision_warnings
 from matquant.formats import allocation
@@ -20,6 +21,7 @@ from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.loading import LoadedModel, open_model
 from matquant.models.model_sizes import ModelSizes, measure_model
 from matquant.models.tracing import check_blockwise_forward
+from matquant.models.vocabulary import check_token_ids, embedded_tokens
 from matquant.quantize.base import BlockQuantizer, QuantizerTask
 from matquant.quantize.layers import check_layers, check_weight_range, layers_to_quantize
 from matquant.search.stage import check_budgets
@@ -97,6 +99,8 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
     layers = layers_to_quantize(blocks, config.method.skips, lm_head=config.method.quantize_lm_head)
     check_layers(layers, config.method.group_size_of)
     _check_lengths(config, model, runtime.process_group.world_size)
+    if "generate" in config.stages:
+        _check_prompt(config, model)
     allocations = _read_allocations(config, [name for block in layers for name in block])
     evaluation = _evaluation_texts(config, model, runtime)
     largest = check_blockwise_forward(blocks, runtime.device, dtype)
@@ -115,10 +119,14 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
     _check_weight_ranges(job, largest)
     if config.search.wanted:
         _check_budgets(job)
-        job = dataclasses.replace(job, search=_read(_search_text(config), "calibration", model, runtime))
+        job = dataclasses.replace(job, search=_read("search", _search_text(config), "calibration", model, runtime))
     if config.method.uses_calibration:
-        job = dataclasses.replace(job, calibration=_read(config.calibration, "calibration", model, runtime))
-    runtime.warn(full_precision_warnings(blocks, _first_windows(job), model.tokenizer.bos_token_id, runtime.device))
+        job = dataclasses.replace(
+            job, calibration=_read("calibration", config.calibration, "calibration", model, runtime)
+        )
+    bos = model.tokenizer.bos_token_id
+    known_bos = bos if bos is not None and bos < embedded_tokens(model.model) else None
+    runtime.warn(full_precision_warnings(blocks, _first_windows(job), known_bos, runtime.device))
     return job
 
 
@@ -138,12 +146,16 @@ def count_tokens(model: LoadedModel, text: str) -> int:
     return len(model.tokenizer(text)["input_ids"])
 
 
-def _read(text: TextConfig, split: str, model: LoadedModel, runtime: Runtime) -> Tensor:
-    return runtime.process_group.rank0_first(lambda: texts.windows(text, split, model.tokenizer, runtime.store))
+def _read(where: str, text: TextConfig, split: str, model: LoadedModel, runtime: Runtime) -> Tensor:
+    """Sequences of a text, int64 [sequences, length]; ``where`` is its name in the config."""
+    sequences = runtime.process_group.rank0_first(lambda: texts.windows(text, split, model.tokenizer, runtime.store))
+    check_token_ids(model, sequences, f"The text of {where}")
+    runtime.log.warnings.extend(texts.notes(text))
+    return sequences
 
 
 def _check_lengths(config: Config, model: LoadedModel, world_size: int) -> None:
-    """Refuse sequences and a prompt that are longer than the model's context; texts that are not read are not checked."""
+    """Refuse sequences that are longer than the model's context; texts that are not read are not checked."""
     longest = model.context_length
     for name, text in _texts(config).items():
         if longest is not None and text.sequence_length > longest:
@@ -153,13 +165,21 @@ def _check_lengths(config: Config, model: LoadedModel, world_size: int) -> None:
             )
         if text.sequences < world_size:
             raise UserError(f"{name}.sequences={text.sequences} cannot be shared by {world_size} processes.")
-    if "generate" in config.stages and longest is not None:
-        prompt, new = count_tokens(model, str(config.prompt)), config.max_new_tokens
-        if prompt + new > longest:
-            raise UserError(
-                f"The prompt has {prompt} tokens; with max_new_tokens={new} that is longer than the context of {longest} "
-                f"tokens of {model.label}."
-            )
+
+
+def _check_prompt(config: Config, model: LoadedModel) -> None:
+    """Refuse a prompt that the model cannot read: too long, of no tokens, or of tokens without embeddings."""
+    prompt, new, longest = str(config.prompt), config.max_new_tokens, model.context_length
+    check_characters(prompt, "The prompt")
+    ids = model.tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise UserError(f"The prompt {prompt!r} has no tokens. Give a prompt with text in it.")
+    check_token_ids(model, ids, "The prompt")
+    if longest is not None and len(ids) + new > longest:
+        raise UserError(
+            f"The prompt has {len(ids)} tokens; with max_new_tokens={new} that is longer than the context of {longest} "
+            f"tokens of {model.label}."
+        )
 
 
 def _texts(config: Config) -> dict[str, TextConfig]:
@@ -185,7 +205,10 @@ def _evaluation_texts(config: Config, model: LoadedModel, runtime: Runtime) -> d
         return {}
     if config.method.uses_calibration:
         texts.check_apart(config.calibration, dict(config.eval.datasets))
-    return {name: _read(text, "evaluation", model, runtime) for name, text in config.eval.datasets.items()}
+    return {
+        name: _read(f"eval.datasets.{name}", text, "evaluation", model, runtime)
+        for name, text in config.eval.datasets.items()
+    }
 
 
 def _read_allocations(config: Config, layers: list[str]) -> dict[str, Allocation]:

@@ -63,14 +63,17 @@ def check_weights(module: nn.Module, path: str = "", exclude: Iterable[str] = ()
         UserError: names the damaged tensors.
     """
     prefixes = tuple(exclude)
-    largest = {
-        f"{path}.{name}" if path else name: max(-low, high)
-        for name, tensor in module.state_dict(keep_vars=True).items()
-        if _is_checked(tensor) and not name.startswith(prefixes)
-        for low, high in [[float(extreme) for extreme in tensor.detach().aminmax()]]
-    }
-    if damaged := [name for name, value in largest.items() if not math.isfinite(value)]:
-        raise UserError(non_finite_weights(shorten(damaged)))
+    largest: dict[str, float] = {}
+    damaged: dict[int, str] = {}  # tied tensors under their first name
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if _is_checked(tensor) and not name.startswith(prefixes):
+            full = f"{path}.{name}" if path else name
+            low, high = (float(extreme) for extreme in tensor.detach().aminmax())
+            largest[full] = max(-low, high)
+            if not math.isfinite(largest[full]):
+                damaged.setdefault(id(tensor), full)
+    if damaged:
+        raise UserError(non_finite_weights(shorten(list(damaged.values()))))
     return largest
 
 

@@ -93,7 +93,7 @@ def check_blockwise_forward(
             largest |= check_weights(blocks.blocks[index], blocks.block_names[index])
             hidden = blocks.run_block(index, hidden, own)
             if not is_finite(hidden):
-                raise UserError(non_finite_activations(f"The output of {blocks.block_names[index]}", hidden.dtype))
+                raise UserError(non_finite_activations(f"The outputs of {blocks.block_names[index]}", hidden.dtype))
     if not torch.allclose(hidden, expected, rtol=1e-3, atol=1e-3):
         raise UserError(
             f"{type(blocks.model).__name__} cannot be run block by block: its blocks exchange more than hidden "

@@ -96,8 +96,8 @@ def evaluate_tasks(
     batch_size: int,
     device: torch.device,
     progress: Callable[[int], None] = lambda _: None,
-) -> dict[str, Scores]:
-    """The scores of the full-precision model (``"full"``) and of every variant.
+) -> Iterator[tuple[str, Scores]]:
+    """Yield the scores of the full-precision model (``"full"``), and of every variant.
 
     Args:
         tasks: what is asked.
@@ -109,8 +109,8 @@ def evaluate_tasks(
         device: where the whole model is computed, in float32 on a CPU and in the stored dtype elsewhere.
         progress: called with 1 after each model.
 
-    Returns:
-        For each model and task the metrics, and their standard errors where lm-eval gives one.
+    Yields:
+        Name of the model, and for each task its metrics, with their standard errors where lm-eval gives one.
 
     Raises:
         UserError: logits or a metric are not finite.
@@ -119,7 +119,6 @@ def evaluate_tasks(
     from lm_eval.models.huggingface import HFLM
 
     dtype = compute_dtype(blocks.dtype, device)
-    found: dict[str, Scores] = {}
     with contextlib.ExitStack() as placed:
         placed.enter_context(blocks.head_on_device(device, dtype))
         for index in range(len(blocks)):
@@ -132,9 +131,8 @@ def evaluate_tasks(
                     lent.enter_context(blocks.with_weights(index, weights_of(index, name)))
                 with checked_logits(blocks.model, model_name(name)), _quiet():
                     results = evaluate(model, tasks.loaded, limit=limit, log_samples=False, verbosity="ERROR")
-            found[name] = _scores(results["results"] if results else {}, model_name(name))
             progress(1)
-    return found
+            yield name, _scores(results["results"] if results else {}, model_name(name))
 
 
 def recovery(scores: Scores, full: Scores) -> dict[str, float]:

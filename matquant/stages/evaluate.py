@@ -1,7 +1,6 @@
 """Stage evaluate: metrics and task scores of the full-precision model and of every slice."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -12,19 +11,6 @@ from matquant.formats.slice_spec import SliceSpec
 from matquant.models.vocabulary import check_token_ids, has_foreign_tokens
 from matquant.stages.load import LoadedJob
 from matquant.stages.runtime import Runtime
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """Measured figures, by the name of the slice; ``full`` is the full-precision model.
-
-    Attributes:
-        metrics: of each dataset.
-        scores: of the lm-eval tasks.
-    """
-
-    metrics: Mapping[str, Mapping[str, Metrics]] = dataclasses.field(default_factory=dict)
-    scores: Mapping[str, Scores] = dataclasses.field(default_factory=dict)
 
 
 def load_tasks(job: LoadedJob) -> Tasks | None:
@@ -43,17 +29,19 @@ def load_tasks(job: LoadedJob) -> Tasks | None:
     return tasks
 
 
-def evaluate(job: LoadedJob, slices: Sequence[SliceSpec], runtime: Runtime) -> dict[str, dict[str, Metrics]]:
-    """Metrics of the full-precision model and of every slice, for each dataset; empty without the stage evaluate."""
+def evaluate(job: LoadedJob, slices: Sequence[SliceSpec], runtime: Runtime) -> Iterator[tuple[str, dict[str, Metrics]]]:
+    """Yield each dataset with the metrics of the full-precision model and of every slice, by their names.
+
+    Nothing is yielded without the stage evaluate.
+    """
     by_name = {one.name: one for one in slices}
 
     def weights_of(index: int, name: str) -> dict[str, Tensor]:
         return by_name[name].weights(index)
 
-    measured = {}
     for name, sequences in job.evaluation.items():
         with runtime.bars.bar(f"evaluate on {name}", steps(job.blocks, sequences, list(by_name))) as progress:
-            measured[name] = evaluate_slices(
+            measured = evaluate_slices(
                 job.blocks,
                 sequences,
                 weights_of,
@@ -64,18 +52,18 @@ def evaluate(job: LoadedJob, slices: Sequence[SliceSpec], runtime: Runtime) -> d
                 job.offload_target(runtime, sequences, 1 + len(by_name)),
                 runtime.process_group,
             )
-    return measured
+        yield name, measured
 
 
 def score_tasks(
     job: LoadedJob, tasks: Tasks | None, slices: Sequence[SliceSpec], runtime: Runtime
-) -> dict[str, Scores]:
-    """Task scores of the full-precision model and of every slice; empty without tasks."""
+) -> Iterator[tuple[str, Scores]]:
+    """Yield the name and the task scores of the full-precision model and of every slice; nothing without tasks."""
     if tasks is None:
-        return {}
+        return
     by_name = {one.name: one for one in slices}
     with runtime.bars.bar("tasks", len(slices) + 1) as progress:
-        return evaluate_tasks(
+        yield from evaluate_tasks(
             tasks,
             job.blocks,
             job.model.tokenizer,

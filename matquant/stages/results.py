@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from matquant.errors import UserError
 from matquant.evaluate.metrics import Metrics
 from matquant.evaluate.plausibility import kl_warnings, layer_warnings
 from matquant.evaluate.slices import FULL
@@ -18,30 +19,36 @@ from matquant.formats.slice_spec import SliceSpec
 from matquant.models.summary import unquantized_parameters
 from matquant.report.provenance import versions
 from matquant.report.results import ALLOCATION, BaselineResult, JobResults, LayerErrors, ParentRecord, SliceResult
-from matquant.stages.evaluate import Evaluation
 from matquant.stages.load import LoadedJob
 from matquant.stages.runtime import Runtime
 from matquant.store import Artifact
 
 
-def assemble(
-    job: LoadedJob,
-    runtime: Runtime,
-    slices: Sequence[SliceSpec],
-    evaluation: Evaluation,
-    search: Mapping[str, Any] | None,
-    *,
-    command: str,
-    resolved: Any,
-) -> JobResults:
-    """Results of all stages up to the evaluation.
+@dataclasses.dataclass(kw_only=True, slots=True)
+class StageOutputs:
+    """Outputs of the stages so far, up to the evaluation.
+
+    Attributes:
+        slices: of the parent, of allocation files and of the search.
+        search: record of the search; None without one.
+        metrics: of each dataset, by the name of the slice; ``full`` is the full-precision model.
+        scores: of the lm-eval tasks, by the name of the slice.
+    """
+
+    slices: list[SliceSpec] = dataclasses.field(default_factory=list)
+    search: Mapping[str, Any] | None = None
+    metrics: dict[str, Mapping[str, Metrics]] = dataclasses.field(default_factory=dict)
+    scores: dict[str, Scores] = dataclasses.field(default_factory=dict)
+
+
+def assemble(job: LoadedJob, runtime: Runtime, outputs: StageOutputs, *, command: str, resolved: Any) -> JobResults:
+    """Results of all stages up to the evaluation, or up to the one that failed.
 
     Args:
-        search: record of the search; None without one.
         command: command line that runs the same job.
         resolved: composed config as plain containers.
     """
-    metrics, scores = evaluation.metrics, evaluation.scores
+    slices, metrics, scores = outputs.slices, outputs.metrics, outputs.scores
     layers = _layer_errors(slices)
     implausible = _implausible(slices, metrics, layers, job.dtype)
     return JobResults(
@@ -57,7 +64,7 @@ def assemble(
             tasks=scores.get(FULL, {}),
         ),
         slices=[_slice_result(one, metrics, scores) for one in slices],
-        search=search,
+        search=outputs.search,
         seconds=runtime.log.seconds,
         resources=resources(runtime),
         unquantized=_unquantized(job),
@@ -68,6 +75,13 @@ def assemble(
         warnings=list(dict.fromkeys([*runtime.log.warnings, *implausible])),
         versions=versions(),
     )
+
+
+def failure_record(stage: str, error: BaseException) -> dict[str, str]:
+    """Record of the stage that ended a job: ``stage`` and ``error``."""
+    if isinstance(error, KeyboardInterrupt):
+        return {"stage": stage, "error": "interrupted"}
+    return {"stage": stage, "error": str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"}
 
 
 def resources(runtime: Runtime) -> dict[str, Any]:
@@ -124,7 +138,7 @@ def _slice_result(
         kl={name: m.kl for name, m in found.items()},
         top1_agreement={name: m.top1_agreement for name, m in found.items()},
         tasks=scores.get(one.name, {}),
-        recovery=recovery(scores[one.name], scores[FULL]) if scores else {},
+        recovery=recovery(scores[one.name], scores[FULL]) if one.name in scores else {},
     )
 
 

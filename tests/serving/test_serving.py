@@ -54,6 +54,7 @@ SIZES: dict[str, Any] = {
 }
 MODELS = {
     "qwen3": lambda: tf.Qwen3Config(**SIZES),
+    "qwen3, short groups": lambda: tf.Qwen3Config(**SIZES | {"hidden_size": 200, "intermediate_size": 144}),
     "mixtral": lambda: tf.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
 }
 
@@ -159,9 +160,12 @@ def test_compiled_model(tiny, tmp_path):
     assert both == generate(model)
 
 
-@pytest.mark.parametrize("random_model", ["qwen3"], indirect=True)
+@pytest.mark.parametrize("random_model", ["qwen3", "qwen3, short groups"], indirect=True)
 def test_tensor_parallel_shards_inside_tiles_and_groups(random_model, tmp_path):
-    """On two ranks the 192 columns of down_proj make shards of 96, which are no multiple of tiles or of groups of 64."""
+    """On two ranks the 192 columns of down_proj make shards of 96, which are no multiple of tiles or of groups of 64.
+
+    With short groups, its 144 columns make shards of 72, and the other layers have rows of 200 columns.
+    """
     assert_tokens_at_all_bits(
         random_model, tmp_path, enforce_eager=True, tensor_parallel_size=2, distributed_executor_backend="mp"
     )

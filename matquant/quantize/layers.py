@@ -36,7 +36,7 @@ def float_weight(name: str, layer: nn.Linear, device: torch.device) -> Tensor:
 
 def check_scales(name: str, weight: Tensor, quantized: NestedWeight) -> None:
     """Raise UserError if the scales of a quantized layer overflow their dtype."""
-    if not torch.isfinite(quantized.scales).all():
+    if not all(torch.isfinite(s).all() for s in (quantized.scales, *quantized.own_scales.values())):
         raise UserError(
             f"The weights of {name} reach {weight.abs().max():.3g}, too much for scales in {quantized.format.scale_dtype}. "
             "Skip the layer with method.skip, or set model.dtype=bfloat16."

@@ -152,9 +152,13 @@ class NestedSpec:
     def to_json(self) -> dict[str, Any]:
         """Content of ``quantization_config``, with its seal."""
         common, layers = _compact_formats(self.layers)
+        version = FORMAT_VERSION
+        if not any(layer.format.scale_bits for layer in self.layers.values()):
+            version = 1  # readers of the first version understand the folder
+            del common["scale_bits"]
         content = {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": version,
             "bits": self.bits,
             "layer_bits": dict(self.layer_bits),
             "prefill_bits": self.prefill_bits,

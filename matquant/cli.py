@@ -36,6 +36,10 @@ def register() -> None:
 register()
 
 
+class JobError(Exception):
+    """OSError of a job that no component turned into a sentence; what Hydra raises outside of a job is about its folders."""
+
+
 @hydra.main(version_base="1.3", config_path=str(resource_root() / "conf"), config_name="config")
 def run(cfg: DictConfig) -> float | None:
     """Run one job of a composed config; return the figure that a sweeper minimises."""
@@ -46,7 +50,10 @@ def run(cfg: DictConfig) -> float | None:
 
         store_commands.run(config.store)
         return None
-    return _run_job(config, cfg)
+    try:
+        return _run_job(config, cfg)
+    except OSError as error:
+        raise JobError(f"{type(error).__name__}: {error}") from error
 
 
 def _run_job(config: Config, cfg: DictConfig) -> float | None:
@@ -93,6 +100,13 @@ def _translate(arguments: list[str]) -> list[str]:
     return arguments
 
 
+def _folder_error(error: Exception) -> OSError | None:
+    """OSError of a folder that Hydra could not make or write; None for any other error."""
+    if isinstance(error, ValueError) and str(error).startswith("Unable to configure handler"):  # of the log file
+        return error.__cause__ if isinstance(error.__cause__, OSError) else None
+    return error if isinstance(error, OSError) else None
+
+
 def main() -> None:
     """Entry point: exit status 0, or 2 with one sentence for an error that the user can fix."""
     # Hydra would print a shortened traceback of its own and exit; this way errors are raised here.
@@ -106,6 +120,15 @@ def main() -> None:
         run()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         print(f"error{f' in process {rank}' if rank else ''}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (OSError, ValueError) as error:
+        if (cause := _folder_error(error)) is None:
+            raise
+        print(
+            f"error: the output folder cannot be written ({cause.filename}: {cause.strerror}). Check the permissions, or set "
+            "hydra.run.dir (of a sweep hydra.sweep.dir) to another folder.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         if rank == 0:

@@ -10,10 +10,10 @@ class TextConfig:
 
     Attributes:
         dataset: name of a source in ``matquant.data.sources``, or ``mix``.
-        path: of dataset ``local``: a file, or a folder of .txt, .md, .py, .jsonl and .parquet files.
+        path: of dataset ``local``: a file or a folder of the kinds in ``matquant.data.text_files``.
         seed: of the random choice of windows; None takes the first ones.
         batch_size: windows of one forward pass; ``auto`` in a config: as many as make 4096 tokens.
-        field: of a row of .jsonl and .parquet; None: text, messages or content.
+        field: column of a table; None: text, messages or content.
         bos: begin each window with the beginning-of-text token; None: where the tokenizer adds one by itself.
         mix: of dataset ``mix``: weight of each dataset.
     """

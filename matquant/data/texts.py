@@ -18,7 +18,7 @@ from matquant.store import Store
 MIX = "mix"  # value of ``dataset`` that combines several sources
 
 # Part of the key of stored windows: raised when the same settings give other windows than before.
-_VERSION = 1
+_VERSION = 2
 
 
 def check_text(text: TextConfig, where: str) -> None:
@@ -42,8 +42,21 @@ def check_text(text: TextConfig, where: str) -> None:
     for name, weight in text.mix.items():
         if name not in SOURCES or not 0 < weight < math.inf:
             raise UserError(f"{where}.mix.{name}={weight}: a mix is of {', '.join(SOURCES)}, with weights above 0.")
-    for name in _source_names(text):
-        SOURCES[name].check(text, where)
+    sources = [SOURCES[name] for name in _source_names(text)]
+    for setting in ("path", "field"):
+        value = getattr(text, setting)
+        if value is not None and not any(source.reads_files for source in sources):
+            raise UserError(
+                f"{where}.{setting}={value} is for a text of your own, but {where}.dataset={text.dataset} reads another one. "
+                f"Set {where}.dataset=local, or leave {where}.{setting} out."
+            )
+    for source in sources:
+        source.check(text, where)
+
+
+def notes(text: TextConfig) -> list[str]:
+    """Sentences for the user on what a text leaves out."""
+    return [note for name in _source_names(text) for note in SOURCES[name].notes(text)]
 
 
 def windows(text: TextConfig, split: str, tokenizer: Any, store: Store | None = None) -> Tensor:

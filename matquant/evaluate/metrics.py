@@ -31,6 +31,11 @@ class Metrics:
     top1_agreement: float
     tokens: int
 
+    @property
+    def is_finite(self) -> bool:
+        """True if perplexity and KL are neither NaN nor infinite."""
+        return math.isfinite(self.perplexity) and math.isfinite(self.kl)
+
 
 @dataclass(frozen=True, slots=True)
 class Totals:

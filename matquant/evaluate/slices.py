@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from matquant.distributed import SINGLE_PROCESS, ProcessGroup
+from matquant.errors import UserError
 from matquant.evaluate.metrics import Metrics, Totals, compare, likelihood
 from matquant.models.activation_cache import ActivationCache, OffloadTarget
 from matquant.models.blocks import BlockInputs, BlockModel, compute_dtype
+from matquant.models.finite import is_finite, non_finite_activations
 
 FULL = "full"
 
@@ -26,6 +28,13 @@ LOGITS_AT_ONCE = 2**27
 
 WeightsOf = Callable[[int, str], Mapping[str, Tensor]]
 Hidden = dict[str, ActivationCache]  # of each model
+
+
+def model_name(name: str) -> str:
+    """Name of the full-precision model or of a slice in a sentence."""
+    if name == FULL:
+        return "the full-precision model"
+    return f"the slice of {name} bits" if name.isdecimal() else f"the slice {name}"
 
 
 def steps(blocks: BlockModel, windows: Tensor, variants: Sequence[str]) -> int:
@@ -66,6 +75,7 @@ def evaluate_slices(
     Raises:
         ValueError: a name occurs twice or is ``"full"``, ``weights_of`` returned what does not fit the block, or there
             is nothing to predict.
+        UserError: hidden states or logits of a model are not finite.
     """
     if FULL in variants or len(set(variants)) != len(variants):
         raise ValueError(f"variants need different names, and none may be {FULL!r}: {list(variants)}")
@@ -82,7 +92,7 @@ def evaluate_slices(
                 for name, states in hidden.items():
                     # Not kept in a variable: the weights of one variant would live while the next one's are made.
                     with blocks.with_weights(index, {} if name == FULL else weights_of(index, name)):
-                        _through_block(blocks, index, states, start, advance)
+                        _through_block(blocks, index, name, states, start, advance)
         heads = {name: weights_of(len(blocks), name) for name in variants}
         with blocks.head_on_device(device, dtype):
             totals = _score(blocks, windows, hidden, heads, batch_size, device, advance)
@@ -98,13 +108,22 @@ def _added_up(totals: Totals, process_group: ProcessGroup) -> Totals:
 
 
 def _through_block(
-    blocks: BlockModel, index: int, states: ActivationCache, start: BlockInputs, advance: Callable[[int], None]
+    blocks: BlockModel,
+    index: int,
+    name: str,
+    states: ActivationCache,
+    start: BlockInputs,
+    advance: Callable[[int], None],
 ) -> None:
-    """Replaces hidden states [sequences, length, hidden] by what the block makes of them."""
+    """Replace hidden states [sequences, length, hidden] by the block's output. Raises UserError if it is not finite."""
+    finite = []
     for rows, calls in zip(start.rows, start.kwargs, strict=True):
-        batch = states[rows]
-        states[rows] = blocks.run_block(index, batch, calls[index])
-        advance(len(batch))
+        states[rows] = output = blocks.run_block(index, states[rows], calls[index])
+        finite.append(torch.stack(output.aminmax()))
+        advance(len(output))
+    if not is_finite(*finite):
+        what = f"The outputs of {blocks.block_names[index]} in {model_name(name)}"
+        raise UserError(non_finite_activations(what, output.dtype))
 
 
 def _score(
@@ -126,8 +145,19 @@ def _score(
             else:
                 with blocks.with_weights(len(blocks), heads[name]):
                     totals[name] += compare(full, blocks.head(ids, states[rows]), ids)
+            _check_metrics(name, totals[name].metrics())
             advance(len(ids))
     return totals
+
+
+def _check_metrics(name: str, metrics: Metrics) -> None:
+    """Raise UserError if a figure of a model is NaN or infinite."""
+    if not metrics.is_finite:
+        raise UserError(
+            f"The perplexity of {model_name(name)} is {metrics.perplexity:.4g} and its KL {metrics.kl:.4g}: the logits hold "
+            "NaN or Inf, or give a token of the text no probability. Check the checkpoint and the text; a model in "
+            "float16 may need model.dtype=bfloat16."
+        )
 
 
 def _head_rows(windows: Tensor, vocabulary: int, batch_size: int) -> Iterator[slice]:

@@ -19,8 +19,9 @@ import torch
 
 from matquant.errors import UserError
 from matquant.evaluate import docstrings
-from matquant.evaluate.slices import FULL, WeightsOf
+from matquant.evaluate.slices import FULL, WeightsOf, model_name
 from matquant.models.blocks import BlockModel, compute_dtype
+from matquant.models.finite import checked_logits
 
 Scores = dict[str, dict[str, float]]  # by task and metric; standard errors under `METRIC_stderr`
 
@@ -59,7 +60,7 @@ class Tasks:
         try:
             self.loaded = manager.load(list(names))
         except Exception as error:  # whatever a data set's loader raises
-            reason = " ".join(str(error).split())
+            reason = " ".join(": ".join(str(e) for e in (error, error.__cause__) if e is not None).split())
             raise UserError(
                 f"The data of eval.tasks={list(names)} cannot be loaded: {reason}. Without a network, give local task files "
                 "with eval.task_folder, or prepare HF_DATASETS_CACHE on another machine and set HF_HUB_OFFLINE=1."
@@ -70,6 +71,18 @@ class Tasks:
             elif task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=_SEED)
+
+    def texts(self, limit: int | None) -> Iterator[tuple[str, str]]:
+        """Yield the name of the task and the text of everything that a model reads: contexts and continuations.
+
+        Args:
+            limit: questions of each task; None for all.
+        """
+        for name, task in self.loaded["tasks"].items():
+            task.build_all_requests(limit=limit, rank=0, world_size=1)
+            for request in task.instances:
+                yield from ((name, part) for part in request.args if isinstance(part, str))
+            task.set_fewshot_seed(seed=_SEED)  # the evaluation draws the same examples
 
 
 def evaluate_tasks(
@@ -83,8 +96,8 @@ def evaluate_tasks(
     batch_size: int,
     device: torch.device,
     progress: Callable[[int], None] = lambda _: None,
-) -> dict[str, Scores]:
-    """The scores of the full-precision model (``"full"``) and of every variant.
+) -> Iterator[tuple[str, Scores]]:
+    """Yield the scores of the full-precision model (``"full"``), and of every variant.
 
     Args:
         tasks: what is asked.
@@ -96,14 +109,16 @@ def evaluate_tasks(
         device: where the whole model is computed, in float32 on a CPU and in the stored dtype elsewhere.
         progress: called with 1 after each model.
 
-    Returns:
-        For each model and task the metrics, and their standard errors where lm-eval gives one.
+    Yields:
+        Name of the model, and for each task its metrics, with their standard errors where lm-eval gives one.
+
+    Raises:
+        UserError: logits or a metric are not finite.
     """
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
     dtype = compute_dtype(blocks.dtype, device)
-    found: dict[str, Scores] = {}
     with contextlib.ExitStack() as placed:
         placed.enter_context(blocks.head_on_device(device, dtype))
         for index in range(len(blocks)):
@@ -114,11 +129,10 @@ def evaluate_tasks(
             with contextlib.ExitStack() as lent:
                 for index in range(len(blocks) + 1) if name != FULL else ():
                     lent.enter_context(blocks.with_weights(index, weights_of(index, name)))
-                with _quiet():
+                with checked_logits(blocks.model, model_name(name)), _quiet():
                     results = evaluate(model, tasks.loaded, limit=limit, log_samples=False, verbosity="ERROR")
-            found[name] = _scores(results["results"] if results else {})
             progress(1)
-    return found
+            yield name, _scores(results["results"] if results else {}, model_name(name))
 
 
 def recovery(scores: Scores, full: Scores) -> dict[str, float]:
@@ -137,15 +151,28 @@ def recovery(scores: Scores, full: Scores) -> dict[str, float]:
     return kept
 
 
-def _scores(results: Mapping[str, Mapping[str, Any]]) -> Scores:
-    """lm-eval's ``acc,none`` is ``acc`` here; another filter's name stays: ``exact_match/strict``."""
+def _scores(results: Mapping[str, Mapping[str, Any]], model: str) -> Scores:
+    """Scores by task and metric.
+
+    lm-eval's ``acc,none`` is ``acc`` here; another filter's name stays: ``exact_match/strict``. A standard error that is
+    not finite (of a single question) is left out.
+
+    Raises:
+        UserError: a metric of ``model`` is not finite.
+    """
     scores: Scores = {}
     for task, metrics in results.items():
         for key, value in metrics.items():
             metric, comma, source = key.partition(",")
+            is_error = metric.endswith("_stderr")
+            if comma and isinstance(value, int | float) and not math.isfinite(value) and not is_error:
+                raise UserError(
+                    f"eval.tasks: {metric} of {task} is {value} for {model}. Leave the task out, or check its data and the "
+                    "model."
+                )
             if comma and isinstance(value, int | float) and math.isfinite(value):
                 name = metric if source == "none" else f"{metric}/{source}"
-                if metric.endswith("_stderr") and source != "none":
+                if is_error and source != "none":
                     name = f"{metric.removesuffix('_stderr')}/{source}_stderr"
                 scores.setdefault(task, {})[name] = float(value)
     return scores

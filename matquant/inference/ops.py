@@ -9,7 +9,7 @@ They take the tensors of a ``NestedPlanes``, with the set of scales of the bit-w
 ``WeightFormat.op_args``. ``x`` is
 [..., in_features] in float16, bfloat16 or float32, ``y`` [..., out_features] in the same dtype. On CUDA devices they launch
 the kernels of ``kernels/``, elsewhere they run plain torch. They work in CUDA graphs and under ``torch.compile``, with one
-graph per bit-width. There is no backward pass.
+graph per bit-width. There is no backward pass; asking for one raises a UserError.
 
 For up to 64 tokens the error of the kernels is that of rounding the exact result. For more tokens they may round weights to the
 dtype of ``x`` first, as a dense matrix would hold them.
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from matquant.errors import UserError
 from matquant.formats.nested import Slicing, WeightFormat
 from matquant.formats.planes import NestedPlanes, check_layout
 from matquant.inference import cuda_ops, torch_reference
@@ -150,9 +151,18 @@ def _fake_dequantize(
     return scales.new_empty(out_features, in_features, dtype=dtype)
 
 
+def _no_backward(_context: Any, *_gradients: Tensor) -> None:
+    """Refuse the backward pass of ``nested_linear``."""
+    raise UserError(
+        "A packed layer has no backward pass: its weights are bit planes. Run the model under torch.no_grad(), and train "
+        "the original model instead."
+    )
+
+
 _library.impl("nested_linear", _linear, "CPU")
 _library.impl("nested_linear", cuda_ops.linear, "CUDA")
 _library.impl("nested_dequantize", _dequantize, "CPU")
 _library.impl("nested_dequantize", cuda_ops.dequantize, "CUDA")
+torch.library.register_autograd("matquant::nested_linear", _no_backward, lib=_library)
 torch.library.register_fake("matquant::nested_linear", _fake_linear, lib=_library)
 torch.library.register_fake("matquant::nested_dequantize", _fake_dequantize, lib=_library)

@@ -93,9 +93,19 @@ def open_model(model: ModelConfig) -> LoadedModel:
     warnings: list[str] = []
     dtype = _choose_dtype(model.dtype, stored, config, warnings)
     module, checkpoint = _skeleton(folder, config, headers, dtype, model.trust_remote_code, warnings)
-    label = model.label or PurePosixPath(str(model.path or model.name)).name
+    label = model.label or _default_label(model)
     content = fingerprint(model, folder, files) | {"dtype": str(dtype).removeprefix("torch.")}
     return LoadedModel(module, checkpoint, tokenizer, label, dtype, content, warnings)
+
+
+def _default_label(model: ModelConfig) -> str:
+    """Name of a repository without its owner, or of a folder; of a snapshot in the hub's cache that of its repository."""
+    if model.name is not None:
+        return PurePosixPath(model.name).name
+    folder = Path(str(model.path)).expanduser().resolve()
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.name
 
 
 def _stored_dtype(folder: Path, headers: Mapping[str, StoredTensor]) -> torch.dtype:

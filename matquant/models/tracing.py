@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from matquant.errors import UserError
 from matquant.models.blocks import BlockModel
+from matquant.models.finite import check_weights, has_valid_logits, is_finite, non_finite_activations
 from matquant.models.patched_forward import ForwardStopped, block_order_error, hidden_of
 from matquant.models.tensor_swap import patched_forwards
 
@@ -67,7 +68,7 @@ def tensor_identity(tensor: Tensor) -> tuple:
 @torch.no_grad()
 def check_blockwise_forward(
     blocks: BlockModel, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> None:
+) -> dict[str, float]:
     """Check on a few tokens that the blocks, run one at a time, give the output of the whole model.
 
     Every block is read twice.
@@ -76,39 +77,52 @@ def check_blockwise_forward(
         device: of the blocks.
         dtype: of the blocks; the stored dtype if None.
 
+    Returns:
+        Largest absolute value of each stored tensor, by full name.
+
     Raises:
-        UserError: the outputs differ, because blocks exchange more than hidden states; or a block's output is not
-            finite.
+        UserError: the outputs differ, because blocks exchange more than hidden states; or a weight of the model, the
+            output of a block or the logits are not finite.
     """
     device, dtype = torch.device(device), dtype or blocks.dtype
     expected = _whole_forward(blocks, device, dtype)
     hidden, kwargs = blocks.probe(device, dtype)
+    largest: dict[str, float] = {}
     for index, own in enumerate(kwargs):
         with blocks.on_device(index, device, dtype):
+            largest |= check_weights(blocks.blocks[index], blocks.block_names[index])
             hidden = blocks.run_block(index, hidden, own)
-            _check_finite(blocks, index, hidden)
+            if not is_finite(hidden):
+                raise UserError(non_finite_activations(f"The outputs of {blocks.block_names[index]}", hidden.dtype))
     if not torch.allclose(hidden, expected, rtol=1e-3, atol=1e-3):
         raise UserError(
             f"{type(blocks.model).__name__} cannot be run block by block: its blocks exchange more than hidden "
             "states. This architecture is not supported."
         )
+    return largest | _check_head(blocks, hidden, device, dtype)
 
 
-def _check_finite(blocks: BlockModel, index: int, hidden: Tensor) -> None:
-    """Raise UserError with the cause if the output of block ``index``, which is on the device, is not finite."""
-    if torch.isfinite(hidden).all():
-        return
-    for name, layer in blocks.linears(index).items():
-        if not torch.isfinite(layer.weight).all():
-            raise UserError(f"The weights of {name} hold NaN or Inf. Copy or download the checkpoint again.")
-    raise UserError(
-        f"The output of {blocks.block_names[index]} has NaN or Inf in {str(hidden.dtype).removeprefix('torch.')}: its "
-        "other weights are damaged, or its activations overflow that dtype; then set model.dtype=bfloat16."
-    )
+def _check_head(blocks: BlockModel, hidden: Tensor, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Check that the weights after the last block and the logits of the probe are finite.
+
+    Returns:
+        Largest absolute value of each of these weights, by full name.
+
+    Raises:
+        UserError: names what is not finite.
+    """
+    with blocks.head_on_device(device, dtype):
+        largest = check_weights(blocks.model, exclude=[f"{blocks.name}."])
+        if not has_valid_logits(logits := blocks.head(blocks.probe_ids(device), hidden)):
+            raise UserError(non_finite_activations(f"The logits of {type(blocks.model).__name__}", logits.dtype))
+    return largest
 
 
 def _whole_forward(blocks: BlockModel, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Output of the last block in the model's own forward pass on the probe, with one block on the device at a time."""
+    """Output of the last block in the model's own forward pass on the probe, with one block on the device at a time.
+
+    Raises UserError for weights in front of the blocks that are not finite.
+    """
     originals = [block.forward for block in blocks.blocks]
     outputs: list[Tensor] = []
 
@@ -127,6 +141,7 @@ def _whole_forward(blocks: BlockModel, device: torch.device, dtype: torch.dtype)
         blocks.embeddings_on_device(device, dtype),
         patched_forwards(blocks.blocks, [placed(i) for i in range(len(originals))]),
     ):
+        check_weights(blocks.model, exclude=[f"{blocks.name}."])
         try:
             blocks.model(input_ids=blocks.probe_ids(device), use_cache=False)
         except ForwardStopped:

@@ -25,7 +25,7 @@ def render(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     """
     lines = ["---", "library_name: transformers", "tags: [matquant, quantized]", "---", ""]
     lines += [f"# {results['model']}, quantized by matquant ({results['method']})", ""]
-    lines += [_about(results, record), "", *_table(results)]
+    lines += [_about(results, record), "", *_table(results), *_warnings(results)]
     return "\n".join(lines)
 
 
@@ -62,3 +62,9 @@ def _table(results: Mapping[str, Any]) -> list[str]:
             row += [number_format.significant(entry[kind][name]) for kind in ("perplexity", "kl")]
         lines.append("| " + " | ".join(row) + " |")
     return [*lines, "", "KL is the mean over tokens of KL(full precision ‖ slice) in nats.", ""]
+
+
+def _warnings(results: Mapping[str, Any]) -> list[str]:
+    """Warnings of the job as a list; nothing without any."""
+    warnings = results.get("warnings") or []
+    return ["## Warnings", "", *(f"- {warning}" for warning in warnings), ""] if warnings else []

@@ -6,6 +6,7 @@ results are the same for all formats.
 
 import contextlib
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from matquant.pack.config import PackConfig
 from matquant.pack.formats import FORMATS, PackRequest
 from matquant.pack.pack_input import PackInput
 from matquant.quantize.config import MethodConfig
-from matquant.store.files import delete, total_bytes, translate_os_errors
+from matquant.store.files import delete, total_bytes, translate_os_errors, try_writing
 
 _GIGABYTE = 10**9
 
@@ -103,10 +104,34 @@ class Packing:
         return record
 
 
+def try_target(config: PackConfig, job_folder: Path) -> None:
+    """Write beside and in the output folder and delete it again, before any work.
+
+    Raises:
+        UserError: the folder is in the way, cannot be written, or cannot be replaced.
+    """
+    folder = _target(config, job_folder)
+    if folder.is_mount():
+        raise UserError(
+            f"pack.path: {folder} is a mount point, which a finished folder cannot replace. Give a folder inside it, such as "
+            f"{folder / 'model'}."
+        )
+    trial = folder.with_name(f".{folder.name}.trial.{secrets.token_hex(4)}")
+    try:
+        try_writing(trial, "pack.path")
+    finally:
+        with contextlib.suppress(OSError):  # a name that is too long was not made
+            delete(trial)
+    if folder.is_dir():
+        try_writing(folder, "pack.path")
+
+
 def _target(config: PackConfig, job_folder: Path) -> Path:
     """Output folder. Raises UserError if it is in the way."""
     folder = job_folder / "packed" if config.path is None else Path(config.path).expanduser().absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())) and not config.overwrite:
+    with translate_os_errors(folder, setting="pack.path"):
+        in_the_way = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    if in_the_way and not config.overwrite:
         raise UserError(
             f"pack.path: {folder} is there already. Give another, or set pack.overwrite=true to replace it."
         )

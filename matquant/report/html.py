@@ -10,7 +10,15 @@ from matquant import number_format
 from matquant.number_format import is_number
 from matquant.report.markup import Markup, element, figure, join, page, section, table
 from matquant.report.output_files import write_atomic
-from matquant.report.results import BaselineResult, JobResults, SliceResult, cost_sentence, task_errors, task_scores
+from matquant.report.results import (
+    BaselineResult,
+    JobResults,
+    SliceResult,
+    cost_sentence,
+    failure_sentence,
+    task_errors,
+    task_scores,
+)
 
 FILE_NAME = "report.html"
 
@@ -47,6 +55,7 @@ def render(results: JobResults) -> str:
     return page(
         f"{results.model} {results.method}",
         _header(results),
+        _failure(results),
         *_slices_and_plots(results),
         _tasks(results),
         _search(results),
@@ -65,6 +74,16 @@ def _header(results: JobResults) -> Markup:
     tiles = [element("div", element("dt", name), element("dd", value)) for name, value in _tiles(results)]
     return element(
         "header", heading, element("p", " · ".join(facts), class_="sub"), element("dl", *tiles, class_="tiles")
+    )
+
+
+def _failure(results: JobResults) -> Markup:
+    """Stage that failed, if the job did; the rest of the page is what the stages before it gave."""
+    if results.failure is None:
+        return Markup()
+    note = element("p", "The figures below are those of the stages before it.")
+    return element(
+        "div", element("strong", failure_sentence(results.failure)), note, class_="warnings failure", role="alert"
     )
 
 

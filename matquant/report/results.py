@@ -15,6 +15,7 @@ from matquant.report.output_files import write_atomic
 SCHEMA = 1
 FILE_NAME = "results.json"
 ALLOCATION: Literal["allocation"] = "allocation"
+_ABSENT_IF_NONE = ("pack", "generate", "failure")
 _STDERR = "_stderr"  # suffix that lm-eval adds to a metric's name
 
 Figures = Mapping[str, float | None]  # a figure by dataset; None where it could not be measured
@@ -30,6 +31,7 @@ _OPTIONAL_TYPES: dict[str, type] = {
     "seconds": dict,
     "layers": list,
     "warnings": list,
+    "failure": dict,
     "versions": dict,
 }
 _TYPE_NAMES: dict[type, str] = {str: "a text", list: "a list", dict: "a mapping"}
@@ -142,6 +144,7 @@ class JobResults:
         unquantized: parameters that stay as they are: ``name``, ``tensors``, ``parameters``, ``reason``.
         experts: layers of experts with too few calibration tokens: ``name``, ``tokens``, ``inputs``.
         pack, generate: records of these stages; None without them.
+        failure: of a job that failed, ``stage`` and ``error``; the other fields are then those of the stages before it.
     """
 
     model: str
@@ -162,6 +165,7 @@ class JobResults:
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     pack: Mapping[str, Any] | None = None
     generate: Mapping[str, Any] | None = None
+    failure: Mapping[str, str] | None = None
 
     @property
     def datasets(self) -> list[str]:
@@ -185,7 +189,7 @@ class JobResults:
         tree |= {"parent": _parent_json(self.parent), "baseline": _plain(self.baseline)}
         tree |= {"slices": [_slice_json(one) for one in self.slices], "layers": [_plain(one) for one in self.layers]}
         tree |= {name: list(tree[name]) for name in ("unquantized", "experts", "warnings")}
-        return {name: value for name, value in tree.items() if value is not None or name not in ("pack", "generate")}
+        return {name: value for name, value in tree.items() if value is not None or name not in _ABSENT_IF_NONE}
 
     @classmethod
     def from_json(cls, content: Any) -> "JobResults":
@@ -267,6 +271,11 @@ def validate(content: Any) -> None:
             raise ResultsError(f"layers[{index}] must be a mapping with a name; found {layer!r}.")
     _check_figures(content.get("baseline", {}), "baseline")
     _check_numbers(content.get("seconds", {}), "seconds")
+
+
+def failure_sentence(failure: Mapping[str, str]) -> str:
+    """Sentence on the stage that failed."""
+    return f"Stage {failure.get('stage')} failed: {failure.get('error')}"
 
 
 def task_scores(tasks: Tasks) -> dict[str, float]:

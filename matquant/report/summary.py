@@ -3,6 +3,7 @@
 import atexit
 import csv
 import io
+import os
 import re
 import sys
 import time
@@ -102,7 +103,7 @@ class SummaryCallback(Callback):
 
     def _finish(self) -> None:
         atexit.unregister(self._finish)
-        if self.folder is None or not self.folder.is_dir():
+        if self.folder is None or not os.path.isdir(self.folder):  # False also for a name that no folder can have
             return
         from rich.console import Console
 

@@ -9,7 +9,7 @@ from matquant.number_format import is_number
 from matquant.report.html import FILE_NAME as REPORT_NAME
 from matquant.report.markup import Markup, element, figure, page, section, table
 from matquant.report.results import SliceResult
-from matquant.report.sweep import DONE, Curve, SweepJob, curves, dataset_names, varying_overrides
+from matquant.report.sweep import DONE, FAILED, Curve, SweepJob, curves, dataset_names, varying_overrides
 
 _MEASURES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "kl": ("KL to full precision (nats per token)", number_format.significant),
@@ -106,9 +106,10 @@ def _jobs(jobs: Sequence[SweepJob]) -> Markup:
 
 
 def _job_row(job: SweepJob, overrides: Sequence[str]) -> list[str]:
-    if job.results is None:
+    if job.results is None or job.status == FAILED:
         status: str = element("span", job.status, class_="failed")
-        return [job.name, status, job.method, f"{' '.join(overrides)} {job.error or ''}".strip(), "", "", ""]
+        name = job.name if job.results is None else _linked(job)
+        return [name, status, job.method, f"{' '.join(overrides)} {job.error or ''}".strip(), "", "", ""]
     models = job.results.parent.stored
     reused = sum(model.reused for model in models)
     stored = "reused" if reused == len(models) else f"{reused} of {len(models)} reused" if reused else "new"

@@ -9,7 +9,15 @@ from typing import Any
 
 import yaml
 
-from matquant.report.results import FILE_NAME, BaselineResult, JobResults, ResultsError, SliceResult, load
+from matquant.report.results import (
+    FILE_NAME,
+    BaselineResult,
+    JobResults,
+    ResultsError,
+    SliceResult,
+    failure_sentence,
+    load,
+)
 
 ERROR_FILE = "error.txt"  # error of a failed job, see SummaryCallback
 DONE, FAILED = "done", "failed"
@@ -23,7 +31,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class SweepJob:
-    """One job of a sweep; a failed one has an ``error`` sentence instead of ``results``."""
+    """One job of a sweep; a failed one has an ``error`` sentence, and ``results`` of the stages before the failed one."""
 
     name: str  # folder relative to that of the sweep
     folder: Path
@@ -35,7 +43,7 @@ class SweepJob:
     @property
     def status(self) -> str:
         """``done`` or ``failed``."""
-        return DONE if self.results is not None else FAILED
+        return DONE if self.error is None else FAILED
 
     @property
     def method(self) -> str:
@@ -113,19 +121,24 @@ def _job_folders(root: Path) -> Iterator[Path]:
 def _read_job(folder: Path, name: str, since: float | None) -> SweepJob:
     overrides = _read_yaml(folder / _HYDRA / "overrides.yaml")
     given = tuple(str(o) for o in overrides) if isinstance(overrides, list) else ()
-    results, error = None, _own_error(folder)
-    try:
-        if error is None and since is not None and _is_stale(folder, since):
-            error = "It was started but left no results."
-        results = load(folder) if error is None else None
-    except ResultsError as problem:
-        error = (
-            str(problem)
-            if (folder / FILE_NAME).exists()
-            else "It left no results: killed, interrupted or still running."
-        )
+    results, error = _read_results(folder, since)
     config = dict(results.config) if results else _read_yaml(folder / _HYDRA / "config.yaml")
     return SweepJob(name, folder, given, config if isinstance(config, dict) else {}, results, error)
+
+
+def _read_results(folder: Path, since: float | None) -> tuple[JobResults | None, str | None]:
+    """Results and error of a job. A failed job has results if a stage finished before the failure."""
+    error = _own_error(folder)
+    try:
+        results = load(folder)
+    except ResultsError as problem:
+        missing = "It left no results: killed, interrupted or still running."
+        return None, error or (str(problem) if (folder / FILE_NAME).exists() else missing)
+    if since is not None and _is_stale(folder, since):
+        return None, error or "It was started but left no results."
+    if results.failure is not None:
+        return results, error or failure_sentence(results.failure)
+    return (results, None) if error is None else (None, error)  # with an error they are those of an earlier attempt
 
 
 def _own_error(folder: Path) -> str | None:

@@ -6,7 +6,15 @@ from rich.table import Table
 from rich.text import Text
 
 from matquant import number_format
-from matquant.report.results import ALLOCATION, BaselineResult, JobResults, SliceResult, cost_sentence, task_scores
+from matquant.report.results import (
+    ALLOCATION,
+    BaselineResult,
+    JobResults,
+    SliceResult,
+    cost_sentence,
+    failure_sentence,
+    task_scores,
+)
 
 Entry = BaselineResult | SliceResult
 
@@ -30,6 +38,8 @@ def print_table(results: JobResults, console: Console) -> None:
             console.print(_tasks_table(results, tasks))
     cost = cost_sentence(results.seconds.get("quantize"), results.parent.stored)
     console.print(Text(f"{cost} MB: what a runtime reads for the quantized layers. KL: nats per token.", style="dim"))
+    if results.failure is not None:
+        console.print(Text(failure_sentence(results.failure), style="red"))
     for warning in results.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"))
 

@@ -11,6 +11,7 @@ Measures for speed:
 import contextlib
 import dataclasses
 import functools
+import math
 import random
 from collections.abc import Iterator, Sequence
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from matquant.distributed import SINGLE_PROCESS, ProcessGroup
+from matquant.errors import UserError, shorten
 from matquant.models.blocks import BlockModel
 from matquant.search.allocation_problem import AllocationUnit, Candidate
 from matquant.search.candidate_batching import TokenBatch
@@ -89,6 +91,9 @@ class Evaluator:
         Args:
             candidates: bit-width, or ``FULL_PRECISION``, of each unit.
             sample: tokens of the text.
+
+        Raises:
+            UserError: the loss of a candidate is not finite.
         """
         passes = self._own_passes(self._passes(candidates, min(self.config.batch_size, len(sample.rows))))
         sums = torch.zeros(len(candidates), dtype=torch.float64, device=self.config.device)
@@ -100,7 +105,15 @@ class Evaluator:
         self.config.process_group.all_reduce(sums)
         self.cost.evaluations += len(candidates)
         self.cost.tokens += len(candidates) * sample.tokens
-        return (sums / predicted).tolist()
+        losses: list[float] = (sums / predicted).tolist()
+        for candidate, loss in zip(candidates, losses, strict=True):
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"The search measured a loss of {loss} for the bit-widths {shorten([str(b) for b in candidate], 8)}: the "
+                    "logits hold NaN or Inf. Check the model and the calibration text; a model in float16 may need "
+                    "model.dtype=bfloat16."
+                )
+        return losses
 
     def _passes(self, candidates: Sequence[Candidate], sequences: int) -> list[list[int]]:
         """Indices of the candidates of each forward pass, of ``sequences`` sequences per candidate.

@@ -1,50 +1,47 @@
 """Stage evaluate: metrics and task scores of the full-precision model and of every slice."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from matquant.config import Config
 from matquant.evaluate.metrics import Metrics
 from matquant.evaluate.slices import evaluate_slices, steps
 from matquant.evaluate.tasks import Scores, Tasks, evaluate_tasks
 from matquant.formats.slice_spec import SliceSpec
+from matquant.models.vocabulary import check_token_ids, has_foreign_tokens
 from matquant.stages.load import LoadedJob
 from matquant.stages.runtime import Runtime
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """Measured figures, by the name of the slice; ``full`` is the full-precision model.
+def load_tasks(job: LoadedJob) -> Tasks | None:
+    """Load the lm-eval tasks of a job before any long work; None without any.
 
-    Attributes:
-        metrics: of each dataset.
-        scores: of the lm-eval tasks.
+    Raises:
+        UserError: a task cannot be loaded, or has a token that the model has no embedding for.
     """
-
-    metrics: Mapping[str, Mapping[str, Metrics]] = dataclasses.field(default_factory=dict)
-    scores: Mapping[str, Scores] = dataclasses.field(default_factory=dict)
-
-
-def load_tasks(config: Config) -> Tasks | None:
-    """Load the lm-eval tasks of a job before any long work; None without any."""
-    asked = config.eval
-    wanted = asked.tasks and "evaluate" in config.stages
-    return Tasks(asked.tasks, asked.task_folder, asked.fewshot) if wanted else None
+    asked = job.config.eval
+    if not asked.tasks or "evaluate" not in job.config.stages:
+        return None
+    tasks = Tasks(asked.tasks, asked.task_folder, asked.fewshot)
+    if has_foreign_tokens(job.model):
+        for task, text in tasks.texts(asked.limit):
+            check_token_ids(job.model, job.model.tokenizer(text)["input_ids"], f"The task {task} of eval.tasks")
+    return tasks
 
 
-def evaluate(job: LoadedJob, slices: Sequence[SliceSpec], runtime: Runtime) -> dict[str, dict[str, Metrics]]:
-    """Metrics of the full-precision model and of every slice, for each dataset; empty without the stage evaluate."""
+def evaluate(job: LoadedJob, slices: Sequence[SliceSpec], runtime: Runtime) -> Iterator[tuple[str, dict[str, Metrics]]]:
+    """Yield each dataset with the metrics of the full-precision model and of every slice, by their names.
+
+    Nothing is yielded without the stage evaluate.
+    """
     by_name = {one.name: one for one in slices}
 
     def weights_of(index: int, name: str) -> dict[str, Tensor]:
         return by_name[name].weights(index)
 
-    measured = {}
     for name, sequences in job.evaluation.items():
         with runtime.bars.bar(f"evaluate on {name}", steps(job.blocks, sequences, list(by_name))) as progress:
-            measured[name] = evaluate_slices(
+            measured = evaluate_slices(
                 job.blocks,
                 sequences,
                 weights_of,
@@ -55,18 +52,18 @@ def evaluate(job: LoadedJob, slices: Sequence[SliceSpec], runtime: Runtime) -> d
                 job.offload_target(runtime, sequences, 1 + len(by_name)),
                 runtime.process_group,
             )
-    return measured
+        yield name, measured
 
 
 def score_tasks(
     job: LoadedJob, tasks: Tasks | None, slices: Sequence[SliceSpec], runtime: Runtime
-) -> dict[str, Scores]:
-    """Task scores of the full-precision model and of every slice; empty without tasks."""
+) -> Iterator[tuple[str, Scores]]:
+    """Yield the name and the task scores of the full-precision model and of every slice; nothing without tasks."""
     if tasks is None:
-        return {}
+        return
     by_name = {one.name: one for one in slices}
     with runtime.bars.bar("tasks", len(slices) + 1) as progress:
-        return evaluate_tasks(
+        yield from evaluate_tasks(
             tasks,
             job.blocks,
             job.model.tokenizer,

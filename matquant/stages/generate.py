@@ -9,9 +9,11 @@ from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
 
 from matquant import number_format
+from matquant.evaluate.slices import model_name
 from matquant.formats.slice_spec import SliceSpec
 from matquant.inference import replace_linears, set_bits
 from matquant.memory import MemoryEstimate
+from matquant.models.finite import checked_logits
 from matquant.models.model_sizes import ModelSizes
 from matquant.stages.load import LoadedJob
 from matquant.stages.runtime import Runtime
@@ -54,6 +56,9 @@ def generate(job: LoadedJob, slices: Sequence[SliceSpec], runtime: Runtime) -> d
     Returns:
         ``prompt``, and for each slice ``name``, ``text``, ``tokens_per_second`` of decoding, ``prompt_seconds``, and ``bytes``
         of the quantized layers that a token reads.
+
+    Raises:
+        UserError: logits of a slice are not finite.
     """
     parent, prompt, device = slices[0].parent, str(job.config.prompt), runtime.device
     dtype = job.model.compute_dtype(device)
@@ -68,7 +73,8 @@ def generate(job: LoadedJob, slices: Sequence[SliceSpec], runtime: Runtime) -> d
     for one in slices:
         set_bits(model, {name: one.bits_of(name) for name in names})
         streamer = TimingStreamer()
-        found = model.generate(**inputs, **settings, max_new_tokens=job.config.max_new_tokens, streamer=streamer)
+        with checked_logits(model, model_name(one.name)):
+            found = model.generate(**inputs, **settings, max_new_tokens=job.config.max_new_tokens, streamer=streamer)
         text = tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         rows.append(
             {

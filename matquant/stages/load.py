@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from matquant.config import Config
 from matquant.data import texts
 from matquant.data.config import TextConfig
+from matquant.data.sources.base import check_characters
 from matquant.errors import UserError
+from matquant.evaluate.plausibility import full_precision_warnings
 from matquant.formats import allocation
 from matquant.formats.allocation import Allocation
 from matquant.formats.nested import NestedWeight
@@ -21,8 +23,9 @@ from matquant.models.gguf import convert_gguf, is_gguf
 from matquant.models.loading import LoadedModel, open_model
 from matquant.models.model_sizes import ModelSizes, measure_model
 from matquant.models.tracing import check_blockwise_forward
+from matquant.models.vocabulary import check_token_ids, embedded_tokens
 from matquant.quantize.base import BlockQuantizer, QuantizerTask
-from matquant.quantize.layers import check_layers, layers_to_quantize
+from matquant.quantize.layers import check_layers, check_weight_range, layers_to_quantize
 from matquant.search.stage import check_budgets
 from matquant.stages.runtime import Runtime
 
@@ -112,9 +115,11 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
     layers = layers_to_quantize(blocks, config.method.skips, lm_head=config.method.quantize_lm_head)
     check_layers(layers)
     _check_lengths(config, model, runtime.process_group.world_size)
+    if "generate" in config.stages:
+        _check_prompt(config, model)
     allocations = _read_allocations(config, [name for block in layers for name in block])
     evaluation = _evaluation_texts(config, model, runtime)
-    check_blockwise_forward(blocks, runtime.device, dtype)
+    largest = check_blockwise_forward(blocks, runtime.device, dtype)
     job = LoadedJob(
         config=config,
         model=model,
@@ -127,12 +132,24 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
         evaluation=evaluation,
         search=None,
     )
+    _check_weight_ranges(job, largest)
     if config.search.wanted:
         _check_budgets(job)
-        job = dataclasses.replace(job, search=_read(_search_text(config), "calibration", model, runtime))
+        job = dataclasses.replace(job, search=_read("search", _search_text(config), "calibration", model, runtime))
     if config.method.uses_calibration:
-        job = dataclasses.replace(job, calibration=_read(config.calibration, "calibration", model, runtime))
+        job = dataclasses.replace(
+            job, calibration=_read("calibration", config.calibration, "calibration", model, runtime)
+        )
+    bos = model.tokenizer.bos_token_id
+    known_bos = bos if bos is not None and bos < embedded_tokens(model.model) else None
+    runtime.warn(full_precision_warnings(blocks, _first_windows(job), known_bos, runtime.device))
     return job
+
+
+def _first_windows(job: LoadedJob) -> dict[str, Tensor]:
+    """First sequence of each text, int64 [length], by the text's name in the config."""
+    named = {} if job.calibration is None else {"calibration": job.calibration[0]}
+    return named | {f"eval.datasets.{name}": sequences[0] for name, sequences in job.evaluation.items()}
 
 
 def own_tokens(runtime: Runtime, sequences: Tensor | None) -> int:
@@ -145,12 +162,16 @@ def count_tokens(model: LoadedModel, text: str) -> int:
     return len(model.tokenizer(text)["input_ids"])
 
 
-def _read(text: TextConfig, split: str, model: LoadedModel, runtime: Runtime) -> Tensor:
-    return runtime.process_group.rank0_first(lambda: texts.windows(text, split, model.tokenizer, runtime.store))
+def _read(where: str, text: TextConfig, split: str, model: LoadedModel, runtime: Runtime) -> Tensor:
+    """Sequences of a text, int64 [sequences, length]; ``where`` is its name in the config."""
+    sequences = runtime.process_group.rank0_first(lambda: texts.windows(text, split, model.tokenizer, runtime.store))
+    check_token_ids(model, sequences, f"The text of {where}")
+    runtime.log.warnings.extend(texts.notes(text))
+    return sequences
 
 
 def _check_lengths(config: Config, model: LoadedModel, world_size: int) -> None:
-    """Refuse sequences and a prompt that are longer than the model's context; texts that are not read are not checked."""
+    """Refuse sequences that are longer than the model's context; texts that are not read are not checked."""
     longest = model.context_length
     for name, text in _texts(config).items():
         if longest is not None and text.sequence_length > longest:
@@ -160,13 +181,21 @@ def _check_lengths(config: Config, model: LoadedModel, world_size: int) -> None:
             )
         if text.sequences < world_size:
             raise UserError(f"{name}.sequences={text.sequences} cannot be shared by {world_size} processes.")
-    if "generate" in config.stages and longest is not None:
-        prompt, new = count_tokens(model, str(config.prompt)), config.max_new_tokens
-        if prompt + new > longest:
-            raise UserError(
-                f"The prompt has {prompt} tokens; with max_new_tokens={new} that is longer than the context of {longest} "
-                f"tokens of {model.label}."
-            )
+
+
+def _check_prompt(config: Config, model: LoadedModel) -> None:
+    """Refuse a prompt that the model cannot read: too long, of no tokens, or of tokens without embeddings."""
+    prompt, new, longest = str(config.prompt), config.max_new_tokens, model.context_length
+    check_characters(prompt, "The prompt")
+    ids = model.tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise UserError(f"The prompt {prompt!r} has no tokens. Give a prompt with text in it.")
+    check_token_ids(model, ids, "The prompt")
+    if longest is not None and len(ids) + new > longest:
+        raise UserError(
+            f"The prompt has {len(ids)} tokens; with max_new_tokens={new} that is longer than the context of {longest} "
+            f"tokens of {model.label}."
+        )
 
 
 def _texts(config: Config) -> dict[str, TextConfig]:
@@ -192,7 +221,10 @@ def _evaluation_texts(config: Config, model: LoadedModel, runtime: Runtime) -> d
         return {}
     if config.method.uses_calibration:
         texts.check_apart(config.calibration, dict(config.eval.datasets))
-    return {name: _read(text, "evaluation", model, runtime) for name, text in config.eval.datasets.items()}
+    return {
+        name: _read(f"eval.datasets.{name}", text, "evaluation", model, runtime)
+        for name, text in config.eval.datasets.items()
+    }
 
 
 def _read_allocations(config: Config, layers: list[str]) -> dict[str, Allocation]:
@@ -201,6 +233,14 @@ def _read_allocations(config: Config, layers: list[str]) -> dict[str, Allocation
     for path, one in found.items():
         allocation.check_layers(one, layers, config.method.master_bits, path)
     return found
+
+
+def _check_weight_ranges(job: LoadedJob, largest: Mapping[str, float]) -> None:
+    """Refuse layers whose scales would all overflow or underflow; ``largest`` is the largest weight by tensor name."""
+    quantizer = job.quantizer()
+    for block in job.layers:
+        for name, layer in block.items():
+            check_weight_range(name, largest[f"{name}.weight"], quantizer.weight_format(name, layer.in_features))
 
 
 def _check_budgets(job: LoadedJob) -> None:

@@ -4,41 +4,53 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from matquant.errors import UserError
 from matquant.evaluate.metrics import Metrics
+from matquant.evaluate.plausibility import kl_warnings, layer_warnings
+from matquant.evaluate.slices import FULL
 from matquant.evaluate.tasks import Scores, recovery
 from matquant.formats.slice_spec import SliceSpec
 from matquant.models.summary import unquantized_parameters
 from matquant.report.provenance import versions
 from matquant.report.results import ALLOCATION, BaselineResult, JobResults, LayerErrors, ParentRecord, SliceResult
-from matquant.stages.evaluate import Evaluation
 from matquant.stages.load import LoadedJob
 from matquant.stages.runtime import Runtime
 from matquant.store import Artifact
 
 
-def assemble(
-    job: LoadedJob,
-    runtime: Runtime,
-    slices: Sequence[SliceSpec],
-    evaluation: Evaluation,
-    search: Mapping[str, Any] | None,
-    *,
-    command: str,
-    resolved: Any,
-) -> JobResults:
-    """Results of all stages up to the evaluation.
+@dataclasses.dataclass(kw_only=True, slots=True)
+class StageOutputs:
+    """Outputs of the stages so far, up to the evaluation.
+
+    Attributes:
+        slices: of the parent, of allocation files and of the search.
+        search: record of the search; None without one.
+        metrics: of each dataset, by the name of the slice; ``full`` is the full-precision model.
+        scores: of the lm-eval tasks, by the name of the slice.
+    """
+
+    slices: list[SliceSpec] = dataclasses.field(default_factory=list)
+    search: Mapping[str, Any] | None = None
+    metrics: dict[str, Mapping[str, Metrics]] = dataclasses.field(default_factory=dict)
+    scores: dict[str, Scores] = dataclasses.field(default_factory=dict)
+
+
+def assemble(job: LoadedJob, runtime: Runtime, outputs: StageOutputs, *, command: str, resolved: Any) -> JobResults:
+    """Results of all stages up to the evaluation, or up to the one that failed.
 
     Args:
-        search: record of the search; None without one.
         command: command line that runs the same job.
         resolved: composed config as plain containers.
     """
-    metrics, scores = evaluation.metrics, evaluation.scores
+    slices, metrics, scores = outputs.slices, outputs.metrics, outputs.scores
+    layers = _layer_errors(slices)
+    implausible = _implausible(slices, metrics, layers, job.dtype)
     return JobResults(
         model=job.model.label,
         method=job.config.method.name,
@@ -48,21 +60,28 @@ def assemble(
         parent=_parent_record(slices),
         baseline=BaselineResult(
             bytes=job.dense_bytes,
-            perplexity={name: _finite(m["full"].perplexity) for name, m in metrics.items()},
-            tasks=scores.get("full", {}),
+            perplexity={name: m[FULL].perplexity for name, m in metrics.items()},
+            tasks=scores.get(FULL, {}),
         ),
         slices=[_slice_result(one, metrics, scores) for one in slices],
-        search=search,
+        search=outputs.search,
         seconds=runtime.log.seconds,
         resources=resources(runtime),
         unquantized=_unquantized(job),
         experts=[
             row for parent in dict.fromkeys(one.parent for one in slices) for row in parent.undersampled_experts()
         ],
-        layers=_layer_errors(slices),
-        warnings=list(dict.fromkeys(runtime.log.warnings)),
+        layers=layers,
+        warnings=list(dict.fromkeys([*runtime.log.warnings, *implausible])),
         versions=versions(),
     )
+
+
+def failure_record(stage: str, error: BaseException) -> dict[str, str]:
+    """Record of the stage that ended a job: ``stage`` and ``error``."""
+    if isinstance(error, KeyboardInterrupt):
+        return {"stage": stage, "error": "interrupted"}
+    return {"stage": stage, "error": str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"}
 
 
 def resources(runtime: Runtime) -> dict[str, Any]:
@@ -78,7 +97,7 @@ def resources(runtime: Runtime) -> dict[str, Any]:
 def mean_figure(results: JobResults, metric: str) -> float | None:
     """Mean of one metric over slices and datasets, for a sweeper to minimise; None without a figure."""
     values = [value for one in results.slices for value in getattr(one, metric).values()]
-    return sum(math.inf if v is None else v for v in values) / len(values) if values else None
+    return sum(values) / len(values) if values else None
 
 
 def _parent_record(slices: Sequence[SliceSpec]) -> ParentRecord:
@@ -115,17 +134,27 @@ def _slice_result(
         allocation=facts,
         average_bits=one.average_bits(),
         bytes=one.bytes_read(),
-        perplexity={name: _finite(m.perplexity) for name, m in found.items()},
-        kl={name: _finite(m.kl) for name, m in found.items()},
+        perplexity={name: m.perplexity for name, m in found.items()},
+        kl={name: m.kl for name, m in found.items()},
         top1_agreement={name: m.top1_agreement for name, m in found.items()},
         tasks=scores.get(one.name, {}),
-        recovery=recovery(scores[one.name], scores["full"]) if scores else {},
+        recovery=recovery(scores[one.name], scores[FULL]) if one.name in scores else {},
     )
 
 
-def _finite(value: float) -> float | None:
-    """Replace an infinity or NaN, which JSON cannot hold, by None: not measurable."""
-    return value if math.isfinite(value) else None
+def _implausible(
+    slices: Sequence[SliceSpec],
+    metrics: Mapping[str, Mapping[str, Metrics]],
+    layers: Sequence[LayerErrors],
+    dtype: torch.dtype,
+) -> list[str]:
+    """Sentences on layer errors and KL divergences that a sound parent does not have."""
+    sentences = layer_warnings({row.name: row.error for row in layers})
+    uniform = {one.bits: one.name for one in slices if isinstance(one.bits, int)}
+    for dataset, of_dataset in metrics.items():
+        kl = {bits: of_dataset[name].kl for bits, name in uniform.items()}
+        sentences += kl_warnings(dataset, kl, dtype)
+    return sentences
 
 
 def _layer_errors(slices: Sequence[SliceSpec]) -> list[LayerErrors]:

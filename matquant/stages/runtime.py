@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -25,22 +25,26 @@ class JobLog:
 
     Attributes:
         warnings: sentences for the user, in order.
+        stage: the most recent one, which an error belongs to.
         seconds: wall time of each stage.
         quantize_seconds: time of quantizing by phase.
         plan: memory plan, once a stage announced it.
     """
 
     warnings: list[str] = dataclasses.field(default_factory=list)
+    stage: str = ""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     quantize_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     plan: MemoryPlan | None = None
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Record the wall time of a stage."""
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = round(time.perf_counter() - start, 3)
+        """Record the wall time of a stage, also of one that fails."""
+        start, self.stage = time.perf_counter(), stage
+        try:
+            yield
+        finally:
+            self.seconds[stage] = round(time.perf_counter() - start, 3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +82,13 @@ class Runtime:
     def on_gpu(self) -> bool:
         """True if blocks run on a CUDA device."""
         return self.device.type == "cuda"
+
+    def warn(self, sentences: Iterable[str]) -> None:
+        """Record warnings, and log them at once: the user may want to stop the job."""
+        for sentence in sentences:
+            self.log.warnings.append(sentence)
+            if self.process_group.is_main:
+                logger.warning(sentence)
 
     def announce(self, plan: MemoryPlan | None) -> None:
         """Log what the job needs, and refuse a job that cannot fit. The first plan of a job counts."""

@@ -161,6 +161,21 @@ def translate_os_errors(path: Path, needed: int = 0, setting: str = "store.path"
         ) from error
 
 
+def try_writing(folder: Path, setting: str) -> None:
+    """Create ``folder``, and write and delete a file in it, so that an output is refused before the work for it.
+
+    Args:
+        setting: config setting that can name another folder.
+
+    Raises:
+        UserError: the folder cannot be created or written.
+    """
+    trial = folder / f"trial.{secrets.token_hex(8)}"
+    with translate_os_errors(folder, setting=setting):
+        write_atomically(trial, b"trial")
+        trial.unlink()
+
+
 def list_folder(folder: Path) -> list[Path]:
     """Sorted entries of ``folder``; an empty list if there is no such folder.
 
@@ -188,4 +203,5 @@ def delete(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()

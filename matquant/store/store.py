@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from matquant.errors import UserError
 from matquant.store.artifact import KEY_DIGITS, RESERVED_KINDS, Artifact, artifact_key, read_artifact
 from matquant.store.draft import Draft, commit
-from matquant.store.files import DamageError, delete, list_folder, total_bytes, translate_os_errors
+from matquant.store.files import DamageError, delete, list_folder, total_bytes, translate_os_errors, try_writing
 from matquant.store.json_files import normalize_json
 
 _LABEL = rf"[a-z][a-z0-9_]*-[0-9a-f]{{{KEY_DIGITS}}}"  # <kind>-<key>
@@ -60,6 +60,18 @@ class Store:
         self.path = Path(path).expanduser().absolute()
         if os.path.lexists(self.path) and not os.path.isdir(self.path):
             raise UserError(f"The store {self.path} is not a folder. Set store.path to a folder, or to a new name.")
+
+    def try_writing(self) -> None:
+        """Write to the store and delete it again; a store that holds artifacts may be read-only.
+
+        Raises:
+            UserError: the store can neither be written nor read from.
+        """
+        try:
+            try_writing(self.path, "store.path")
+        except UserError:
+            if not self._artifacts():
+                raise
 
     def open_or_build(self, kind: str, inputs: Mapping[str, Any], build: Callable[[Draft], dict[str, Any]]) -> Artifact:
         """Open and verify the artifact of ``kind`` that ``inputs`` determine; build it if it is missing or damaged.

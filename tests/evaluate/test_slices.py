@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
 
+from matquant.errors import UserError
 from matquant.evaluate import slices
 from matquant.evaluate.metrics import Metrics
 from matquant.evaluate.slices import FULL, evaluate_slices, steps
@@ -219,3 +220,44 @@ def test_the_weights_of_one_variant_live_at_a_time(windows: Tensor) -> None:
 
     evaluate_slices(blocks, windows, weights_of, ["2", "3", "4"], 2, "cpu")
     assert made
+
+
+@pytest.mark.parametrize(("layer", "value"), [("mlp.down_proj", math.nan), ("self_attn.v_proj", math.inf)])
+def test_a_slice_whose_hidden_states_are_not_finite_is_named_with_the_block(
+    layer: str, value: float, windows: Tensor
+) -> None:
+    blocks = make()
+
+    def weights_of(index: int, variant: str) -> Mapping[str, Tensor]:
+        if (index, variant) != (1, "3"):
+            return {}
+        name = f"model.layers.1.{layer}"
+        return {name: torch.full_like(blocks.linears(1)[name].weight, value)}
+
+    with pytest.raises(UserError, match=r"outputs of model\.layers\.1 in the slice of 3 bits hold NaN or Inf"):
+        evaluate_slices(blocks, windows, weights_of, ["2", "3"], 2, "cpu")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_named_with_the_model(value: float, windows: Tensor) -> None:
+    blocks = make()
+    (name,) = blocks.linears(len(blocks))
+    head = blocks.model.get_output_embeddings().weight.clone()
+    head[5] = value
+
+    def weights_of(index: int, variant: str) -> Mapping[str, Tensor]:
+        return {name: head} if index == len(blocks) and variant == "a.yaml" else {}
+
+    with pytest.raises(UserError, match=r"perplexity of the slice a\.yaml is (nan|inf)"):
+        evaluate_slices(blocks, windows, weights_of, ["2", "a.yaml"], 2, "cpu")
+    blocks.model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(UserError, match="perplexity of the full-precision model is nan"):
+        evaluate_slices(blocks, windows, lambda *_: {}, ["2"], 2, "cpu")
+
+
+def test_a_perplexity_that_overflows_is_refused(windows: Tensor) -> None:
+    blocks = make()
+    (name,) = blocks.linears(len(blocks))
+    far = {name: 1e6 * blocks.model.get_output_embeddings().weight}
+    with pytest.raises(UserError, match="perplexity of the slice of 2 bits is inf"):
+        evaluate_slices(blocks, windows, lambda index, _: far if index == len(blocks) else {}, ["2"], 2, "cpu")

@@ -35,7 +35,7 @@ def scored():
     found = evaluate_tasks(
         tasks, blocks, tokenizer, weights_of, ["4", "16"], limit=ITEMS, batch_size=4, device=torch.device("cpu")
     )
-    return found, tokenizer, tasks
+    return dict(found), tokenizer, tasks
 
 
 def model_of(variant):
@@ -82,6 +82,26 @@ def test_scores_are_those_of_the_same_likelihoods(scored, variant):
         total += likelihoods(model, ids).sum().item()
         size += len(text.encode())
     assert found[variant]["stdlib_docstrings"]["bits_per_byte"] == pytest.approx(-total / size / math.log(2), rel=1e-4)
+
+
+@pytest.mark.parametrize("task", docstrings.NAMES)
+def test_logits_that_are_not_finite_end_a_task(task):
+    blocks = BlockModel(AutoModelForCausalLM.from_pretrained(TINY, dtype="auto").eval())
+    name = "model.layers.0.mlp.down_proj"
+    broken = {name: torch.full_like(blocks.linears(0)[name].weight, torch.nan)}
+    scores = evaluate_tasks(
+        Tasks([task], None, fewshot=0),
+        blocks,
+        AutoTokenizer.from_pretrained(TINY),
+        lambda index, variant: broken if (index, variant) == (0, "3") else {},
+        ["3"],
+        limit=1,
+        batch_size=4,
+        device=torch.device("cpu"),
+    )
+    assert next(scores)[0] == "full"
+    with pytest.raises(UserError, match="logits of the slice of 3 bits hold NaN or Inf"):
+        next(scores)
 
 
 def test_variants_differ_and_recovery_is_a_share_of_full_precision(scored):

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, Llam
 from matquant.errors import UserError
 from matquant.models import checkpoint_files, loading
 from matquant.models.config import ModelConfig, check
-from matquant.models.loading import load_model
+from matquant.models.loading import load_model, open_model
 from matquant.paths import resource_root
 
 TINY = resource_root() / "experiments" / "models" / "tiny"
@@ -333,3 +333,25 @@ def test_pickles_on_the_hub_are_refused_before_they_are_downloaded(
     monkeypatch.setattr(checkpoint_files, "_hub_files", lambda _: ["config.json", "pytorch_model.bin"])
     refuse("some/model on the hub holds its weights as pickles only", name="some/model")
     assert not any(pattern.endswith(checkpoint_files.PICKLES) for pattern in downloaded)
+
+
+@pytest.mark.parametrize(
+    ("path", "label"),
+    [
+        ("some/model-1b", "model-1b"),
+        ("some/model.v2/", "model.v2"),
+        ("hub/models--owner--model-7b/snapshots/0123abcd", "model-7b"),
+    ],
+)
+def test_a_model_is_named_after_its_folder(path: str, label: str, original: Path, tmp_path: Path) -> None:
+    shutil.copytree(original, tmp_path / path)
+    assert open_model(config(path=f"{tmp_path}/{path}")).label == label
+    assert open_model(config(path=tmp_path / path, label="mine")).label == "mine"
+
+
+def test_a_folder_is_named_although_its_path_is_relative(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(original, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    assert open_model(config(path=".")).label == "here"

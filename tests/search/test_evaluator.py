@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from matquant.distributed import ProcessGroup
+from matquant.errors import UserError
 from matquant.evaluate.slices import FULL, evaluate_slices
 from matquant.search.allocation_problem import FULL_PRECISION
 from matquant.search.fitness.perplexity import Perplexity
@@ -168,3 +169,16 @@ def test_each_layer_is_dequantized_once_per_bit_width(make_model):
         for _ in range(3):
             evaluator.losses([(2,) * 7, (3,) * 7], evaluator.all_tokens())
     assert forwards.cache.misses == 14
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_loss_that_is_not_finite_ends_the_search(make_model, value):
+    blocks, weights = make_model(1)
+    name = "model.layers.0.mlp.down_proj"
+    weights[name].scales[0, 0] = value
+    units = problem_of_model(blocks, weights).units
+    with (
+        evaluate(blocks, units, dense_forwards(weights)) as evaluator,
+        pytest.raises(UserError, match=r"measured a loss of (nan|inf) for the bit-widths 8, 8"),
+    ):
+        evaluator.losses([tuple(8 for _ in units)], evaluator.all_tokens())

@@ -97,7 +97,7 @@ def test_weights_that_are_not_finite_are_named(matquant, tmp_path):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     status, _, err = matquant(*SMALL, f"model.path={folder}", "method=rtn", "bits=4")
     assert status == 2
-    assert "model.layers.1.mlp.up_proj hold NaN or Inf" in err
+    assert "model.layers.1.mlp.up_proj.weight hold NaN or Inf" in err
 
 
 @pytest.mark.slow

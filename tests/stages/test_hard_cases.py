@@ -69,23 +69,41 @@ def test_weights_whose_scales_cannot_be_stored_are_named(matquant, changed):
 
 
 @pytest.mark.parametrize("method", ["matgptq", "rtn"])
-def test_activations_that_are_not_finite_are_named_before_any_work(matquant, changed, method, tmp_path):
+@pytest.mark.parametrize(
+    "tensor", ["model.layers.1.post_attention_layernorm.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_weights_that_are_not_finite_are_named_before_any_work(matquant, changed, method, tensor, value, tmp_path):
     def spoil(tensors):
-        tensors["model.layers.1.post_attention_layernorm.weight"][0] = torch.inf
+        tensors[tensor].view(-1)[-1] = value
 
     status, _, err = matquant(*JOB, f"method={method}", changed(spoil))
     assert status == 2
-    assert "model.layers.1 has NaN or Inf" in err
+    assert f"The weights {tensor} hold NaN or Inf" in err
     assert not (tmp_path / "store" / "parent").exists()
 
 
-def test_activations_that_overflow_on_the_calibration_text_are_named(matquant, changed):
-    def spoil(tensors):  # every token but the few that are tried before the work
-        tensors["model.embed_tokens.weight"][40:] = torch.inf
+@pytest.mark.parametrize("method", ["matgptq", "rtn"])
+def test_activations_that_overflow_are_named_before_any_work(matquant, changed, method, tmp_path):
+    def spoil(tensors):
+        tensors["model.layers.1.post_attention_layernorm.weight"].fill_(3e38)
 
-    status, _, err = matquant(*JOB, changed(spoil))
+    status, _, err = matquant(*JOB, f"method={method}", changed(spoil, torch.float32))
     assert status == 2
-    assert "inputs of model.layers.0.self_attn.q_proj hold NaN or Inf" in err
+    assert "The outputs of model.layers.1 hold NaN or Inf in float32, although all weights are finite" in err
+    assert not (tmp_path / "store" / "parent").exists()
+
+
+@pytest.mark.parametrize("method", ["matgptq", "rtn"])
+def test_activations_that_overflow_on_the_texts_are_named_before_any_work(matquant, changed, method, tmp_path):
+    def spoil(tensors):  # the few tokens that are tried first give zeros, every other token overflows
+        tensors["model.embed_tokens.weight"][:40] = 0
+        tensors["model.layers.0.input_layernorm.weight"].fill_(1e25)
+
+    status, _, err = matquant(*JOB, f"method={method}", changed(spoil, torch.float32))
+    assert status == 2
+    assert "The outputs of model.layers.0 hold NaN or Inf in float32, although all weights are finite" in err
+    assert not (tmp_path / "store" / "parent").exists()
 
 
 def test_a_disk_that_fills_up_stops_the_run_and_it_resumes_to_the_same_bytes(matquant, small_model, tmp_path):

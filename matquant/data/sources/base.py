@@ -28,6 +28,7 @@ class TextSource(abc.ABC):
         has_splits: True if the splits do not overlap; False if all splits are the same text.
         has_cached_windows: True if the store keeps windows.
         has_bos_by_default: True if windows begin with the beginning-of-text token where the tokenizer adds one by itself.
+        reads_files: True if the text is at ``TextConfig.path``, with its texts in ``TextConfig.field``.
         is_streamed: True for a text that is too long to be read whole; its windows are the first ones, also with a seed.
     """
 
@@ -36,6 +37,7 @@ class TextSource(abc.ABC):
     has_splits: ClassVar[bool] = True
     has_cached_windows: ClassVar[bool] = True
     has_bos_by_default: ClassVar[bool] = True
+    reads_files: ClassVar[bool] = False
     is_streamed: ClassVar[bool] = False
 
     @abc.abstractmethod
@@ -53,6 +55,10 @@ class TextSource(abc.ABC):
 
     def file_hashes(self, text: TextConfig) -> list[str]:
         """SHA-256 of the files that a text without a revision is read from."""
+        return []
+
+    def notes(self, text: TextConfig) -> list[str]:
+        """Sentences for the user on what the text leaves out."""
         return []
 
     def describe(self, text: TextConfig, split: str) -> str:
@@ -92,6 +98,18 @@ class TextSource(abc.ABC):
             return cut[: text.sequences].clone()
         generator = torch.Generator().manual_seed(text.seed or 0)
         return cut[torch.randperm(available, generator=generator)[: text.sequences].sort().values]
+
+
+def check_characters(text: str, where: str) -> None:
+    """Raise UserError if a text holds lone surrogates, which no tokenizer reads; ``where`` is its place."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = ascii(text[error.start])[1:-1]
+        raise UserError(
+            f"{where} holds half a character ({found}, a lone surrogate) at position {error.start}: the text was cut or "
+            "converted wrongly. Replace it, for example by U+FFFD, or remove it."
+        ) from error
 
 
 def token_row(documents: Iterable[str], tokenizer: Any, min_tokens: int | None) -> Tensor:

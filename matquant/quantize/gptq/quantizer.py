@@ -33,7 +33,7 @@ from matquant.quantize.gptq.hessians import (
 from matquant.quantize.gptq.memory import GptqSettings
 from matquant.quantize.gptq.options import LayerOptions, SolverOptions
 from matquant.quantize.gptq.solver import compile_column_solver, solve
-from matquant.quantize.layers import check_scales, float_weight
+from matquant.quantize.layers import check_errors, check_scales, float_weight
 
 Hessians = dict[int, HessianAccumulator]  # of one input, by the bit-width of the stream
 
@@ -306,7 +306,8 @@ class _BlockSolver:
         with self.context.timer.nested("errors"):
             errors = self._relative_errors(weight, own, solved, hessians, options.bits)
         solved = solved.map_tensors(lambda tensor: self.group.all_gather_rows(tensor, len(weight)))
-        check_scales(name, weight, solved)
+        self.result.notes.extend(check_scales(name, weight, solved))
+        check_errors(name, errors)
         self.result.weights[name] = solved.to("cpu")
         self.result.errors[name] = errors
         self.context.progress(1)

@@ -41,9 +41,10 @@ class RtnQuantizer(BlockQuantizer):
             own = weight[context.process_group.shard(len(weight))]
             with context.timer.timed("solve"):
                 solved = solve(own, None, self.options.of_layer(name))
-            check_scales(name, weight, solved)
             gather = functools.partial(context.process_group.all_gather_rows, rows=len(weight))
-            result.weights[name] = solved.map_tensors(gather).to("cpu")
+            solved = solved.map_tensors(gather)
+            result.notes.extend(check_scales(name, weight, solved))
+            result.weights[name] = solved.to("cpu")
             context.progress(1)
         return result
 

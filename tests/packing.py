@@ -79,7 +79,8 @@ class Opened:
 
     def specs(self) -> dict[str, LayerSpec]:
         blocks = [self.parent.block(index) for index in range(len(self.parent.blocks))]
-        return {name: LayerSpec.from_weight(weight) for block in blocks for name, weight in block.items()}
+        weights = {name: weight for block in blocks for name, weight in block.items()}
+        return {name: LayerSpec.from_weight(weights[name]) for name in self.names()}
 
     def pack(self, folder: Path, widths: Any = 8, **config: Any) -> Path:
         settings = PackConfig(**{"name": "nested", "path": str(folder)} | config)

@@ -217,6 +217,26 @@ KERNEL void choose_scales(const float* targets, const float* hessian_diag, const
 
 // ---- codes
 
+// Scales of one row at each bit-width. An error in units of the scale weighs the square of its ratio to the highest bit-width's.
+struct RowScales {
+    float scale[WIDTHS], inverse[WIDTHS], squared_ratio[WIDTHS];
+};
+
+// scales [K, rows]; 0 beyond the last row.
+DEVICE RowScales load_row_scales(const float* scales, int rows, int row) {
+    RowScales of_row;
+    const float top = row < rows ? scales[(size_t)(WIDTHS - 1) * rows + row] : 0.0f;
+#pragma unroll
+    for (int k = 0; k < WIDTHS; k++) {
+        const float scale = row < rows ? scales[(size_t)k * rows + row] : 0.0f;
+        const float ratio = top != 0.0f ? scale / top : 1.0f;
+        of_row.scale[k] = scale;
+        of_row.inverse[k] = scale != 0.0f ? 1.0f / scale : 0.0f;
+        of_row.squared_ratio[k] = ratio * ratio;
+    }
+    return of_row;
+}
+
 // Load the block's rows and `width` columns from [count, rows, columns] to shared memory [count, width, lane]; 0 beyond the last row.
 DEVICE void load_columns(float* tile, const float* matrix, int count, int rows, int columns, int first, int width) {
     const int begin = blockIdx.x * kLanes, lane = threadIdx.x;
@@ -238,8 +258,8 @@ DEVICE void feed_back(float* tile, float amount, const float* coupling, int i, i
 
 // GPTQ over columns first .. first + width - 1: choose a code, feed each target's error back to the later columns.
 //
-// targets [T, rows, columns], factor [F, width, width] (upper Cholesky factor of the inverse Hessian), lambdas [K, columns], scales [rows],
-// zeros [rows]; out: codes [rows, columns], errors [T, width, rows].
+// targets [T, rows, columns], factor [F, width, width] (upper Cholesky factor of the inverse Hessian), lambdas [K, columns],
+// scales [K, rows], zeros [rows]; out: codes [rows, columns], errors [T, width, rows].
 KERNEL void solve_columns(const float* targets, const float* factor, const float* lambdas, const float* cells, int code_count,
                           float centre, int rows, int columns, int first, int width, const float* scales,
                           const float* zeros, u8* codes, float* errors) {
@@ -249,14 +269,14 @@ KERNEL void solve_columns(const float* targets, const float* factor, const float
     const CodeGrid grid = load_code_grid(cells, code_count, centre);
     const int lane = threadIdx.x, row = blockIdx.x * kLanes + lane;
     const bool in_range = row < rows;
-    const float scale = in_range ? scales[row] : 0.0f, zero = in_range ? zeros[row] : 0.0f;
-    const float inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
+    const float zero = in_range ? zeros[row] : 0.0f;
+    const RowScales scale = load_row_scales(scales, rows, row);
     for (int i = 0; i < width; i++) {
         float u[WIDTHS], weight[WIDTHS], cost;
 #pragma unroll
         for (int k = 0; k < WIDTHS; k++) {
-            u[k] = tile[((TARGETS == 1 ? 0 : k) * width + i) * kStride + lane] * inverse + zero;
-            weight[k] = __ldg(lambdas + (size_t)k * columns + first + i);
+            u[k] = tile[((TARGETS == 1 ? 0 : k) * width + i) * kStride + lane] * scale.inverse[k] + zero;
+            weight[k] = __ldg(lambdas + (size_t)k * columns + first + i) * scale.squared_ratio[k];
         }
         const float q = best_code(u, weight, grid, cost);
         if (in_range) codes[(size_t)row * columns + first + i] = (u8)q;
@@ -266,7 +286,7 @@ KERNEL void solve_columns(const float* targets, const float* factor, const float
 #pragma unroll
         for (int k = 0; k < WIDTHS; k++) {
             const float* diagonal = factor + (size_t)(FACTORS == 1 ? 0 : k) * width * width + i * width + i;
-            error[TARGETS == 1 ? 0 : k] += (u[k] - dequantize_code(q, grid, k)) * scale * (part / __ldg(diagonal));
+            error[TARGETS == 1 ? 0 : k] += (u[k] - dequantize_code(q, grid, k)) * scale.scale[k] * (part / __ldg(diagonal));
         }
 #pragma unroll
         for (int k = 0; k < TARGETS; k++) {
@@ -279,8 +299,8 @@ KERNEL void solve_columns(const float* targets, const float* factor, const float
 
 // One coordinate-descent pass over columns first .. first + width - 1.
 //
-// gradient [K, rows, columns], hessian [F, width, width], lambdas [K, columns], scales [rows]; in and out: codes [rows, columns];
-// out: changes of the dequantized weights [K, width, rows].
+// gradient [K, rows, columns], hessian [F, width, width], lambdas [K, columns], scales [K, rows]; in and out: codes
+// [rows, columns]; out: changes of the dequantized weights [K, width, rows].
 KERNEL void descend_columns(const float* gradient, const float* hessian, const float* lambdas, const float* cells, int code_count,
                           float centre, int rows, int columns, int first, int width, const float* scales,
                           u8* codes, float* changes) {
@@ -290,8 +310,7 @@ KERNEL void descend_columns(const float* gradient, const float* hessian, const f
     const CodeGrid grid = load_code_grid(cells, code_count, centre);
     const int lane = threadIdx.x, row = blockIdx.x * kLanes + lane;
     const bool in_range = row < rows;
-    const float scale = in_range ? scales[row] : 0.0f;
-    const float inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
+    const RowScales scale = load_row_scales(scales, rows, row);
     for (int i = 0; i < width; i++) {
         float u[WIDTHS], weight[WIDTHS], cost;
         const size_t index = (size_t)row * columns + first + i;
@@ -300,14 +319,14 @@ KERNEL void descend_columns(const float* gradient, const float* hessian, const f
         for (int k = 0; k < WIDTHS; k++) {
             const float* diagonal = hessian + (size_t)(FACTORS == 1 ? 0 : k) * width * width + i * width + i;
             const float slope = tile[(k * width + i) * kStride + lane];
-            u[k] = dequantize_code(old, grid, k) - slope * inverse * (1.0f / __ldg(diagonal));
-            weight[k] = __ldg(lambdas + (size_t)k * columns + first + i);
+            u[k] = dequantize_code(old, grid, k) - slope * scale.inverse[k] * (1.0f / __ldg(diagonal));
+            weight[k] = __ldg(lambdas + (size_t)k * columns + first + i) * scale.squared_ratio[k];
         }
         const float q = best_code(u, weight, grid, cost);
         if (in_range) codes[index] = (u8)q;
 #pragma unroll
         for (int k = 0; k < WIDTHS; k++) {
-            const float change = (dequantize_code(q, grid, k) - dequantize_code(old, grid, k)) * scale;
+            const float change = (dequantize_code(q, grid, k) - dequantize_code(old, grid, k)) * scale.scale[k];
             if (in_range) changes[((size_t)k * width + i) * rows + row] = change;
             const float* coupling = hessian + ((size_t)(FACTORS == 1 ? 0 : k) * width + i) * width;
             if (__any_sync(kAllLanes, change != 0.0f)) feed_back(tile + k * width * kStride, change, coupling, i, width);

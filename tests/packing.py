@@ -1,5 +1,7 @@
 """Small parents, rounded to nearest, and folders packed from them."""
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from matquant.cli import register
 from matquant.config import from_hydra
 from matquant.formats.packed import LayerSpec
-from matquant.formats.parent import Parent
+from matquant.formats.parent import Parent, read_block, write_block
 from matquant.formats.slice_spec import SliceSpec
 from matquant.inference import replace_linears
 from matquant.models.blocks import BlockModel
@@ -25,6 +27,7 @@ from matquant.quantize.driver import BlockwiseQuantizer
 from matquant.quantize.layers import layers_to_quantize
 from matquant.quantize.rtn.config import RtnConfig
 from matquant.store import Store
+from matquant.store.draft import Draft
 from matquant.transforms.config import TransformConfig
 
 RESULTS: dict[str, Any] = {"model": "m", "method": "rtn", "command": "", "baseline": {}, "slices": []}
@@ -37,6 +40,7 @@ class Opened:
     Args:
         skip: part of the names of layers that stay as they are.
         transform: settings of the transform that the weights pass.
+        scale_shares: bit-widths with scales of their own, and the share of the base scales that they are.
         options: of the solver, in place of 8 bits in groups of 32.
     """
 
@@ -47,6 +51,7 @@ class Opened:
         skip: str = "-",
         head: bool = False,
         transform: TransformConfig | None = None,
+        scale_shares: Mapping[int, float] | None = None,
         **options: Any,
     ) -> None:
         self.config = ModelConfig(path=str(folder))
@@ -66,12 +71,16 @@ class Opened:
         self.parent = Parent(
             Store(store).open_or_build("parent", {}, lambda draft: {"blocks": driver.run(draft, None)} | about)
         )
+        if scale_shares:
+            self.parent = _with_own_scales(self.parent, Store(store), scale_shares)
 
     def names(self) -> list[str]:
         return [name for block in self.layers for name in block]
 
     def specs(self) -> dict[str, LayerSpec]:
-        return self.quantizer.layer_specs(self.layers)
+        blocks = [self.parent.block(index) for index in range(len(self.parent.blocks))]
+        weights = {name: weight for block in blocks for name, weight in block.items()}
+        return {name: LayerSpec.from_weight(weights[name]) for name in self.names()}
 
     def pack(self, folder: Path, widths: Any = 8, **config: Any) -> Path:
         settings = PackConfig(**{"name": "nested", "path": str(folder)} | config)
@@ -87,6 +96,28 @@ class Opened:
             model.lm_head = torch.nn.Linear(*model.lm_head.weight.shape[::-1], bias=False)
         replace_linears(model, self.parent)
         return model.float().requires_grad_(False)
+
+
+def _with_own_scales(parent: Parent, store: Store, shares: Mapping[int, float]) -> Parent:
+    """Copy of a parent in which some bit-widths have a share of the base scales as their own."""
+
+    def build(draft: Draft) -> dict[str, Any]:
+        for record in parent.blocks:
+            weights, header = read_block(parent.artifact, record["file"])
+            own = {
+                name: dataclasses.replace(
+                    weight,
+                    own_scales={
+                        bits: (weight.scales * share).to(weight.scales.dtype) for bits, share in shares.items()
+                    },
+                    format=dataclasses.replace(weight.format, scale_bits=tuple(shares)),
+                )
+                for name, weight in weights.items()
+            }
+            write_block(draft, record["file"], own, header)
+        return dict(parent.artifact.about)
+
+    return Parent(store.open_or_build("parent", {"shares": {str(k): v for k, v in shares.items()}}, build))
 
 
 def method() -> Any:

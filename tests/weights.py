@@ -8,13 +8,24 @@ from matquant.formats.tile_layout import unpack_groups, unpack_planes
 
 
 def make_weight(
-    rows, columns, group_size, master_bits=8, slicing="msb", zeros=False, offset=8.0, dtype=torch.float16, seed=0
+    rows,
+    columns,
+    group_size,
+    master_bits=8,
+    slicing="msb",
+    zeros=False,
+    offset=8.0,
+    dtype=torch.float16,
+    seed=0,
+    scale_bits=(),
 ) -> NestedWeight:
-    """Random codes, scales of both signs and, with ``zeros``, zero points."""
+    """Random codes, sets of scales of both signs and, with ``zeros``, zero points."""
     generator = torch.Generator().manual_seed(seed)
     groups = -(-columns // group_size)
     top = 2**master_bits
+    own_scales = {bits: (torch.randn(rows, groups, generator=generator) * 0.02).to(dtype) for bits in scale_bits}
     return NestedWeight(
+        own_scales=own_scales,
         codes=torch.randint(top, (rows, columns), generator=generator).to(torch.uint8),
         scales=(torch.randn(rows, groups, generator=generator) * 0.01).to(dtype),
         zeros=torch.randint(top, (rows, groups), generator=generator).to(torch.uint8) if zeros else None,
@@ -25,6 +36,7 @@ def make_weight(
             group_size=group_size,
             has_zero_points=zeros,
             scale_dtype=dtype,
+            scale_bits=scale_bits,
         ),
     )
 
@@ -38,4 +50,5 @@ def unpack(packed: NestedPlanes) -> NestedWeight:
         scales=unpack_groups(packed.scales)[:rows, :groups],
         zeros=None if packed.zeros is None else unpack_groups(packed.zeros)[:rows, :groups],
         format=fmt,
+        own_scales={bits: unpack_groups(scales)[:rows, :groups] for bits, scales in packed.own_scales.items()},
     )

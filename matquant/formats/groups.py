@@ -50,6 +50,11 @@ def scale_groups(values: Tensor, scales: Tensor, zero_points: Tensor | float, gr
     return values
 
 
+def largest_of_groups(matrix: Tensor, group_size: int) -> Tensor:
+    """Largest absolute value of each group: [rows, in_features] to [rows, groups]."""
+    return torch.cat([part.abs().amax(2) for part in _whole_and_short(matrix, group_size)], 1)
+
+
 def _whole_and_short(matrix: Tensor, group_size: int) -> list[Tensor]:
     """Views [rows, groups, size] of a matrix [rows, in_features]: of all whole groups, and of a short last one."""
     whole = matrix.shape[1] // group_size * group_size

@@ -12,11 +12,14 @@ to exactly 0.
 The zero point z of symmetric weights is one constant of the matrix, 2^(M-1) + zero_point_offset; asymmetric weights have a zero
 point per group. With an offset the representable range is longer on one side. A negative scale mirrors it, so each group can
 take the better orientation at no storage cost. (An offset of 2^(M-5) also puts zero on the 4-bit grid.)
+
+A bit-width may have a set of scales of its own, since a low bit-width wants a shorter range than eight bits. All others share
+the base set s. A slice reads one set, so it reads as many bytes as without.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -65,6 +68,7 @@ class WeightFormat:
         group_size: consecutive input features that share a scale, see ``formats.groups``; all of them for one scale per row.
         has_zero_points: True if every group stores a zero point of its own.
         scale_dtype: one of ``SCALE_DTYPES``.
+        scale_bits: bit-widths with a set of scales of their own, ascending; all others share the base set.
     """
 
     group_size: int
@@ -73,12 +77,13 @@ class WeightFormat:
     zero_point_offset: float = 0.0
     has_zero_points: bool = False
     scale_dtype: torch.dtype = torch.float16
+    scale_bits: tuple[int, ...] = ()
 
     @classmethod
     def from_op_args(
         cls, scales: Tensor, zeros: Tensor | None, group_size: int, master_bits: int, slicing: Slicing, offset: float
     ) -> "WeightFormat":
-        """Format from the flat arguments of a torch operator, whose schema holds no dataclass."""
+        """Format from the flat arguments of a torch operator, which has no dataclasses and reads one set of scales."""
         return cls(
             group_size=group_size,
             master_bits=master_bits,
@@ -106,6 +111,10 @@ class WeightFormat:
         """Largest bit-width that the first ``planes`` planes hold: ``round`` needs one more below ``master_bits``."""
         return planes if self.slicing == "msb" or planes == self.master_bits else planes - 1
 
+    def scale_bits_within(self, planes: int) -> tuple[int, ...]:
+        """Bit-widths of ``scale_bits`` that the first ``planes`` planes hold."""
+        return tuple(bits for bits in self.scale_bits if bits <= self.max_bits(planes))
+
     def check_bits(self, bits: object, planes: int, name: str = "bits") -> int:
         """Return ``bits`` if the first ``planes`` planes hold that bit-width.
 
@@ -129,9 +138,10 @@ class NestedWeight:
 
     Attributes:
         codes: uint8 [out_features, in_features].
-        scales: ``format.scale_dtype`` [out_features, groups]; negative values mirror the grid.
+        scales: ``format.scale_dtype`` [out_features, groups], the base set; negative values mirror the grid.
         zeros: uint8 [out_features, groups], or None for symmetric weights.
         format: meaning of the codes.
+        own_scales: sets of the bit-widths in ``format.scale_bits``, in the shape and dtype of ``scales``.
 
     Raises:
         ValueError: shapes or dtypes that do not fit the format.
@@ -141,6 +151,7 @@ class NestedWeight:
     scales: Tensor
     zeros: Tensor | None
     format: WeightFormat
+    own_scales: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         group_size = self.format.group_size
@@ -151,18 +162,35 @@ class NestedWeight:
             raise ValueError(f"scales and zeros must be [out, groups] = {list(shape)}, not {list(self.scales.shape)}")
         if (self.zeros is not None, self.scales.dtype) != (self.format.has_zero_points, self.format.scale_dtype):
             raise ValueError("scales and zeros must be of the dtype and kind that the format names")
+        if tuple(self.own_scales) != self.format.scale_bits:
+            raise ValueError(
+                f"scale sets of {list(self.own_scales)} bits, where the format names {self.format.scale_bits}"
+            )
+        if any((s.shape, s.dtype) != (self.scales.shape, self.scales.dtype) for s in self.own_scales.values()):
+            raise ValueError("all sets of scales must have the same shape and dtype")
 
     @classmethod
     def planned(cls, format: WeightFormat, out_features: int, in_features: int) -> "NestedWeight":
         """Weight of this shape without values, on the meta device, for its size in bytes."""
         groups = group_count(in_features, format.group_size)
         zeros = torch.empty(out_features, groups, dtype=torch.uint8, device="meta") if format.has_zero_points else None
+        scales = torch.empty(out_features, groups, dtype=format.scale_dtype, device="meta")
         return cls(
             codes=torch.empty(out_features, in_features, dtype=torch.uint8, device="meta"),
-            scales=torch.empty(out_features, groups, dtype=format.scale_dtype, device="meta"),
+            scales=scales,
             zeros=zeros,
             format=format,
+            own_scales=dict.fromkeys(format.scale_bits, scales),
         )
+
+    def scales_at(self, bits: int) -> Tensor:
+        """Set of scales that a slice of ``bits`` bits reads: [out_features, groups]."""
+        return self.own_scales.get(bits, self.scales)
+
+    def for_bits(self, bits: int) -> "NestedWeight":
+        """Weight that has the scales of ``bits`` bits as its only set; its tensors are shared."""
+        fmt = dataclasses.replace(self.format, scale_bits=())
+        return dataclasses.replace(self, scales=self.scales_at(bits), own_scales={}, format=fmt)
 
     def to(self, device: torch.device | str) -> "NestedWeight":
         """Copy with all tensors on ``device``."""
@@ -171,13 +199,17 @@ class NestedWeight:
     def map_tensors(self, fn: Callable[[Tensor], Tensor]) -> "NestedWeight":
         """Copy with ``fn`` applied to each tensor."""
         zeros = None if self.zeros is None else fn(self.zeros)
-        return dataclasses.replace(self, codes=fn(self.codes), scales=fn(self.scales), zeros=zeros)
+        own_scales = {bits: fn(scales) for bits, scales in self.own_scales.items()}
+        return dataclasses.replace(
+            self, codes=fn(self.codes), scales=fn(self.scales), zeros=zeros, own_scales=own_scales
+        )
 
     def dequantize(self, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dense weight [out_features, in_features] at ``bits`` bits, computed in float32 and cast to ``dtype``."""
         table = self.format.levels(bits).to(self.codes.device)
         zero_points = self.format.zero_point if self.zeros is None else self.zeros.float()
-        dense = scale_groups(table[self.codes.int()], self.scales.float(), zero_points, self.format.group_size)
+        scales = self.scales_at(bits).float()
+        dense = scale_groups(table[self.codes.int()], scales, zero_points, self.format.group_size)
         return dense.to(dtype)
 
     def bytes_read(self, bits: int) -> int:
@@ -188,4 +220,5 @@ class NestedWeight:
     def tensors(self) -> dict[str, Tensor]:
         """Stored tensors by name."""
         stored = {"codes": self.codes, "scales": self.scales}
+        stored |= {f"scales{bits}": scales for bits, scales in self.own_scales.items()}
         return stored if self.zeros is None else {**stored, "zeros": self.zeros}

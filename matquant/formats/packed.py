@@ -1,17 +1,19 @@
 """Nested checkpoint: ``quantization_config`` in its ``config.json``, parsed and checked.
 
-    {"quant_method": "matquant", "format_version": 1, "bits": 4, "max_bits": 8, "prefill_bits": null,
+    {"quant_method": "matquant", "format_version": 2, "bits": 4, "max_bits": 8, "prefill_bits": null,
      "layer_bits": {LAYER: 3, ...},                    an allocation; all other layers have "bits"
      "master_bits": 8, "slicing": "msb", "offset": 8.0, "zeros": false, "group_size": 128, "scale_dtype": "float16",
+     "scale_bits": [2, 3, 4],                          bit-widths with scales of their own, from format version 2 on
      "layers": {LAYER: {"shape": [out, in], and the fields that differ from the line above}, ...},
      "modules_to_not_convert": ["lm_head", ...],
      "plane_indices": [2, 3, ...],                     numbers of planes for which there is an index of the files
      "files": {NAME: {"bytes": N, "sha256": "..."}, ...},
      "seal": "..."}
 
-A layer X is stored as ``X.plane0`` .. ``X.plane{k-1}``, ``X.scales`` and, with zero points, ``X.zeros``, in the layout of
-``formats.tile_layout``. The seal is a hash of all fields but those that a user may edit (``bits``, ``layer_bits``,
-``prefill_bits``), so that a damaged number is detected that no other check would find.
+A layer X is stored as ``X.plane0`` .. ``X.plane{k-1}``, ``X.scales``, ``X.scales{b}`` for each b in ``scale_bits`` up to
+``max_bits`` and, with zero points, ``X.zeros``, in the layout of ``formats.tile_layout``. The seal is a hash of all fields but
+those that a user may edit (``bits``, ``layer_bits``, ``prefill_bits``), so that a damaged number is detected that no other
+check would find.
 """
 
 import dataclasses
@@ -33,13 +35,19 @@ from matquant.store.files import FileRecord
 from matquant.store.json_files import hash_json
 
 QUANT_METHOD = "matquant"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, FORMAT_VERSION)
 # Index that config.json names for Transformers. The file does not exist, so that loading without this package fails instead
 # of filling the model with random numbers.
 STOCK_INDEX = "import_matquant_first.safetensors.index.json"
 UNSEALED_FIELDS = ("bits", "layer_bits", "prefill_bits")
 
-_FORMAT_FIELDS = ("master_bits", "slicing", "offset", "zeros", "group_size", "scale_dtype")
+_FORMAT_FIELDS = ("master_bits", "slicing", "offset", "zeros", "group_size", "scale_dtype", "scale_bits")
+_LATER_FIELDS: dict[str, Any] = {
+    "layer_bits": {},
+    "prefill_bits": None,
+    "scale_bits": [],
+}  # absent from earlier folders
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _MAX_FEATURES = 2**31  # larger numbers are damage
 
@@ -84,23 +92,24 @@ class LayerSpec:
     def parent_bytes(self) -> int:
         """Bytes of the layer in a parent: 8-bit codes, scales and zero points."""
         groups = self.out_features * group_count(self.in_features, self.format.group_size)
-        return self.out_features * self.in_features + groups * self._group_bytes
+        return self.out_features * self.in_features + groups * self._group_bytes(self.format.master_bits)
 
     def packed_bytes(self, planes: int) -> int:
         """Bytes of the layer in packed form with its first ``planes`` planes, padding included."""
         plane = TensorSpec(plane_shape(self.out_features, self.in_features), torch.int32)
         side = math.prod(group_shape(self.out_features, self.in_features, self.format.group_size))
-        return planes * plane.nbytes + side * self._group_bytes
+        return planes * plane.nbytes + side * self._group_bytes(planes)
 
-    @property
-    def _group_bytes(self) -> int:
-        """Bytes of the parameters of one group: its scale, and its zero point."""
-        return self.format.scale_dtype.itemsize + self.format.has_zero_points
+    def _group_bytes(self, planes: int) -> int:
+        """Bytes of the parameters of one group that go with so many planes: its scales, and its zero point."""
+        sets = 1 + len(self.format.scale_bits_within(planes))
+        return sets * self.format.scale_dtype.itemsize + self.format.has_zero_points
 
     def tensors(self, name: str, max_bits: int) -> dict[str, TensorSpec]:
         """Stored tensors of the layer ``name``: scales, zero points, then planes, most significant first."""
         side = group_shape(self.out_features, self.in_features, self.format.group_size)
-        found = {f"{name}.scales": TensorSpec(side, self.format.scale_dtype)}
+        sets = ["", *self.format.scale_bits_within(self.plane_count(max_bits))]
+        found = {f"{name}.scales{bits}": TensorSpec(side, self.format.scale_dtype) for bits in sets}
         if self.format.has_zero_points:
             found[f"{name}.zeros"] = TensorSpec(side, torch.uint8)
         plane = TensorSpec(plane_shape(self.out_features, self.in_features), torch.int32)
@@ -143,9 +152,13 @@ class NestedSpec:
     def to_json(self) -> dict[str, Any]:
         """Content of ``quantization_config``, with its seal."""
         common, layers = _compact_formats(self.layers)
+        version = FORMAT_VERSION
+        if not any(layer.format.scale_bits for layer in self.layers.values()):
+            version = 1  # readers of the first version understand the folder
+            del common["scale_bits"]
         content = {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": version,
             "bits": self.bits,
             "layer_bits": dict(self.layer_bits),
             "prefill_bits": self.prefill_bits,
@@ -172,12 +185,13 @@ def parse_nested_config(content: Any, where: str = "quantization_config") -> Nes
     """
     if not isinstance(content, Mapping) or content.get("quant_method") != QUANT_METHOD:
         raise UserError(f"{where} has no quant_method {QUANT_METHOD!r}; found {short_json(content)}.")
-    if (version := content.get("format_version")) != FORMAT_VERSION or type(version) is not int:
+    if (version := content.get("format_version")) not in _READABLE_VERSIONS or type(version) is not int:
         raise UserError(
-            f"{where}: format_version {short_json(version)} is not known; this version of matquant reads {FORMAT_VERSION}. "
+            f"{where}: format_version {short_json(version)} is not known; this version of matquant reads "
+            f"{', '.join(map(str, _READABLE_VERSIONS))}. "
             "A newer one may read it: pip install --upgrade matquant."
         )
-    fields = FieldReader({"layer_bits": {}, "prefill_bits": None} | dict(content), where)
+    fields = FieldReader(_LATER_FIELDS | dict(content), where)
     layers = _parse_layers(fields)
     master_bits = max(layer.format.master_bits for layer in layers.values())
     max_bits = check_bits(fields.take("max_bits"), f"{where}.max_bits", master_bits)
@@ -256,7 +270,15 @@ def _parse_format(fields: FieldReader, in_features: int) -> WeightFormat:
         zero_point_offset=float(offset),
         has_zero_points=zeros,
         scale_dtype=SCALE_DTYPES[dtype],
+        scale_bits=_parse_scale_bits(fields),
     )
+
+
+def _parse_scale_bits(fields: FieldReader) -> tuple[int, ...]:
+    found = tuple(fields.integers("scale_bits", MIN_BITS, MAX_BITS))
+    if list(found) != sorted(set(found)):
+        raise fields.wrong("scale_bits", "ascending bit-widths, each once")
+    return found
 
 
 def _parse_files(fields: FieldReader) -> dict[str, FileRecord]:
@@ -274,12 +296,18 @@ def _parse_files(fields: FieldReader) -> dict[str, FileRecord]:
 def _compact_formats(layers: Mapping[str, LayerSpec]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Format fields that most layers share, and for each layer its shape and the fields that differ."""
     plain = {name: _format_fields(layer) for name, layer in layers.items()}
-    common = {key: Counter(p[key] for p in plain.values()).most_common(1)[0][0] for key in _FORMAT_FIELDS}
+    common = {key: _most_common([p[key] for p in plain.values()]) for key in _FORMAT_FIELDS}
     own = {
         name: {"shape": [s.out_features, s.in_features]} | {k: v for k, v in plain[name].items() if v != common[k]}
         for name, s in layers.items()
     }
     return common, own
+
+
+def _most_common(values: Sequence[Any]) -> Any:
+    """Most frequent value, the first of equally frequent ones; values may be lists."""
+    counts = Counter(map(hash_json, values))
+    return max(values, key=lambda value: counts[hash_json(value)])
 
 
 def _format_fields(layer: LayerSpec) -> dict[str, Any]:
@@ -291,6 +319,7 @@ def _format_fields(layer: LayerSpec) -> dict[str, Any]:
         "zeros": fmt.has_zero_points,
         "group_size": WHOLE_ROW if fmt.group_size == layer.in_features else fmt.group_size,
         "scale_dtype": str(fmt.scale_dtype).removeprefix("torch."),
+        "scale_bits": list(fmt.scale_bits),
     }
 
 

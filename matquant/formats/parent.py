@@ -1,8 +1,9 @@
 """Parent artifact: one safetensors file per decoder block, with the meaning of its tensors in the header.
 
-Tensors are ``<layer>.codes``, ``<layer>.scales`` and ``<layer>.zeros``, see ``formats.nested.NestedWeight``. The metadata
-entry ``matquant`` of the header is JSON. It holds for each layer its master bits, slicing, zero-point offset, shape, relative
-error at each bit-width and, if the last group of a row is shorter than the others, its group size.
+Tensors are ``<layer>.codes``, ``<layer>.scales``, ``<layer>.zeros`` and, for each bit-width b with scales of its own,
+``<layer>.scales<b>``, see ``formats.nested.NestedWeight``. The metadata entry ``matquant`` of the header is JSON. It holds for
+each layer its master bits, slicing, zero-point offset, shape, relative error at each bit-width, the bit-widths with scales of
+their own if there are any and, if the last group of a row is shorter than the others, its group size.
 """
 
 import json
@@ -51,14 +52,8 @@ def read_block(source: DraftLike | Artifact, name: str) -> tuple[dict[str, Neste
                 codes=tensors[f"{layer}.codes"],
                 scales=tensors[f"{layer}.scales"],
                 zeros=tensors.get(f"{layer}.zeros"),
-                format=WeightFormat.from_op_args(
-                    tensors[f"{layer}.scales"],
-                    tensors.get(f"{layer}.zeros"),
-                    about.get("group_size", _equal_group_size(tensors, layer)),
-                    about["master_bits"],
-                    about["slicing"],
-                    about["offset"],
-                ),
+                own_scales={bits: tensors[f"{layer}.scales{bits}"] for bits in about.get("scale_bits", ())},
+                format=_format_of(tensors, layer, about),
             )
             for layer, about in record["layers"].items()
         }
@@ -72,8 +67,24 @@ def read_block(source: DraftLike | Artifact, name: str) -> tuple[dict[str, Neste
 def _format_record(weight: NestedWeight) -> dict[str, Any]:
     """Format of a layer as far as its tensors do not show it; ``group_size`` only if the last group of a row is shorter."""
     group_size, master_bits, slicing, offset = weight.format.op_args
-    record = {"master_bits": master_bits, "slicing": slicing, "offset": offset}
+    record: dict[str, Any] = {"master_bits": master_bits, "slicing": slicing, "offset": offset}
+    if weight.format.scale_bits:
+        record["scale_bits"] = list(weight.format.scale_bits)
     return record | ({"group_size": group_size} if weight.codes.shape[1] % group_size else {})
+
+
+def _format_of(tensors: Mapping[str, Tensor], layer: str, about: Mapping[str, Any]) -> WeightFormat:
+    """Format of a layer from its tensors and ``_format_record``."""
+    scales = tensors[f"{layer}.scales"]
+    return WeightFormat(
+        group_size=about.get("group_size", _equal_group_size(tensors, layer)),
+        master_bits=about["master_bits"],
+        slicing=about["slicing"],
+        zero_point_offset=about["offset"],
+        has_zero_points=f"{layer}.zeros" in tensors,
+        scale_dtype=scales.dtype,
+        scale_bits=tuple(about.get("scale_bits", ())),
+    )
 
 
 def _equal_group_size(tensors: Mapping[str, Tensor], layer: str) -> int:

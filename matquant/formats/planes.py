@@ -1,7 +1,7 @@
 """Weight of one linear layer as bit planes: the form that stays in memory and is read at any bit-width."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -32,9 +32,10 @@ class NestedPlanes:
 
     Attributes:
         planes: int32 [planes, row tiles, column tiles, 32, 4], most significant first. The lowest planes may be missing.
-        scales: ``format.scale_dtype`` [groups, row tiles, 8, 4, 2]. Padding is 0.
+        scales: ``format.scale_dtype`` [groups, row tiles, 8, 4, 2], the base set. Padding is 0.
         zeros: uint8, in the shape of ``scales``; None for symmetric weights.
         format: meaning of the codes.
+        own_scales: sets of the bit-widths in ``format.scale_bits`` that the planes hold, as ``scales``.
 
     Raises:
         UserError: shapes, dtypes or devices that do not fit together, or a format that is not supported.
@@ -46,10 +47,14 @@ class NestedPlanes:
     out_features: int
     in_features: int
     format: WeightFormat
+    own_scales: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         fmt = self.format
-        check_layout(self.planes, self.scales, self.zeros, self.out_features, self.in_features, fmt)
+        for scales in (self.scales, *self.own_scales.values()):
+            check_layout(self.planes, scales, self.zeros, self.out_features, self.in_features, fmt)
+        if missing := set(self.format.scale_bits_within(self.planes.shape[0])) ^ set(self.own_scales):
+            raise UserError(f"Scale sets of {sorted(missing)} bits are missing, or are not named by the format.")
         if fmt.master_bits not in BIT_WIDTHS or fmt.slicing not in ("msb", "round"):
             raise UserError(
                 f"Codes of {fmt.master_bits} bits with {fmt.slicing!r} slicing are not supported. Codes need {MIN_BITS} to "
@@ -82,6 +87,7 @@ class NestedPlanes:
             padded[: codes.shape[0], :columns] = codes << (_BYTE - master_bits)
             planes[:, strip.start // TILE : tiles(strip.stop)] = pack_planes(padded, count)
         groups = stored_group_count(columns, weight.format.group_size)
+        own_scales = {b: pack_groups(weight.own_scales[b], groups) for b in weight.format.scale_bits_within(count)}
         return cls(
             planes=planes,
             scales=pack_groups(weight.scales, groups),
@@ -89,7 +95,12 @@ class NestedPlanes:
             out_features=rows,
             in_features=columns,
             format=weight.format,
+            own_scales=own_scales,
         )
+
+    def scales_at(self, bits: int) -> Tensor:
+        """Set of scales that ``bits`` bits read."""
+        return self.own_scales.get(bits, self.scales)
 
     @property
     def max_bits(self) -> int:
@@ -128,7 +139,7 @@ class NestedPlanes:
             block = slice(strip.start // TILE, tiles(strip.stop))
             rows = strip.stop - strip.start
             values = _code_values(self._codes(strip, read), bits, self.format)
-            scales = unpack_groups(self.scales[:, block])[:rows, :groups].float()
+            scales = unpack_groups(self.scales_at(bits)[:, block])[:rows, :groups].float()
             zero_points: Tensor | float = self.format.zero_point
             if self.zeros is not None:
                 zero_points = unpack_groups(self.zeros[:, block])[:rows, :groups]
@@ -137,7 +148,10 @@ class NestedPlanes:
     def to(self, device: torch.device | str) -> "NestedPlanes":
         """Copy with all tensors on ``device``."""
         zeros = None if self.zeros is None else self.zeros.to(device)
-        return dataclasses.replace(self, planes=self.planes.to(device), scales=self.scales.to(device), zeros=zeros)
+        own_scales = {bits: scales.to(device) for bits, scales in self.own_scales.items()}
+        return dataclasses.replace(
+            self, planes=self.planes.to(device), scales=self.scales.to(device), zeros=zeros, own_scales=own_scales
+        )
 
     def bytes_read(self, bits: int) -> int:
         """Bytes that a matmul at ``bits`` bits reads of this weight, padding included.

@@ -32,6 +32,7 @@ class NestedLinear(nn.Module):
 
     Attributes:
         planes, scales, zeros: buffers as in ``NestedPlanes``. ``.half()`` and the like do not change the dtype of ``scales``.
+        scales2, scales3, ...: buffers of the bit-widths that have scales of their own.
         bias: parameter [out_features], or None.
         decode_bits: bit-width of calls with one token per sequence, [..., 1, in_features] or [in_features].
         prefill_bits: bit-width of all other calls.
@@ -63,7 +64,8 @@ class NestedLinear(nn.Module):
         grid = (count, *plane_shape(out_features, in_features))
         side = group_shape(out_features, in_features, format.group_size)
         self.register_buffer("planes", torch.empty(grid, dtype=torch.int32, device=device))
-        self.register_buffer("scales", torch.empty(side, dtype=format.scale_dtype, device=device))
+        for name in scale_buffers(format, count):
+            self.register_buffer(name, torch.empty(side, dtype=format.scale_dtype, device=device))
         zeros = torch.empty(side, dtype=torch.uint8, device=device) if format.has_zero_points else None
         self.register_buffer("zeros", zeros)
         empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
@@ -97,6 +99,8 @@ class NestedLinear(nn.Module):
             device="meta",
         )
         layer.planes, layer.scales, layer.zeros = weight.planes, weight.scales, weight.zeros
+        for own_bits, scales in weight.own_scales.items():
+            setattr(layer, f"scales{own_bits}", scales)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         if bits is not None:
@@ -147,7 +151,7 @@ class NestedLinear(nn.Module):
         return torch.ops.matquant.nested_linear.default(
             x,
             self.planes,
-            self.scales,
+            self.scales_at(bits),
             self.zeros,
             self.bias,
             bits,
@@ -155,6 +159,11 @@ class NestedLinear(nn.Module):
             self.in_features,
             *self.format.op_args,
         )
+
+    def scales_at(self, bits: int) -> Tensor:
+        """Set of scales that ``bits`` bits read."""
+        scales: Tensor = getattr(self, f"scales{bits}") if bits in self.format.scale_bits else self.scales
+        return scales
 
     def nested_planes(self) -> NestedPlanes:
         """Weight of the layer; the tensors are shared."""
@@ -165,6 +174,7 @@ class NestedLinear(nn.Module):
             out_features=self.out_features,
             in_features=self.in_features,
             format=self.format,
+            own_scales={b: self.scales_at(b) for b in self.format.scale_bits_within(self.planes.shape[0])},
         )
 
     def bytes_read(self, bits: int | None = None) -> int:
@@ -196,8 +206,16 @@ class NestedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NestedLinear":
         """Move to a device like any module; a change of dtype applies to the bias only."""
-        scales = self.scales
+        names = scale_buffers(self.format, self.planes.shape[0])
+        before = {name: getattr(self, name) for name in names}
         super()._apply(fn, recurse)
-        if self.scales.dtype != scales.dtype:
-            self.scales = scales.to(self.scales.device)
+        for name, scales in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != scales.dtype:
+                setattr(self, name, scales.to(moved.device))
         return self
+
+
+def scale_buffers(format: WeightFormat, planes: int) -> list[str]:
+    """Names of the buffers that hold the sets of scales of a layer with so many planes, the base set first."""
+    return ["scales", *(f"scales{bits}" for bits in format.scale_bits_within(planes))]

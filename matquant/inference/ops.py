@@ -5,7 +5,8 @@
     nested_dequantize(planes, scales, zeros, bits, out_features, in_features,
                       group_size, master_bits, slicing, offset, dtype) -> weight
 
-They take the tensors of a ``NestedPlanes`` and its format as flat arguments, see ``WeightFormat.op_args``. ``x`` is
+They take the tensors of a ``NestedPlanes``, with the set of scales of the bit-width, and its format as flat arguments, see
+``WeightFormat.op_args``. ``x`` is
 [..., in_features] in float16, bfloat16 or float32, ``y`` [..., out_features] in the same dtype. On CUDA devices they launch
 the kernels of ``kernels/``, elsewhere they run plain torch. They work in CUDA graphs and under ``torch.compile``, with one
 graph per bit-width. There is no backward pass; asking for one raises a UserError.
@@ -47,7 +48,7 @@ def linear(x: Tensor, weight: NestedPlanes, bits: int, bias: Tensor | None = Non
     return torch.ops.matquant.nested_linear.default(
         x,
         weight.planes,
-        weight.scales,
+        weight.scales_at(bits),
         weight.zeros,
         bias,
         bits,
@@ -61,7 +62,7 @@ def dequantize(weight: NestedPlanes, bits: int, dtype: torch.dtype) -> Tensor:
     """Dense weight [out_features, in_features] at ``bits`` bits: ``nested_dequantize`` for a ``NestedPlanes``."""
     return torch.ops.matquant.nested_dequantize.default(
         weight.planes,
-        weight.scales,
+        weight.scales_at(bits),
         weight.zeros,
         bits,
         weight.out_features,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from matquant.errors import UserError
+from matquant.formats.groups import largest_of_groups
 from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.models.blocks import BlockModel
 from matquant.models.finite import is_finite, non_finite_weights
@@ -64,18 +65,18 @@ def check_scales(name: str, weight: Tensor, quantized: NestedWeight) -> list[str
     Raises:
         UserError: scales overflow their dtype.
     """
-    scales = quantized.scales  # [out_features, groups]
-    if not is_finite(scales):
+    sets = [quantized.scales, *quantized.own_scales.values()]  # [out_features, groups] each
+    if not all(is_finite(scales) for scales in sets):
         raise UserError(_unsuitable_scales(name, weight.abs().max().item(), quantized.format))
-    lost = scales == 0
+    lost = torch.stack([scales == 0 for scales in sets]).any(0)
     if not lost.any():
         return []
-    largest = weight.view(*scales.shape, -1).abs().amax(-1)[lost]
+    largest = largest_of_groups(weight, quantized.format.group_size)[lost]
     if not (count := int((largest > 0).sum())):
         return []
     dtype, most = _dtype_name(quantized.format), largest.max().item()
     return [
-        f"{count} of {scales.numel()} groups of {name} have weights of at most {most:.3g}, whose scales underflow {dtype}: "
+        f"{count} of {lost.numel()} groups of {name} have weights of at most {most:.3g}, whose scales underflow {dtype}: "
         "these weights are read as 0. model.dtype=bfloat16 keeps them."
     ]
 

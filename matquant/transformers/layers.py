@@ -12,8 +12,7 @@ from matquant.errors import UserError
 from matquant.formats.packed import LayerSpec, NestedSpec, TensorSpec
 from matquant.inference import NestedLinear
 from matquant.inference.experts import is_fused_experts, split_fused_experts
-
-_BUFFERS = ("planes", "scales", "zeros")
+from matquant.inference.linear import scale_buffers
 
 
 class PackedLinear(NestedLinear):
@@ -51,7 +50,11 @@ def place_layers(model: Any, spec: NestedSpec) -> None:
 
 def dense_tensors(model: Any, spec: NestedSpec) -> dict[str, TensorSpec]:
     """Tensors of the model that are not part of its nested layers, by name."""
-    own = {f"{name}.{buffer}" for name in spec.layers for buffer in _BUFFERS}
+    own = {
+        f"{name}.{buffer}"
+        for name, layer in spec.layers.items()
+        for buffer in ("planes", "zeros", *scale_buffers(layer.format, layer.plane_count(spec.max_bits)))
+    }
     return {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in model.state_dict().items() if n not in own}
 
 

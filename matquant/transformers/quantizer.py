@@ -137,8 +137,9 @@ class NestedQuantizer(HfQuantizer):
             self.spec = _requested_spec(self.published.to_nested_spec(stored), self.requested)
             return self.published.tensors(self.spec.layers), {_ROTARY_FREQUENCIES}
         assert self.nested is not None
-        dropped = range(_plane_count(self.spec), _plane_count(self.nested))
-        return self.spec.tensors(), {rf"\.plane{d}$" for d in dropped}
+        dropped = {rf"\.plane{d}$" for d in range(_plane_count(self.spec), _plane_count(self.nested))}
+        dropped |= {rf"\.scales{bits}$" for bits in range(self.spec.max_bits + 1, self.nested.max_bits + 1)}
+        return self.spec.tensors(), dropped
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
         if self.published is not None:  # tensors have the names of the original checkpoint

@@ -12,6 +12,7 @@ from matquant.formats.nested import NestedWeight
 from matquant.formats.packed import LayerSpec, TensorSpec
 from matquant.formats.planes import NestedPlanes
 from matquant.formats.tile_layout import group_shape, plane_shape
+from matquant.inference.linear import scale_buffers
 from matquant.inference.shard import WeightShard
 from matquant.vllm import vllm_ops
 
@@ -55,7 +56,7 @@ class ShardedNestedLinear(nn.Module):
         decode_tokens: see ``vllm_ops.new_step_bits``.
 
     Attributes:
-        planes, scales, zeros: buffers as in ``NestedPlanes``, for the shard.
+        planes, scales, scales2, ..., zeros: buffers as in ``NestedLinear``, for the shard.
         step_bits: int64 [3] on the host, see ``vllm_ops.new_step_bits``. Setting bit-widths writes to it and moves no weights.
         format: meaning of the codes, with the group size of the shard.
         expected: names of stored tensors that have not been loaded yet.
@@ -85,11 +86,14 @@ class ShardedNestedLinear(nn.Module):
         side = group_shape(*shard.shape, self.format.group_size)
         zeros = torch.empty(side, dtype=torch.uint8) if spec.format.has_zero_points else None
         self.register_buffer("planes", torch.empty(grid, dtype=torch.int32), persistent=False)
-        self.register_buffer("scales", torch.empty(side, dtype=spec.format.scale_dtype), persistent=False)
+        self.scale_bits = self.format.scale_bits_within(num_planes)
+        for buffer in scale_buffers(self.format, num_planes):
+            self.register_buffer(buffer, torch.empty(side, dtype=spec.format.scale_dtype), persistent=False)
         self.register_buffer("zeros", zeros, persistent=False)
         self.register_buffer("step_bits", vllm_ops.new_step_bits(bits, prefill, decode_tokens), persistent=False)
         self.set_bits(bits, prefill)
-        self.expected = {kind for kind in stored if _plane_index(kind) < num_planes}
+        self.expected = {kind for kind in stored if kind in self._buffers or 0 <= _plane_index(kind) < num_planes}
+        self.expected |= stored.keys() & {"qweight"}
 
     def load(self, kind: str, tensor: Tensor) -> None:
         """Load a stored tensor of the whole layer, for example ``plane0``.
@@ -107,9 +111,9 @@ class ShardedNestedLinear(nn.Module):
             self._load_codes(tensor)
         elif tensor.ndim == 2:
             self.scales.copy_(self.shard.slice_groups(tensor, size))
-        elif kind in ("scales", "zeros"):
+        elif kind in self._buffers:
             getattr(self, kind).copy_(self.shard.slice_packed_groups(tensor, size))
-        elif (index := _plane_index(kind)) < self.planes.shape[0]:
+        elif 0 <= (index := _plane_index(kind)) < self.planes.shape[0]:
             self.planes[index].copy_(self.shard.slice_plane(tensor, index))
         self.expected.discard(kind)
 
@@ -143,7 +147,15 @@ class ShardedNestedLinear(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Map [..., columns] to [..., rows] at the bit-width of the current step."""
         return torch.ops.matquant.nested_linear_runtime_bits.default(
-            x, self.planes, self.scales, self.zeros, bias, self.step_bits, *self.shard.shape, *self.format.op_args
+            x,
+            self.planes,
+            [self.scales, *(getattr(self, f"scales{bits}") for bits in self.scale_bits)],
+            list(self.scale_bits),
+            self.zeros,
+            bias,
+            self.step_bits,
+            *self.shard.shape,
+            *self.format.op_args,
         )
 
 

@@ -6,6 +6,7 @@ CUDA graph keeps the bit-widths of its capture, see ``vllm.cuda_graphs``.
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from matquant.inference.argument_checks import check_x
 
 _library = torch.library.Library("matquant", "FRAGMENT")
 _library.define(
-    "nested_linear_runtime_bits(Tensor x, Tensor planes, Tensor scales, Tensor? zeros, Tensor? bias, Tensor step_bits, "
-    "int out_features, int in_features, int group_size, int master_bits, str slicing, float offset) -> Tensor"
+    "nested_linear_runtime_bits(Tensor x, Tensor planes, Tensor[] scales, int[] scale_bits, Tensor? zeros, Tensor? bias, "
+    "Tensor step_bits, int out_features, int in_features, int group_size, int master_bits, str slicing, float offset) -> Tensor"
 )
 
 
@@ -65,7 +66,8 @@ def _max_new_tokens(layers: object) -> int | None:
 def _linear_runtime_bits(
     x: Tensor,
     planes: Tensor,
-    scales: Tensor,
+    scales: Sequence[Tensor],
+    scale_bits: Sequence[int],
     zeros: Tensor | None,
     bias: Tensor | None,
     step_bits: Tensor,
@@ -73,15 +75,18 @@ def _linear_runtime_bits(
     in_features: int,
     *op_args: Any,
 ) -> Tensor:
+    bits = current_bits(step_bits)
+    own = scale_bits.index(bits) + 1 if bits in scale_bits else 0  # the base set is the first
     return torch.ops.matquant.nested_linear.default(
-        x, planes, scales, zeros, bias, current_bits(step_bits), out_features, in_features, *op_args
+        x, planes, scales[own], zeros, bias, bits, out_features, in_features, *op_args
     )
 
 
 def _fake_linear_runtime_bits(
     x: Tensor,
     planes: Tensor,
-    scales: Tensor,
+    scales: Sequence[Tensor],
+    scale_bits: Sequence[int],
     zeros: Tensor | None,
     bias: Tensor | None,
     step_bits: Tensor,

@@ -18,17 +18,19 @@ GROUP_SIZES = (16, 32, 48, 64, 128, 5)
 
 @st.composite
 def any_weight(draw) -> NestedWeight:
-    columns = draw(st.integers(1, 400))
+    columns, master_bits = draw(st.integers(1, 400)), draw(st.integers(2, 8))
+    scale_bits = draw(st.sampled_from([(), (2,), (2, 3, 4)]))
     return make_weight(
         draw(st.integers(1, 150)),
         columns,
         min(columns, draw(st.sampled_from((*GROUP_SIZES, columns)))),
-        master_bits=draw(st.integers(2, 8)),
+        master_bits=master_bits,
         slicing=draw(st.sampled_from(["msb", "round"])),
         zeros=draw(st.booleans()),
         offset=draw(st.sampled_from([0.0, 8.0, 0.1, -3.5])),
         dtype=draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32])),
         seed=draw(st.integers(0, 2**20)),
+        scale_bits=tuple(bits for bits in scale_bits if bits < master_bits),
     )
 
 
@@ -130,10 +132,13 @@ def test_planned_bytes_are_those_of_the_tensors(weight, data):
     spec, planes = LayerSpec.from_weight(weight), data.draw(st.integers(2, 8))
     assert spec.parent_bytes == sum(tensor.nbytes for tensor in weight.tensors().values())
     stored = spec.tensors("x", 8)
-    side = sum(tensor.nbytes for name, tensor in stored.items() if ".plane" not in name)
+    fmt = weight.format
+    beyond = {f"x.scales{bits}" for bits in fmt.scale_bits if fmt.planes_read(bits) > planes}
+    side = sum(tensor.nbytes for name, tensor in stored.items() if ".plane" not in name and name not in beyond)
     assert spec.packed_bytes(planes) == side + planes * stored["x.plane0"].nbytes
     packed = NestedPlanes.pack(weight)
-    assert spec.packed_bytes(packed.planes.shape[0]) == packed.bytes_read(weight.format.master_bits)
+    own = sum(scales.nbytes for scales in packed.own_scales.values())
+    assert spec.packed_bytes(packed.planes.shape[0]) == packed.bytes_read(fmt.master_bits) + own
 
 
 def test_bytes_read():

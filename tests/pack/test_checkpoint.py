@@ -1,5 +1,6 @@
 """Nested checkpoints: whatever a parent holds is packed, and loads in Transformers as the same model, bit for bit."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -30,6 +31,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("opt", {"zero_point_offset": 8.0}),
     ("mixtral", {"skip": "down_proj"}),  # of each expert only a part is nested
     ("gpt2", {"skip": "c_attn"}),
+    ("llama", {"scale_shares": {2: 0.6, 3: 0.8, 4: 0.9}}),
+    ("mixtral", {"scale_shares": {2: 0.6}}),
 ]
 
 
@@ -170,6 +173,26 @@ def test_planes_that_are_not_asked_for_are_neither_read_nor_kept(packed: Path, t
         kept = sum(layer.planes.nbytes for layer in nested_layers(read(folder, max_bits=bits)).values())
         held = sum(size for name, size in planes.items() if places[name] in needed)
         assert kept * 8 == held * 8 == sum(planes.values()) * bits
+
+
+def test_scales_of_a_bit_width_are_read_by_it_alone(tmp_path: Path) -> None:
+    shares = {2: 0.5, 4: 0.75}
+    opened = Opened(save(make_model("llama"), tmp_path / "model"), tmp_path / "store", scale_shares=shares)
+    folder = opened.pack(tmp_path / "packed", widths=8)
+    content = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert (content["format_version"], content["scale_bits"]) == (2, [2, 4])
+    model = read(folder)
+    name, layer = next(iter(nested_layers(model).items()))
+    weight = opened.parent.block(0)[name]
+    for bits, scales in {2: weight.own_scales[2], 3: weight.scales, 4: weight.own_scales[4], 8: weight.scales}.items():
+        dense = dataclasses.replace(weight.for_bits(8), scales=scales).dequantize(bits)
+        assert torch.equal(layer.nested_planes().dequantize(bits), dense)
+    places = weight_map(folder)
+    first = {places[n] for n in places if n.endswith(".scales2")}
+    assert places[f"{name}.scales4"] == places[f"{name}.plane3"] not in first
+    few = nested_layers(read(folder, max_bits=3))[name]
+    assert {buffer for buffer, _ in few.named_buffers()} == {"planes", "scales", "scales2"}
+    assert layer.to(torch.bfloat16).scales2.dtype == weight.scales.dtype
 
 
 def weight_map(folder: Path) -> dict[str, str]:

@@ -228,8 +228,8 @@ def test_another_version_and_another_model(folder: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"model.layers.1\S+, but LlamaForCausalLM has none of that name"):
         read(folder)
     (folder / "config.json").write_text(json.dumps(config))
-    set_config(folder, lambda content: content.update(format_version=2))
-    with pytest.raises(UserError, match="format_version 2 is not known"):
+    set_config(folder, lambda content: content.update(format_version=3))
+    with pytest.raises(UserError, match="format_version 3 is not known"):
         read(folder)
     set_config(folder, lambda content: content.update(format_version=1, offset=math.pi))
     with pytest.raises(UserError, match="does not match its seal"):

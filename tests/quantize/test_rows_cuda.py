@@ -47,11 +47,14 @@ class Problem:
         self.factor = torch.linalg.cholesky(self.hessian.inverse(), upper=True)
         self.importance = 0.5 + torch.rand(columns, generator=generator)
 
-    def scales(self):
+    def scales(self, own):
+        """Scales [K, rows] and zero points [rows]; ``own``: the lower bit-widths have shorter ranges."""
         trials = ScaleSearchSpace(torch.tensor([0.9]), torch.tensor([2.0 ** (self.master_bits - 1)]), torch.float16)
-        return column_solver.choose_scales(
+        scales, zeros = column_solver.choose_scales(
             self.targets, 0, self.targets.shape[2], self.importance, self.lam, self.grid, trials
         )
+        shares = torch.linspace(0.6, 1.0, len(self.widths)) if own else torch.ones(len(self.widths))
+        return scales * shares[:, None], zeros
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -69,10 +72,10 @@ def test_scales_are_those_of_the_cpu(case, zero_points, dtype):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("width", [16, 27])
-def test_solved_codes_are_those_of_the_cpu(case, width):
+@pytest.mark.parametrize(("width", "own"), [(16, False), (27, False), (27, True)])
+def test_solved_codes_are_those_of_the_cpu(case, width, own):
     problem = Problem(case)
-    scales, zeros = problem.scales()
+    scales, zeros = problem.scales(own)
     factor = problem.factor[:, 4 : 4 + width, 4 : 4 + width].contiguous()
     answers = []
     for solve in (column_solver.solve_columns, lambda *given: column_solver_cuda.solve_columns(*given, load=load)):
@@ -86,9 +89,10 @@ def test_solved_codes_are_those_of_the_cpu(case, width):
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if "shared" not in name])
-def test_a_sweep_makes_the_moves_of_the_cpu(case):
+@pytest.mark.parametrize("own", [False, True])
+def test_a_sweep_makes_the_moves_of_the_cpu(case, own):
     problem = Problem(case)
-    scales, _ = problem.scales()
+    scales, _ = problem.scales(own)
     gradient = 0.05 * torch.randn(problem.targets.shape, generator=torch.Generator().manual_seed(1))
     start = torch.randint(2**problem.master_bits, (37, 32), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
     answers = []

@@ -22,19 +22,21 @@ ROWS, COLUMNS, GROUP = 96, 192, 64
 WHOLE = WeightShard.whole(ROWS, COLUMNS)
 
 
-def make_layer(shard: WeightShard, num_planes: int = 8, bits: int = 4) -> ShardedNestedLinear:
-    spec = LayerSpec.from_weight(nested_weight())
+def make_layer(shard: WeightShard, num_planes: int = 8, bits: int = 4, **options: Any) -> ShardedNestedLinear:
+    spec = LayerSpec.from_weight(nested_weight(**options))
     stored = {key.removeprefix("layer."): tensor for key, tensor in spec.tensors("layer", 8).items()}
     return ShardedNestedLinear("layer", spec, stored, shard, num_planes=num_planes, bits=bits, prefill=bits)
 
 
-def nested_weight(slicing: str = "msb") -> NestedWeight:
-    return make_weight(ROWS, COLUMNS, GROUP, slicing=slicing, offset=8.0 if slicing == "msb" else 0.0)
+def nested_weight(slicing: str = "msb", **options: Any) -> NestedWeight:
+    return make_weight(ROWS, COLUMNS, GROUP, slicing=slicing, offset=8.0 if slicing == "msb" else 0.0, **options)
 
 
-def load(layer: ShardedNestedLinear) -> ShardedNestedLinear:
-    packed = NestedPlanes.pack(nested_weight())
+def load(layer: ShardedNestedLinear, **options: Any) -> ShardedNestedLinear:
+    packed = NestedPlanes.pack(nested_weight(**options))
     layer.load("scales", packed.scales)
+    for bits, scales in packed.own_scales.items():
+        layer.load(f"scales{bits}", scales)
     for index, plane in enumerate(packed.planes):
         layer.load(f"plane{index}", plane)
     return layer
@@ -46,17 +48,22 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_two_ranks_hold_halves_of_a_layer(rank):
-    x = torch.randn(3, COLUMNS)
+@pytest.mark.parametrize("scale_bits", [(), (2, 4)])
+def test_two_ranks_hold_halves_of_a_layer(rank, scale_bits):
+    x, options = torch.randn(3, COLUMNS), {"scale_bits": scale_bits}
     columns = slice(rank * 96, rank * 96 + 96)  # no multiple of a tile or of a group
-    by_columns = load(make_layer(WeightShard(ROWS, COLUMNS, ((0, ROWS),), (columns.start, columns.stop))))
+    by_columns = load(
+        make_layer(WeightShard(ROWS, COLUMNS, ((0, ROWS),), (columns.start, columns.stop)), **options), **options
+    )
     rows = slice(rank * 48, rank * 48 + 48)
-    by_rows = load(make_layer(WeightShard(ROWS, COLUMNS, ((rows.start, rows.stop),), (0, COLUMNS))))
+    by_rows = load(
+        make_layer(WeightShard(ROWS, COLUMNS, ((rows.start, rows.stop),), (0, COLUMNS)), **options), **options
+    )
     assert by_columns.format.group_size == (64, 32)[rank]  # the second half starts in the middle of a group
     for bits in (2, 4, 8):
         by_columns.set_bits(bits, bits)
         by_rows.set_bits(bits, bits)
-        dense = nested_weight().dequantize(bits)
+        dense = nested_weight(**options).dequantize(bits)
         assert_near(by_columns(x[:, columns], None), x[:, columns] @ dense[:, columns].T)
         assert_near(by_rows(x, None), x @ dense[rows].T)
 
@@ -88,7 +95,8 @@ def test_ranks_cut_a_layer_with_a_short_last_group(columns, ranks, zeros):
 
 
 def test_compiled_layer_reads_its_bits_at_run_time():
-    layer = load(make_layer(WHOLE))
+    options = {"scale_bits": (2, 3)}
+    layer = load(make_layer(WHOLE, **options), **options)
     x = torch.randn(2, COLUMNS)
     addresses = [buffer.data_ptr() for buffer in layer.buffers()]
     graphs = []
@@ -96,15 +104,17 @@ def test_compiled_layer_reads_its_bits_at_run_time():
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     for bits in (2, 8, 5):
         layer.set_bits(bits, bits)
-        assert_near(compiled(x, None), x @ nested_weight().dequantize(bits).T)
+        assert_near(compiled(x, None), x @ nested_weight(**options).dequantize(bits).T)
     assert len(graphs) == 1
     assert [buffer.data_ptr() for buffer in layer.buffers()] == addresses
 
 
 def test_planes_that_are_not_kept_are_dropped():
-    layer = load(make_layer(WHOLE, num_planes=3, bits=3))
+    options = {"scale_bits": (2, 3, 4)}
+    layer = load(make_layer(WHOLE, num_planes=3, bits=3, **options), **options)
     check_complete([layer])
     assert layer.planes.shape[0] == 3
+    assert {name for name, _ in layer.named_buffers()} == {"planes", "scales", "scales2", "scales3", "step_bits"}
     with pytest.raises(UserError, match="layer: 4 bits cannot be read; 3 of 8 planes"):
         layer.set_bits(4, 3)
     assert layer.bits == (3, 3)

@@ -80,6 +80,7 @@ class IntegerFormat(CheckpointFormat):
         with ShardWriter(request.folder, [section | dict(dense)], request.file_bytes) as files:
             for name, weight in source.weights():
                 bits, grid = layers.bits[name], choice.grids[name]
+                weight = weight.for_bits(bits)
                 if name in choice.inexact:
                     stored = nearest(weight, bits, grid.bits)
                     errors[name] = _relative_error(weight, bits, stored)

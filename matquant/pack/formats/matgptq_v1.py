@@ -38,6 +38,11 @@ class MatGptqV1Format(CheckpointFormat):
             raise UserError(
                 "pack=matgptq_v1 stores whole codes: pack.max_bits cannot leave out planes. Use pack=nested."
             )
+        if any(layer.format.scale_bits for layer in layers.values()):
+            raise UserError(
+                f"pack=matgptq_v1 holds one set of scales for all bit-widths; method={method.name} makes sets for single "
+                f"bit-widths. Set method.scale_bits=[], or use pack=nested."
+            )
         check_equal_groups(self.name, layers)
         _shared_format(layers)
 

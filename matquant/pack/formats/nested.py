@@ -8,7 +8,7 @@
 the first three planes needs.
 """
 
-from matquant.formats.packed import STOCK_INDEX, NestedSpec, TensorSpec, index_name
+from matquant.formats.packed import STOCK_INDEX, LayerSpec, NestedSpec, TensorSpec, index_name
 from matquant.formats.planes import NestedPlanes
 from matquant.formats.shard_index import INDEX
 from matquant.pack.formats.base import CheckpointFormat, PackRequest, PackResult
@@ -43,6 +43,8 @@ def _write(request: PackRequest) -> NestedSpec:
         for name, weight in source.weights():
             packed = NestedPlanes.pack(weight, min(max_bits, weight.format.master_bits))
             files.write(f"{name}.scales", packed.scales)
+            for bits, scales in packed.own_scales.items():
+                files.write(f"{name}.scales{bits}", scales)
             if packed.zeros is not None:
                 files.write(f"{name}.zeros", packed.zeros)
             for d, plane in enumerate(packed.planes):
@@ -71,9 +73,16 @@ def _sections(source: PackInput, dense: Section, max_bits: int) -> list[dict[str
     sections: list[dict[str, TensorSpec]] = [{}]
     for name, layer in source.layers.items():
         for tensor, spec in layer.tensors(name, max_bits).items():
-            _, _, number = tensor.rpartition(".plane")
-            place = max(0, int(number) - _FIRST + 1) if tensor == f"{name}.plane{number}" else 0
+            place = _first_section(tensor.removeprefix(f"{name}."), layer)
             sections += [{} for _ in range(place + 1 - len(sections))]
             sections[place][tensor] = spec
     sections[0] |= dense
     return sections
+
+
+def _first_section(part: str, layer: LayerSpec) -> int:
+    """Number of further planes of the readers that need a tensor, by the last part of its name."""
+    if part.startswith("plane"):
+        return max(0, int(part.removeprefix("plane")) + 1 - _FIRST)
+    bits = part.removeprefix("scales")
+    return layer.plane_count(int(bits)) - _FIRST if bits.isdecimal() else 0

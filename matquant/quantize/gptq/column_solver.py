@@ -70,7 +70,8 @@ def solve_columns(
         targets: float32 [T, rows, columns].
         factor: float32 [F, last - first, last - first], the block of each inverse Hessian's upper Cholesky factor.
         lambdas: float32 [K, columns].
-        scales, zeros: float32 [rows], of the one group in which these columns lie.
+        scales: float32 [K, rows], of the one group in which these columns lie.
+        zeros: float32 [rows], of that group.
         codes: uint8 [rows, columns], updated in place.
 
     Returns:

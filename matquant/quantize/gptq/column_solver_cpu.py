@@ -333,7 +333,8 @@ def solve_columns(
     Args:
         targets: float32 [T, rows, columns].
         factor: float32 [F, last - first, last - first], the block of each inverse Hessian's upper Cholesky factor.
-        scales, zeros: float32 [rows], of the group in which these columns lie.
+        scales: float32 [K, rows], of the group in which these columns lie.
+        zeros: float32 [rows], of that group.
         codes: uint8 [rows, columns], out.
         errors: float32 [T, rows, last - first], out: each target's error over the factor's diagonal.
     """
@@ -344,7 +345,7 @@ def solve_columns(
         block = np.zeros((count, columns, _LANES), dtype=np.float32)
         error = np.zeros((count, columns, _LANES), dtype=np.float32)
         work = np.zeros((3 * n_bits + 7, _LANES), dtype=np.float32)
-        scale, inverse = _lanes_of(scales, begin, end)
+        scale, inverse, ratio = _lanes_of(scales, begin, end)
         zero = np.zeros(_LANES, dtype=np.float32)
         zero[: end - begin] = zeros[begin:end]
         _transpose(targets[:, begin:end, first:last], block)
@@ -353,8 +354,8 @@ def solve_columns(
             for k in range(n_bits):
                 target, out = block[0 if count == 1 else k, i], u[k]
                 for r in range(_LANES):
-                    out[r] = target[r] * inverse[r] + zero[r]
-                weight[k, :] = lambdas[k, first + i]
+                    out[r] = target[r] * inverse[k, r] + zero[r]
+                    weight[k, r] = lambdas[k, first + i] * ratio[k, r]
             best_codes(u, weight, grid, master_codes, centre, nested, work[2 * n_bits : 3 * n_bits + 5], q, work[-1])
             for r in range(end - begin):
                 codes[begin + r, first + i] = np.uint8(q[r])
@@ -365,7 +366,7 @@ def solve_columns(
                 share = part / factor[0 if factors == 1 else k, i, i]
                 for r in range(_LANES):
                     residual = target[r] - _value(q[r], grid[0, k], grid[2, k], centre)
-                    out[r] += residual * scale[r] * share
+                    out[r] += residual * scale[k, r] * share
             _feed_back(block, error, factor, i, columns)
         for k in range(count):
             for r in range(end - begin):
@@ -418,7 +419,7 @@ def descend_columns(gradient, hessian, lambdas, grid, master_codes, centre, nest
     Args:
         gradient: float32 [K, rows, columns], half the gradient.
         hessian: float32 [F, last - first, last - first], the block on each Hessian's diagonal.
-        scales: float32 [rows], of the group in which these columns lie.
+        scales: float32 [K, rows], of the group in which these columns lie.
         codes: uint8 [rows, columns], in and out.
         moves: float32 [K, rows, last - first], out: change of the value at each bit-width.
     """
@@ -430,7 +431,7 @@ def descend_columns(gradient, hessian, lambdas, grid, master_codes, centre, nest
         moved = np.zeros((n_bits, columns, _LANES), dtype=np.float32)
         work = np.zeros((3 * n_bits + 7, _LANES), dtype=np.float32)
         old = np.zeros(_LANES, dtype=np.float32)
-        scale, inverse = _lanes_of(scales, begin, end)
+        scale, inverse, ratio = _lanes_of(scales, begin, end)
         _transpose(gradient[:, begin:end, first:last], block)
         u, weight, q = work[:n_bits], work[n_bits : 2 * n_bits], work[3 * n_bits + 5]
         for i in range(columns):
@@ -439,8 +440,8 @@ def descend_columns(gradient, hessian, lambdas, grid, master_codes, centre, nest
             for k in range(n_bits):
                 slope, out, share = block[k, i], u[k], _F32(1) / hessian[0 if hessians == 1 else k, i, i]
                 for r in range(_LANES):
-                    out[r] = _value(old[r], grid[0, k], grid[2, k], centre) - slope[r] * inverse[r] * share
-                weight[k, :] = lambdas[k, first + i]
+                    out[r] = _value(old[r], grid[0, k], grid[2, k], centre) - slope[r] * inverse[k, r] * share
+                    weight[k, r] = lambdas[k, first + i] * ratio[k, r]
             best_codes(u, weight, grid, master_codes, centre, nested, work[2 * n_bits : 3 * n_bits + 5], q, work[-1])
             for r in range(end - begin):
                 codes[begin + r, first + i] = np.uint8(q[r])
@@ -448,7 +449,7 @@ def descend_columns(gradient, hessian, lambdas, grid, master_codes, centre, nest
                 move, any_move = moved[k, i], _F32(0)
                 for r in range(_LANES):
                     now = _value(q[r], grid[0, k], grid[2, k], centre)
-                    move[r] = (now - _value(old[r], grid[0, k], grid[2, k], centre)) * scale[r]
+                    move[r] = (now - _value(old[r], grid[0, k], grid[2, k], centre)) * scale[k, r]
                 for r in range(_LANES):
                     any_move = move[r] if move[r] != 0 else any_move
                 if any_move != 0:
@@ -469,12 +470,23 @@ def _tiles(rows):
 
 @numba.njit(cache=True)
 def _lanes_of(scales, begin, end):
-    """Scale of each lane and its inverse; 0 in lanes without a row, and for the inverse of 0."""
-    out = np.zeros((2, _LANES), dtype=np.float32)
-    for r in range(end - begin):
-        out[0, r] = scales[begin + r]
-        out[1, r] = _F32(1) / scales[begin + r] if scales[begin + r] != 0 else _F32(0)
-    return out[0], out[1]
+    """Scale of each bit-width and lane, its inverse, and the square of its ratio to that of the highest bit-width.
+
+    The square is what an error in units of the scale weighs. Scales are 0 in lanes without a row, as is the inverse of 0.
+    """
+    n_bits = scales.shape[0]
+    out = np.zeros((3, n_bits, _LANES), dtype=np.float32)
+    out[2] = _F32(1)
+    for k in range(n_bits):
+        for r in range(end - begin):
+            scale, top = scales[k, begin + r], scales[n_bits - 1, begin + r]
+            out[0, k, r] = scale
+            if scale != 0:
+                out[1, k, r] = _F32(1) / scale
+            if top != 0:
+                ratio = scale / top
+                out[2, k, r] = ratio * ratio
+    return out[0], out[1], out[2]
 
 
 @numba.njit(cache=True)

@@ -24,6 +24,10 @@ class GptqConfig(MethodConfig):
         calibration_bits: bit-widths whose slices are propagated while calibrating; none: the parent at all its bits.
         asymmetric_calibration: aim at the full-precision model's outputs (GPTAQ), not at those for the quantized model's
             inputs.
+        correction: share of the way to that aim, from 0 to 1. All of it disturbs high bit-widths, since the targets of low
+            ones differ most from the weights.
+        scale_bits: bit-widths with a set of scales of their own, fitted in closed form; a bit-width that is the objective's
+            highest, or above, reads the base set.
         true_sequential: calibrate later layers of a block on the quantized earlier ones.
         damp: fraction of the Hessian's mean diagonal that is added to it.
         block_size: columns between two lazy updates of the rest; a block ends with its group.
@@ -36,6 +40,8 @@ class GptqConfig(MethodConfig):
     cd_passes: int = 2
     calibration_bits: tuple[int, ...] = (2, 3, 4, 8)
     asymmetric_calibration: bool = True
+    correction: float = 0.5
+    scale_bits: tuple[int, ...] = (2, 3, 4)
     true_sequential: bool = True
     damp: float = 0.01
     block_size: int = 128
@@ -56,8 +62,16 @@ class GptqConfig(MethodConfig):
             check_bits(bits, "method.calibration_bits", self.master_bits)
         if self.cd_passes < 0:
             raise UserError(f"method.cd_passes cannot be negative; found {self.cd_passes}.")
-        if self.error_feedback == "mean" and (self.asymmetric_calibration or len(self.calibration_bits) > 1):
+        for bits in self.scale_bits:
+            check_bits(bits, "method.scale_bits", self.master_bits)
+        if len(set(self.scale_bits)) != len(self.scale_bits):
+            raise UserError(f"method.scale_bits names a bit-width twice: {list(self.scale_bits)}.")
+        if not 0 <= self.correction <= 1:
+            raise UserError(f"method.correction is a share from 0 to 1; found {self.correction}.")
+        if self.error_feedback == "mean" and (
+            self.asymmetric_calibration or self.scale_bits or len(self.calibration_bits) > 1
+        ):
             raise UserError(
-                "method.error_feedback=mean keeps one target for all bit-widths: it needs "
-                "method.asymmetric_calibration=false and at most one of method.calibration_bits."
+                "method.error_feedback=mean keeps one target for all bit-widths: it needs method.asymmetric_calibration=false, "
+                "method.scale_bits=[] and at most one of method.calibration_bits."
             )

@@ -34,7 +34,7 @@ class CholeskyFactor:
     Attributes:
         hessian: float32 [columns, columns], damped.
         factor: float32 [columns, columns], upper Cholesky factor of the inverse.
-        correction: float32 [columns, columns], C H^-1; None for symmetric calibration.
+        correction: float32 [columns, columns], share * C H^-1; None for symmetric calibration.
         note: sentence for the user, or None.
     """
 
@@ -53,8 +53,9 @@ class PreparedHessians:
     Attributes:
         hessians: float32 [columns, columns] each, damped.
         factors: float32 [columns, columns] each, upper Cholesky factors of the inverse Hessians.
-        corrections: float32 [columns, columns] each, C H^-1: the target of a weight W is W + W C H^-1, whose output on X_b is
-            nearest to that of W on X (GPTAQ, arXiv 2504.02692, for one bit-width). None for symmetric calibration.
+        corrections: float32 [columns, columns] each, a share of C H^-1. The target W + W C H^-1 of a weight W has the output
+            on X_b that is nearest to that of W on X (GPTAQ, arXiv 2504.02692, for one bit-width). A part of the way there
+            disturbs high bit-widths less, whose codes the targets of low bit-widths share. None for symmetric calibration.
         order: order in which columns are solved, and of all matrices here; None for the stored order.
         notes: sentences that the user should read.
     """
@@ -66,8 +67,11 @@ class PreparedHessians:
     notes: tuple[str, ...]
 
 
-def factorize(stats: HessianStats, order: Tensor | None, damp: float, layer: str) -> CholeskyFactor:
+def factorize(stats: HessianStats, order: Tensor | None, damp: float, layer: str, share: float = 1.0) -> CholeskyFactor:
     """Factorize the damped Hessian of some inputs, in the order in which columns are solved.
+
+    Args:
+        share: of the correction that targets get.
 
     Raises:
         UserError: it is not finite, or no damping makes it positive definite.
@@ -76,7 +80,7 @@ def factorize(stats: HessianStats, order: Tensor | None, damp: float, layer: str
     factor = inverse_factor(hessian, damp, layer)
     correction = None
     if stats.cross_hessian is not None:
-        correction = _permute(stats.cross_hessian, order) @ factor.upper.T @ factor.upper
+        correction = share * (_permute(stats.cross_hessian, order) @ factor.upper.T @ factor.upper)
     return CholeskyFactor(
         hessian=damped(hessian, factor.damp), factor=factor.upper, correction=correction, note=factor.note
     )
@@ -105,7 +109,9 @@ def prepare_hessians(
         diagonal = torch.stack([one.hessian.diagonal() for one in stats]).mean(0)
         order = _column_order(diagonal, fit_group_size(options.group_size, len(diagonal)))
     distinct = list({id(one): one for one in stats}.values())
-    made = map_fn(len(distinct), lambda index: factorize(distinct[index], order, options.damp, layer))
+    made = map_fn(
+        len(distinct), lambda index: factorize(distinct[index], order, options.damp, layer, options.correction)
+    )
     by_id = {id(one): factor for one, factor in zip(distinct, made, strict=True)}
     factors = [by_id[id(one)] for one in stats]
     corrections = tuple(one.correction for one in factors if one.correction is not None)

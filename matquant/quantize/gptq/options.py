@@ -14,6 +14,8 @@ from matquant.quantize.config import MethodConfig
 # Names in a parent's key, which older stores hold: they never change.
 _KEY_NAMES = {"lambdas": "weights", "error_feedback": "feedback", "zero_point_offset": "offset", "cd_passes": "sweeps"}
 _KEY_VALUES = {"per_bit": "per_width"}
+# Fields that older keys lack, with the value that gives what older stores hold.
+_LATER_FIELDS = {"correction": 1.0, "scale_bits": ()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +27,8 @@ class SolverOptions:
         zero_point_offset: of symmetric weights from the middle of the codes, in code steps. With an offset each group takes
             the better of the grid and its mirror image, which a negative scale stands for.
         cd_passes: passes of coordinate descent after the solve.
+        correction: share of the correction of asymmetric calibration that targets get.
+        scale_bits: bit-widths with scales of their own; only those below the highest bit-width of the objective count.
         scale_dtype: dtype in which scales are stored; codes are chosen with the stored values.
     """
 
@@ -41,6 +45,13 @@ class SolverOptions:
     damp: float = 0.01
     block_size: int = 128
     scale_dtype: torch.dtype = torch.float16
+    correction: float = 1.0
+    scale_bits: tuple[int, ...] = ()
+
+    @property
+    def own_scale_bits(self) -> tuple[int, ...]:
+        """Bit-widths that get scales of their own, ascending."""
+        return tuple(sorted(bits for bits in self.scale_bits if bits < self.bits[-1]))
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -56,6 +67,7 @@ class SolverOptions:
             zero_point_offset=self.zero_point_offset if self.symmetric else 0.0,
             has_zero_points=not self.symmetric,
             scale_dtype=self.scale_dtype,
+            scale_bits=self.own_scale_bits,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -63,6 +75,8 @@ class SolverOptions:
         fields = {_KEY_NAMES.get(name, name): value for name, value in dataclasses.asdict(self).items()}
         fields["feedback"] = _KEY_VALUES.get(fields["feedback"], fields["feedback"])
         weights = {str(bits): weight for bits, weight in self.lambdas.items()}
+        later = {name for name, default in _LATER_FIELDS.items() if fields[name] == default}
+        fields = {name: value for name, value in fields.items() if name not in later}
         return fields | {"weights": weights, "scale_dtype": str(self.scale_dtype)}
 
 

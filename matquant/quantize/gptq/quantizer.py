@@ -53,6 +53,8 @@ class GptqQuantizer(BlockQuantizer):
             scale=config.scale,
             act_order=config.act_order,
             cd_passes=config.cd_passes,
+            correction=config.correction,
+            scale_bits=config.scale_bits,
             damp=config.damp,
             block_size=config.block_size,
         )

@@ -7,6 +7,9 @@ GPTQ (arXiv 2210.17323) keeps one error-compensated copy of the weights. Its exa
 over the codes of all bit-widths b at once keeps one compensated target per bit-width: the code of a column is the one of least
 sum_b lambda_b (t_b - w_b(q))^2, and the error of each bit-width is fed back into its own target. MatGPTQ v1 (arXiv 2602.03537)
 keeps a single target and feeds back the unweighted mean of the errors (``error_feedback="mean"``).
+
+Low bit-widths may have scales of their own. They follow from the codes in closed form (``scale_refit``), and the codes are then
+chosen again with them in the next pass of coordinate descent.
 """
 
 import dataclasses
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from matquant.formats.groups import expand_groups, fit_group_size, group_count, scale_groups
 from matquant.formats.nested import NestedWeight, levels
-from matquant.quantize.gptq import column_solver
+from matquant.quantize.gptq import column_solver, scale_refit
 from matquant.quantize.gptq.code_grid import FROM_RANGE, CodeGrid, ScaleSearchSpace
 from matquant.quantize.gptq.hessians import HessianStats, PreparedHessians, prepare_hessians
 from matquant.quantize.gptq.options import SolverOptions
@@ -63,6 +66,7 @@ def _solve_rows(
     if prepared is None:
         state = _ColumnSolve.start(targets, group_size, options)
         state.solve((), options)
+        state.refit_scales(targets, (None,), options)
         return state.finish(None, options)
     if prepared.order is not None:
         targets = targets[:, :, prepared.order]
@@ -71,15 +75,23 @@ def _solve_rows(
     state = _ColumnSolve.start(targets, group_size, options)
     state.solve(prepared.factors, options)
     for _ in range(options.cd_passes):
+        state.refit_scales(targets, prepared.hessians, options)
         state.coordinate_descent(targets, prepared.hessians)
+    state.refit_scales(targets, prepared.hessians, options)
     return state.finish(prepared.order, options)
 
 
 def _concat_rows(parts: Sequence[NestedWeight]) -> NestedWeight:
     """Concatenate the rows of all parts."""
-    codes, scales = torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts])
+    first = parts[0]
     zeros = [p.zeros for p in parts if p.zeros is not None]
-    return dataclasses.replace(parts[0], codes=codes, scales=scales, zeros=torch.cat(zeros) if zeros else None)
+    return dataclasses.replace(
+        first,
+        codes=torch.cat([p.codes for p in parts]),
+        scales=torch.cat([p.scales for p in parts]),
+        zeros=torch.cat(zeros) if zeros else None,
+        own_scales={bits: torch.cat([p.own_scales[bits] for p in parts]) for bits in first.own_scales},
+    )
 
 
 def compile_column_solver() -> None:
@@ -110,15 +122,18 @@ class _ColumnSolve:
     Attributes:
         targets: float32 [T, rows, columns], error-compensated.
         codes: uint8 [rows, columns].
-        scales, zeros: float32 [rows, groups].
+        scales: float32 [S, rows, groups]; of each bit-width in ``bits``, equal for all that share the base set.
+        zeros: float32 [rows, groups].
+        bits: the K bit-widths of the objective, and those that only have scales of their own.
         lambdas: float32 [K].
-        levels: float32 [K, 2^M], value of each code in units of its scale.
+        levels: float32 [S, 2^M], value of each code in units of its scale.
     """
 
     targets: Tensor
     codes: Tensor
     scales: Tensor
     zeros: Tensor
+    bits: tuple[int, ...]
     lambdas: Tensor
     levels: Tensor
     grid: CodeGrid
@@ -131,13 +146,15 @@ class _ColumnSolve:
         bits = options.bits
         count = 1 if options.error_feedback == "mean" else len(bits)
         groups, device = group_count(columns, group_size), targets.device
+        valued = bits + tuple(b for b in options.own_scale_bits if b not in bits)
         return cls(
             targets=targets.expand(count, -1, -1).clone(),
             codes=torch.zeros(out_features, columns, dtype=torch.uint8, device=device),
-            scales=torch.zeros(out_features, groups, device=device),
+            scales=torch.zeros(len(valued), out_features, groups, device=device),
             zeros=torch.zeros(out_features, groups, device=device),
+            bits=valued,
             lambdas=torch.tensor([options.lambdas[b] for b in bits], device=device),
-            levels=torch.stack([levels(b, options.master_bits, options.slicing) for b in bits]).float().to(device),
+            levels=torch.stack([levels(b, options.master_bits, options.slicing) for b in valued]).float().to(device),
             grid=CodeGrid.of(bits, options.master_bits, options.slicing, device),
             group_size=group_size,
             block_size=min(options.block_size, column_solver.max_block_size(device, len(bits))),
@@ -147,17 +164,17 @@ class _ColumnSolve:
         """Choose all codes, column by column in blocks; without factors no error is fed back."""
         columns, search_space = self.codes.shape[1], _scale_search_space(options, self.codes.device)
         # An error e in a column adds (e / U_jj)^2 to the objective of a bit-width.
-        curvature = torch.stack([f.diagonal() ** -2 for f in factors]) if factors else self.scales.new_ones(1, columns)
+        curvature = torch.stack([f.diagonal() ** -2 for f in factors]) if factors else self.zeros.new_ones(1, columns)
         lambdas, hessian_diag = self._column_lambdas(curvature), curvature[-1] / curvature[-1].mean()
         for first, last, group in self._blocks():
             if first % self.group_size == 0:
                 end = min(first + self.group_size, columns)
-                self.scales[:, group], self.zeros[:, group] = column_solver.choose_scales(
+                self.scales[:, :, group], self.zeros[:, group] = column_solver.choose_scales(
                     self.targets, first, end, hessian_diag, lambdas, self.grid, search_space
                 )
-            scales, zeros = self.scales[:, group].contiguous(), self.zeros[:, group].contiguous()
+            scales, zeros = self._scales_of(group), self.zeros[:, group].contiguous()
             block = (
-                self._block_of(factors, first, last) if factors else self.scales.new_ones(1, last - first).diag_embed()
+                self._block_of(factors, first, last) if factors else self.zeros.new_ones(1, last - first).diag_embed()
             )
             errors = column_solver.solve_columns(
                 self.targets, first, last, block, lambdas, self.grid, scales, zeros, self.codes
@@ -165,6 +182,27 @@ class _ColumnSolve:
             if factors and last < columns:
                 for k, target in enumerate(self.targets):
                     target[:, last:].addmm_(errors[k], factors[k % len(factors)][first:last, last:], alpha=-1)
+
+    def refit_scales(self, targets: Tensor, hessians: Sequence[Tensor | None], options: SolverOptions) -> None:
+        """Refit the scales of the bit-widths that have their own, for the present codes.
+
+        Args:
+            targets: float32 [T, rows, columns], uncompensated.
+            hessians: of each bit-width of the objective, or one for all; None weighs all inputs equally.
+        """
+        for bits in options.own_scale_bits:
+            k = self.bits.index(bits)
+            nearest = min(range(len(self.lambdas)), key=lambda i: (abs(self.bits[i] - bits), -i))
+            ones = torch.ones_like(self.zeros)
+            values = scale_groups(self.levels[k][self.codes.int()], ones, self.zeros, self.group_size)
+            fitted = scale_refit.refit_scales(
+                values,
+                targets[nearest % len(targets)],
+                hessians[nearest % len(hessians)],
+                self.scales[k],
+                self.group_size,
+            )
+            self.scales[k] = fitted.to(options.scale_dtype)
 
     def coordinate_descent(self, targets: Tensor, hessians: Sequence[Tensor]) -> None:
         """Run one pass of coordinate descent over all columns on the exact objective of the damped Hessians.
@@ -177,7 +215,7 @@ class _ColumnSolve:
         for k in range(len(self.lambdas)):
             torch.mm(self._dequantize(k) - targets[k % len(targets)], hessians[k % len(hessians)], out=gradient[k])
         for first, last, group in self._blocks():
-            block, scales = self._block_of(hessians, first, last), self.scales[:, group].contiguous()
+            block, scales = self._block_of(hessians, first, last), self._scales_of(group)
             moves = column_solver.descend_columns(gradient, first, last, block, lambdas, self.grid, scales, self.codes)
             for k in range(len(self.lambdas)):
                 gradient[k, :, last:].addmm_(moves[k], hessians[k % len(hessians)][first:last, last:])
@@ -190,12 +228,16 @@ class _ColumnSolve:
             for first in range(start, end, self.block_size):
                 yield first, min(first + self.block_size, end), group
 
+    def _scales_of(self, group: int) -> Tensor:
+        """Scales of a group at each bit-width of the objective: float32 [K, rows]."""
+        return self.scales[: len(self.lambdas), :, group].contiguous()
+
     def _block_of(self, matrices: Sequence[Tensor], first: int, last: int) -> Tensor:
         return torch.stack([m[first:last, first:last] for m in matrices])
 
     def _dequantize(self, k: int) -> Tensor:
         """Dense weight [rows, columns] at the k-th bit-width."""
-        return scale_groups(self.levels[k][self.codes.int()], self.scales, self.zeros, self.group_size)
+        return scale_groups(self.levels[k][self.codes.int()], self.scales[k], self.zeros, self.group_size)
 
     def _column_lambdas(self, curvature: Tensor) -> Tensor:
         """Weight of each bit-width and column [K, columns], for errors whose cost has a curvature [1 or K, columns].
@@ -206,23 +248,25 @@ class _ColumnSolve:
 
     def finish(self, order: Tensor | None, options: SolverOptions) -> NestedWeight:
         """Return the result in the stored order of the columns."""
-        codes, scales, zeros = self.codes, self.scales, self.zeros
+        codes, scales, zeros = self.codes, self.scales.to(options.scale_dtype), self.zeros
         if options.symmetric and options.zero_point_offset:
-            codes, scales = self._flip_mirrored(options.master_bits)
+            codes, scales = self._flip_mirrored(scales, options.master_bits)
         if order is not None:
             codes = codes[:, order.argsort()].contiguous()
             stored = (order[:: self.group_size] // self.group_size).argsort()
-            scales, zeros = scales[:, stored].contiguous(), zeros[:, stored].contiguous()
+            scales, zeros = scales[:, :, stored], zeros[:, stored].contiguous()
+        base = len(self.lambdas) - 1  # the highest bit-width of the objective
         return NestedWeight(
             codes=codes,
-            scales=scales.to(options.scale_dtype),
+            scales=scales[base].contiguous(),
             zeros=None if options.symmetric else zeros.to(torch.uint8),
             format=options.weight_format(codes.shape[1]),
+            own_scales={bits: scales[self.bits.index(bits)].contiguous() for bits in options.own_scale_bits},
         )
 
-    def _flip_mirrored(self, master_bits: int) -> tuple[Tensor, Tensor]:
+    def _flip_mirrored(self, scales: Tensor, master_bits: int) -> tuple[Tensor, Tensor]:
         """Codes and scales with one zero point: a mirrored group gets a negative scale and complemented codes."""
         mirrored = self.zeros < 2 ** (master_bits - 1)
         flipped = expand_groups(mirrored, self.codes.shape[1], self.group_size)
         codes = torch.where(flipped, 2**master_bits - 1 - self.codes.int(), self.codes.int()).to(torch.uint8)
-        return codes, torch.where(mirrored, -self.scales, self.scales)
+        return codes, torch.where(mirrored, -scales, scales)

@@ -38,7 +38,7 @@ class GptqConfig(MethodConfig):
     scale: Literal["minmax", "search"] = "search"
     act_order: bool = False
     cd_passes: int = 2
-    calibration_bits: tuple[int, ...] = (2, 3, 4, 8)
+    calibration_bits: tuple[int, ...] = (2, 3, 4, 6, 8)
     asymmetric_calibration: bool = True
     correction: float = 0.5
     scale_bits: tuple[int, ...] = (2, 3, 4)

@@ -1,0 +1,155 @@
+"""KL and perplexity of every method on a real model, over calibration seeds and two kinds of text, computed in float32.
+
+    python experiments/real/prepare.py
+    python experiments/real/benchmark.py outputs/real/smollm2-135m-instruct.gguf --out experiments/real/results
+    python experiments/real/benchmark.py MODEL.gguf --methods matgptq gptq --seeds 0 --overrides runtime.device=cuda
+
+Each job is ``python run.py`` with groups of 64, 128 calibration windows of 512 tokens of the standard library's source, and 64
+windows each of held-out source (text ``source``) and held-out English manuals (``prose``). The rows ``bf16`` and ``fp16`` are
+the unquantized model in that dtype against float32: figures below them say nothing about a 16-bit runtime.
+
+The output MODEL.json has ``provenance`` and ``records``, a list of objects with the keys model, method, refine, seed, text,
+group_size, bits, kl, perplexity, evaluation_dtype, seconds (of quantizing) and commit. Records of other methods, seeds or
+settings in the file stay; equal ones are replaced.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from matquant.data.config import TextConfig
+from matquant.data.texts import windows
+from matquant.models.config import ModelConfig
+from matquant.models.gguf import convert_gguf
+from matquant.report.provenance import provenance
+from matquant.store import Store
+
+METHODS = ("rtn", "gptq", "matgptq_v1", "matgptq")
+TEXTS = {
+    "source": TextConfig(dataset="stdlib", sequences=64, sequence_length=512),
+    "prose": TextConfig(dataset="local", path="outputs/real/prose/evaluation", sequences=64, sequence_length=512),
+}
+FLOORS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_IDENTITY = ("model", "method", "refine", "seed", "text", "group_size", "bits")
+
+
+def run_job(model: Path, method: str, seed: int, group_size: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """Results of one job."""
+    prose = TEXTS["prose"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            "run.py",
+            f"model.path={model}",
+            "model.dtype=float32",
+            f"method={method}",
+            f"method.group_size={group_size}",
+            "calibration.sequences=128",
+            f"calibration.seed={seed}",
+            f"+eval.datasets.prose={{dataset:local,path:{prose.path},sequences:64,sequence_length:512,batch_size:8}}",
+            "tracking=none",
+            f"hydra.run.dir={folder}",
+            *overrides,
+        ]
+        subprocess.run(command, check=True)
+        results: dict[str, Any] = json.loads(Path(folder, "results.json").read_text())
+        return results
+
+
+def job_records(results: dict[str, Any], about: dict[str, Any]) -> list[dict[str, Any]]:
+    """One record for each bit-width and text of a job."""
+    names = {"stdlib": "source", "prose": "prose"}
+    return [
+        about
+        | {"text": names[text], "bits": one["bits"], "kl": kl, "perplexity": one["perplexity"][text]}
+        | {"seconds": results["seconds"]["quantize"]}
+        for one in results["slices"]
+        for text, kl in one["kl"].items()
+    ]
+
+
+@torch.inference_mode()
+def floor_records(model: Path, about: dict[str, Any], device: str) -> list[dict[str, Any]]:
+    """Records of the unquantized model in float32 and in 16-bit dtypes."""
+    store = Store(Path("outputs/store"))
+    folder = convert_gguf(ModelConfig(path=str(model), dtype="float32"), store)[0].path
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    records = []
+    for name, dtype in {"fp32": torch.float32, **FLOORS}.items():
+        other = (
+            exact
+            if dtype == torch.float32
+            else AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        )
+        for text, config in TEXTS.items():
+            ids = windows(config, "evaluation", tokenizer, store)
+            kl, loss = compare(exact, other, ids.to(device))
+            row = {
+                "text": text,
+                "bits": torch.finfo(dtype).bits,
+                "kl": kl,
+                "perplexity": math.exp(loss),
+                "seconds": 0.0,
+            }
+            records.append(about | {"method": name, "seed": None, "group_size": None} | row)
+    return records
+
+
+def compare(exact: Any, other: Any, ids: Tensor) -> tuple[float, float]:
+    """Mean KL(exact || other) over all tokens and mean cross-entropy of ``other``, in nats, for ids [windows, tokens]."""
+    divergence = loss = 0.0
+    for batch in ids.split(4):
+        reference, found = (model(batch, use_cache=False).logits.float().log_softmax(-1) for model in (exact, other))
+        divergence += (reference.exp() * (reference - found)).sum().item()
+        loss -= found[:, :-1].gather(2, batch[:, 1:, None]).sum().item()
+    return divergence / ids.numel(), loss / ids[:, 1:].numel()
+
+
+def merge(file: Path, records: list[dict[str, Any]]) -> None:
+    """Write the records to the file, in place of equal ones."""
+    kept = json.loads(file.read_text())["records"] if file.exists() else []
+    new = {tuple(record[key] for key in _IDENTITY): record for record in [*kept, *records]}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"provenance": provenance(), "records": list(new.values())}, indent=1) + "\n")
+
+
+def main() -> None:
+    """Measure what the command line names, and record it after every job."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="GGUF file")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the rows bf16 and fp16"
+    )
+    parser.add_argument("--overrides", nargs="*", default=[], help="further settings of run.py")
+    parser.add_argument("--out", type=Path, default=Path("experiments/real/results"))
+    given = parser.parse_args()
+    file = given.out / f"{given.model.stem}.json"
+    about = {
+        "model": given.model.stem,
+        "refine": "none",
+        "evaluation_dtype": "float32",
+        "commit": provenance()["commit"],
+    }
+    merge(file, floor_records(given.model, about, given.device))
+    for seed in given.seeds:
+        for method in given.methods:
+            results = run_job(given.model, method, seed, given.group_size, given.overrides)
+            merge(file, job_records(results, about | {"method": method, "seed": seed, "group_size": given.group_size}))
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,10 @@ from matquant.errors import UserError
 from matquant.paths import resource_root
 from matquant.typed_config import renamed_sentence
 
+# OpenMP threads that have nothing to do spin for milliseconds by default. On cores that other processes use, a spinning thread
+# takes the time of the thread it waits for, at every parallel region. These values make it sleep after a few microseconds.
+_WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+
 # Keeps Hydra from making a folder and a log.
 _SILENT = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
 
@@ -100,6 +104,12 @@ def _translate(arguments: list[str]) -> list[str]:
     return arguments
 
 
+def _limit_spinning() -> None:
+    """Set OpenMP's wait policy, unless the user did. It is read when torch and numba are loaded."""
+    if os.environ.keys().isdisjoint({*_WAIT_POLICY, "KMP_BLOCKTIME"}):
+        os.environ.update(_WAIT_POLICY)
+
+
 def _folder_error(error: Exception) -> OSError | None:
     """OSError of a folder that Hydra could not make or write; None for any other error."""
     if isinstance(error, ValueError) and str(error).startswith("Unable to configure handler"):  # of the log file
@@ -111,6 +121,7 @@ def main() -> None:
     """Entry point: exit status 0, or 2 with one sentence for an error that the user can fix."""
     # Hydra would print a shortened traceback of its own and exit; this way errors are raised here.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    _limit_spinning()
     signal.signal(signal.SIGTERM, _interrupt)
     rank = int(os.environ.get("RANK", "0"))
     try:

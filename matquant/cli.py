@@ -22,8 +22,8 @@ from matquant.paths import resource_root
 from matquant.typed_config import renamed_sentence
 
 # OpenMP threads that have nothing to do spin for milliseconds by default. On cores that other processes use, a spinning thread
-# takes the time of the thread it waits for, at every parallel region. These values make it sleep after a few microseconds.
-_WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+# takes the time of the thread it waits for, at every parallel region. These values make it sleep after tens of microseconds.
+_WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
 
 # Keeps Hydra from making a folder and a log.
 _SILENT = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]

@@ -6,7 +6,6 @@ results are the same for all formats.
 
 import contextlib
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,12 +115,7 @@ def try_target(config: PackConfig, job_folder: Path) -> None:
             f"pack.path: {folder} is a mount point, which a finished folder cannot replace. Give a folder inside it, such as "
             f"{folder / 'model'}."
         )
-    trial = folder.with_name(f".{folder.name}.trial.{secrets.token_hex(4)}")
-    try:
-        try_writing(trial, "pack.path")
-    finally:
-        with contextlib.suppress(OSError):  # a name that is too long was not made
-            delete(trial)
+    try_writing(_temporary(folder), "pack.path")
     if folder.is_dir():
         try_writing(folder, "pack.path")
 
@@ -138,10 +132,15 @@ def _target(config: PackConfig, job_folder: Path) -> Path:
     return folder
 
 
+def _temporary(folder: Path) -> Path:
+    """Name of the unfinished folder."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
     """Temporary folder that replaces ``folder`` if no error is raised."""
-    temporary = folder.with_name(f".{folder.name}.partial")
+    temporary = _temporary(folder)
     delete(temporary)
     try:
         with translate_os_errors(temporary, setting="pack.path"):

@@ -162,18 +162,25 @@ def translate_os_errors(path: Path, needed: int = 0, setting: str = "store.path"
 
 
 def try_writing(folder: Path, setting: str) -> None:
-    """Create ``folder``, and write and delete a file in it, so that an output is refused before the work for it.
+    """Check that a folder can be made and written, so that an output is refused before the work for it.
+
+    The names that do not exist yet are made inside a temporary folder of the nearest existing one. Nothing remains, and other
+    processes that use ``folder`` are not disturbed.
 
     Args:
         setting: config setting that can name another folder.
 
     Raises:
-        UserError: the folder cannot be created or written.
+        UserError: the folder cannot be made or written.
     """
-    trial = folder / f"trial.{secrets.token_hex(8)}"
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    trial = existing / f".trial.{secrets.token_hex(8)}"
     with translate_os_errors(folder, setting=setting):
-        write_atomically(trial, b"trial")
-        trial.unlink()
+        try:
+            write_atomically(trial / folder.relative_to(existing) / "trial", b"trial")
+        finally:
+            with contextlib.suppress(OSError):
+                delete(trial)
 
 
 def list_folder(folder: Path) -> list[Path]:

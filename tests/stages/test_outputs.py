@@ -97,9 +97,15 @@ def test_an_output_folder_in_use_is_tried_without_changing_it(tmp_path: Path) ->
     assert not (tmp_path / "new" / "model").exists()
 
 
-def test_a_folder_is_made_and_left_empty(tmp_path: Path) -> None:
-    try_writing(tmp_path / "a" / "b", "store.path")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
+def test_nothing_remains_of_a_folder_that_was_tried(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for folder in ("old", "old/new", "new/deep/folder"):
+        try_writing(tmp_path / folder, "store.path")
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for folder in ("link", "old/" + LONG, "new/" + LONG + "/x"):
+        with pytest.raises(UserError, match="cannot use .*store.path"):
+            try_writing(tmp_path / folder, "store.path")
 
 
 def fail_to_pack(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,7 +171,7 @@ def set_bits(model: Any, bits: Bits, prefill: int | None = None) -> dict[str, in
 
     Args:
         bits: one bit-width, a bit-width for some layers by name, or the file of an allocation (.yaml, .txt).
-        prefill: bit-width of all layers for calls with more than one token per sequence; None for that of decoding.
+        prefill: bit-width of all layers in forward passes that read prompts; None for that of decoding.
 
     Returns:
         Bit-width of every nested layer, by name.

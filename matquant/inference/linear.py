@@ -10,8 +10,8 @@ from matquant.errors import UserError
 from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.formats.planes import NestedPlanes
 from matquant.formats.tile_layout import group_shape, plane_shape
-from matquant.inference import ops  # noqa: F401 - defines torch.ops.matquant
 from matquant.inference.forward_phase import ForwardPhase
+from matquant.inference.ops import differentiable_linear
 
 _STATE_VERSION = 1
 _STATE_FIELDS = ("format", "out_features", "in_features", "group_size", "master_bits", "round", "offset")
@@ -22,6 +22,8 @@ class NestedLinear(nn.Module):
 
     The bit-width is an attribute and moves no data: it may be set at any time and differ from call to call. A captured CUDA
     graph keeps the bit-width of its capture. ``torch.compile`` makes one graph per bit-width.
+
+    Gradients flow to ``x`` and to a bias that requires one; see ``ops.differentiable_linear``.
 
     The constructor leaves the weight uninitialized, to be filled from a state dict; ``from_planes`` takes existing planes.
 
@@ -147,7 +149,7 @@ class NestedLinear(nn.Module):
         """
         if bits is None:
             bits = self.phase_bits()
-        return torch.ops.matquant.nested_linear.default(
+        return differentiable_linear(
             x, self.planes, self.scales, self.zeros, self.bias, bits, self.out_features, *self.format.op_args
         )
 

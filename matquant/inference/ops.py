@@ -6,14 +6,14 @@
 They take the tensors of a ``NestedPlanes`` and its format as flat arguments, see ``WeightFormat.op_args``. ``x`` is
 [..., in_features] in float16, bfloat16 or float32, ``y`` [..., out_features] in the same dtype. On CUDA devices they launch
 the kernels of ``kernels/``, elsewhere they run plain torch. They work in CUDA graphs and under ``torch.compile``, with one
-graph per bit-width. There is no backward pass.
+graph per bit-width. The operators record no gradients; ``linear`` and ``NestedLinear`` do, with respect to ``x`` and ``bias``.
 
 For up to 64 tokens the error of the kernels is that of rounding the exact result. For more tokens they may round weights to the
 dtype of ``x`` first, as a dense matrix would hold them.
 
 Raises:
     UserError: a tensor of the wrong dtype, device, shape or layout, a bit-width that the planes do not hold, or no CuPy on a
-        CUDA device. Nothing has been launched then.
+        CUDA device, a tensor that requires a gradient. Nothing has been launched then.
 """
 
 from typing import Any
@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from matquant.errors import UserError
 from matquant.formats.nested import Slicing, WeightFormat
 from matquant.formats.planes import NestedPlanes, check_layout
 from matquant.inference import cuda_ops, torch_reference
-from matquant.inference.argument_checks import check_x
+from matquant.inference.argument_checks import check_no_gradient, check_x
 
 _FORMAT_SCHEMA = "int group_size, int master_bits, str slicing, float offset"
 
@@ -40,10 +41,65 @@ _library.define(
 
 
 def linear(x: Tensor, weight: NestedPlanes, bits: int, bias: Tensor | None = None) -> Tensor:
-    """Compute x W^T + bias with W at ``bits`` bits: ``nested_linear`` for a ``NestedPlanes``."""
-    return torch.ops.matquant.nested_linear.default(
+    """Compute x W^T + bias with W at ``bits`` bits: ``differentiable_linear`` for a ``NestedPlanes``."""
+    return differentiable_linear(
         x, weight.planes, weight.scales, weight.zeros, bias, bits, weight.out_features, *weight.format.op_args
     )
+
+
+def differentiable_linear(
+    x: Tensor,
+    planes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    out_features: int,
+    *op_args: Any,
+) -> Tensor:
+    """Operator ``nested_linear`` with gradients with respect to ``x`` and ``bias``.
+
+    The backward pass holds the dense weight of the layer, in the dtype of ``x``.
+
+    Raises:
+        UserError: as the operator, and for scales that require a gradient.
+    """
+    arguments = (x, planes, scales, zeros, bias, bits, out_features, *op_args)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _DifferentiableLinear.apply(*arguments)
+    return torch.ops.matquant.nested_linear.default(*arguments)
+
+
+class _DifferentiableLinear(torch.autograd.Function):
+    """Gradients of y = x W^T + bias: dL/dx = dL/dy W, and dL/dbias is the sum of dL/dy over tokens."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        return torch.ops.matquant.nested_linear.default(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, planes, scales, zeros, bias, *ctx.settings = inputs
+        if scales.requires_grad:
+            raise UserError(
+                "The scales of a nested layer require a gradient, but have none. Call scales.detach() first."
+            )
+        ctx.in_features, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
+        ctx.save_for_backward(planes, scales, zeros)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_y,) = gradients  # (..., out_features)
+        bits, out_features, *op_args = ctx.settings
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = torch.ops.matquant.nested_dequantize.default(
+                *ctx.saved_tensors, bits, out_features, ctx.in_features, *op_args, grad_y.dtype
+            )
+            grad_x = grad_y @ weight
+        if ctx.needs_input_grad[4]:
+            grad_bias = grad_y.reshape(-1, out_features).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_x, None, None, None, grad_bias, *(None for _ in ctx.settings)
 
 
 def dequantize(weight: NestedPlanes, bits: int, dtype: torch.dtype) -> Tensor:
@@ -78,6 +134,7 @@ def _linear(
     out_features: int,
     *op_args: Any,
 ) -> Tensor:
+    check_no_gradient(x, scales, bias)
     check_x(x, planes, bias, out_features)
     fmt = WeightFormat.from_op_args(scales, zeros, *op_args)
     weight = _nested_planes(planes, scales, zeros, out_features, x.shape[-1], fmt)

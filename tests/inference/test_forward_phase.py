@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import torch
 from architectures import make_model
+from nesting import nest
 from torch import Tensor, nn
 from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, GenerationConfig
-from transformers.pytorch_utils import Conv1D
 from weights import rounded_weight
 
 from matquant.errors import UserError
 from matquant.inference import NestedLinear, nested_layers, set_bits
-from matquant.inference.experts import is_fused_experts, split_fused_experts
 
 DECODE, PREFILL = 2, 8
 PROMPTS = torch.tensor(
@@ -32,25 +31,6 @@ KINDS = ["llama", "opt", "gpt2", "qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def nested_model(kind: str) -> Any:
-    """Random model whose blocks have nested layers in place of linear ones, experts included."""
-    model = make_model(kind)
-    for path, module in list(model.named_modules()):
-        if is_fused_experts(module):
-            replace(model, path, split_fused_experts(module, path)[0])
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear | Conv1D) and path != "lm_head":
-            weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-            replace(model, path, NestedLinear.from_planes(rounded_weight(weight.detach()), module.bias))
-    set_bits(model, PREFILL)
-    return model.eval()
-
-
-def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    owner, _, name = path.rpartition(".")
-    setattr(model.get_submodule(owner), name, module)
-
-
 @pytest.fixture(scope="module")
 def models() -> Callable[[str], tuple[Any, Any]]:
     """Function from an architecture to a model with two bit-widths, and the same model for one bit-width at a time."""
@@ -58,7 +38,7 @@ def models() -> Callable[[str], tuple[Any, Any]]:
 
     def get(kind: str) -> tuple[Any, Any]:
         if kind not in made:
-            model = nested_model(kind)
+            model = nest(make_model(kind))
             made[kind] = model, copy.deepcopy(model)
         set_bits(made[kind][0], DECODE, prefill=PREFILL)
         return made[kind]

@@ -68,6 +68,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "granite": lambda: tf.GraniteConfig(**PLAIN, residual_multiplier=0.5, embedding_multiplier=3.0, logits_scaling=2.0),
     "olmo2": lambda: tf.Olmo2Config(**PLAIN, num_key_value_heads=2),
     "mixtral": lambda: tf.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": lambda: tf.Qwen2MoeConfig(
+        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64
+    ),
     "qwen3_moe": lambda: tf.Qwen3MoeConfig(
         **SIZES, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True
     ),

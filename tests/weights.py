@@ -41,6 +41,21 @@ def make_weight(
     )
 
 
+def rounded_weight(dense: torch.Tensor) -> NestedWeight:
+    """Dense weight [out, in] rounded to nearest: 8 bits, zero-point offset 8, groups of 32."""
+    groups = dense.reshape(dense.shape[0], -1, 32)
+    scales = (groups.abs().amax(-1) / 119).half()
+    codes = (groups / scales.float()[..., None] + 135.5).round().clamp(0, 255).to(torch.uint8)
+    return NestedWeight(
+        codes=codes.view(dense.shape),
+        scales=scales,
+        zeros=None,
+        format=WeightFormat(
+            master_bits=8, slicing="msb", zero_point_offset=8.0, group_size=32, scale_dtype=torch.float16
+        ),
+    )
+
+
 def unpack(packed: NestedPlanes) -> NestedWeight:
     """Inverse of ``NestedPlanes.pack``; bits of missing planes are 0."""
     rows, columns, fmt = packed.out_features, packed.in_features, packed.format

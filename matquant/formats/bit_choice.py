@@ -21,7 +21,7 @@ class RequestedBits:
     Attributes:
         bits: bit-width, mapping by layer, or path of an allocation file.
         layer_bits: mapping by layer, on top of ``bits``.
-        prefill_bits: bit-width of calls with more than one token per sequence.
+        prefill_bits: bit-width of forward passes that read prompts.
         max_bits: largest bit-width to load the planes of.
     """
 
@@ -43,7 +43,7 @@ class BitChoice:
     Attributes:
         bits: bit-width of the layers that ``layer_bits`` does not name.
         layer_bits: bit-width by layer.
-        prefill_bits: bit-width of all layers for calls with more than one token per sequence; None for that of decoding.
+        prefill_bits: bit-width of all layers in forward passes that read prompts; None for that of decoding.
         max_bits: largest bit-width to load the planes of.
     """
 

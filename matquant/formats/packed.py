@@ -124,7 +124,7 @@ class NestedSpec:
         layers: nested layers by full name.
         bits: default bit-width of a reader.
         layer_bits: default bit-width by layer, if the checkpoint has an allocation; all other layers have ``bits``.
-        prefill_bits: default bit-width of calls with more than one token per sequence; None for that of decoding.
+        prefill_bits: default bit-width of forward passes that read prompts; None for that of decoding.
         max_bits: largest bit-width that the stored planes hold.
         modules_to_not_convert: linear layers that are stored dense.
         plane_indices: numbers of planes for which there is a file ``index_name``.

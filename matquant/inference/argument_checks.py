@@ -1,4 +1,4 @@
-"""Checks of ``x`` and ``bias``, shared by the CPU and CUDA implementations of the operators."""
+"""Checks of tensors, shared by the CPU and CUDA implementations of the operators."""
 
 import torch
 from torch import Tensor
@@ -27,3 +27,15 @@ def check_x(x: Tensor, planes: Tensor, bias: Tensor | None, out_features: int, i
     ):
         found = f"{bias.dtype} {list(bias.shape)} on {bias.device}"
         raise UserError(f"The bias must be float16, bfloat16 or float32 [{out_features}] on {x.device}; found {found}.")
+
+
+def check_no_gradient(x: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+    """Check that no tensor needs a gradient, which the operator itself would lose. Raises UserError."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad or scales.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        raise UserError(
+            "torch.ops.matquant.nested_linear records no gradient, but x, the scales or the bias require one. Call "
+            "matquant.inference.linear or a NestedLinear, which have gradients with respect to x and the bias, or use "
+            "torch.no_grad()."
+        )

@@ -19,7 +19,7 @@ from matquant.formats.nested import Slicing, WeightFormat
 from matquant.formats.planes import NestedPlanes
 from matquant.formats.tile_layout import TILE
 from matquant.inference import torch_reference
-from matquant.inference.argument_checks import check_x
+from matquant.inference.argument_checks import check_no_gradient, check_x
 from matquant.inference.gemm_shape import DeviceLimits, GemmShape, folds_zero_point_exactly, is_supported
 from matquant.inference.kernel_families.wgmma import WGMMA_MIN_M
 from matquant.inference.launch_config import (
@@ -80,6 +80,7 @@ def linear(
     offset: float,
 ) -> Tensor:
     """Operator ``nested_linear`` on a CUDA device; errors as in ``inference.ops``."""
+    check_no_gradient(x, scales, bias)
     shape, device = x.shape, x.get_device()
     tokens = x.numel() // shape[-1] if shape and shape[-1] else 0
     settings = CallSettings(bits, out_features, in_features, group_size, master_bits, slicing, offset)

@@ -10,7 +10,8 @@ from matquant.errors import UserError
 from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.formats.planes import NestedPlanes
 from matquant.formats.tile_layout import group_shape, plane_shape
-from matquant.inference import ops  # noqa: F401 - defines torch.ops.matquant
+from matquant.inference.forward_phase import ForwardPhase
+from matquant.inference.ops import differentiable_linear
 
 _STATE_VERSION = 1
 _STATE_FIELDS = ("format", "out_features", "in_features", "group_size", "master_bits", "round", "offset")
@@ -21,6 +22,8 @@ class NestedLinear(nn.Module):
 
     The bit-width is an attribute and moves no data: it may be set at any time and differ from call to call. A captured CUDA
     graph keeps the bit-width of its capture. ``torch.compile`` makes one graph per bit-width.
+
+    Gradients flow to ``x`` and to a bias that requires one; see ``ops.differentiable_linear``.
 
     The constructor leaves the weight uninitialized, to be filled from a state dict; ``from_planes`` takes existing planes.
 
@@ -34,8 +37,9 @@ class NestedLinear(nn.Module):
         planes, scales, zeros: buffers as in ``NestedPlanes``. ``.half()`` and the like do not change the dtype of ``scales``.
         scales2, scales3, ...: buffers of the bit-widths that have scales of their own.
         bias: parameter [out_features], or None.
-        decode_bits: bit-width of calls with one token per sequence, [..., 1, in_features] or [in_features].
-        prefill_bits: bit-width of all other calls.
+        decode_bits: bit-width while the model decodes, see ``forward_phase``.
+        prefill_bits: bit-width while the model reads prompts.
+        phase: phase of the model that the layer belongs to; None outside of a model.
 
     Raises:
         UserError: sizes that do not fit together.
@@ -45,6 +49,7 @@ class NestedLinear(nn.Module):
     scales: Tensor
     zeros: Tensor | None
     bias: nn.Parameter | None
+    phase: ForwardPhase | None
 
     def __init__(
         self,
@@ -60,6 +65,7 @@ class NestedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.format = format
+        self.phase = None
         count = format.master_bits if num_planes is None else num_planes
         grid = (count, *plane_shape(out_features, in_features))
         side = group_shape(out_features, in_features, format.group_size)
@@ -140,15 +146,14 @@ class NestedLinear(nn.Module):
         """Map [..., in_features] to [..., out_features], in the dtype of ``x``.
 
         Args:
-            bits: bit-width of this call only.
+            bits: bit-width of this call only; None for that of the phase.
 
         Raises:
-            UserError: see ``inference.ops``.
+            UserError: see ``inference.ops`` and ``phase_bits``.
         """
         if bits is None:
-            one_token = x.ndim < 2 or x.shape[-2] == 1
-            bits = self.decode_bits if one_token else self.prefill_bits
-        return torch.ops.matquant.nested_linear.default(
+            bits = self.phase_bits()
+        return differentiable_linear(
             x,
             self.planes,
             self.scales_at(bits),
@@ -164,6 +169,23 @@ class NestedLinear(nn.Module):
         """Set of scales that ``bits`` bits read."""
         scales: Tensor = getattr(self, f"scales{bits}") if bits in self.format.scale_bits else self.scales
         return scales
+
+    def phase_bits(self) -> int:
+        """Bit-width of the phase in which the layer's model is.
+
+        Raises:
+            UserError: the bit-widths of prefill and decoding differ, and the model's forward pass does not run.
+        """
+        if self.decode_bits == self.prefill_bits:
+            return self.decode_bits
+        decoding = None if self.phase is None else self.phase.is_decoding
+        if decoding is None:
+            raise UserError(
+                f"A layer with {self.prefill_bits} bits for prefill and {self.decode_bits} bits for decoding was called "
+                "outside of the forward pass of a model that takes input_ids, so its phase is unknown. Call the model, pass "
+                "bits= to the layer, or set one bit-width for both."
+            )
+        return self.decode_bits if decoding else self.prefill_bits
 
     def nested_planes(self) -> NestedPlanes:
         """Weight of the layer; the tensors are shared."""

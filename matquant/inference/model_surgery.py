@@ -11,6 +11,7 @@ from matquant.errors import UserError
 from matquant.formats.bit_choice import Bits, bits_by_layer
 from matquant.formats.parent import TRANSFORM_KEY, Parent
 from matquant.formats.planes import NestedPlanes
+from matquant.inference.forward_phase import ForwardPhase, takes_tokens
 from matquant.inference.linear import NestedLinear
 from matquant.store.artifact import read_artifact
 
@@ -26,14 +27,15 @@ def set_bits(model: nn.Module, bits: Bits, prefill: Bits | None = None) -> dict[
     Args:
         bits: one bit-width for all layers, a bit-width by full layer name, or the file of an allocation. Layers that are not
             named keep theirs.
-        prefill: bit-widths of calls with more than one token per sequence, in the same form. Layers that it does not name, and
-            all of them for None, use that of decoding.
+        prefill: bit-widths of calls of the model that read prompts, in the same form; see ``forward_phase``. Layers that it
+            does not name, and all of them for None, use that of decoding.
 
     Returns:
         Bit-width of decoding of every nested layer, by name.
 
     Raises:
-        UserError: a name is no nested layer, or the planes of a layer do not hold its bit-width. Nothing has changed then.
+        UserError: a name is no nested layer, the planes of a layer do not hold its bit-width, or ``prefill`` differs for a
+            layer that is in no model with ``input_ids``. Nothing has changed then.
     """
     layers = nested_layers(model)
     if not layers:
@@ -43,10 +45,34 @@ def set_bits(model: nn.Module, bits: Bits, prefill: Bits | None = None) -> dict[
     for by_layer in (decode_bits, prefill_bits):
         for name, value in by_layer.items():
             layers[name].check_bits(value, name)
+    follow_phase(model)
+    choices = {}
     for name in decode_bits.keys() | prefill_bits.keys():
         decode = decode_bits.get(name, layers[name].decode_bits)
-        layers[name].set_bits(decode, prefill_bits.get(name, decode))
+        choices[name] = (decode, prefill_bits.get(name, decode))
+        if decode != choices[name][1] and layers[name].phase is None:
+            raise UserError(
+                f"prefill differs from bits, but no module of {type(model).__name__} around {name} takes input_ids, so "
+                "that the phase of a call would be unknown. Call set_bits with the whole model, or set one bit-width."
+            )
+    for name, (decode, prompt) in choices.items():
+        layers[name].set_bits(decode, prompt)
     return {name: layer.decode_bits for name, layer in layers.items()}
+
+
+def follow_phase(model: nn.Module) -> None:
+    """Connect nested layers with the phase of the model's forward pass, so that it decides their bit-width. Idempotent.
+
+    Args:
+        model: a whole model. Hooks are added to it and to those of its parts that take ``input_ids``.
+    """
+    layers = {layer for layer in nested_layers(model).values() if layer.phase is None}
+    phase = ForwardPhase()
+    for depth, module in enumerate(filter(takes_tokens, model.modules())):  # outer modules come first
+        if inner := layers.intersection(module.modules()):
+            phase.follow(module, depth)
+            for layer in inner:
+                layer.phase = phase
 
 
 def replace_linears(
@@ -82,6 +108,7 @@ def replace_linears(
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, layers[name])
             del dense
+    follow_phase(model)
     return layers
 
 

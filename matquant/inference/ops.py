@@ -9,14 +9,14 @@ They take the tensors of a ``NestedPlanes``, with the set of scales of the bit-w
 ``WeightFormat.op_args``. ``x`` is
 [..., in_features] in float16, bfloat16 or float32, ``y`` [..., out_features] in the same dtype. On CUDA devices they launch
 the kernels of ``kernels/``, elsewhere they run plain torch. They work in CUDA graphs and under ``torch.compile``, with one
-graph per bit-width. There is no backward pass; asking for one raises a UserError.
+graph per bit-width. The operators record no gradients; ``linear`` and ``NestedLinear`` do, with respect to ``x`` and ``bias``.
 
 For up to 64 tokens the error of the kernels is that of rounding the exact result. For more tokens they may round weights to the
 dtype of ``x`` first, as a dense matrix would hold them.
 
 Raises:
     UserError: a tensor of the wrong dtype, device, shape or layout, a bit-width that the planes do not hold, or no CuPy on a
-        CUDA device. Nothing has been launched then.
+        CUDA device, a tensor that requires a gradient. Nothing has been launched then.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ from matquant.errors import UserError
 from matquant.formats.nested import Slicing, WeightFormat
 from matquant.formats.planes import NestedPlanes, check_layout
 from matquant.inference import cuda_ops, torch_reference
-from matquant.inference.argument_checks import check_x
+from matquant.inference.argument_checks import check_no_gradient, check_x
 
 _FORMAT_SCHEMA = "int group_size, int master_bits, str slicing, float offset"
 
@@ -44,8 +44,8 @@ _library.define(
 
 
 def linear(x: Tensor, weight: NestedPlanes, bits: int, bias: Tensor | None = None) -> Tensor:
-    """Compute x W^T + bias with W at ``bits`` bits: ``nested_linear`` for a ``NestedPlanes``."""
-    return torch.ops.matquant.nested_linear.default(
+    """Compute x W^T + bias with W at ``bits`` bits: ``differentiable_linear`` for a ``NestedPlanes``."""
+    return differentiable_linear(
         x,
         weight.planes,
         weight.scales_at(bits),
@@ -56,6 +56,62 @@ def linear(x: Tensor, weight: NestedPlanes, bits: int, bias: Tensor | None = Non
         weight.in_features,
         *weight.format.op_args,
     )
+
+
+def differentiable_linear(
+    x: Tensor,
+    planes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    out_features: int,
+    in_features: int,
+    *op_args: Any,
+) -> Tensor:
+    """Operator ``nested_linear`` with gradients with respect to ``x`` and ``bias``.
+
+    The backward pass holds the dense weight of the layer, in the dtype of ``x``.
+
+    Raises:
+        UserError: as the operator, and for scales that require a gradient.
+    """
+    arguments = (x, planes, scales, zeros, bias, bits, out_features, in_features, *op_args)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _DifferentiableLinear.apply(*arguments)
+    return torch.ops.matquant.nested_linear.default(*arguments)
+
+
+class _DifferentiableLinear(torch.autograd.Function):
+    """Gradients of y = x W^T + bias: dL/dx = dL/dy W, and dL/dbias is the sum of dL/dy over tokens."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        return torch.ops.matquant.nested_linear.default(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, planes, scales, zeros, bias, *ctx.settings = inputs
+        if scales.requires_grad:
+            raise UserError(
+                "The scales of a nested layer require a gradient, but have none. Call scales.detach() first."
+            )
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(planes, scales, zeros)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_y,) = gradients  # (..., out_features)
+        bits, out_features, in_features, *op_args = ctx.settings
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = torch.ops.matquant.nested_dequantize.default(
+                *ctx.saved_tensors, bits, out_features, in_features, *op_args, grad_y.dtype
+            )
+            grad_x = grad_y @ weight
+        if ctx.needs_input_grad[4]:
+            grad_bias = grad_y.reshape(-1, out_features).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_x, None, None, None, grad_bias, *(None for _ in ctx.settings)
 
 
 def dequantize(weight: NestedPlanes, bits: int, dtype: torch.dtype) -> Tensor:
@@ -91,6 +147,7 @@ def _linear(
     in_features: int,
     *op_args: Any,
 ) -> Tensor:
+    check_no_gradient(x, scales, bias)
     check_x(x, planes, bias, out_features, in_features)
     fmt = WeightFormat.from_op_args(scales, zeros, *op_args)
     weight = _nested_planes(planes, scales, zeros, out_features, in_features, fmt)
@@ -151,18 +208,9 @@ def _fake_dequantize(
     return scales.new_empty(out_features, in_features, dtype=dtype)
 
 
-def _no_backward(_context: Any, *_gradients: Tensor) -> None:
-    """Refuse the backward pass of ``nested_linear``."""
-    raise UserError(
-        "A packed layer has no backward pass: its weights are bit planes. Run the model under torch.no_grad(), and train "
-        "the original model instead."
-    )
-
-
 _library.impl("nested_linear", _linear, "CPU")
 _library.impl("nested_linear", cuda_ops.linear, "CUDA")
 _library.impl("nested_dequantize", _dequantize, "CPU")
 _library.impl("nested_dequantize", cuda_ops.dequantize, "CUDA")
-torch.library.register_autograd("matquant::nested_linear", _no_backward, lib=_library)
 torch.library.register_fake("matquant::nested_linear", _fake_linear, lib=_library)
 torch.library.register_fake("matquant::nested_dequantize", _fake_dequantize, lib=_library)

@@ -10,8 +10,8 @@ Order of the calls in ``from_pretrained``:
 """
 
 import dataclasses
+import functools
 import re
-import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,8 +150,8 @@ class NestedQuantizer(HfQuantizer):
         model._weight_conversions = nested_converters(_plane_count(self.spec))  # for save_pretrained
         for name in ("bits", "prefill_bits", "max_bits"):
             setattr(model.config, name, None)  # from here on quantization_config holds the bit-widths
-        model.requires_grad_(False)  # nested layers have no backward pass
-        model.set_bits = types.MethodType(set_bits, model)
+        model.requires_grad_(False)  # planes and scales cannot be trained; adapters on the layers can
+        model.set_bits = functools.partial(set_bits, model)  # a bound method of an attribute cannot be pickled
         model.set_bits({name: self.spec.bits_of(name) for name in self.spec.layers}, self.spec.prefill_bits)
         return model
 
@@ -160,7 +160,7 @@ class NestedQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # as the base of adapters
 
     @property
     def is_compileable(self) -> bool:
@@ -172,7 +172,7 @@ def set_bits(model: Any, bits: Bits, prefill: int | None = None) -> dict[str, in
 
     Args:
         bits: one bit-width, a bit-width for some layers by name, or the file of an allocation (.yaml, .txt).
-        prefill: bit-width of all layers for calls with more than one token per sequence; None for that of decoding.
+        prefill: bit-width of all layers in forward passes that read prompts; None for that of decoding.
 
     Returns:
         Bit-width of every nested layer, by name.

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from shared import TINY
 from torch import nn
-from weights import make_weight
+from weights import make_weight, rounded_weight
 
 from matquant.errors import UserError
 from matquant.formats.nested import NestedWeight, WeightFormat
@@ -60,12 +60,27 @@ def test_bits_change_without_moving_data():
     assert addresses == [t.data_ptr() for t in (layer.planes, layer.scales)]
 
 
-def test_prefill_and_decoding_have_separate_bits():
+class LayerInModel(nn.Module):
+    """Model that passes hidden states of any shape to one layer."""
+
+    def __init__(self, layer: NestedLinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return self.layer(hidden)
+
+
+@pytest.mark.parametrize(("tokens", "bits"), [((1, 7), 6), ((4, 3), 6), ((4, 1), 2), ((1, 1), 2)])
+def test_call_of_the_model_decides_between_prefill_and_decoding(tokens, bits):
     layer, weight, bias = make_layer()
-    layer.set_bits(2, prefill=6)
+    model = LayerInModel(layer)
+    set_bits(model, 2, prefill=6)
     assert (layer.bits, layer.decode_bits, layer.prefill_bits) == (2, 2, 6)
-    for shape, bits in [((4, 3, 96), 6), ((4, 1, 96), 2), ((1, 96), 2), ((7, 96), 6), ((96,), 2)]:
-        assert_output(layer, weight, bias, inputs(*shape), bits)
+    for shape in [(4, 3, 96), (4, 1, 96), (1, 96), (7, 96), (96,)]:
+        expected = nn.functional.linear(inputs(*shape), weight.dequantize(bits), bias)
+        found = model(torch.zeros(tokens, dtype=torch.int64), inputs(*shape))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
     layer.bits = 3
     assert_output(layer, weight, bias, inputs(4, 3, 96), 3)
 
@@ -153,21 +168,6 @@ def load_model(folder) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def rounded(dense) -> NestedWeight:
-    """Weight rounded to nearest: 8 bits, zero-point offset 8, groups of 32."""
-    groups = dense.view(dense.shape[0], -1, 32)
-    scales = (groups.abs().amax(-1) / 119).half()
-    codes = (groups / scales.float()[..., None] + 135.5).round().clamp(0, 255).to(torch.uint8)
-    return NestedWeight(
-        codes=codes.view(dense.shape),
-        scales=scales,
-        zeros=None,
-        format=WeightFormat(
-            master_bits=8, slicing="msb", zero_point_offset=8.0, group_size=32, scale_dtype=torch.float16
-        ),
-    )
-
-
 @torch.no_grad()
 def make_parent(model, folder) -> Parent:
     """Parent with all linear layers of the blocks but one."""
@@ -181,7 +181,7 @@ def make_parent(model, folder) -> Parent:
                 "layers": {n: {"shape": list(m.weight.shape), "errors": {}} for n, m in linears.items()},
                 "notes": [],
             }
-            write_block(draft, block_file(index), {n: rounded(m.weight) for n, m in linears.items()}, record)
+            write_block(draft, block_file(index), {n: rounded_weight(m.weight) for n, m in linears.items()}, record)
             blocks.append(record | {"file": block_file(index)})
         return {"label": "rounded", "blocks": blocks}
 

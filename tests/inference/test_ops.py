@@ -8,7 +8,7 @@ from weights import make_weight
 
 from matquant.errors import UserError
 from matquant.formats.planes import CPU_STRIP_WEIGHTS, NestedPlanes
-from matquant.inference import NestedLinear, dequantize, linear, torch_reference
+from matquant.inference import dequantize, linear, torch_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EPSILON = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
@@ -129,23 +129,3 @@ def test_invalid_arguments_raise(wrong, message, fake):
         torch.ops.matquant.nested_linear.default(
             tensors["x"], *weight, None, tensors["bias"], call["bits"], 66, 96, 32, 8, "msb", 8.0
         )
-
-
-@pytest.mark.parametrize("requires_grad", ["input", "bias"])
-def test_the_forward_pass_works_with_gradients_and_the_backward_pass_is_refused(requires_grad):
-    weight = NestedPlanes.pack(make_weight(70, 96, 32))
-    x, bias = torch.randn(2, 3, 96), torch.zeros(70)
-    (x if requires_grad == "input" else bias).requires_grad_()
-    y = linear(x, weight, 4, bias)
-    with torch.no_grad():
-        assert torch.equal(y, linear(x, weight, 4, bias))
-    with pytest.raises(UserError, match="packed layer has no backward pass"):
-        y.sum().backward()
-
-
-def test_training_a_packed_model_is_refused_with_the_way_out():
-    layer = NestedLinear.from_planes(make_weight(70, 96, 32))
-    model = torch.nn.Sequential(torch.nn.Linear(96, 96), layer)
-    loss = model(torch.randn(3, 96)).square().mean()
-    with pytest.raises(UserError, match=r"torch\.no_grad\(\), and train the original model instead"):
-        loss.backward()

@@ -215,7 +215,7 @@ def test_backend_that_does_not_tell_the_kind_of_step_raises(set_step, metadata):
 @pytest.mark.parametrize("tokens", [(1, COLUMNS), (3, COLUMNS), (3, 1, COLUMNS)], ids=str)
 @pytest.mark.parametrize(("new_tokens", "bits"), [(1, 2), (4, 8)])
 def test_shape_of_the_input_does_not_decide_the_bits(set_step, tokens, new_tokens, bits):
-    """As for an expert, which gets some of the tokens of a step."""
+    """An expert, for example, gets some of the tokens of a step."""
     layer = load(make_layer(WHOLE))
     layer.set_bits(2, 8)
     set_step("NONE", {"layer": FlashAttentionMetadata(new_tokens)})

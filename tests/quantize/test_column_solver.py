@@ -56,7 +56,8 @@ def test_codes_are_the_best_of_all(data, master_bits, kind, spread, seed):
     codes, cost = best_codes(u, lam, widths, master_bits, *kind)
     every = costs_of_all(u, lam, widths, master_bits, *kind)
     chosen = np.take_along_axis(every, codes.astype(int)[:, None], 1)[:, 0]
-    # Targets relative to a cell's centre are rounded once more: by d, which changes a cost l e^2 by 2 l e d <= r l e^2 + l d^2 / r.
+    # Targets relative to a cell's centre are rounded once more. A rounding of d changes a cost l e^2 by
+    # 2 l e d <= r l e^2 + l d^2 / r.
     relative, rounding = 1e-5, 2.0 ** (master_bits - 23) * (kind[1] != 1)
     allowed = relative * chosen + lam.sum(0) * rounding**2 / relative
     assert (chosen - every.min(1) <= allowed).all()  # but for ties that rounding makes

@@ -24,8 +24,8 @@ class CodeGrid:
         codes: 2^M.
         centre: offset of a cell's value from its start, in cells: 1/2 for msb slices, 0 for round ones.
         nested: True if a cell of a bit-width holds whole cells of the next.
-        low_cells: float32 [4, L]; ``cells`` of the bit-widths whose values the stretch changes, within one cell of four bits and
-            relative to its centre, with the stretched length of a cell in place of its codes.
+        low_cells: float32 [4, L]; ``cells`` of the bit-widths whose values the stretch changes, within one cell of four bits
+            and relative to its centre, with the stretched length of a cell in place of its codes.
         stretch: of later planes, see ``formats.nested``; 1 if it changes the values of none of the bit-widths.
     """
 

@@ -33,12 +33,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from matquant.formats.bits import check_bits
+from matquant.formats.bits import STRETCHES, STRICT_BITS, check_bits
 from matquant.formats.groups import group_count, scale_groups
 
 Slicing = Literal["msb", "round"]
-STRICT_BITS = 4  # planes whose steps are halves; a stretch applies to the later ones
-STRETCHES = (1.0, 1.25, 1.5)  # that kernels multiply exactly
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}  # by name in files
 
 
@@ -84,7 +82,7 @@ class WeightFormat:
         has_zero_points: True if every group stores a zero point of its own.
         scale_dtype: one of ``SCALE_DTYPES``.
         scale_bits: bit-widths with a set of scales of their own, ascending; all others share the base set.
-        stretch: one of ``STRETCHES``, factor of the steps of the fifth and later planes; 1 for ``round`` slicing.
+        stretch: one of ``formats.bits.STRETCHES``, factor of the steps of the fifth and later planes; 1 for ``round`` slicing.
 
     Raises:
         ValueError: a stretch that slicing or kernels do not have.

@@ -26,10 +26,10 @@ from typing import Any, cast
 import torch
 
 from matquant.errors import UserError
-from matquant.formats.bits import MAX_BITS, MIN_BITS, check_bits
+from matquant.formats.bits import MAX_BITS, MIN_BITS, STRETCHES, check_bits
 from matquant.formats.field_reader import MODULE_NAME, FieldReader, short_json
 from matquant.formats.groups import WHOLE_ROW, group_count
-from matquant.formats.nested import SCALE_DTYPES, STRETCHES, NestedWeight, Slicing, WeightFormat
+from matquant.formats.nested import SCALE_DTYPES, NestedWeight, Slicing, WeightFormat
 from matquant.formats.tile_layout import group_shape, plane_shape
 from matquant.store.files import FileRecord
 from matquant.store.json_files import hash_json

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from matquant.errors import UserError
-from matquant.formats.bits import BIT_WIDTHS, MAX_BITS, MIN_BITS
+from matquant.formats.bits import BIT_WIDTHS, MAX_BITS, MIN_BITS, STRICT_BITS
 from matquant.formats.groups import group_count, scale_groups
-from matquant.formats.nested import SCALE_DTYPES, STRICT_BITS, NestedWeight, WeightFormat, slice_codes
+from matquant.formats.nested import SCALE_DTYPES, NestedWeight, WeightFormat, slice_codes
 from matquant.formats.tile_layout import (
     TILE,
     group_shape,

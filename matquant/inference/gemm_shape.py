@@ -4,7 +4,8 @@ import dataclasses
 
 import torch
 
-from matquant.formats.nested import STRICT_BITS, WeightFormat
+from matquant.formats.bits import STRICT_BITS
+from matquant.formats.nested import WeightFormat
 from matquant.formats.tile_layout import TILE
 
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from matquant.errors import UserError
-from matquant.formats.bits import MAX_BITS, MIN_BITS
-from matquant.formats.nested import STRETCHES
+from matquant.formats.bits import MAX_BITS, MIN_BITS, STRETCHES
 
 if TYPE_CHECKING:
     from matquant.quantize.base import BlockQuantizer, QuantizerTask

@@ -12,7 +12,7 @@ from matquant.data import texts
 from matquant.data.config import TextConfig
 from matquant.data.sources.base import check_characters
 from matquant.errors import UserError
-from matquant.evaluate.plausibility import full_precision_warnings
+from matquant.evaluate.plausibility import dtype_warnings, full_precision_warnings
 from matquant.formats import allocation
 from matquant.formats.allocation import Allocation
 from matquant.formats.nested import NestedWeight
@@ -38,6 +38,7 @@ class LoadedJob:
         config: of the job.
         model, blocks: the model, and the same as a row of blocks.
         dtype: in which blocks run.
+        evaluation_dtype: in which they run for perplexity and KL.
         layers: layers to quantize of each block, by full name.
         sizes: sizes of the model's parts.
         allocations: allocation files among ``bits``, by path.
@@ -50,6 +51,7 @@ class LoadedJob:
     model: LoadedModel
     blocks: BlockModel
     dtype: torch.dtype
+    evaluation_dtype: torch.dtype
     layers: list[dict[str, nn.Linear]]
     sizes: ModelSizes
     allocations: Mapping[str, Allocation]
@@ -92,9 +94,11 @@ class LoadedJob:
         """Number of tokens in the prompt of the stage generate."""
         return count_tokens(self.model, str(self.config.prompt))
 
-    def offload_target(self, runtime: Runtime, sequences: Tensor | None, models: int) -> OffloadTarget:
+    def offload_target(
+        self, runtime: Runtime, sequences: Tensor | None, models: int, dtype: torch.dtype
+    ) -> OffloadTarget:
         """Storage for the hidden states of so many models between two blocks."""
-        needed = models * own_tokens(runtime, sequences) * self.sizes.hidden * self.dtype.itemsize
+        needed = models * own_tokens(runtime, sequences) * self.sizes.hidden * dtype.itemsize
         return choose_offload_target(needed, runtime.device, runtime.store.path / "scratch")
 
 
@@ -125,6 +129,7 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
         model=model,
         blocks=blocks,
         dtype=dtype,
+        evaluation_dtype=torch.float32 if config.eval.dtype == "float32" else dtype,
         layers=layers,
         sizes=measure_model(blocks, layers, model.dtype, dtype),
         allocations=allocations,
@@ -140,6 +145,8 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
         job = dataclasses.replace(
             job, calibration=_read("calibration", config.calibration, "calibration", model, runtime)
         )
+    if evaluation:
+        runtime.warn(dtype_warnings(job.evaluation_dtype))
     bos = model.tokenizer.bos_token_id
     known_bos = bos if bos is not None and bos < embedded_tokens(model.model) else None
     runtime.warn(full_precision_warnings(blocks, _first_windows(job), known_bos, runtime.device))

@@ -1,5 +1,7 @@
 """Memory plan of a job from the estimates of its stages."""
 
+import dataclasses
+
 from matquant import machine
 from matquant.evaluate.memory import evaluate_memory, evaluate_operations
 from matquant.formats.nested import planes_read
@@ -42,7 +44,7 @@ def plan_without_quantize(job: LoadedJob, runtime: Runtime) -> MemoryPlan | None
 def quantize_offload(job: LoadedJob, runtime: Runtime, quantizer: BlockQuantizer) -> Offload:
     """Storage of the hidden states while a parent is made."""
     streams = 1 if quantizer.calibration is None else 1 + len(quantizer.calibration.bits)
-    return job.offload_target(runtime, job.calibration, streams)
+    return job.offload_target(runtime, job.calibration, streams, job.dtype)
 
 
 def _later_stages(job: LoadedJob, runtime: Runtime) -> tuple[list[MemoryEstimate], float]:
@@ -51,11 +53,10 @@ def _later_stages(job: LoadedJob, runtime: Runtime) -> tuple[list[MemoryEstimate
     slices = len(config.slice_bits) + len(job.allocations)
     for name, sequences in job.evaluation.items():
         tokens, batch = own_tokens(runtime, sequences), config.eval.datasets[name].batch_size
-        offload = job.offload_target(runtime, sequences, 1 + slices)
+        offload = job.offload_target(runtime, sequences, 1 + slices, job.evaluation_dtype)
+        sizes = dataclasses.replace(job.sizes, computing=job.evaluation_dtype.itemsize)
         estimates.append(
-            evaluate_memory(
-                job.sizes, tokens, sequences.shape[1], batch, slices, on_gpu=runtime.on_gpu, offload=offload
-            )
+            evaluate_memory(sizes, tokens, sequences.shape[1], batch, slices, on_gpu=runtime.on_gpu, offload=offload)
         )
         operations += evaluate_operations(job.sizes, tokens, slices)
     if "generate" in config.stages:

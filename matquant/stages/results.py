@@ -50,7 +50,7 @@ def assemble(job: LoadedJob, runtime: Runtime, outputs: StageOutputs, *, command
     """
     slices, metrics, scores = outputs.slices, outputs.metrics, outputs.scores
     layers = _layer_errors(slices)
-    implausible = _implausible(slices, metrics, layers, job.dtype)
+    implausible = _implausible(slices, metrics, layers, job.evaluation_dtype)
     return JobResults(
         model=job.model.label,
         method=job.config.method.name,

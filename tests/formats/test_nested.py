@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matquant.formats.nested import STRETCHES, NestedWeight, WeightFormat, levels, planes_read, slice_codes
+from matquant.formats.bits import STRETCHES
+from matquant.formats.nested import NestedWeight, WeightFormat, levels, planes_read, slice_codes
 from matquant.formats.parent import read_block, write_block
 from matquant.store import Store
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from matquant.formats.nested import STRICT_BITS, Slicing
+from matquant.formats.bits import STRICT_BITS
+from matquant.formats.nested import Slicing
 
 # Marks a zero point that follows from the smallest and largest weight of a group.
 FROM_RANGE = math.nan

@@ -4,10 +4,12 @@ import dataclasses
 
 from matquant import machine
 from matquant.evaluate.memory import evaluate_memory, evaluate_operations
+from matquant.formats.groups import group_count
 from matquant.formats.nested import planes_read
 from matquant.memory import MemoryEstimate, MemoryPlan, Offload, make_plan
 from matquant.quantize.base import BlockQuantizer, CalibrationTokens
 from matquant.quantize.memory import quantize_memory
+from matquant.refine.memory import refine_memory, refine_operations
 from matquant.stages.generate import generate_memory
 from matquant.stages.load import LoadedJob, own_tokens
 from matquant.stages.runtime import Runtime
@@ -51,6 +53,10 @@ def _later_stages(job: LoadedJob, runtime: Runtime) -> tuple[list[MemoryEstimate
     """Estimates and operations of evaluating and generating."""
     config, estimates, operations = job.config, [], 0.0
     slices = len(config.slice_bits) + len(job.allocations)
+    if job.refinement is not None:
+        estimates.append(_refine_estimate(job, runtime))
+        tokens = job.refinement.batch_size * job.refinement.training.shape[1] // runtime.process_group.world_size
+        operations += refine_operations(job.sizes, config.refine.steps, len(config.refine.bits), tokens)
     for name, sequences in job.evaluation.items():
         tokens, batch = own_tokens(runtime, sequences), config.eval.datasets[name].batch_size
         offload = job.offload_target(runtime, sequences, 1 + slices, job.evaluation_dtype)
@@ -65,6 +71,25 @@ def _later_stages(job: LoadedJob, runtime: Runtime) -> tuple[list[MemoryEstimate
         estimates.append(generate_memory(job.sizes, packed, job.parent_bytes, prompt, new, on_gpu=runtime.on_gpu))
         operations += evaluate_operations(job.sizes, prompt + new, slices)
     return estimates, operations
+
+
+def _refine_estimate(job: LoadedJob, runtime: Runtime) -> MemoryEstimate:
+    text, processes = job.refinement, runtime.process_group.world_size
+    assert text is not None
+    return refine_memory(
+        job.sizes,
+        job.config.refine.bits,
+        groups=sum(
+            layer.out_features * group_count(layer.in_features, layer.format.group_size)
+            for layer in job.layer_specs.values()
+        ),
+        parent=job.parent_bytes,
+        windows=(len(text.training) + len(text.validation)) // processes,
+        length=text.training.shape[1],
+        batch=text.batch_size // processes,
+        on_gpu=runtime.on_gpu,
+        offload=runtime.device,
+    )
 
 
 def _planes(job: LoadedJob) -> int:

@@ -116,10 +116,7 @@ def test_gemm_compiles_without_spills(architecture: str, name: str, tmp_path: Pa
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_dequantize_compiles(architecture: str) -> None:
-    for problem in (
-        gemm_problem(3, 1, has_zero_points=True, dtype=torch.bfloat16),
-        gemm_problem(7, 1, stretch=1.25),
-    ):
+    for problem in (gemm_problem(3, 1, has_zero_points=True, dtype=torch.bfloat16), gemm_problem(7, 1, stretch=1.25)):
         assert compile_source("dequant.cu", architecture, problem.defines())[:4] == ELF
 
 

@@ -309,6 +309,14 @@ def cost_sentence(quantize_seconds: float | None, models: Sequence[ParentRecord]
     return f"{made}; {len(models)} models, one per bit-width, take {number_format.size(total)} together."
 
 
+def refine_sentence(refine: Mapping[str, Any] | None) -> str:
+    """Sentence on a refinement; empty without one."""
+    if refine is None:
+        return ""
+    bits = ", ".join(map(str, refine.get("bits", ())))
+    return f" Scales of {bits} bits refined in {refine.get('steps')} steps."
+
+
 def _task_figures(tasks: Tasks) -> dict[str, float]:
     scores: dict[str, float] = {}
     for task, value in (tasks or {}).items():

@@ -1,6 +1,7 @@
 """Command line: composes the config with Hydra, and turns errors into sentences and exit statuses.
 
-``python run.py`` and the console script ``matquant`` are the same; ``matquant store ls`` is ``matquant store=ls``.
+``python run.py`` and the console script ``matquant`` are the same. Commands are names for overrides, see ``_COMMANDS``;
+``matquant store ls`` is ``matquant store=ls``, and ``matquant serve FOLDER`` starts vLLM's server.
 """
 
 import os
@@ -8,6 +9,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -18,8 +20,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from matquant.config import RENAMED, Config, from_hydra, schemas
 from matquant.errors import UserError
+from matquant.optional_packages import check_installed
 from matquant.paths import resource_root
 from matquant.typed_config import renamed_sentence
+
+# Overrides that a command stands for; the user's own come after them.
+_COMMANDS = {
+    "quantize": ["stages=[quantize]"],
+    "evaluate": ["stages=[quantize,evaluate]"],
+    "pack": ["stages=[quantize]", "pack=nested"],
+    "generate": ["stages=[quantize,generate]"],
+}
 
 # OpenMP threads that have nothing to do spin for milliseconds by default. On cores that other processes use, a spinning thread
 # takes the time of the thread it waits for, at every parallel region. These values make it sleep after tens of microseconds.
@@ -90,18 +101,32 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 
 def _translate(arguments: list[str]) -> list[str]:
-    """Translate ``store ls`` to the override ``store=ls``; refuse settings by their old names.
+    """Translate a command at the front to overrides; refuse settings by their old names.
 
     Raises:
-        UserError: names the new setting.
+        UserError: names the new setting, or the commands.
     """
-    if arguments[:1] == ["store"]:
-        arguments = [f"store={arguments[1] if len(arguments) > 1 else 'ls'}", *arguments[2:]]
+    command, rest = (arguments[0] if arguments else ""), arguments[1:]
+    if command == "store":
+        arguments = [f"store={rest[0] if rest else 'ls'}", *rest[1:]]
+    elif command in _COMMANDS:
+        own = {argument.lstrip("+").partition("=")[0] for argument in rest}
+        arguments = [o for o in _COMMANDS[command] if o.partition("=")[0] not in own] + rest
+    elif command.isidentifier():
+        raise UserError(
+            f"{command!r} is no command; there are {', '.join([*_COMMANDS, 'serve', 'store'])}. A setting is name=value."
+        )
     for argument in arguments:
         name = argument.lstrip("+~").partition("=")[0]
         if name in RENAMED:
             raise UserError(renamed_sentence(name, RENAMED))
     return arguments
+
+
+def _serve(arguments: list[str]) -> NoReturn:
+    """Replace this process by vLLM's server, which loads the plugin by itself."""
+    check_installed("vllm", "matquant serve")
+    os.execvp(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments])
 
 
 def _limit_spinning() -> None:
@@ -125,6 +150,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     rank = int(os.environ.get("RANK", "0"))
     try:
+        if sys.argv[1:2] == ["serve"]:
+            _serve(sys.argv[2:])
         sys.argv[1:] = _translate(sys.argv[1:])
         if rank > 0:  # the main process alone has the output folder and the terminal
             sys.argv += _SILENT

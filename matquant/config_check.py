@@ -9,6 +9,7 @@ from matquant.data.texts import check_text
 from matquant.errors import UserError
 from matquant.evaluate.check import check_evaluation
 from matquant.models import config as loading
+from matquant.optional_packages import check_installed
 from matquant.pack.check import check_pack
 from matquant.quantize.config import check_bits, check_method, check_objective
 from matquant.search.config import check_search
@@ -21,6 +22,7 @@ def check_config(config: Config) -> None:
     check_objective(config.objective, master_bits)
     check_method(method)
     check_text(config.calibration, "calibration")
+    _check_packages(config)
     check_search(config.search, master_bits, per_bit_models=method.per_bit_models)
     config.refine.check(master_bits)
     _check_refine(config)
@@ -36,6 +38,16 @@ def check_config(config: Config) -> None:
             f"makes one parent; found prompt={config.prompt!r}, max_new_tokens={config.max_new_tokens} and {models} models."
         )
     check_pack(config.pack, config.stages, models)
+
+
+def _check_packages(config: Config) -> None:
+    """Refuse settings whose packages are not installed, before any work."""
+    if config.eval.tasks and "evaluate" in config.stages:
+        check_installed("lm_eval", f"eval.tasks={list(config.eval.tasks)}")
+    if config.tracking.wandb:
+        check_installed("wandb", "tracking=wandb (tracking=none goes without)")
+    if config.search.wanted:
+        check_installed("scipy", f"search={config.search.name}")
 
 
 def _check_refine(config: Config) -> None:

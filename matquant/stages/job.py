@@ -14,6 +14,7 @@ from matquant.evaluate.tasks import Tasks
 from matquant.formats import allocation
 from matquant.formats.allocation import Allocation
 from matquant.pack.stage import Packing, try_target
+from matquant.report.next_commands import next_commands
 from matquant.report.output_files import write_atomic
 from matquant.report.results import FILE_NAME, JobResults
 from matquant.stages import generate as generating
@@ -189,6 +190,8 @@ def _show(results: JobResults, page: Path, console: Console) -> None:
     generating.show(results.generate, console)
     if results.pack is not None:
         console.print(f"packed: {results.pack['folder']}", soft_wrap=True, highlight=False)
+    for purpose, command in next_commands(results):
+        console.print(f"next, {purpose}: {command}", soft_wrap=True, highlight=False, style="dim")
 
 
 def _write_allocations(results: JobResults, folder: Path) -> None:

@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 STOCK := .venv-stock
 
-.PHONY: run test test-fast lint sweep format bench-solver bench-solver-gpu bench-kernels bench-e2e test-vllm test-exports clean
+.PHONY: run test test-fast docs lint sweep format bench-solver bench-solver-gpu bench-kernels bench-e2e test-vllm test-exports clean
 
 run: $(VENV)/.ready
 	$(BIN)/python run.py
@@ -30,6 +30,9 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy matquant
 	$(BIN)/lint-imports
 	$(BIN)/python tests/lint_docstrings.py
+
+docs: $(VENV)/.ready
+	$(BIN)/mkdocs build --strict
 
 sweep: $(VENV)/.ready
 	$(BIN)/python run.py experiment=methods

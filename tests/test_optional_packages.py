@@ -8,7 +8,6 @@ from architectures import make_model, save
 from packing import Opened
 from shared import ROOT
 
-
 # Packages of the extras cannot be imported in a program that begins with this.
 _WITHOUT = """
 import importlib.machinery, sys

@@ -10,6 +10,8 @@ class TextConfig:
 
     Attributes:
         dataset: name of a source in ``matquant.data.sources``, or ``mix``.
+        sequences: number of windows.
+        sequence_length: tokens of a window.
         path: of dataset ``local``: a file or a folder of the kinds in ``matquant.data.text_files``.
         seed: of the random choice of windows; None takes the first ones.
         batch_size: windows of one forward pass; ``auto`` in a config: as many as make 4096 tokens.

@@ -13,6 +13,7 @@ class EvalConfig:
 
     Attributes:
         datasets: texts by their name in the results.
+        task_batch_size: questions of one forward pass.
         dtype: of the forward passes for perplexity and KL. In 16 bits the rounding of the activations hides what 6 and 8
             bits of weights change. ``model`` is the dtype of the model, on a CPU float32.
         tasks: of lm-eval: its own names, ``stdlib_choice`` and ``stdlib_docstrings``, or those in ``task_folder``.

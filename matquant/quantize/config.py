@@ -20,6 +20,7 @@ class ObjectiveConfig:
     """Bit-widths that count, and the weight (lambda) of the squared output error of each.
 
     Attributes:
+        name: of the preset.
         weights: lambda of each bit-width.
         per_bit_factor: factor on the weight for each bit above two; above 1 it favours high bit-widths.
     """
@@ -54,6 +55,10 @@ class MethodConfig:
     Attributes:
         name: of the preset.
         per_bit_models: one model per bit-width (a baseline) instead of one parent for all.
+        slicing: rule that takes a slice from a code: msb, its first bits, or round, as MatGPTQ v1, which reads one bit more.
+        master_bits: bits of a code, 4 to 8.
+        group_size: consecutive input features that share a scale; -1 for one scale per row.
+        symmetric: one zero point for all groups, instead of one per group.
         zero_point_offset: of symmetric weights, in steps of an 8-bit code; a group may mirror it by a negative scale.
         stretch: factor of the steps of the fifth and later planes of msb codes, 1, 1.25 or 1.5: eight bits then reach beyond
             the cell that the first four bits choose. Does not change slices of up to four bits.

@@ -9,7 +9,9 @@ class TrackingConfig:
 
     Attributes:
         wandb: record a run, offline unless ``WANDB_MODE`` says otherwise.
+        project: that the run belongs to.
         group: of the run; null: the sweep's folder.
+        tags: of the run.
     """
 
     wandb: bool = True

@@ -1,0 +1,97 @@
+"""Hooks of MkDocs: the page of all settings, generated from the config dataclasses, and links to files of the repository."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+from matquant.config import Config, RuntimeConfig, schemas
+from matquant.data.config import TextConfig
+from matquant.evaluate.config import EvalConfig
+from matquant.models.config import ModelConfig
+from matquant.pack.config import PackConfig
+from matquant.quantize.config import ObjectiveConfig
+from matquant.quantize.gptq.config import GptqConfig
+from matquant.quantize.rtn.config import RtnConfig
+from matquant.refine.config import RefineConfig
+from matquant.report.config import TrackingConfig
+from matquant.search.config import SearchConfig
+from matquant.store.config import StoreConfig
+from matquant.transforms.config import TransformConfig
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGE = "reference/settings.md"
+GROUPS: dict[str, type] = {
+    "model": ModelConfig,
+    "calibration": TextConfig,
+    "objective": ObjectiveConfig,
+    "method (matgptq, matgptq_v1, gptq)": GptqConfig,
+    "method (rtn)": RtnConfig,
+    "transform": TransformConfig,
+    "refine": RefineConfig,
+    "search": SearchConfig,
+    "eval": EvalConfig,
+    "pack": PackConfig,
+    "tracking": TrackingConfig,
+    "runtime": RuntimeConfig,
+    "store": StoreConfig,
+}
+_ATTRIBUTE = re.compile(r"^ {4}(\w[\w, ]*): ((?:.|\n)*?)(?=^ {4}\w|\Z)", re.MULTILINE)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the generated page."""
+    files.append(File.generated(config, PAGE, content=settings_page()))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replace links to files outside of the docs by their paths, which a reader finds in the repository."""
+    return re.sub(r"\[([^\]]+)\]\(\.\./([^)]+)\)", r"\1 (`\2`)", markdown)
+
+
+def settings_page() -> str:
+    """Every setting with its default and meaning, as Markdown."""
+    assert len(GROUPS) >= len(schemas()) - 1
+    parts = ["# Settings\n", "Any of these is an override: `python run.py GROUP.NAME=VALUE`.\n", _table("", Config)]
+    for title, kind in GROUPS.items():
+        parts.append(f"\n## {title}\n\n{_table(title.split()[0] + '.', kind)}")
+    return "\n".join(parts)
+
+
+def _table(prefix: str, kind: type) -> str:
+    meanings: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        meanings |= attribute_meanings(base.__doc__ or "")
+    rows = ["| Setting | Default | Meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type) or (prefix == "" and field.name in {k.split()[0] for k in GROUPS}):
+            continue
+        rows.append(
+            f"| `{prefix}{field.name}` | {_default(field)} | {meanings.get(field.name, '').replace('|', ' or ')} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def attribute_meanings(docstring: str) -> dict[str, str]:
+    """Meaning of each attribute in a docstring's section ``Attributes``."""
+    _, _, section = docstring.partition("Attributes:\n")
+    section = re.sub(r"^ {4}", "", section, flags=re.MULTILINE)
+    found = {}
+    for names, text in _ATTRIBUTE.findall(section):
+        for name in names.split(", "):
+            found[name] = " ".join(text.replace("``", "`").split())
+    return found
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        value = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        return "required"
+    shown = list(value) if isinstance(value, tuple) else value
+    return f"`{'null' if shown is None else str(shown).lower() if isinstance(shown, bool) else shown}`"

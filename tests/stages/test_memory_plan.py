@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from matquant.quantize.base import CalibrationTokens, QuantizerTask
 from matquant.quantize.gptq.config import GptqConfig
 from matquant.quantize.memory import quantize_memory
 from matquant.quantize.rtn.config import RtnConfig
+from matquant.refine.memory import refine_memory
 from matquant.stages.generate import generate_memory
 
 CPU = torch.device("cpu")
@@ -117,6 +119,27 @@ def test_generating_holds_the_dense_parameters_and_the_planes_that_are_read() ->
     assert on_gpu.device > dense + packed
     longer = generate_memory(sizes, packed, parent, 10, 1020, on_gpu=True)
     assert longer.device - on_gpu.device == 2 * sizes.blocks * 1000 * sizes.hidden * 4
+
+
+def refined(blocks: int = 4, **changes: Any) -> MemoryEstimate:
+    fields: dict[str, Any] = {"bits": (2, 3, 4), "groups": 10**6, "parent": model_sizes(blocks).quantized}
+    fields |= {"windows": 1000, "length": 512, "batch": 8, "on_gpu": True, "offload": torch.device("cuda")}
+    return refine_memory(model_sizes(blocks), **fields | changes)
+
+
+@pytest.mark.parametrize(
+    "change", [{"bits": (2,)}, {"length": 128}, {"batch": 2}, {"windows": 100}, {"blocks": 2}], ids=str
+)
+def test_the_advice_lowers_the_estimate_of_a_refinement(change: dict) -> None:
+    assert refined(**change).device < refined().device
+
+
+def test_a_refinement_holds_the_model_its_codes_and_its_optimizer() -> None:
+    sizes = model_sizes()
+    held = sizes.parameters * sizes.computing + sizes.quantized + 3 * 5 * 10**6 * 4
+    assert held < refined().device < 2 * held + 1000 * 512 * sizes.hidden * sizes.computing
+    with pytest.raises(UserError, match="A refinement holds the whole model. Lower refine.text.batch_size"):
+        dataclasses.replace(plan_of([refined(on_gpu=False, offload=CPU)]), host_free=0).refuse()
 
 
 def plan_of(estimates: list[MemoryEstimate], offload: torch.device | None = CPU) -> MemoryPlan:

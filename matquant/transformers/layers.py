@@ -13,6 +13,7 @@ from matquant.formats.packed import LayerSpec, NestedSpec, TensorSpec
 from matquant.inference import NestedLinear
 from matquant.inference.experts import is_fused_experts, split_fused_experts
 from matquant.inference.linear import scale_buffers
+from matquant.inference.linear_modules import is_linear
 
 
 class PackedLinear(NestedLinear):
@@ -75,7 +76,7 @@ def _find_linear(model: Any, name: str, layer: LayerSpec) -> Any:
             f"The checkpoint has a nested layer {name}, but {type(model).__name__} has none of that name. Use the model that "
             "it was packed for."
         ) from None
-    if not isinstance(module, nn.Linear | Conv1D):
+    if not (is_linear(module) or isinstance(module, Conv1D)):
         raise UserError(f"{name} is a {type(module).__name__} in {type(model).__name__}, not a linear layer.")
     shape = tuple(module.weight.shape)
     found, wanted = shape[:: -1 if isinstance(module, Conv1D) else 1], (layer.out_features, layer.in_features)

@@ -166,16 +166,6 @@ class Checkpoint:
         return {name: first[id(tensor)] for name, tensor in self._tensors.items() if id(tensor) in first}
 
 
-def compute_buffers(model: Any, checkpoint: Checkpoint) -> None:
-    """Compute the tensors that no checkpoint stores (rotary frequencies and the like), on the CPU."""
-    for name, tensor in named_tensors(model):
-        if tensor.is_meta and name not in checkpoint:
-            set_tensor(model, name, torch.empty_like(tensor, device="cpu"))
-            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = False
-    model._is_hf_initialized = False
-    model.initialize_weights()
-
-
 def fill(model: Any, checkpoint: Checkpoint) -> None:
     """Read all weights into the model."""
     placeholders = {name: tensor for name, tensor in named_tensors(model) if tensor.is_meta}

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from matquant.errors import UserError, shorten
 from matquant.formats.safetensors_headers import DTYPES, StoredTensor, read_headers
 from matquant.models.blocks import compute_dtype
-from matquant.models.checkpoint import Checkpoint, build_skeleton, compute_buffers, fill
+from matquant.models.checkpoint import Checkpoint, build_skeleton, fill
 from matquant.models.checkpoint_files import (
     MAX_NAMES,
     TOKENIZERS,
@@ -31,6 +31,7 @@ from matquant.models.checkpoint_files import (
     read_config,
     weight_files,
 )
+from matquant.models.computed_tensors import compute_tensors
 from matquant.models.config import ModelConfig
 from matquant.models.tied_weights import tie_equal
 
@@ -159,12 +160,12 @@ def _skeleton(
     """Model without weights but with all tensors that are not stored, and the reader of its checkpoint."""
     config.use_cache = config.get_text_config().use_cache = False
     try:
-        with _quiet():
+        with quiet_transformers():
             module, info = build_skeleton(config, headers, dtype, trust_remote_code)
             _check_keys(folder, type(module).__name__, info, warnings)
             checkpoint = Checkpoint(module, headers)
             tie_equal(module, checkpoint)
-            compute_buffers(module, checkpoint)
+            compute_tensors(module, checkpoint)
             if (folder / "generation_config.json").is_file():
                 module.generation_config = GenerationConfig.from_pretrained(folder)
     except UserError:
@@ -194,7 +195,7 @@ def _check_keys(folder: Path, kind: str, info: Mapping[str, Any], warnings: list
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Disable Transformers' progress bars and load report; its findings become errors and warnings here."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

@@ -22,6 +22,7 @@ from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.gguf import convert_gguf, is_gguf
 from matquant.models.loading import LoadedModel, open_model
 from matquant.models.model_sizes import ModelSizes, measure_model
+from matquant.models.stock_comparison import check_against_stock
 from matquant.models.tracing import check_blockwise_forward
 from matquant.models.vocabulary import check_token_ids, embedded_tokens
 from matquant.quantize.base import BlockQuantizer, QuantizerTask
@@ -120,6 +121,7 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
     allocations = _read_allocations(config, [name for block in layers for name in block])
     evaluation = _evaluation_texts(config, model, runtime)
     largest = check_blockwise_forward(blocks, runtime.device, dtype)
+    check_against_stock(model, blocks, runtime.device, dtype)
     job = LoadedJob(
         config=config,
         model=model,

@@ -1,6 +1,6 @@
 """Files of a checkpoint: local folder or download from the hub, checks before any weights are read, and fingerprint."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -111,8 +111,8 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
             trusted.
     """
     raw = read_json(folder / "config.json")
-    if "quantization_config" in raw:
-        method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
+    if (quantization := _quantization_config(raw)) is not None:
+        method = quantization.get("quant_method", "unknown")
         raise UserError(
             f"The checkpoint in {folder} is quantized already (quant_method {method}). "
             "Give the checkpoint of the model in its original precision."
@@ -134,6 +134,12 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
         raise UserError(f"The config.json in {folder} cannot be read by transformers: {error}") from error
     _check_causal(folder, raw, config, "AutoModelForCausalLM" in remote and trust_remote_code)
     return config
+
+
+def _quantization_config(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """``quantization_config`` of a model or of its text model; None if there is none, or if it is null."""
+    parts = [raw, *(raw[name] for name in ("text_config", "llm_config") if isinstance(raw.get(name), dict))]
+    return next((one for part in parts if (one := part.get("quantization_config")) is not None), None)
 
 
 def _check_causal(folder: Path, raw: dict[str, Any], config: Any, remote: bool) -> None:

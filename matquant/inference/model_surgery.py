@@ -105,7 +105,7 @@ def replace_linears(
             dense: Any = model.get_submodule(name)
             device = dense.weight.device
             planes = NestedPlanes.pack(weight, max_bits).to("cpu" if device.type == "meta" else device)
-            layers[name] = NestedLinear.from_planes(planes, dense.bias).train(dense.training)
+            layers[name] = NestedLinear.from_planes(planes, dense.bias, dtype=dense.weight.dtype).train(dense.training)
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, layers[name])
             del dense

@@ -19,6 +19,7 @@ from matquant.formats.nested import NestedWeight
 from matquant.formats.packed import LayerSpec
 from matquant.models.activation_cache import OffloadTarget, choose_offload_target
 from matquant.models.blocks import BlockModel, compute_dtype
+from matquant.models.fixed_layers import fixed_layers, fixed_notes
 from matquant.models.gguf import convert_gguf, is_gguf
 from matquant.models.loading import LoadedModel, open_model
 from matquant.models.model_sizes import ModelSizes, measure_model
@@ -40,6 +41,7 @@ class LoadedJob:
         model, blocks: the model, and the same as a row of blocks.
         dtype: in which blocks run.
         layers: layers to quantize of each block, by full name.
+        fixed_layers: reason of each linear layer that cannot be quantized, by full name.
         sizes: sizes of the model's parts.
         allocations: allocation files among ``bits``, by path.
         calibration: int64 [sequences, length] of the calibration text; None for a method without calibration.
@@ -52,6 +54,7 @@ class LoadedJob:
     blocks: BlockModel
     dtype: torch.dtype
     layers: list[dict[str, nn.Linear]]
+    fixed_layers: Mapping[str, str]
     sizes: ModelSizes
     allocations: Mapping[str, Allocation]
     calibration: Tensor | None
@@ -113,7 +116,10 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
     runtime.log.warnings.extend(model.warnings)
     blocks = BlockModel(model.model, model.checkpoint, config.transform.build(model.model))
     dtype = compute_dtype(model.dtype, runtime.device)
-    layers = layers_to_quantize(blocks, config.method.skips, lm_head=config.method.quantize_lm_head)
+    lm_head = config.method.quantize_lm_head
+    fixed = fixed_layers(blocks, runtime.device, dtype, lm_head=lm_head)
+    runtime.log.warnings.extend(fixed_notes(fixed))
+    layers = layers_to_quantize(blocks, config.method.skips, lm_head=lm_head, fixed=fixed)
     check_layers(layers)
     _check_lengths(config, model, runtime.process_group.world_size)
     if "generate" in config.stages:
@@ -128,6 +134,7 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
         blocks=blocks,
         dtype=dtype,
         layers=layers,
+        fixed_layers=fixed,
         sizes=measure_model(blocks, layers, model.dtype, dtype),
         allocations=allocations,
         calibration=None,

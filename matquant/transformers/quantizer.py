@@ -29,7 +29,7 @@ from matquant.formats.safetensors_headers import StoredTensor, read_headers
 from matquant.formats.shard_index import INDEX, index_names
 from matquant.formats.validation import check_files, check_tensors
 from matquant.transformers.conversion import matgptq_converters, nested_converters
-from matquant.transformers.layers import dense_tensors, optional_tensors, place_layers
+from matquant.transformers.layers import PackedLinear, dense_tensors, optional_tensors, place_layers
 
 _ROTARY_FREQUENCIES = r"rotary_emb\.inv_freq$"  # stored in old checkpoints, computed by today's models
 
@@ -147,6 +147,9 @@ class NestedQuantizer(HfQuantizer):
         return nested_converters(_plane_count(self.spec))  # tensors have the names of the model: nothing is renamed
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for layer in model.modules():
+            if isinstance(layer, PackedLinear):
+                layer.is_loaded = True
         model._weight_conversions = nested_converters(_plane_count(self.spec))  # for save_pretrained
         for name in ("bits", "prefill_bits", "max_bits"):
             setattr(model.config, name, None)  # from here on quantization_config holds the bit-widths

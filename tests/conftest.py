@@ -67,6 +67,14 @@ def matquant(tmp_path, monkeypatch, capfd):
     return call
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """Forget graphs of ``torch.compile``, whose number per function and process is limited."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """One torch thread: small tensors are slower on several, and pytest has several workers."""

@@ -11,6 +11,7 @@ imports this one, and only this one needs vLLM.
     cuda_graphs.py           a set of CUDA graphs per choice of bit-widths
     worker.py                change of bit-widths in a running engine
     endpoint.py              change of bit-widths over HTTP
+    compat.py                differences between releases of vLLM
 """
 
 from collections.abc import Mapping
@@ -18,8 +19,19 @@ from typing import Any
 
 
 def register() -> None:
-    """Register the quantization methods with vLLM. Idempotent."""
-    from matquant.vllm import quantization_config  # noqa: F401 - registers when imported
+    """Register the quantization methods with vLLM. Idempotent.
+
+    With a release that the plugin does not work with, only the loading of a checkpoint of matquant raises UserError.
+    """
+    try:
+        from matquant.vllm import quantization_config  # noqa: F401 - registers when imported
+    except ImportError as error:
+        import vllm
+
+        from matquant.formats import matgptq, packed
+        from matquant.vllm.compat import register_refusal
+
+        register_refusal(vllm.__version__, (packed.QUANT_METHOD, matgptq.QUANT_METHOD), error)
 
 
 def set_bits(llm: Any, bits: int | str | Mapping[str, int], prefill: int | None = None) -> None:

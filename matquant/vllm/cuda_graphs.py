@@ -4,6 +4,7 @@ from typing import Any
 
 from matquant.errors import UserError
 from matquant.formats.bit_choice import BitChoice
+from matquant.vllm.compat import graph_tables
 
 
 def check_graph_mode(mode: Any, choice: BitChoice) -> None:
@@ -33,20 +34,10 @@ def swap_cuda_graphs(runner: Any, previous: tuple[Any, ...], current: tuple[Any,
     if runner.compilation_config.cudagraph_mode.name == "NONE" or runner.device.type != "cuda":
         return
     graph_cache = runner.__dict__.setdefault("matquant_graph_cache", {})
-    tables = _graph_tables(runner)
+    tables = graph_tables(runner)
     graph_cache[previous] = [dict(table) for table in tables]
     for table, cached in zip(tables, graph_cache.get(current, [{}] * len(tables)), strict=True):
         table.clear()
         table.update(cached)
     if current not in graph_cache:
         runner.capture_model()
-
-
-def _graph_tables(runner: Any) -> list[dict[Any, Any]]:
-    """Dictionaries in which vLLM keeps its captured graphs."""
-    from vllm.compilation.cuda_graph import CUDAGraphWrapper
-
-    wrappers = sorted(CUDAGraphWrapper._all_instances, key=id)
-    tables = [wrapper.concrete_cudagraph_entries for wrapper in wrappers]
-    manager = getattr(runner, "cudagraph_manager", None)  # of vLLM's second model runner
-    return tables if manager is None else [*tables, manager.graphs]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import vllm
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -17,7 +18,8 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 
 from matquant.errors import UserError
 from matquant.inference.shard import WeightShard
-from matquant.vllm.sharded_linear import ShardedNestedLinear, check_complete
+from matquant.vllm.compat import OLDEST_WITH_EXPERTS, check_release
+from matquant.vllm.sharded_linear import ShardedNestedLinear, finish_loading
 
 # Names of the matrices of an expert: gate and up in one matrix or in two, then the down projection.
 _GATE_UP = (("gate_up_proj",), ("w13",), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -41,6 +43,7 @@ class NestedExpertsMethod(FusedMoEMethodBase):
         gate_up: name of the matrix, or names of the two matrices, of gate and up.
         down: name of the down projection.
         make_shard: makes the shard of a nested layer from vLLM's name of it; returns None for a layer that is not quantized.
+        is_dummy: True for ``load_format=dummy``.
     """
 
     def __init__(
@@ -50,9 +53,11 @@ class NestedExpertsMethod(FusedMoEMethodBase):
         gate_up: tuple[str, ...],
         down: str,
         make_shard: Callable[[str, WeightShard], ShardedNestedLinear | None],
+        is_dummy: bool = False,
     ) -> None:
         super().__init__(layer.moe_config)
-        self.prefix, self.gate_up, self.down, self.make_shard = prefix, gate_up, down, make_shard
+        self.prefix, self.gate_up, self.down = prefix, gate_up, down
+        self.make_shard, self.is_dummy = make_shard, is_dummy
 
     @classmethod
     def for_layer(
@@ -61,6 +66,7 @@ class NestedExpertsMethod(FusedMoEMethodBase):
         prefix: str,
         names: Mapping[str, str],
         make_shard: Callable[[str, WeightShard], ShardedNestedLinear | None],
+        is_dummy: bool = False,
     ) -> "NestedExpertsMethod | None":
         """Method of a layer of experts; None if no expert is nested.
 
@@ -68,11 +74,13 @@ class NestedExpertsMethod(FusedMoEMethodBase):
             names: nested layers by vLLM's names.
 
         Raises:
-            UserError: only some matrices are nested, or the activation of the experts is not supported.
+            UserError: only some matrices are nested, or the release of vLLM or the activation of the experts is not
+                supported.
         """
         found = {m[2] for n in names if n.startswith(f"{prefix}.") and (m := _NAME.fullmatch(n[len(prefix) + 1 :]))}
         if not found:
             return None
+        check_release(vllm.__version__, OLDEST_WITH_EXPERTS, " for mixtures of experts")
         gate_up = next((kinds for kinds in _GATE_UP if found.issuperset(kinds)), None)
         down = next((kind for kind in _DOWN if kind in found), None)
         if gate_up is None or down is None:
@@ -84,7 +92,7 @@ class NestedExpertsMethod(FusedMoEMethodBase):
                 f"{prefix}: experts with activation {layer.activation.value}{' and a bias' * layer.moe_config.has_bias} are "
                 f"not supported; only those with {', '.join(_ACTIVATIONS)} and no bias are."
             )
-        return cls(layer, prefix, gate_up, down, make_shard)
+        return cls(layer, prefix, gate_up, down, make_shard, is_dummy)
 
     def create_weights(
         self,
@@ -122,7 +130,8 @@ class NestedExpertsMethod(FusedMoEMethodBase):
         return linear
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        check_complete([linear for expert in layer.nested_experts.values() for linear in expert.values()])
+        linears = [linear for expert in layer.nested_experts.values() for linear in expert.values()]
+        finish_loading(linears, self.is_dummy)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         return None

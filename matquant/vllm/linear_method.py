@@ -14,7 +14,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from matquant.errors import UserError
 from matquant.inference.shard import WeightShard
-from matquant.vllm.sharded_linear import ShardedDenseLinear, ShardedLinear, ShardedNestedLinear, check_complete
+from matquant.vllm.sharded_linear import ShardedDenseLinear, ShardedLinear, ShardedNestedLinear, finish_loading
 
 _SHARD_IDS = {"q": 0, "k": 1, "v": 2}
 
@@ -25,12 +25,16 @@ class NestedLinearMethod(LinearMethodBase):
     Args:
         names: vLLM's names of the stored layers that it consists of, in order.
         make_shard: makes the shard of a nested layer from vLLM's name of it; returns None for a layer that is not quantized.
+        is_dummy: True for ``load_format=dummy``.
     """
 
     def __init__(
-        self, names: Sequence[str], make_shard: Callable[[str, WeightShard], ShardedNestedLinear | None]
+        self,
+        names: Sequence[str],
+        make_shard: Callable[[str, WeightShard], ShardedNestedLinear | None],
+        is_dummy: bool = False,
     ) -> None:
-        self.names, self.make_shard = names, make_shard
+        self.names, self.make_shard, self.is_dummy = names, make_shard, is_dummy
 
     def create_weights(
         self,
@@ -56,7 +60,7 @@ class NestedLinearMethod(LinearMethodBase):
             layer.register_parameter(kind, placeholder)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        check_complete(list(layer.sharded_linears))
+        finish_loading(list(layer.sharded_linears), self.is_dummy)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         outputs, start = [], 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vllm
 from torch import nn
 from transformers import PretrainedConfig
 from vllm.config import get_current_vllm_config
@@ -25,6 +26,7 @@ from matquant.formats.bit_choice import BitChoice, RequestedBits, choose_bits
 from matquant.formats.packed import LayerSpec, TensorSpec
 from matquant.formats.validation import check_files
 from matquant.inference.shard import WeightShard
+from matquant.vllm import compat
 from matquant.vllm.cuda_graphs import check_graph_mode
 from matquant.vllm.experts_method import NestedExpertsMethod
 from matquant.vllm.linear_method import NestedLinearMethod
@@ -47,43 +49,55 @@ class VllmNestedConfig(QuantizationConfig):
         self.bit_choice: BitChoice = choose_bits(spec, RequestedBits())
         self.names = {name: name for name in spec.layers}
         self._renamings: list[Any] = []
-        self._checked, self._decode_tokens = False, 1
+        self._checked, self._decode_tokens, self._is_dummy = False, 1, False
+        self._file_error: UserError | None = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "VllmNestedConfig":
+        _check_release()
         return cls(packed.parse_nested_config(config))
 
     def maybe_update_config(
         self, model_name: str, hf_config: PretrainedConfig | None = None, revision: str | None = None
     ) -> None:
-        """Check the files, apply bit-widths from ``--hf-overrides``, and map names as the hub's files would have them."""
+        """Check the files, apply bit-widths from ``--hf-overrides``, and map names as the hub's files would have them.
+
+        vLLM does not say here whether it will read the files: an error is raised when the model is made.
+        """
         if Path(model_name).is_dir():
-            check_files([Path(model_name) / name for name in self.spec.files], self.spec.files)
+            try:
+                check_files([Path(model_name) / name for name in self.spec.files], self.spec.files)
+            except UserError as error:
+                self._file_error = error
         if hf_config is not None:
             self.bit_choice = choose_bits(self.spec, RequestedBits.from_config(hf_config))
             self._renamings = _hub_renamings(hf_config.model_type)
-            self.apply_vllm_mapper(WeightsMapper(orig_to_new_renaming=self._renamings))
+            self.apply_vllm_mapper(self.get_checkpoint_weight_mapper())
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         # Some patterns end in a dot, so they match names of tensors and not of layers.
-        mapped = {hf_to_vllm_mapper.map_name(f"{name}.weight"): stored for name, stored in self.names.items()}
+        mapped = {compat.map_name(hf_to_vllm_mapper, f"{name}.weight"): stored for name, stored in self.names.items()}
         self.names = {name.removesuffix(".weight"): stored for name, stored in mapped.items() if name is not None}
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Map stored names, which are those of Transformers' models, to those of the hub, which vLLM expects."""
-        return WeightsMapper(orig_to_new_renaming=self._renamings)
+        return compat.renaming_mapper(WeightsMapper, self._renamings)
+
+    def get_cache_scale_mapper(self) -> WeightsMapper | None:
+        checkpoint_mapper = self.get_checkpoint_weight_mapper()
+        return compat.cache_scale_mapper(QuantizationConfig, super().get_cache_scale_mapper(), checkpoint_mapper)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         self._check_engine()
         if isinstance(layer, RoutedExperts):
-            return NestedExpertsMethod.for_layer(layer, prefix, self.names, self._make_shard)
+            return NestedExpertsMethod.for_layer(layer, prefix, self.names, self._make_shard, self._is_dummy)
         if not isinstance(layer, LinearBase | ParallelLMHead):
             return None
         owner, _, last = prefix.rpartition(".")
         fused = [f"{owner}.{name}" if owner else name for name in self.packed_modules_mapping.get(last, [last])]
         names = [prefix] if prefix in self.names else fused
         if any(self._is_nested(name) for name in names):
-            return NestedLinearMethod(names, self._make_shard)
+            return NestedLinearMethod(names, self._make_shard, self._is_dummy)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
     def _is_nested(self, name: str) -> bool:
@@ -124,9 +138,12 @@ class VllmNestedConfig(QuantizationConfig):
         )
 
     def _check_engine(self) -> None:
-        """Check once, when the model is made, that the engine supports the bit-widths. Raises UserError."""
+        """Check once, when the model is made, the files and that the engine supports the bit-widths. Raises UserError."""
         if not self._checked:
             engine = get_current_vllm_config()
+            self._is_dummy = engine.load_config.load_format == "dummy"
+            if self._file_error is not None and not self._is_dummy:
+                raise self._file_error
             self._decode_tokens = 1 + getattr(engine, "num_speculative_tokens", 0)
             check_graph_mode(engine.compilation_config.cudagraph_mode, self.bit_choice)
             self._checked = True
@@ -159,6 +176,7 @@ class VllmMatGptqConfig(VllmNestedConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "VllmMatGptqConfig":
+        _check_release()
         skipped = [str(name) for name in config.get("modules_to_not_convert") or ()]
         return cls(matgptq.parse_matgptq_config(config), skipped)
 
@@ -172,6 +190,11 @@ class VllmMatGptqConfig(VllmNestedConfig):
         layer = self._published.layer_spec(name, shard.out_features, shard.in_features)
         tensors = self._published.tensors({name: layer})
         return name, layer, {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items()}
+
+
+def _check_release() -> None:
+    compat.check_release(vllm.__version__)
+    compat.warn_if_newer(vllm.__version__)
 
 
 def _hub_renamings(model_type: str) -> list[Any]:

@@ -16,6 +16,8 @@ from matquant.inference.linear import scale_buffers
 from matquant.inference.shard import WeightShard
 from matquant.vllm import vllm_ops
 
+_DUMMY_WEIGHT = 1e-3  # largest magnitude of dummy weights, that of vLLM's own
+
 
 class ShardedDenseLinear(nn.Module):
     """Shard of a dense layer that vLLM fuses with nested ones."""
@@ -36,6 +38,11 @@ class ShardedDenseLinear(nn.Module):
             raise UserError(f"{self.name}.{kind} is {list(tensor.shape)} in the checkpoint; the model needs {wanted}.")
         self.weight.copy_(self.shard.slice_matrix(tensor))
         self.expected.discard(kind)
+
+    def load_dummy(self) -> None:
+        """Fill the layer with small random values."""
+        self.weight.uniform_(-_DUMMY_WEIGHT, _DUMMY_WEIGHT, generator=_dummy_generator(self.weight))
+        self.expected.clear()
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Map [..., columns] to [..., rows]."""
@@ -117,6 +124,16 @@ class ShardedNestedLinear(nn.Module):
             self.planes[index].copy_(self.shard.slice_plane(tensor, index))
         self.expected.discard(kind)
 
+    def load_dummy(self) -> None:
+        """Fill the layer with random codes and small scales: finite weights of both signs at every bit-width."""
+        generator = _dummy_generator(self.planes)
+        self.planes.random_(-(2**31), 2**31, generator=generator)
+        for name in scale_buffers(self.format, self.planes.shape[0]):
+            getattr(self, name).fill_(_DUMMY_WEIGHT / 2 ** (self.format.master_bits - 1))
+        if self.zeros is not None:
+            self.zeros.random_(0, 2**self.format.master_bits, generator=generator)
+        self.expected.clear()
+
     def _load_codes(self, codes: Tensor) -> None:
         """Load the codes of a published checkpoint: uint8 [out_features, in_features] of the whole layer."""
         rows, columns = self.shard.shape
@@ -162,14 +179,26 @@ class ShardedNestedLinear(nn.Module):
 ShardedLinear = ShardedNestedLinear | ShardedDenseLinear
 
 
-def check_complete(layers: Sequence[ShardedLinear]) -> None:
-    """Check that all tensors of the layers were loaded: vLLM would compute with uninitialized memory. Raises UserError."""
+def finish_loading(layers: Sequence[ShardedLinear], is_dummy: bool = False) -> None:
+    """Check that all tensors of the layers were loaded, else vLLM would compute with uninitialized memory. Raises UserError.
+
+    Args:
+        is_dummy: True for ``load_format=dummy``, which loads nothing: fill the layers with dummy values instead.
+    """
+    if is_dummy:
+        for layer in layers:
+            layer.load_dummy()
     missing = [f"{layer.name}.{kind}" for layer in layers for kind in sorted(layer.expected)]
     if missing:
         raise UserError(
             f"The checkpoint's files do not hold {shorten(missing)}. They are damaged or incomplete; copy or download the "
             "folder again."
         )
+
+
+def _dummy_generator(tensor: Tensor) -> torch.Generator:
+    """Generator with a fixed seed, so that every start has the same dummy values."""
+    return torch.Generator(tensor.device).manual_seed(0)
 
 
 def _plane_index(kind: str) -> int:

@@ -6,12 +6,13 @@ CUDA graph keeps the bit-widths of its capture, see ``vllm.cuda_graphs``.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from matquant.errors import UserError
 from matquant.inference import ops  # noqa: F401 - defines nested_linear
 from matquant.inference.argument_checks import check_x
 
@@ -34,7 +35,11 @@ def new_step_bits(decode: int, prefill: int, decode_tokens: int = 1) -> Tensor:
 
 
 def current_bits(step_bits: Tensor) -> int:
-    """Bit-width of vLLM's current step, see ``new_step_bits``."""
+    """Bit-width of vLLM's current step, see ``new_step_bits``.
+
+    Raises:
+        UserError: the bit-widths differ, and the attention backend does not say which kind of step this is.
+    """
     decode, prefill, decode_tokens = step_bits.tolist()
     return decode if decode == prefill or _is_decode_step(decode_tokens) else prefill
 
@@ -51,16 +56,29 @@ def _is_decode_step(decode_tokens: int) -> bool:
     ):  # full graphs are of decode steps, see cuda_graphs.check_graph_mode; piecewise graphs of all others
         return mode == "FULL"
     metadata = context.attn_metadata
+    if not metadata:  # a run that only measures memory
+        return False
     microbatches = metadata if isinstance(metadata, list) else [metadata]
-    lengths = [_max_new_tokens(layers) for layers in microbatches]
-    return all(length is not None and length <= decode_tokens for length in lengths)
+    return all(_only_decodes(layers, decode_tokens) for layers in microbatches)
 
 
-def _max_new_tokens(layers: object) -> int | None:
-    """Largest number of new tokens of a sequence, from the attention metadata by layer; None if it does not say."""
-    if not isinstance(layers, dict):
-        return None
-    return next((int(m.max_query_len) for m in layers.values() if hasattr(m, "max_query_len")), None)
+def _only_decodes(metadata_by_layer: Mapping[str, Any], decode_tokens: int) -> bool:
+    """True if the attention metadata of a step has no sequence with more than ``decode_tokens`` new tokens.
+
+    Raises:
+        UserError: the metadata of no layer says it.
+    """
+    for metadata in metadata_by_layer.values():
+        if (longest := getattr(metadata, "max_query_len", None)) is not None:
+            return int(longest) <= decode_tokens
+    for metadata in metadata_by_layer.values():  # of FlashInfer and state space models
+        if (prefills := getattr(metadata, "num_prefills", None)) is not None:
+            return int(prefills) == 0
+    kinds = sorted({type(metadata).__name__ for metadata in metadata_by_layer.values()})
+    raise UserError(
+        f"prefill_bits differs from bits, but the attention metadata of vLLM ({', '.join(kinds)}) does not say whether a "
+        "step reads prompts. Start vLLM with another --attention-backend, or set one bit-width for both."
+    )
 
 
 def _linear_runtime_bits(

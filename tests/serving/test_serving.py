@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,9 +19,9 @@ import transformers as tf
 from engine import QUIET
 from shared import ROOT, TINY
 
+import matquant  # noqa: F401 - makes the format known to Transformers
 from matquant.formats import matgptq
 from matquant.formats.parent import Parent
-from matquant.inference import replace_linears, set_bits
 from matquant.store.artifact import read_artifact
 
 pytestmark = [
@@ -81,6 +82,11 @@ class Packed:
                 else:
                     model.get_submodule(name).weight.data.copy_(dense)
         return generate(model)
+
+
+def read(folder: Path, **bits: int) -> Any:
+    """Packed model in Transformers."""
+    return tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **bits)
 
 
 def generate(model: Any) -> list[list[int]]:
@@ -154,10 +160,7 @@ def test_compiled_model(tiny, tmp_path):
     choices: list[Any] = [[bits] for bits in (*BITS, tiny.mixed)]
     *found, both = run_engine(tiny.folder, tmp_path, [*choices, [2, 8]])
     assert found == [tiny.greedy(bits) for bits in (*BITS, tiny.mixed)]
-    model = tf.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    replace_linears(model, tiny.parent)
-    set_bits(model, 2, prefill=8)
-    assert both == generate(model)
+    assert both == generate(read(tiny.folder, bits=2, prefill_bits=8))
 
 
 @pytest.mark.parametrize("random_model", ["qwen3", "qwen3, short groups"], indirect=True)
@@ -174,6 +177,8 @@ def test_tensor_parallel_shards_inside_tiles_and_groups(random_model, tmp_path):
 @pytest.mark.parametrize("random_model", ["mixtral"], indirect=True)
 def test_mixture_of_experts(random_model, tmp_path):
     assert_tokens_at_all_bits(random_model, tmp_path, enforce_eager=True)
+    (both,) = run_engine(random_model.folder, tmp_path, [[2, 8]], enforce_eager=True)
+    assert both == generate(read(random_model.folder, bits=2, prefill_bits=8))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -203,6 +208,26 @@ def test_damaged_checkpoint_raises(tiny, tmp_path):
         (folder / file.name).write_bytes(content)
     with pytest.raises(AssertionError, match="model-00002.*Copy or download the checkpoint again"):
         run_engine(folder, tmp_path, [None], enforce_eager=True)
+
+
+def assert_dummy_values_serve(model: Packed, tmp_path: Path) -> None:
+    """Serve the config and the tokenizer alone, without a weight file."""
+    folder = tmp_path / "no_weights"
+    shutil.copytree(model.folder, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    found = run_engine(folder, tmp_path, [None, [2], [8], [2]], enforce_eager=True, load_format="dummy")
+    assert all(len(tokens) == TOKENS for step in found for tokens in step)
+    assert (found[0], found[1]) == (found[2], found[3])
+    with pytest.raises(AssertionError, match="cannot be read: No such file.*Copy or download"):
+        run_engine(folder, tmp_path, [None], enforce_eager=True)
+
+
+def test_dummy_values_without_weight_files(tiny, tmp_path):
+    assert_dummy_values_serve(tiny, tmp_path)
+
+
+@pytest.mark.parametrize("random_model", ["mixtral"], indirect=True)
+def test_dummy_values_of_experts(random_model, tmp_path):
+    assert_dummy_values_serve(random_model, tmp_path)
 
 
 class Server:

@@ -1,5 +1,6 @@
 """Shards of stored layers in the vLLM plugin: loading, bit-widths, and matmuls that read them at run time."""
 
+import dataclasses
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from matquant.formats.packed import LayerSpec
 from matquant.formats.planes import NestedPlanes
 from matquant.inference.shard import WeightShard
 from matquant.vllm import vllm_ops
-from matquant.vllm.sharded_linear import ShardedDenseLinear, ShardedNestedLinear, check_complete
+from matquant.vllm.sharded_linear import ShardedDenseLinear, ShardedNestedLinear, finish_loading
 
 ROWS, COLUMNS, GROUP = 96, 192, 64
 WHOLE = WeightShard.whole(ROWS, COLUMNS)
@@ -86,7 +87,7 @@ def test_ranks_cut_a_layer_with_a_short_last_group(columns, ranks, zeros):
             }
             for kind in stored:
                 layer.load(kind, tensors[kind])
-            check_complete([layer])
+            finish_loading([layer])
             assert_near(
                 layer(x[:, slice(*held)], None), x[:, slice(*held)] @ weight.dequantize(bits)[:, slice(*held)].T
             )
@@ -112,7 +113,7 @@ def test_compiled_layer_reads_its_bits_at_run_time():
 def test_planes_that_are_not_kept_are_dropped():
     options = {"scale_bits": (2, 3, 4)}
     layer = load(make_layer(WHOLE, num_planes=3, bits=3, **options), **options)
-    check_complete([layer])
+    finish_loading([layer])
     assert layer.planes.shape[0] == 3
     assert {name for name, _ in layer.named_buffers()} == {"planes", "scales", "scales2", "scales3", "step_bits"}
     with pytest.raises(UserError, match="layer: 4 bits cannot be read; 3 of 8 planes"):
@@ -129,7 +130,7 @@ def test_published_codes_become_planes():
     layer = ShardedNestedLinear("layer", spec, stored, shard, num_planes=8, bits=3, prefill=3)
     layer.load("qweight", weight.codes)
     layer.load("scales", weight.scales)
-    check_complete([layer])
+    finish_loading([layer])
     x = torch.randn(2, 96)
     assert_near(layer(x, None), x @ weight.dequantize(3)[10:90, 96:].T)
 
@@ -137,19 +138,19 @@ def test_published_codes_become_planes():
 def test_dense_layer_holds_its_shard():
     layer = ShardedDenseLinear("layer", WeightShard(ROWS, COLUMNS, ((10, 90),), (96, 192)), torch.float32)
     with pytest.raises(UserError, match=r"do not hold layer.weight\."):
-        check_complete([layer])
+        finish_loading([layer])
     with pytest.raises(UserError, match=r"layer.weight is \[96, 96\] .* needs \[96, 192\]"):
         layer.load("weight", torch.zeros(96, 96))
     dense = torch.randn(ROWS, COLUMNS)
     layer.load("weight", dense)
-    check_complete([layer])
+    finish_loading([layer])
     assert torch.equal(layer.weight, dense[10:90, 96:])
 
 
 def test_missing_and_wrong_tensors_raise():
     layer = make_layer(WHOLE)
     with pytest.raises(UserError, match=r"do not hold layer.plane0, layer.plane1, layer.plane2 and 6 more"):
-        check_complete([layer])
+        finish_loading([layer])
     for wrong in (torch.zeros(2, 3, 32, 4), torch.zeros(1, 3, 32, 4, dtype=torch.int32)):
         with pytest.raises(UserError, match=r"layer.plane0 is .*, but the checkpoint's config says"):
             layer.load("plane0", wrong)
@@ -157,14 +158,90 @@ def test_missing_and_wrong_tensors_raise():
         layer.load("plane8", NestedPlanes.pack(nested_weight()).planes[0])
 
 
+@pytest.fixture
+def set_step(monkeypatch):
+    """Function that sets the step which vLLM's forward context describes."""
+
+    def call(mode: str, metadata: Any) -> None:
+        context = SimpleNamespace(cudagraph_runtime_mode=SimpleNamespace(name=mode), attn_metadata=metadata)
+        module: Any = SimpleNamespace(is_forward_context_available=lambda: True, get_forward_context=lambda: context)
+        monkeypatch.setitem(sys.modules, "vllm.forward_context", module)
+
+    return call
+
+
+@dataclasses.dataclass
+class FlashAttentionMetadata:
+    max_query_len: int
+
+
+@dataclasses.dataclass
+class FlashInferMetadata:
+    num_prefills: int
+
+
 @pytest.mark.parametrize(
-    ("mode", "new_tokens", "bits"),
-    [("NONE", 1, 2), ("NONE", 7, 8), ("FULL", 1, 2), ("PIECEWISE", 1, 8), ("NONE", None, 8)],
+    ("mode", "metadata", "bits"),
+    [
+        ("NONE", {"layer": FlashAttentionMetadata(1)}, 2),
+        ("NONE", {"layer": FlashAttentionMetadata(7)}, 8),
+        ("NONE", {"layer": FlashInferMetadata(0)}, 2),
+        ("NONE", {"layer": FlashInferMetadata(2)}, 8),
+        ("NONE", {"mamba": FlashInferMetadata(0), "layer": FlashAttentionMetadata(3)}, 8),
+        ("NONE", [{"layer": FlashAttentionMetadata(1)}, {"layer": FlashAttentionMetadata(5)}], 8),
+        ("NONE", [{"layer": FlashAttentionMetadata(1)}, {"layer": FlashInferMetadata(0)}], 2),
+        ("NONE", {}, 8),
+        ("NONE", None, 8),
+        ("FULL", {"layer": FlashAttentionMetadata(1)}, 2),
+        ("PIECEWISE", {"layer": FlashAttentionMetadata(1)}, 8),
+    ],
 )
-def test_bits_of_the_current_step(monkeypatch, mode, new_tokens, bits):
-    metadata = {} if new_tokens is None else {"layer": SimpleNamespace(max_query_len=new_tokens)}
-    context = SimpleNamespace(cudagraph_runtime_mode=SimpleNamespace(name=mode), attn_metadata=metadata)
-    module: Any = SimpleNamespace(is_forward_context_available=lambda: True, get_forward_context=lambda: context)
-    monkeypatch.setitem(sys.modules, "vllm.forward_context", module)
+def test_bits_of_the_current_step(set_step, mode, metadata, bits):
+    set_step(mode, metadata)
     assert vllm_ops.current_bits(vllm_ops.new_step_bits(2, 8)) == bits
     assert vllm_ops.current_bits(vllm_ops.new_step_bits(3, 3)) == 3
+
+
+@pytest.mark.parametrize("metadata", [SimpleNamespace(), SimpleNamespace(num_actual_tokens=3)])
+def test_backend_that_does_not_tell_the_kind_of_step_raises(set_step, metadata):
+    set_step("NONE", {"layer": metadata})
+    with pytest.raises(
+        UserError, match=r"metadata of vLLM \(SimpleNamespace\) does not say .* another --attention-backend"
+    ):
+        vllm_ops.current_bits(vllm_ops.new_step_bits(2, 8))
+    assert vllm_ops.current_bits(vllm_ops.new_step_bits(4, 4)) == 4
+
+
+@pytest.mark.parametrize("tokens", [(1, COLUMNS), (3, COLUMNS), (3, 1, COLUMNS)], ids=str)
+@pytest.mark.parametrize(("new_tokens", "bits"), [(1, 2), (4, 8)])
+def test_shape_of_the_input_does_not_decide_the_bits(set_step, tokens, new_tokens, bits):
+    """An expert, for example, gets some of the tokens of a step."""
+    layer = load(make_layer(WHOLE))
+    layer.set_bits(2, 8)
+    set_step("NONE", {"layer": FlashAttentionMetadata(new_tokens)})
+    x = torch.randn(*tokens)
+    assert_near(layer(x, None), x @ nested_weight().dequantize(bits).T)
+
+
+@pytest.mark.parametrize("shard", [WHOLE, WeightShard(ROWS, COLUMNS, ((10, 90),), (96, 192))], ids=["whole", "shard"])
+@pytest.mark.parametrize("options", [{}, {"zeros": True}, {"scale_bits": (2, 3)}], ids=str)
+def test_dummy_values_are_finite_small_and_the_same_at_every_start(shard, options):
+    weight = make_weight(ROWS, COLUMNS, GROUP, **options)
+    spec = LayerSpec.from_weight(weight)
+    stored = {key.removeprefix("layer."): tensor for key, tensor in spec.tensors("layer", 8).items()}
+    layers = [
+        ShardedNestedLinear("layer", spec, stored, shard, num_planes=8, bits=bits, prefill=bits) for bits in (8, 8, 2)
+    ]
+    finish_loading(layers, is_dummy=True)
+    first, again, low = (layer(torch.eye(shard.shape[1]), None) for layer in layers)
+    assert 1e-5 < first.abs().mean() <= first.abs().max() < 3e-3
+    assert (first > 0).any()
+    assert (first < 0).any()
+    assert torch.equal(first, again)
+    assert not torch.equal(first, low)
+
+
+def test_dummy_dense_layer():
+    layer = ShardedDenseLinear("layer", WHOLE, torch.float32)
+    finish_loading([layer], is_dummy=True)
+    assert 0 < layer.weight.abs().max() <= 1e-3

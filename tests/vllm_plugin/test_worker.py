@@ -43,7 +43,9 @@ class Runner:
 @pytest.fixture
 def make_worker(monkeypatch):
     wrapper = SimpleNamespace(CUDAGraphWrapper=SimpleNamespace(_all_instances=set()))
+    breakable = SimpleNamespace(BreakableCUDAGraphWrapper=SimpleNamespace(_all_instances=set()))
     monkeypatch.setitem(sys.modules, "vllm.compilation.cuda_graph", wrapper)
+    monkeypatch.setitem(sys.modules, "vllm.compilation.breakable_cudagraph", breakable)
 
     def make(mode: Any) -> Any:
         worker: Any = WidthExtension()

@@ -1,0 +1,136 @@
+"""Differences between releases of vLLM. The other modules of the plugin are written for the newest one that is listed here.
+
+    release    difference
+    < 0.32     ``WeightsMapper.map_name`` is ``_map_name``
+    < 0.30     the loader does not apply ``QuantizationConfig.get_checkpoint_weight_mapper``, only ``get_cache_scale_mapper``
+    < 0.26     ``WeightsMapper.orig_to_new_renaming`` is ``orig_to_new_renamings``
+    < 0.25     ``get_cache_scale_mapper`` returns None; tensors of experts are not passed to the layer of experts
+
+Nothing is imported from vLLM before it is needed, so that the plugin can say which releases it works with.
+"""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from matquant.errors import UserError
+
+OLDEST, NEWEST = (0, 24), (0, 33)
+OLDEST_WITH_EXPERTS = (0, 25)
+
+logger = logging.getLogger(__name__)
+
+
+def parse_release(version: str) -> tuple[int, int] | None:
+    """Major and minor number of a release; None for a build of an unreleased commit."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return None if found is None or "dev" in version else (int(found[1]), int(found[2]))
+
+
+def check_release(version: str, oldest: tuple[int, int] = OLDEST, purpose: str = "") -> None:
+    """Check that a release is not too old.
+
+    Args:
+        version: ``vllm.__version__``.
+        purpose: what ``oldest`` is needed for, for the message.
+
+    Raises:
+        UserError: the release is older than ``oldest``.
+    """
+    release = parse_release(version)
+    if release is not None and release < oldest:
+        reason = f"which is older than {_name(oldest)}, the oldest release that works{purpose}"
+        raise UserError(unsupported(version, reason, oldest))
+
+
+def warn_if_newer(version: str) -> None:
+    """Log a warning for a release that is newer than all that the plugin was compared with."""
+    release = parse_release(version)
+    if release is None or release > NEWEST:
+        logger.warning(
+            "vLLM %s is newer than %s, the newest release that matquant was compared with.", version, _name(NEWEST)
+        )
+
+
+def unsupported(version: str, reason: str, oldest: tuple[int, int] = OLDEST) -> str:
+    """Message for an engine that the plugin does not work with."""
+    return (
+        f"This checkpoint of matquant cannot be served by vLLM {version}, {reason}. Install vLLM {_name(oldest)} to "
+        f"{_name(NEWEST)}."
+    )
+
+
+def register_refusal(version: str, quant_methods: Sequence[str], error: ImportError) -> None:
+    """Register quantization methods that raise UserError when a checkpoint of matquant is loaded.
+
+    The plugin is loaded in every vLLM process, also for other checkpoints, which must work. Without a registration vLLM would
+    say that the quantization method is unknown.
+    """
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    message = unsupported(version, f"which lacks what the plugin needs ({error})")
+
+    class Refusal(QuantizationConfig):
+        """Quantization config that cannot be used."""
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> Any:
+            raise UserError(message) from error
+
+    for name in quant_methods:
+        register_quantization_config(name)(type(name, (Refusal,), {}))
+
+
+def map_name(mapper: Any, name: str) -> str | None:
+    """Map the name of a stored tensor with a ``WeightsMapper``; None for a tensor that vLLM ignores."""
+    return mapper.map_name(name) if hasattr(mapper, "map_name") else mapper._map_name(name)
+
+
+def renaming_mapper(mapper_class: Any, renamings: list[Any]) -> Any:
+    """``WeightsMapper`` that applies the renamings of Transformers."""
+    fields = {field.name for field in dataclasses.fields(mapper_class)}
+    (name,) = fields & {"orig_to_new_renaming", "orig_to_new_renamings"}
+    return mapper_class(**{name: renamings})
+
+
+def cache_scale_mapper(config_class: Any, mapper: Any, checkpoint_mapper: Any) -> Any:
+    """Mapper that ``get_cache_scale_mapper`` returns, the only one of a quantization config that old releases apply.
+
+    Args:
+        config_class: vLLM's ``QuantizationConfig``.
+        mapper: what the config class itself returns.
+        checkpoint_mapper: mapper of the names in the checkpoint.
+    """
+    if hasattr(config_class, "get_checkpoint_weight_mapper"):
+        return mapper
+    return checkpoint_mapper if mapper is None else mapper | checkpoint_mapper
+
+
+def graph_tables(runner: Any) -> list[dict[Any, Any]]:
+    """All dictionaries in which a worker keeps captured CUDA graphs, in a stable order.
+
+    Args:
+        runner: model runner of the worker.
+    """
+    from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphWrapper
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+
+    tables = [wrapper.concrete_cudagraph_entries for wrapper in sorted(CUDAGraphWrapper._all_instances, key=id)]
+    tables += [wrapper.entries for wrapper in sorted(BreakableCUDAGraphWrapper._all_instances, key=id)]
+    if (microbatches := vars(runner.model).get("cudagraphs")) is not None:  # of UBatchWrapper
+        tables.append(microbatches)
+    return tables + [manager.graphs for manager in _graph_managers(runner)]
+
+
+def _graph_managers(runner: Any) -> list[Any]:
+    """Graph managers of vLLM's second model runner and of its speculator."""
+    owners = [owner for owner in (runner, getattr(runner, "speculator", None)) if owner is not None]
+    found = [value for owner in owners for name, value in vars(owner).items() if name.endswith("cudagraph_manager")]
+    return [manager for manager in found if hasattr(manager, "graphs")]
+
+
+def _name(release: tuple[int, int]) -> str:
+    return ".".join(map(str, release))

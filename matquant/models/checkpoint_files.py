@@ -30,6 +30,22 @@ TOKENIZERS = (
     "tekken.json",
 )
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+# Patterns of the settings of a multimodal model's processors: preprocessor_config.json, video_preprocessor_config.json ...
+PROCESSORS = ("*processor_config.json", "*extractor_config.json", "audio_tokenizer_config.json")
+# Patterns of everything beside config and weights that a packed checkpoint keeps.
+SMALL_FILES = (
+    *TOKENIZERS,
+    *TOKENIZER_SETTINGS,
+    *PROCESSORS,
+    "generation_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "chat_templates/*.jinja",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 
 _HASHING_THREADS = 8
 MAX_NAMES = 5  # names of tensors or files in one message
@@ -54,7 +70,7 @@ def hub_snapshot(model: ModelConfig) -> Path:
     Raises:
         UserError: the repository cannot be reached or read, or holds no model that can be loaded.
     """
-    small = ["config.json", "generation_config.json", INDEX, *TOKENIZERS, *TOKENIZER_SETTINGS, "chat_template.jinja"]
+    small = ["config.json", INDEX, *SMALL_FILES]
     if model.trust_remote_code:
         small.append("*.py")
     folder = _snapshot(model, model.revision, small)

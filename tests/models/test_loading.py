@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -385,6 +386,14 @@ def test_pickles_on_the_hub_are_refused_before_they_are_downloaded(
     monkeypatch.setattr(checkpoint_files, "_hub_files", lambda _: ["config.json", "pytorch_model.bin"])
     refuse("some/model on the hub holds its weights as pickles only", name="some/model")
     assert not any(pattern.endswith(checkpoint_files.PICKLES) for pattern in downloaded)
+    for name in (
+        "preprocessor_config.json",
+        "processor_config.json",
+        "chat_template.json",
+        "LICENSE.txt",
+        "tokenizer.json",
+    ):
+        assert any(fnmatch(name, pattern) for pattern in downloaded), name
 
 
 @pytest.mark.parametrize(

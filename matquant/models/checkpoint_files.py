@@ -166,13 +166,25 @@ def _check_causal(folder: Path, raw: dict[str, Any], config: Any, remote: bool) 
         for n in ([names] if isinstance(names, str) else names)
     }
     architectures = raw.get("architectures") or []
-    fits = not architectures or any(name in known for name in architectures)
-    if not remote and (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not fits):
-        found = ", ".join(architectures) or raw.get("model_type")
+    if remote:
+        return
+    if architectures and not any(name in known for name in architectures):
+        raise _not_causal(folder, ", ".join(architectures))
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = raw.get("model_type")
+        if not architectures:
+            raise _not_causal(folder, kind)
         raise UserError(
-            f"The model in {folder} is not a causal language model: its architecture is {found}. "
-            "Give a model that predicts the next token, such as LlamaForCausalLM."
+            f"AutoModelForCausalLM of the installed transformers does not load the model type {kind!r} of {folder}, although "
+            f"its architecture is {', '.join(architectures)}. Try a newer version: pip install --upgrade transformers."
         )
+
+
+def _not_causal(folder: Path, architecture: Any) -> UserError:
+    return UserError(
+        f"The model in {folder} is not a causal language model: its architecture is {architecture}. "
+        "Give a model that predicts the next token, such as LlamaForCausalLM."
+    )
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -23,6 +23,7 @@ from matquant.models.tracing import block_kind
 
 READ_ELSEWHERE = "the module around it reads its weight instead of calling it"
 SHARED = "it shares its weight with another layer"
+_LARGE_SHARE = 0.1  # of the parameters in the blocks
 
 _PROPERTIES = (
     "device",
@@ -89,6 +90,26 @@ def fixed_layers(
     """
     read = _layers_read_elsewhere(blocks, device, dtype, lm_head)
     return dict.fromkeys(_layers_that_share(blocks), SHARED) | dict.fromkeys(read, READ_ELSEWHERE)
+
+
+def unsplit_notes(blocks: BlockModel) -> list[str]:
+    """Sentence on matrices of the blocks that are no linear layers, if they are a large part of the blocks.
+
+    Such are experts in a form that is not known here (Llama 4, DBRX), unlike small routers and convolutions.
+    """
+    linear = {f"{name}.weight" for index in range(len(blocks)) for name in blocks.linears(index)}
+    matrices: dict[str, int] = {}
+    for block, path in zip(blocks.blocks, blocks.block_names, strict=True):
+        matrices |= {f"{path}.{name}": tensor.numel() for name, tensor in block.named_parameters() if tensor.ndim > 1}
+    rest = {name: count for name, count in matrices.items() if name not in linear}
+    share = sum(rest.values()) / max(1, sum(matrices.values()))
+    if share < _LARGE_SHARE:
+        return []
+    largest = sorted(rest, key=lambda name: -rest[name])
+    return [
+        f"{share:.0%} of the parameters in the blocks of {type(blocks.model).__name__} are no linear layers and stay in full "
+        f"precision: {shorten(list(dict.fromkeys(map(without_numbers, largest))))}."
+    ]
 
 
 def fixed_notes(fixed: Mapping[str, str]) -> list[str]:

@@ -7,6 +7,8 @@ from typing import Any
 from matquant.models.blocks import BlockModel
 from matquant.models.tensor_swap import named_tensors
 
+OUTSIDE = "outside of the decoder blocks"
+
 
 def without_numbers(name: str) -> str:
     """Full name of a module or tensor with ``*`` for the numbers of blocks and experts."""
@@ -35,7 +37,7 @@ def unquantized_parameters(
         if is_quantized or id(tensor) in seen or not isinstance(tensor, type(embedding)):
             continue
         seen.add(id(tensor))
-        reason = "not a linear layer"
+        reason = "not a linear layer" if name.startswith(f"{blocks.name}.") else OUTSIDE
         if tensor is embedding:
             reason = "embeddings" + (", tied to the head" if head is embedding else "")
         elif tensor is head:

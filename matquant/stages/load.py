@@ -19,7 +19,7 @@ from matquant.formats.nested import NestedWeight
 from matquant.formats.packed import LayerSpec
 from matquant.models.activation_cache import OffloadTarget, choose_offload_target
 from matquant.models.blocks import BlockModel, compute_dtype
-from matquant.models.fixed_layers import fixed_layers, fixed_notes
+from matquant.models.fixed_layers import fixed_layers, fixed_notes, unsplit_notes
 from matquant.models.gguf import convert_gguf, is_gguf
 from matquant.models.loading import LoadedModel, open_model
 from matquant.models.model_sizes import ModelSizes, measure_model
@@ -118,7 +118,7 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
     dtype = compute_dtype(model.dtype, runtime.device)
     lm_head = config.method.quantize_lm_head
     fixed = fixed_layers(blocks, runtime.device, dtype, lm_head=lm_head)
-    runtime.log.warnings.extend(fixed_notes(fixed))
+    runtime.log.warnings.extend([*fixed_notes(fixed), *unsplit_notes(blocks)])
     layers = layers_to_quantize(blocks, config.method.skips, lm_head=lm_head, fixed=fixed)
     check_layers(layers)
     _check_lengths(config, model, runtime.process_group.world_size)

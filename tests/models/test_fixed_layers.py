@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from matquant.inference import nested_layers
 from matquant.models.blocks import BlockModel
-from matquant.models.fixed_layers import READ_ELSEWHERE, SHARED, fixed_layers
+from matquant.models.fixed_layers import READ_ELSEWHERE, SHARED, fixed_layers, unsplit_notes
 
 CPU = torch.device("cpu")
 
@@ -71,6 +71,31 @@ def test_a_head_that_is_read() -> None:
     model.register_forward_hook(subtract)
     assert fixed_in(model) == {}
     assert fixed_in(model, lm_head=True) == {"lm_head": READ_ELSEWHERE}
+
+
+def own_experts(count: int) -> Any:
+    """Llama with own experts in its second block: one tensor of three dimensions, no linear layers."""
+    model = make_model("llama")
+    model.model.layers[1].mlp.register_parameter("experts", nn.Parameter(torch.zeros(count, 64, 64)))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "sentences"),
+    [
+        (lambda: make_model("llama4_text"), ["67% of the parameters in the blocks of Llama4ForCausalLM are no linear"]),
+        (lambda: make_model("dbrx"), ["80% of the parameters in the blocks of DbrxForCausalLM are no linear"]),
+        (lambda: own_experts(16), ["57% of the parameters in the blocks of LlamaForCausalLM are no linear"]),
+        (lambda: own_experts(1), []),
+        (lambda: make_model("mixtral"), []),
+        (lambda: make_model("mamba"), []),
+    ],
+    ids=["llama4", "dbrx", "own", "small", "mixtral", "mamba"],
+)
+def test_a_large_share_of_other_matrices_is_said(model: Callable[[], Any], sentences: list[str]) -> None:
+    notes = unsplit_notes(BlockModel(model()))
+    assert len(notes) == len(sentences)
+    assert all(note.startswith(sentence) for note, sentence in zip(notes, sentences, strict=True))
 
 
 @pytest.mark.parametrize(("kind", "count", "shown"), [("mamba", 2, "mixer.dt_proj"), ("zamba", 14, "shared_transf")])

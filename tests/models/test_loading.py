@@ -290,6 +290,12 @@ def test_another_kind_of_model_is_refused(folder: Path) -> None:
     refuse("not a causal language model: its architecture is BertForMaskedLM", path=folder)
 
 
+@pytest.mark.parametrize("kind", ["mllama_text_model", "siglip_text_model"])
+def test_a_type_that_transformers_loads_as_no_language_model_is_refused(folder: Path, kind: str) -> None:
+    edit_json(folder / "config.json", lambda c: c.update(model_type=kind))
+    refuse(f"does not load the model type '{kind}' of .*, although its architecture is LlamaForCausalLM", path=folder)
+
+
 def test_an_unknown_model_type_is_refused(folder: Path) -> None:
     edit_json(folder / "config.json", lambda c: c.update(model_type="llama99"))
     refuse("does not know the model type 'llama99'", path=folder)

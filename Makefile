@@ -22,7 +22,7 @@ test-architectures: $(VENV)/.ready
 
 # The same, to write docs/architectures.md.
 architectures: $(VENV)/.ready
-	$(BIN)/python tests/decoder_families.py
+	$(BIN)/python tests/architectures_page.py
 
 # The vLLM engine on the CPU with the plugin, in an environment of its own (4.2 GB). make test does not run it.
 test-vllm: $(VLLM)/.ready

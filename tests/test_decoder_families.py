@@ -7,7 +7,8 @@ import decoder_families
 import pytest
 import torch
 import transformers
-from decoder_families import DOCS, NOT_TRIED, REFUSED, SUPPORTED, WHY, documented, documented_kind, outcome_of, row
+from architectures_page import DOCS, WHY, documented, documented_kind, row
+from decoder_families import NOT_TRIED, REFUSED, SUPPORTED, outcome_of
 from shared import ROOT
 from small_configs import KINDS
 

@@ -93,6 +93,7 @@ def test_a_tensor_that_nothing_computes_is_named(tmp_path: Path) -> None:
         ("model.layers.1.mlp.experts.down_proj", "the logits"),  # split into a layer for each expert
     ],
 )
+@pytest.mark.slow
 def test_a_job_stops_at_a_tensor_that_differs(
     name: str, what: str, matquant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.architectures
+@pytest.mark.slow  # make test-fast has a choice of markers of its own
 @pytest.mark.parametrize("family", KINDS)
 def test_every_family_has_the_documented_outcome(family: str, tmp_path: Path, shared: Path) -> None:
     assert row(outcome_of(family, tmp_path, shared)) == documented()[family]

@@ -16,7 +16,7 @@ from matquant.inference.ops import differentiable_linear
 from matquant.inference.weight_view import WeightView
 
 _STATE_VERSION = 1
-_STATE_FIELDS = ("format", "out_features", "in_features", "group_size", "master_bits", "round", "offset")
+_STATE_FIELDS = ("format", "out_features", "in_features", "group_size", "master_bits", "round", "offset", "stretch")
 
 
 class NestedLinear(nn.Module):
@@ -237,17 +237,21 @@ class NestedLinear(nn.Module):
         )
 
     def get_extra_state(self) -> Tensor:
-        """Sizes and format, so that planes are never read with another meaning: float64 [7]. Excludes the bit-width."""
-        group_size, master_bits, slicing, offset = self.format.op_args
+        """Sizes and format, so that planes are never read with another meaning: float64 [7], or [8] with a stretch.
+
+        Excludes the bit-width.
+        """
+        group_size, master_bits, slicing, offset, stretch = self.format.op_args
         sizes = (self.out_features, self.in_features, group_size, master_bits)
-        return torch.tensor([_STATE_VERSION, *sizes, slicing == "round", offset], dtype=torch.float64)
+        stretches = () if stretch == 1 else (stretch,)
+        return torch.tensor([_STATE_VERSION, *sizes, slicing == "round", offset, *stretches], dtype=torch.float64)
 
     def set_extra_state(self, state: Any) -> None:
         """Compare the sizes and format of a state dict with those of this layer. Raises UserError if they differ."""
         own = self.get_extra_state()
         if not isinstance(state, Tensor) or state.shape != own.shape or state.cpu().tolist() != own.tolist():
             found = dict(zip(_STATE_FIELDS, state.tolist(), strict=False)) if isinstance(state, Tensor) else state
-            wanted = dict(zip(_STATE_FIELDS, own.tolist(), strict=True))
+            wanted = dict(zip(_STATE_FIELDS, own.tolist(), strict=False))
             raise UserError(f"The state dict belongs to another layer: expected {wanted}; found {found}.")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NestedLinear":

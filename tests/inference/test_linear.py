@@ -163,7 +163,7 @@ def test_state_dict_round_trip_in_safetensors(tmp_path, zeros):
     assert_output(other, weight, bias, inputs(2, 96), 3, call_bits=3)
 
 
-@pytest.mark.parametrize("other", [{"slicing": "round"}, {"zero_point_offset": 4.0}])
+@pytest.mark.parametrize("other", [{"slicing": "round"}, {"zero_point_offset": 4.0}, {"stretch": 1.25}])
 def test_state_dict_of_another_format_raises(other):
     layer, _, _ = make_layer()
     fmt = WeightFormat(**{"group_size": 32, "slicing": "msb", "zero_point_offset": 8.0} | other)

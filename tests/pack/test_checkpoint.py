@@ -36,6 +36,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {"skip": "c_attn"}),
     ("llama", {"scale_shares": {2: 0.6, 3: 0.8, 4: 0.9}}),
     ("mixtral", {"scale_shares": {2: 0.6}}),
+    ("llama", {"stretch": 1.25, "zero_point_offset": 8.0}),
+    ("mixtral", {"stretch": 1.5}),
 ]
 
 

@@ -19,9 +19,11 @@ from matquant.formats.nested import NestedWeight
 from matquant.formats.packed import LayerSpec
 from matquant.models.activation_cache import OffloadTarget, choose_offload_target
 from matquant.models.blocks import BlockModel, compute_dtype
+from matquant.models.fixed_layers import fixed_layers, fixed_notes, unsplit_notes
 from matquant.models.gguf import convert_gguf, is_gguf
 from matquant.models.loading import LoadedModel, open_model
 from matquant.models.model_sizes import ModelSizes, measure_model
+from matquant.models.stock_comparison import check_against_stock
 from matquant.models.tracing import check_blockwise_forward
 from matquant.models.vocabulary import check_token_ids, embedded_tokens
 from matquant.quantize.base import BlockQuantizer, QuantizerTask
@@ -49,6 +51,7 @@ class LoadedJob:
         dtype: in which blocks run.
         evaluation_dtype: in which they run for perplexity and KL.
         layers: layers to quantize of each block, by full name.
+        fixed_layers: reason of each linear layer that cannot be quantized, by full name.
         sizes: sizes of the model's parts.
         allocations: allocation files among ``bits``, by path.
         calibration: int64 [sequences, length] of the calibration text; None for a method without calibration.
@@ -63,6 +66,7 @@ class LoadedJob:
     dtype: torch.dtype
     evaluation_dtype: torch.dtype
     layers: list[dict[str, nn.Linear]]
+    fixed_layers: Mapping[str, str]
     sizes: ModelSizes
     allocations: Mapping[str, Allocation]
     calibration: Tensor | None
@@ -127,7 +131,10 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
     runtime.log.warnings.extend(model.warnings)
     blocks = BlockModel(model.model, model.checkpoint, config.transform.build(model.model))
     dtype = compute_dtype(model.dtype, runtime.device)
-    layers = layers_to_quantize(blocks, config.method.skips, lm_head=config.method.quantize_lm_head)
+    lm_head = config.method.quantize_lm_head
+    fixed = fixed_layers(blocks, runtime.device, dtype, lm_head=lm_head)
+    runtime.log.warnings.extend([*fixed_notes(fixed), *unsplit_notes(blocks)])
+    layers = layers_to_quantize(blocks, config.method.skips, lm_head=lm_head, fixed=fixed)
     check_layers(layers)
     _check_lengths(config, model, runtime.process_group.world_size)
     if "generate" in config.stages:
@@ -135,6 +142,7 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
     allocations = _read_allocations(config, [name for block in layers for name in block])
     evaluation = _evaluation_texts(config, model, runtime)
     largest = check_blockwise_forward(blocks, runtime.device, dtype)
+    check_against_stock(model, blocks, runtime.device, dtype)
     job = LoadedJob(
         config=config,
         model=model,
@@ -142,6 +150,7 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
         dtype=dtype,
         evaluation_dtype=torch.float32 if config.eval.dtype == "float32" else dtype,
         layers=layers,
+        fixed_layers=fixed,
         sizes=measure_model(blocks, layers, model.dtype, dtype),
         allocations=allocations,
         calibration=None,

@@ -173,4 +173,5 @@ def _layer_errors(slices: Sequence[SliceSpec]) -> list[LayerErrors]:
 def _unquantized(job: LoadedJob) -> list[dict[str, Any]]:
     quantized = set(job.layer_names)
     every = {name for index in range(len(job.blocks)) for name in job.blocks.linears(index)}
-    return unquantized_parameters(job.blocks, quantized, every - quantized)
+    reasons = dict.fromkeys(every - quantized, "skipped by method.skip") | dict(job.fixed_layers)
+    return unquantized_parameters(job.blocks, quantized, reasons)

@@ -24,7 +24,7 @@ def best_codes(u, lam, widths, master_bits, slicing, stretch):
         np.full(LANES, np.nan, F32),
         np.zeros((column_solver_cpu.scratch_rows(count), LANES), F32),
     )
-    column_solver_cpu.best_codes(lanes, weight, *column_solver.grid_arguments(grid), scratch, codes, cost)
+    column_solver_cpu.best_codes(lanes, weight, column_solver.compiled_grid(grid), scratch, codes, cost)
     return codes[:n], cost[:n]
 
 

@@ -43,7 +43,7 @@ def choose_scales(
         last,
         hessian_diag.numpy(),
         lambdas.numpy(),
-        *grid_arguments(grid),
+        compiled_grid(grid),
         search_space.clip_ratios.numpy(),
         search_space.zero_points.numpy(),
         *_SCALE_FORMATS[search_space.dtype],
@@ -84,7 +84,7 @@ def solve_columns(
         targets.numpy(),
         factor.numpy(),
         lambdas.numpy(),
-        *grid_arguments(grid),
+        compiled_grid(grid),
         first,
         last,
         scales.numpy(),
@@ -122,7 +122,7 @@ def descend_columns(
         gradient.numpy(),
         hessian.numpy(),
         lambdas.numpy(),
-        *grid_arguments(grid),
+        compiled_grid(grid),
         first,
         last,
         scales.numpy(),
@@ -137,7 +137,13 @@ def max_block_size(device: torch.device, bit_widths: int) -> int:
     return column_solver_cuda.max_block_size(bit_widths) if device.type == "cuda" else 1024
 
 
-def grid_arguments(grid: CodeGrid) -> tuple[np.ndarray, np.ndarray, int, np.float32, bool, np.float32]:
-    """Arguments of ``column_solver_cpu`` that describe the grid."""
-    cells, low_cells = grid.cells.numpy(), grid.low_cells.numpy()
-    return cells, low_cells, grid.codes, np.float32(grid.centre), grid.nested, np.float32(grid.stretch)
+def compiled_grid(grid: CodeGrid) -> column_solver_cpu.Grid:
+    """Grid as ``column_solver_cpu`` takes it."""
+    return column_solver_cpu.Grid(
+        cells=grid.cells.numpy(),
+        low_cells=grid.low_cells.numpy(),
+        codes=grid.codes,
+        centre=np.float32(grid.centre),
+        nested=grid.nested,
+        stretch=np.float32(grid.stretch),
+    )

@@ -3,9 +3,9 @@
 Compiled with numba. Throughout, K is the number of bit-widths in the objective (ascending, each with a weight above zero), T
 the number of compensated targets (K, or 1 when all bit-widths share one), and
 
-    grid      float32 [4, K]         per bit-width: codes in one of its cells (``step``), its cells in one cell of the bit-width
+    cells     float32 [4, K]         per bit-width: codes in one of its cells (``step``), its cells in one cell of the bit-width
                                      before, its cells, and ``centre``, 1/2 for msb slices and 0 for round ones
-    low_grid  float32 [4, L]         the same for the bit-widths above four, within one cell of four bits and relative to its
+    low_cells float32 [4, L]         the same for the bit-widths above four, within one cell of four bits and relative to its
                                      centre, if later planes are stretched; ``step`` is then stretched. Else L = 0
     lambdas   float32 [K, columns]   weight of the squared error of each bit-width in each column
 
@@ -37,14 +37,27 @@ one file, since numba's cache does not notice changes in other files.
 """
 
 import math
+from typing import NamedTuple
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
 _F32 = np.float32
 
 _LANES = 64
 _PART = 16  # columns after which errors are fed back to the rest of the block
+
+
+class Grid(NamedTuple):
+    """Values of ``CodeGrid`` for compiled functions; ``code_grid`` describes them."""
+
+    cells: NDArray[np.float32]
+    low_cells: NDArray[np.float32]
+    codes: int
+    centre: np.float32
+    nested: bool
+    stretch: np.float32
 
 
 # Choosing codes
@@ -57,29 +70,29 @@ def scratch_rows(n_bits: int) -> int:
 
 
 @numba.njit(cache=True)
-def best_codes(u, weight, grid, low_grid, master_codes, centre, nested, stretch, scratch, codes, cost):
-    """Find for each lane the code of least sum_k weight_k (u_k - value_k(q))^2 among all ``master_codes`` codes.
+def best_codes(u, weight, grid, scratch, codes, cost):
+    """Find for each lane the code of least sum_k weight_k (u_k - value_k(q))^2 among all codes.
 
     Among codes that are equal at every bit-width of the objective, the one whose own value is nearest to the target of the
     highest bit-width is taken, so that bits outside of the objective still follow the weight.
 
     Args:
         u, weight: float32 [K, _LANES].
-        nested: True if cells nest, see above.
+        grid: a ``Grid``.
         scratch: float32 [scratch_rows(K), _LANES].
         codes, cost: float32 [_LANES], out; the cost is in units of a code squared.
     """
-    if low_grid.shape[1]:
-        _search_stretched(u, weight, grid, low_grid, master_codes, stretch, scratch, codes, cost)
-    elif nested:
-        _least_cells(u, weight, grid, scratch, cost)
-        _descend(u, grid, _F32(1), _F32(master_codes), centre, scratch, codes)
+    if grid.low_cells.shape[1]:
+        _search_stretched(u, weight, grid, scratch, codes, cost)
+    elif grid.nested:
+        _least_cells(u, weight, grid.cells, scratch, cost)
+        _descend(u, grid.cells, _F32(1), _F32(grid.codes), grid.centre, scratch, codes)
     else:
-        _try_all(u, weight, grid, master_codes, centre, scratch, codes, cost)
+        _try_all(u, weight, grid, scratch, codes, cost)
 
 
 @numba.njit(cache=True)
-def _least_cells(u, weight, grid, scratch, cost):
+def _least_cells(u, weight, cells, scratch, cost):
     """Write m_k of all bit-widths to the first K rows of ``scratch``, and g_0(m_0) to ``cost``."""
     n_bits = u.shape[0]
     cell, toward, other, nearest, inner = (
@@ -89,18 +102,18 @@ def _least_cells(u, weight, grid, scratch, cost):
         scratch[n_bits + 3],
         scratch[n_bits + 4],
     )
-    _nearest_cells(u[n_bits - 1], grid[0, n_bits - 1], grid[2, n_bits - 1], grid[3, n_bits - 1], scratch[n_bits - 1])
-    _cost_within(n_bits - 1, scratch[n_bits - 1], u, weight, grid, scratch, inner, cost)
+    _nearest_cells(u[n_bits - 1], cells[0, n_bits - 1], cells[2, n_bits - 1], cells[3, n_bits - 1], scratch[n_bits - 1])
+    _cost_within(n_bits - 1, scratch[n_bits - 1], u, weight, cells, scratch, inner, cost)
     for k in range(n_bits - 2, -1, -1):
-        _nearest_cells(u[k], grid[0, k], grid[2, k], grid[3, k], nearest)
-        least, above, share = scratch[k], scratch[k + 1], _F32(1) / grid[1, k + 1]
+        _nearest_cells(u[k], cells[0, k], cells[2, k], cells[3, k], nearest)
+        least, above, share = scratch[k], scratch[k + 1], _F32(1) / cells[1, k + 1]
         for r in range(_LANES):
             least[r] = np.floor(above[r] * share)
         for r in range(_LANES):
             step = nearest[r] - least[r]
             step = step if step < _F32(1) else _F32(1)
             toward[r] = step if step > _F32(-1) else _F32(-1)
-        _cost_within(k, least, u, weight, grid, scratch, inner, cost)
+        _cost_within(k, least, u, weight, cells, scratch, inner, cost)
         while True:
             going = 0
             for r in range(_LANES):
@@ -109,7 +122,7 @@ def _least_cells(u, weight, grid, scratch, cost):
                 break
             for r in range(_LANES):
                 cell[r] = least[r] + toward[r]
-            _cost_within(k, cell, u, weight, grid, scratch, inner, other)
+            _cost_within(k, cell, u, weight, cells, scratch, inner, other)
             # One store per loop: with more, the compiler cannot prove that all pairs of arrays are distinct.
             for r in range(_LANES):
                 least[r] = cell[r] if other[r] < cost[r] else least[r]
@@ -120,16 +133,16 @@ def _least_cells(u, weight, grid, scratch, cost):
 
 
 @numba.njit(cache=True)
-def _cost_within(k, cell, u, weight, grid, least, inner, cost):
+def _cost_within(k, cell, u, weight, cells, least, inner, cost):
     """Write g_k(cell) to ``cost``; ``least`` holds m of all higher bit-widths, ``inner`` is scratch."""
-    target, lambdas, step, centre = u[k], weight[k], grid[0, k], grid[3, k]
+    target, lambdas, step, centre = u[k], weight[k], cells[0, k], cells[3, k]
     for r in range(_LANES):
         error = target[r] - step * (cell[r] + centre)
         cost[r] = lambdas[r] * error * error
     outer = cell
     for j in range(k + 1, u.shape[0]):
-        target, lambdas, step, centre = u[j], weight[j], grid[0, j], grid[3, j]
-        _clip_to_cells(least[j], outer, grid[1, j], inner)
+        target, lambdas, step, centre = u[j], weight[j], cells[0, j], cells[3, j]
+        _clip_to_cells(least[j], outer, cells[1, j], inner)
         for r in range(_LANES):
             error = target[r] - step * (inner[r] + centre)
             cost[r] += lambdas[r] * error * error
@@ -137,7 +150,7 @@ def _cost_within(k, cell, u, weight, grid, least, inner, cost):
 
 
 @numba.njit(cache=True)
-def _descend(u, grid, unit, codes_in_all, centre, least, codes):
+def _descend(u, cells, unit, codes_in_all, centre, least, codes):
     """Write the best codes, given m_k of all bit-widths.
 
     Args:
@@ -147,10 +160,10 @@ def _descend(u, grid, unit, codes_in_all, centre, least, codes):
     cell, nearest = least[n_bits], least[n_bits + 1]
     cell[:] = least[0]
     for k in range(1, n_bits):
-        _clip_to_cells(least[k], cell, grid[1, k], codes)
+        _clip_to_cells(least[k], cell, cells[1, k], codes)
         cell[:] = codes
     _nearest_cells(u[n_bits - 1], unit, codes_in_all, centre, nearest)
-    _clip_to_cells(nearest, cell, grid[0, n_bits - 1] / unit, codes)
+    _clip_to_cells(nearest, cell, cells[0, n_bits - 1] / unit, codes)
 
 
 @numba.njit(cache=True)
@@ -174,22 +187,20 @@ def _clip_to_cells(inner, outer, ratio, out):
 
 
 @numba.njit(cache=True)
-def _search_stretched(u, weight, grid, low_grid, master_codes, stretch, scratch, codes, cost):
+def _search_stretched(u, weight, grid, scratch, codes, cost):
     """Find the best codes where later planes are stretched: try cells of four bits, see above."""
-    n_low = low_grid.shape[1]
-    first = u.shape[0] - n_low
+    n_low = grid.low_cells.shape[1]
     nearest, cell, trial, trial_codes, ended = scratch[:5]
     low_u, rest = scratch[5 : 5 + n_low], scratch[5 + n_low :]
-    size = _F32(master_codes) / _F32(16)
-    _nearest_cells(u[u.shape[0] - 1], size, _F32(16), _F32(0.5), nearest)
-    _cost_of_cell(nearest, u, weight, grid, low_grid, size, stretch, low_u, rest, codes, cost)
+    _nearest_cells(u[u.shape[0] - 1], _four_bit_step(grid), _F32(16), _F32(0.5), nearest)
+    _cost_of_cell(nearest, u, weight, grid, low_u, rest, codes, cost)
     for direction in (_F32(1), _F32(-1)):
         cell[:] = nearest
         ended[:] = _F32(0)  # infinity for lanes whose search has ended
         while True:
             for r in range(_LANES):
                 cell[r] += direction
-            _bound_from_cell(cell, direction, u, weight, grid, size, first, stretch, trial)
+            _bound_from_cell(cell, direction, u, weight, grid, trial)
             going = 0
             for r in range(_LANES):
                 outside = (cell[r] < _F32(0)) | (cell[r] > _F32(15)) | (trial[r] >= cost[r])
@@ -197,7 +208,7 @@ def _search_stretched(u, weight, grid, low_grid, master_codes, stretch, scratch,
                 going += ended[r] == _F32(0)
             if going == 0:
                 break
-            _cost_of_cell(cell, u, weight, grid, low_grid, size, stretch, low_u, rest, trial_codes, trial)
+            _cost_of_cell(cell, u, weight, grid, low_u, rest, trial_codes, trial)
             for r in range(_LANES):
                 trial[r] += ended[r]
             for r in range(_LANES):
@@ -207,33 +218,34 @@ def _search_stretched(u, weight, grid, low_grid, master_codes, stretch, scratch,
 
 
 @numba.njit(cache=True)
-def _cost_of_cell(cell, u, weight, grid, low_grid, size, stretch, low_u, scratch, codes, cost):
+def _cost_of_cell(cell, u, weight, grid, low_u, scratch, codes, cost):
     """Write the best codes within a cell of four bits, and their cost."""
-    n_low = low_grid.shape[1]
+    n_low, size = grid.low_cells.shape[1], _four_bit_step(grid)
     first = u.shape[0] - n_low
     for k in range(n_low):
         target, out = u[first + k], low_u[k]
         for r in range(_LANES):
             out[r] = target[r] - size * (cell[r] + _F32(0.5))
-    _least_cells(low_u, weight[first:], low_grid, scratch, cost)
-    _descend(low_u, low_grid, stretch, size, _F32(0.5) - size * _F32(0.5), scratch, codes)
+    _least_cells(low_u, weight[first:], grid.low_cells, scratch, cost)
+    _descend(low_u, grid.low_cells, grid.stretch, size, _F32(0.5) - size * _F32(0.5), scratch, codes)
     for r in range(_LANES):
         codes[r] += cell[r] * size
     for k in range(first):
-        target, lambdas, step = u[k], weight[k], grid[0, k]
+        target, lambdas, step = u[k], weight[k], grid.cells[0, k]
         for r in range(_LANES):
             error = target[r] - step * (np.floor(cell[r] * (size / step)) + _F32(0.5))
             cost[r] += lambdas[r] * error * error
 
 
 @numba.njit(cache=True)
-def _bound_from_cell(cell, direction, u, weight, grid, size, first, stretch, bound):
+def _bound_from_cell(cell, direction, u, weight, grid, bound):
     """Write a lower bound of the cost of all codes within a cell of four bits, or further in its direction."""
+    first, size = u.shape[0] - grid.low_cells.shape[1], _four_bit_step(grid)
     bound[:] = _F32(0)
     for k in range(u.shape[0]):
-        target, lambdas, step = u[k], weight[k], grid[0, k]
+        target, lambdas, step = u[k], weight[k], grid.cells[0, k]
         length = size if k >= first else step  # of the cell whose middle is compared
-        reach = stretch * (size - step) * _F32(0.5) if k >= first else _F32(0)
+        reach = grid.stretch * (size - step) * _F32(0.5) if k >= first else _F32(0)
         for r in range(_LANES):
             middle = length * (np.floor(cell[r] * (size / length)) + _F32(0.5))
             beyond = direction * (middle - target[r]) - reach
@@ -242,23 +254,23 @@ def _bound_from_cell(cell, direction, u, weight, grid, size, first, stretch, bou
 
 
 @numba.njit(cache=True)
-def _try_all(u, weight, grid, master_codes, centre, scratch, codes, cost):
+def _try_all(u, weight, grid, scratch, codes, cost):
     """Find the best codes by brute force."""
     n_bits = u.shape[0]
     other, least = scratch[0], scratch[1]
     top = u[n_bits - 1]
     cost[:] = _F32(np.inf)
     codes[:] = _F32(0)
-    for q in range(master_codes):
+    for q in range(grid.codes):
         other[:] = _F32(0)
         for k in range(n_bits):
-            target, lambdas, value = u[k], weight[k], _strict_value(_F32(q), grid[0, k], grid[2, k], centre)
+            target, lambdas, value = u[k], weight[k], _strict_value(_F32(q), k, grid)
             for r in range(_LANES):
                 error = target[r] - value
                 other[r] += lambdas[r] * error * error
-        own = _F32(q) + centre
+        own = _F32(q) + grid.centre
         for r in range(_LANES):
-            closer = (other[r] == cost[r]) & (abs(top[r] - own) < abs(top[r] - (codes[r] + centre)))
+            closer = (other[r] == cost[r]) & (abs(top[r] - own) < abs(top[r] - (codes[r] + grid.centre)))
             least[r] = _F32(q) if (other[r] < cost[r]) | closer else codes[r]
         codes[:] = least
         for r in range(_LANES):
@@ -266,21 +278,28 @@ def _try_all(u, weight, grid, master_codes, centre, scratch, codes, cost):
 
 
 @numba.njit(cache=True)
-def _value(code, k, grid, low_grid, master_codes, centre, stretch):
+def _value(code, k, grid):
     """Value of a code at the k-th bit-width, in units of a code."""
-    value = _strict_value(code, grid[0, k], grid[2, k], centre)
-    if k < grid.shape[1] - low_grid.shape[1] or low_grid.shape[1] == 0:
+    value = _strict_value(code, k, grid)
+    if k < grid.cells.shape[1] - grid.low_cells.shape[1]:
         return value
-    size = _F32(master_codes) / _F32(16)
+    size = _four_bit_step(grid)
     middle = size * (np.floor(code / size) + _F32(0.5))
-    return middle + stretch * (value - middle)
+    return middle + grid.stretch * (value - middle)
 
 
 @numba.njit(cache=True)
-def _strict_value(code, step, cells, centre):
-    """Value of a code at a bit-width whose steps are not stretched."""
-    cell = np.floor(code / step + (_F32(0.5) - centre))
-    return step * ((cell if cell < cells - _F32(1) else cells - _F32(1)) + centre)
+def _strict_value(code, k, grid):
+    """Value of a code at the k-th bit-width without a stretch."""
+    step, cells = grid.cells[0, k], grid.cells[2, k]
+    cell = np.floor(code / step + (_F32(0.5) - grid.centre))
+    return step * ((cell if cell < cells - _F32(1) else cells - _F32(1)) + grid.centre)
+
+
+@numba.njit(cache=True)
+def _four_bit_step(grid):
+    """Codes of a cell of four bits."""
+    return _F32(grid.codes) / _F32(16)
 
 
 # Choosing scales
@@ -297,15 +316,13 @@ def round_scale(value, mantissa_bits, min_exponent):
 
 
 @numba.njit(cache=True)
-def _value_range(grid, low_grid, master_codes, centre, stretch):
+def _value_range(grid):
     """Least value of the highest bit-width of the objective, and the distance of the greatest one from it."""
-    last = grid.shape[1] - 1
-    step = grid[0, last]
-    if low_grid.shape[1] == 0:
-        return step * centre, master_codes - step
-    size = _F32(master_codes) / _F32(16)
-    span = master_codes - size + stretch * (size - step)
-    return (master_codes - span) * _F32(0.5), span
+    step, codes, size = grid.cells[0, grid.cells.shape[1] - 1], _F32(grid.codes), _four_bit_step(grid)
+    if grid.low_cells.shape[1] == 0:
+        return step * grid.centre, codes - step
+    span = codes - size + grid.stretch * (size - step)
+    return (codes - span) * _F32(0.5), span
 
 
 @numba.njit(cache=True)
@@ -326,24 +343,7 @@ def _range_grid(low, high, clip, zero, least, span, master_codes, mantissa_bits,
 
 
 @numba.njit(cache=True)
-def _rounding_cost(
-    targets,
-    row,
-    first,
-    last,
-    scale,
-    zero,
-    hessian_diag,
-    lambdas,
-    grid,
-    low_grid,
-    master_codes,
-    centre,
-    nested,
-    stretch,
-    most,
-    work,
-):
+def _rounding_cost(targets, row, first, last, scale, zero, hessian_diag, lambdas, grid, most, work):
     """Nested rounding error of the columns first..last of one row, weighted by ``hessian_diag``.
 
     Args:
@@ -368,7 +368,7 @@ def _rounding_cost(
             for r in range(count):
                 weight[k, r] = lambda_k[r] * hessian_diag[begin + r]
             weight[k, count:] = _F32(0)
-        best_codes(u, weight, grid, low_grid, master_codes, centre, nested, stretch, scratch, codes, cost)
+        best_codes(u, weight, grid, scratch, codes, cost)
         for r in range(count):
             total += cost[r]
         if total * scale * scale > most:
@@ -384,11 +384,6 @@ def choose_scales(
     hessian_diag,
     lambdas,
     grid,
-    low_grid,
-    master_codes,
-    centre,
-    nested,
-    stretch,
     clip_ratios,
     zero_points,
     mantissa_bits,
@@ -407,8 +402,8 @@ def choose_scales(
         scales, zeros: float32 [rows], out.
     """
     n_bits, count, points = lambdas.shape[0], clip_ratios.shape[0], zero_points.shape[0]
-    codes = _F32(master_codes)
-    least, span = _value_range(grid, low_grid, codes, centre, stretch)
+    codes = _F32(grid.codes)
+    least, span = _value_range(grid)
     coarse = (count + 3) // 4
     trials = coarse * points + 4 if count * points > 1 else 0
     for row in numba.prange(targets.shape[1]):
@@ -430,24 +425,7 @@ def choose_scales(
             scale, zero = _range_grid(
                 low, high, clip_ratios[clip], zero_points[point], least, span, codes, mantissa_bits, min_exponent
             )
-            cost = _rounding_cost(
-                targets,
-                row,
-                first,
-                last,
-                scale,
-                zero,
-                hessian_diag,
-                lambdas,
-                grid,
-                low_grid,
-                master_codes,
-                centre,
-                nested,
-                stretch,
-                best,
-                work,
-            )
+            cost = _rounding_cost(targets, row, first, last, scale, zero, hessian_diag, lambdas, grid, best, work)
             if cost < best:
                 best, best_clip, best_point = cost, clip, point
         scales[row], zeros[row] = _range_grid(
@@ -465,23 +443,7 @@ def _work(n_bits):
 
 
 @numba.njit(parallel=True, cache=True)
-def solve_columns(
-    targets,
-    factor,
-    lambdas,
-    grid,
-    low_grid,
-    master_codes,
-    centre,
-    nested,
-    stretch,
-    first,
-    last,
-    scales,
-    zeros,
-    codes,
-    errors,
-):
+def solve_columns(targets, factor, lambdas, grid, first, last, scales, zeros, codes, errors):
     """Choose the codes of the columns first..last of every row, and feed each column's error into the later ones.
 
     Args:
@@ -510,7 +472,7 @@ def solve_columns(
                 for r in range(_LANES):
                     out[r] = target[r] * inverse[k, r] + zero[r]
                     weight[k, r] = lambdas[k, first + i] * ratio[k, r]
-            best_codes(u, weight, grid, low_grid, master_codes, centre, nested, stretch, scratch, q, work[-1])
+            best_codes(u, weight, grid, scratch, q, work[-1])
             for r in range(end - begin):
                 codes[begin + r, first + i] = np.uint8(q[r])
             # A shared target gets the mean error of the bit-widths, as in MatGPTQ v1.
@@ -519,7 +481,7 @@ def solve_columns(
                 out, target = error[0 if count == 1 else k, i], u[k]
                 share = part / factor[0 if factors == 1 else k, i, i]
                 for r in range(_LANES):
-                    residual = target[r] - _value(q[r], k, grid, low_grid, master_codes, centre, stretch)
+                    residual = target[r] - _value(q[r], k, grid)
                     out[r] += residual * scale[k, r] * share
             _feed_back(block, error, factor, i, columns)
         for k in range(count):
@@ -563,9 +525,7 @@ def _subtract_four(later, error, coupling, i, j):
 
 
 @numba.njit(parallel=True, cache=True)
-def descend_columns(
-    gradient, hessian, lambdas, grid, low_grid, master_codes, centre, nested, stretch, first, last, scales, codes, moves
-):
+def descend_columns(gradient, hessian, lambdas, grid, first, last, scales, codes, moves):
     """Run one pass of coordinate descent over the columns first..last of every row, on the exact quadratic objective.
 
     Each weight in turn takes the best of all codes while the others stay fixed. In a column with curvature h, the error of a
@@ -596,17 +556,17 @@ def descend_columns(
             for k in range(n_bits):
                 slope, out, share = block[k, i], u[k], _F32(1) / hessian[0 if hessians == 1 else k, i, i]
                 for r in range(_LANES):
-                    value = _value(old[r], k, grid, low_grid, master_codes, centre, stretch)
+                    value = _value(old[r], k, grid)
                     out[r] = value - slope[r] * inverse[k, r] * share
                     weight[k, r] = lambdas[k, first + i] * ratio[k, r]
-            best_codes(u, weight, grid, low_grid, master_codes, centre, nested, stretch, scratch, q, work[-1])
+            best_codes(u, weight, grid, scratch, q, work[-1])
             for r in range(end - begin):
                 codes[begin + r, first + i] = np.uint8(q[r])
             for k in range(n_bits):
                 move, any_move = moved[k, i], _F32(0)
                 for r in range(_LANES):
-                    now = _value(q[r], k, grid, low_grid, master_codes, centre, stretch)
-                    before = _value(old[r], k, grid, low_grid, master_codes, centre, stretch)
+                    now = _value(q[r], k, grid)
+                    before = _value(old[r], k, grid)
                     move[r] = (now - before) * scale[k, r]
                 for r in range(_LANES):
                     any_move = move[r] if move[r] != 0 else any_move

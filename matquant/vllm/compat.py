@@ -10,15 +10,19 @@ Nothing is imported from vLLM before it is needed, so that the plugin can say wh
 """
 
 import dataclasses
+import functools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from matquant.errors import UserError
 
 OLDEST, NEWEST = (0, 24), (0, 33)
 OLDEST_WITH_EXPERTS = (0, 25)
+
+# Attributes of the scheduler that limit the number of running requests; releases have one or both.
+REQUEST_LIMITS = ("max_num_running_reqs", "max_num_active_reqs")
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +127,34 @@ def graph_tables(runner: Any) -> list[dict[Any, Any]]:
     if (microbatches := vars(runner.model).get("cudagraphs")) is not None:  # of UBatchWrapper
         tables.append(microbatches)
     return tables + [manager.graphs for manager in _graph_managers(runner)]
+
+
+def hook_steps(begin_step: Callable[[Any, Any], None]) -> None:
+    """Call ``begin_step(worker, scheduler_output)`` before each step of all workers of this process. Idempotent."""
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    execute_model: Any = WorkerWrapperBase.execute_model
+    if hasattr(execute_model, "__wrapped__"):
+        return
+
+    @functools.wraps(execute_model)
+    def execute(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        begin_step(self.worker, scheduler_output)
+        return execute_model(self, scheduler_output, *args, **kwargs)
+
+    WorkerWrapperBase.execute_model = execute
+
+
+def refuse_request(scheduler: Any, request_id: str, error: UserError) -> None:
+    """End a request of a scheduler with an error, after the next step.
+
+    Raises:
+        UserError: ``error``, with a release whose scheduler cannot end single requests so.
+    """
+    refused = getattr(scheduler, "grammar_compile_error_reqs", None)
+    if refused is None:
+        raise error
+    refused.add(request_id)
 
 
 def _graph_managers(runner: Any) -> list[Any]:

@@ -31,6 +31,9 @@ from matquant.vllm.cuda_graphs import check_graph_mode
 from matquant.vllm.experts_method import NestedExpertsMethod
 from matquant.vllm.linear_method import NestedLinearMethod
 from matquant.vllm.sharded_linear import ShardedNestedLinear
+from matquant.vllm.worker import begin_step
+
+compat.hook_steps(begin_step)  # in all processes, before a worker is made
 
 
 @register_quantization_config(packed.QUANT_METHOD)

@@ -21,6 +21,8 @@ from matquant.errors import UserError
 OLDEST, NEWEST = (0, 24), (0, 33)
 OLDEST_WITH_EXPERTS = (0, 25)
 
+DRAFT_PREFIX = "draft_model."  # of the names of a draft model's layers
+
 # Attributes of the scheduler that limit the number of running requests; releases have one or both.
 REQUEST_LIMITS = ("max_num_running_reqs", "max_num_active_reqs")
 
@@ -143,6 +145,25 @@ def hook_steps(begin_step: Callable[[Any, Any], None]) -> None:
         return execute_model(self, scheduler_output, *args, **kwargs)
 
     WorkerWrapperBase.execute_model = execute
+
+
+def hook_draft_model(share: Callable[[Any, Any], None]) -> None:
+    """Call ``share(draft, target)`` with the models of speculative decoding when a draft model has been loaded. Idempotent."""
+    try:
+        from vllm.v1.spec_decode.draft_model import DraftModelProposer
+    except ImportError:
+        return  # a release without draft models refuses the method itself
+    load_model: Any = DraftModelProposer.load_model
+    if hasattr(load_model, "__wrapped__"):
+        return
+
+    @functools.wraps(load_model)
+    def load(self: Any, target_model: Any, *args: Any, **kwargs: Any) -> Any:
+        found = load_model(self, target_model, *args, **kwargs)
+        share(self.model, target_model)
+        return found
+
+    DraftModelProposer.load_model = load
 
 
 def refuse_request(scheduler: Any, request_id: str, error: UserError) -> None:

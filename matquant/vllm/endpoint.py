@@ -2,6 +2,7 @@
 
     GET  /v1/matquant/bits                                           current bit-widths, and the scheduler's state
     POST /v1/matquant/bits  {"bits": 3, "prefill_bits": 8}           new bit-widths for all later requests
+    POST /v1/matquant/planes {"bits": 4}                             planes of 4 bits stay in the device's memory, no others
     POST /v1/completions    {..., "bits": 3}                         bit-width of one request; also chat completions, responses
     GET  /metrics                                                    with metrics of the bit-widths, see ``vllm.metrics``
 
@@ -40,6 +41,12 @@ class BitsRequest(BaseModel):
 
     bits: int | dict[str, int]
     prefill_bits: int | None = None
+
+
+class PlanesRequest(BaseModel):
+    """Body of a POST request: argument of ``WidthExtension.keep_planes``."""
+
+    bits: int
 
 
 class WidthEndpoint:
@@ -141,9 +148,11 @@ async def _step_state(engine: Any) -> dict[str, Any] | None:
 
 @router.get("/v1/matquant/bits")
 async def get_bits(request: Request) -> dict[str, Any]:
-    """Return the current bit-widths, and the state of the scheduler."""
+    """Return the current bit-widths, the state of the scheduler, and bytes of planes in the devices' memory and in all."""
     engine = request.app.state.engine_client
-    return _merge_workers(await engine.collective_rpc("get_bits")) | {"scheduler": await _step_state(engine)}
+    widths = _merge_workers(await engine.collective_rpc("get_bits"))
+    planes = _sum_bytes(await engine.collective_rpc("get_plane_bytes"))
+    return widths | {"scheduler": await _step_state(engine), "plane_bytes": planes}
 
 
 @router.post("/v1/matquant/bits")
@@ -160,6 +169,20 @@ async def set_bits(body: BitsRequest, request: Request) -> dict[str, Any]:
         finally:
             await engine.resume_generation()
     return _merge_workers(found)
+
+
+@router.post("/v1/matquant/planes")
+async def keep_planes(body: PlanesRequest, request: Request) -> dict[str, int]:
+    """Move planes to host memory between two steps, and return bytes. Answers 400 if the server reads more bits now."""
+    try:
+        workers = await request.app.state.engine_client.collective_rpc("keep_planes", args=(body.bits,))
+    except Exception as error:  # vLLM reports any error of a worker process as text
+        raise HTTPException(400, str(error)) from error
+    return _sum_bytes(workers)
+
+
+def _sum_bytes(workers: list[dict[str, int]]) -> dict[str, int]:
+    return {name: sum(worker[name] for worker in workers) for name in ("resident", "total")}
 
 
 def _check_no_policy(vllm_config: Any) -> None:

@@ -38,11 +38,12 @@ class SyncWidthScheduler(Scheduler):
         self.width_settings = _settings(self.vllm_config)
         policy = self.width_settings.policy
         self._policy = None if policy is None else LoadPolicy(policy)
-        self._turns, self._counts = Turns(), StepCounts()
+        self._counts = StepCounts()
         self._widths: dict[str, Width] = {}  # by request id; of requests that name their bit-width
         self._hashers: dict[str, WidthKeyedHasher] = {}
         self._refused: set[str] = set()
         self._server_width: Width = None if self._policy is None else self._policy.bits
+        self._turns = Turns(self._server_width)
         self._passed_over: str | None = None  # id of the oldest request that did not find room at its turn
 
     def add_request(self, request: Request) -> None:
@@ -66,7 +67,7 @@ class SyncWidthScheduler(Scheduler):
         self._follow_load()
         startable = self._startable()
         working = [request for request in self.running if _has_work(request)] + startable + self._blocked()
-        width = self._turns.next({self._width(request) for request in working} or {self._server_width})
+        width = self._turns.next({self._width(request) for request in working})
         with self._only(width, startable):
             output = super().schedule(*args, **kwargs)
         self._note_passed_over([request for request in startable if self._width(request) == width])

@@ -72,17 +72,24 @@ class LoadPolicy:
 
 
 class Turns:
-    """Order of the steps of several bit-widths: each that has work gets one step in turn."""
+    """Order of the steps of several bit-widths: each that has work gets one step in turn.
 
-    def __init__(self) -> None:
-        self._last: Width = None
+    Attributes:
+        last: bit-width of the last step.
+    """
+
+    def __init__(self, first: Width = None) -> None:
+        self.last = first
 
     def next(self, candidates: Collection[Width]) -> Width:
-        """Bit-width of the next step: the next higher one than that of the last step, or else the lowest."""
+        """Bit-width of the next step: the next higher one than that of the last step, or else the lowest.
+
+        It stays if no bit-width has work; such a step computes nothing.
+        """
         ordered = sorted(candidates, key=_rank)
-        higher = [width for width in ordered if _rank(width) > _rank(self._last)]
-        self._last = (higher or ordered)[0]
-        return self._last
+        higher = [width for width in ordered if _rank(width) > _rank(self.last)]
+        self.last = (higher or ordered or [self.last])[0]
+        return self.last
 
 
 class StepCounts:
@@ -93,7 +100,9 @@ class StepCounts:
         self.tokens: dict[str, int] = {}
 
     def add(self, width: Width, tokens: int) -> None:
-        """Count a step."""
+        """Count a step, if it computes something."""
+        if tokens == 0:
+            return
         name = width_name(width)
         self.steps[name] = self.steps.get(name, 0) + 1
         self.tokens[name] = self.tokens.get(name, 0) + tokens

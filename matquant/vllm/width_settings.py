@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matquant.errors import UserError
-from matquant.formats.bits import check_bits
+from matquant.formats.bits import MIN_BITS, check_bits
 
 SECTION = "matquant"
 
@@ -41,24 +41,29 @@ class WidthSettings:
         max_bits: largest bit-width that the resident planes hold.
         model_bits: bit-width of requests by the served model name that they ask for.
         policy: bit-widths by load; None if the server's choice changes only by ``/v1/matquant/bits``.
+        draft_bits: bit-width of a draft model that is the same checkpoint.
     """
 
     max_bits: int
     model_bits: Mapping[str, int] = dataclasses.field(default_factory=dict)
     policy: PolicySettings | None = None
+    draft_bits: int = MIN_BITS
 
     @classmethod
     def from_config(cls, additional_config: object, max_bits: int) -> "WidthSettings":
         """Checked settings from vLLM's ``additional_config``. Raises UserError."""
         section = additional_config.get(SECTION, {}) if isinstance(additional_config, Mapping) else {}
-        given = _fields(section, SECTION, ("model_bits", "policy"))
+        given = _fields(section, SECTION, ("model_bits", "policy", "draft_bits"))
         names = given.get("model_bits", {})
         if not isinstance(names, Mapping):
             raise UserError(f"{SECTION}.model_bits must be an object of model names and bit-widths; found {names!r}.")
         model_bits = {str(name): check_bits(bits, f"model_bits of {name}", max_bits) for name, bits in names.items()}
         policy = given.get("policy")
         return cls(
-            max_bits=max_bits, model_bits=model_bits, policy=None if policy is None else _policy(policy, max_bits)
+            max_bits=max_bits,
+            model_bits=model_bits,
+            policy=None if policy is None else _policy(policy, max_bits),
+            draft_bits=check_bits(given.get("draft_bits", MIN_BITS), f"{SECTION}.draft_bits", max_bits),
         )
 
     def check_bits(self, bits: object, name: str = "bits") -> int:

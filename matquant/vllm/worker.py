@@ -4,7 +4,7 @@ Weights are not moved. Every new choice of bit-widths captures its own set of CU
 takes about as long as at the start.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from matquant.errors import UserError
 from matquant.formats.bit_choice import BitChoice, bits_by_layer
 from matquant.formats.bits import MAX_BITS
-from matquant.vllm.cuda_graphs import check_graph_mode, swap_cuda_graphs
+from matquant.vllm.cuda_graphs import check_graph_mode, recapture_cuda_graphs, swap_cuda_graphs
 from matquant.vllm.sharded_linear import ShardedNestedLinear
 from matquant.vllm.step import ATTRIBUTE, StepWidth
 
@@ -47,6 +47,23 @@ class WidthExtension:
         """State of the scheduler at the last step; None before the first, and with vLLM's own scheduler."""
         step = layer_widths(self.model_runner).step
         return None if step is None else dict(step.state)
+
+    def keep_planes(self, bits: int) -> dict[str, int]:
+        """Keep the planes of ``bits`` bits in the device's memory, and move all others to host memory.
+
+        They come back by themselves when a step or ``set_bits`` needs them. CUDA graphs are captured again.
+
+        Returns:
+            Bytes of planes in the device's memory (``resident``) and of all planes (``total``).
+
+        Raises:
+            UserError: some layer is read at more bits now, also by a draft model. Nothing has changed then.
+        """
+        return layer_widths(self.model_runner).keep_planes(bits)
+
+    def get_plane_bytes(self) -> dict[str, int]:
+        """Bytes of planes, see ``keep_planes``."""
+        return layer_widths(self.model_runner).plane_bytes()
 
 
 class LayerWidths:
@@ -86,8 +103,43 @@ class LayerWidths:
         if step.bits != self._applied:
             self._apply(step.bits)
 
+    def keep_planes(self, bits: int) -> dict[str, int]:
+        """See ``WidthExtension.keep_planes``."""
+        drafter = getattr(getattr(self.runner, "drafter", None), "model", None)
+        readers = [] if drafter is None else [m for m in drafter.modules() if isinstance(m, ShardedNestedLinear)]
+        shards = [shard for group in self.layers.values() for shard in group]
+        for shard in shards:
+            shard.check_bits(bits)
+        chosen = [pair for pairs in (self.chosen.values(), (reader.bits for reader in readers)) for pair in pairs]
+        if (highest := max(value for pair in chosen for value in pair)) > bits:
+            raise UserError(
+                f"The planes of {bits} bits are not enough: some layers are read at {highest} bits. Set their bits first."
+            )
+        self._apply(None)
+        changed = [shard.memory.keep(shard.format.planes_read(bits)) for shard in shards]
+        if any(changed):
+            recapture_cuda_graphs(self.runner)
+        return self.plane_bytes()
+
+    def plane_bytes(self) -> dict[str, int]:
+        """Bytes of planes in the device's memory, and of all planes."""
+        memories = [(shard.memory, len(shard.planes)) for group in self.layers.values() for shard in group]
+        resident = sum(memory.resident * memory.plane_bytes for memory, _ in memories)
+        return {"resident": resident, "total": sum(count * memory.plane_bytes for memory, count in memories)}
+
+    def _bring_back(self, wanted: Mapping[str, Sequence[int]]) -> None:
+        """Move the planes that some bit-widths need to the device's memory."""
+        changed = False
+        for name, pair in wanted.items():
+            for shard in self.layers[name]:
+                count = shard.format.planes_read(max(pair))
+                changed |= shard.memory.resident < count and shard.memory.keep(count)
+        if changed:
+            recapture_cuda_graphs(self.runner)
+
     def _apply(self, bits: int | None) -> None:
         wanted = self.chosen if bits is None else {name: [bits, bits] for name in self.layers}
+        self._bring_back(wanted)
         previous = self.current()
         for name, (decode, prefill) in wanted.items():
             for shard in self.layers[name]:

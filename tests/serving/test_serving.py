@@ -2,21 +2,16 @@
 
 import importlib.util
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
-from engine import QUIET
+from server import Server
 from shared import ROOT, TINY
 
 import matquant  # noqa: F401 - makes the format known to Transformers
@@ -230,91 +225,19 @@ def test_dummy_values_of_experts(random_model, tmp_path):
     assert_dummy_values_serve(random_model, tmp_path)
 
 
-class Server:
-    """OpenAI server of vLLM, which answers requests until its process is terminated."""
-
-    def __init__(self, folder: Path, log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        command = [
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            folder,
-            "--served-model-name",
-            "m",
-            "--dtype",
-            "float32",
-            "--max-model-len",
-            "128",
-            "--enforce-eager",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            self.port,
-            "--api-key",
-            "secret",
-            "--hf-overrides",
-            '{"bits": 8}',
-            "--worker-extension-cls",
-            "matquant.vllm.worker.WidthExtension",
-            "--middleware",
-            "matquant.vllm.endpoint.WidthEndpoint",
-        ]
-        with log.open("w") as stream:
-            self.process = subprocess.Popen(
-                list(map(str, command)), env=os.environ | QUIET, stdout=stream, stderr=subprocess.STDOUT
-            )
-        deadline = time.monotonic() + 300
-        while not self._answers():
-            assert self.process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(1)
-
-    def _answers(self) -> bool:
-        try:
-            return urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).status == 200
-        except OSError:
-            return False
-
-    def request(self, path: str, content: Any = None, key: str = "secret") -> tuple[int, Any]:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}",
-            headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
-            data=None if content is None else json.dumps(content).encode(),
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=120) as response:
-                return response.status, json.load(response)
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def complete(self, prompt: list[int]) -> list[int]:
-        body = {"model": "m", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-        status, answer = self.request("/v1/completions", body | {"return_token_ids": True})
-        assert status == 200, answer
-        return answer["choices"][0]["token_ids"]
-
-
 def test_server_changes_its_bits_between_requests(tiny, tmp_path):
-    server = Server(tiny.folder, tmp_path / "log")
-    try:
-        assert [server.complete(prompt) for prompt in PROMPTS] == tiny.greedy(8)
+    with Server(tiny.folder, tmp_path / "log", "--hf-overrides", '{"bits": 8}') as server:
+        assert [server.complete(prompt, max_tokens=TOKENS) for prompt in PROMPTS] == tiny.greedy(8)
         status, answer = server.request("/v1/matquant/bits", {"bits": 2})
         assert status == 200
         assert answer["bits"] == dict.fromkeys(tiny.names, 2)
-        assert [server.complete(prompt) for prompt in PROMPTS] == tiny.greedy(
+        assert [server.complete(prompt, max_tokens=TOKENS) for prompt in PROMPTS] == tiny.greedy(
             2
         )  # the prefix cache of 8 bits was dropped
         assert server.request("/v1/matquant/bits", {"bits": tiny.mixed})[0] == 200
-        assert [server.complete(prompt) for prompt in PROMPTS] == tiny.greedy(tiny.mixed)
+        assert [server.complete(prompt, max_tokens=TOKENS) for prompt in PROMPTS] == tiny.greedy(tiny.mixed)
         status, answer = server.request("/v1/matquant/bits", {"bits": 9})
         assert status == 400
         assert "a bit-width must be a whole number in 2..8; found 9" in answer
         assert server.request("/v1/matquant/bits", {"bits": 8}, key="wrong")[0] == 401
         assert server.request("/v1/matquant/bits")[1]["bits"] == tiny.mixed
-    finally:
-        server.process.terminate()
-        server.process.wait(60)

@@ -89,19 +89,20 @@ def test_every_bit_width_with_work_gets_a_step_in_turn(widths):
     found = [turns.next(widths) for _ in range(6 * len(widths))]
     for start in range(len(found) - len(widths) + 1):
         assert set(found[start : start + len(widths)]) == set(widths)
-    assert turns.next({7}) == turns.next([7]) == 7
+    assert turns.next({7}) == turns.next([7]) == turns.next([]) == 7
 
 
 def test_counts_by_bit_width():
     counts = StepCounts()
-    for width, tokens in ((3, 10), (None, 1), (3, 2)):
+    for width, tokens in ((3, 10), (None, 1), (3, 2), (4, 0)):
         counts.add(width, tokens)
     assert counts.to_json() == {"steps": {"3": 2, "default": 1}, "tokens": {"3": 12, "default": 1}}
 
 
 def test_settings():
-    content = {"matquant": {"model_bits": {"m-3": 3}, "policy": {"bits": [4, 2], "hold_seconds": 1}}, "other": 1}
-    settings = WidthSettings.from_config(content, max_bits=4)
+    section = {"model_bits": {"m-3": 3}, "policy": {"bits": [4, 2], "hold_seconds": 1}, "draft_bits": 3}
+    settings = WidthSettings.from_config({"matquant": section, "other": 1}, max_bits=4)
+    assert settings.draft_bits == 3
     assert settings.policy == PolicySettings(bits=(4, 2), hold_seconds=1)
     assert [settings.request_bits(*pair) for pair in ((2, "m-3"), (None, "m-3"), (None, "m"), (None, None))] == [
         2,
@@ -116,10 +117,11 @@ def test_settings():
     ("section", "message"),
     [
         ([1], "matquant in --additional-config must be an object; found [1]"),
-        ({"polizy": {}}, "has no setting polizy; there are model_bits, policy"),
+        ({"polizy": {}}, "has no setting polizy; there are model_bits, policy, draft_bits"),
         ({"model_bits": [3]}, "matquant.model_bits must be an object of model names"),
         ({"model_bits": {"a": 5}}, "model_bits of a: 5 bits cannot be read"),
         ({"model_bits": {"a": "3"}}, "model_bits of a: a bit-width must be a whole number in 2..8; found '3'"),
+        ({"draft_bits": 5}, "matquant.draft_bits: 5 bits cannot be read"),
         ({"policy": {}}, "policy.bits must be a list of two or more bit-widths, the highest first; found None"),
         ({"policy": {"bits": [4]}}, "two or more"),
         ({"policy": {"bits": [8, 4]}}, "8 bits cannot be read"),

@@ -133,13 +133,23 @@ def random_model(request, tmp_path) -> Packed:
 
 def run_engine(folder: Path, tmp_path: Path, steps: list[Any], **engine: Any) -> list[list[list[int]]]:
     """Tokens that one vLLM engine generates at each step."""
+    return report(run_engine_process(folder, tmp_path, steps, **engine), "TOKENS")
+
+
+def report(output: str, kind: str) -> Any:
+    """What ``engine.py`` printed after a word."""
+    (line,) = [line for line in output.splitlines() if line.startswith(f"{kind} ")]
+    return json.loads(line.removeprefix(f"{kind} "))
+
+
+def run_engine_process(folder: Path, tmp_path: Path, steps: list[Any], **engine: Any) -> str:
+    """Output of ``engine.py``."""
     job = {"model": str(folder), "prompts": PROMPTS, "tokens": TOKENS, "steps": steps}
     (tmp_path / "job.json").write_text(json.dumps(job | {"engine": {"dtype": "float32"} | engine}))
     command = [sys.executable, Path(__file__).with_name("engine.py"), tmp_path / "job.json"]
     done = subprocess.run(command, text=True, capture_output=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
-    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("TOKENS "))
+    assert "TOKENS " in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 def assert_tokens_at_all_bits(model: Packed, tmp_path: Path, **engine: Any) -> None:
@@ -156,6 +166,27 @@ def test_compiled_model(tiny, tmp_path):
     *found, both = run_engine(tiny.folder, tmp_path, [*choices, [2, 8]])
     assert found == [tiny.greedy(bits) for bits in (*BITS, tiny.mixed)]
     assert both == generate(read(tiny.folder, bits=2, prefill_bits=8))
+
+
+def test_a_low_slice_drafts_for_a_high_one(tiny, tmp_path):
+    """The tokens are those of the target's bit-widths, also when each request names its own; planes are in memory once."""
+    draft = {"method": "draft_model", "model": str(tiny.folder), "num_speculative_tokens": 3}
+    output = run_engine_process(
+        tiny.folder,
+        tmp_path,
+        [[8], [4], {"bits": [8, 2, 4]}],
+        enforce_eager=True,
+        speculative_config=draft,
+        additional_config={"matquant": {"draft_bits": 3}},
+        scheduler_cls="matquant.vllm.scheduler.WidthScheduler",
+        disable_log_stats=False,
+    )
+    eight, two, four = tiny.greedy(8), tiny.greedy(2), tiny.greedy(4)
+    assert report(output, "TOKENS") == [eight, four, [eight[0], two[1], four[2]]]
+    drafts = report(output, "DRAFTS")
+    assert drafts["drafted"] > drafts["accepted"] > 0
+    assert drafts["readers"] == drafts["owners"] == drafts["storages"] == len(tiny.names)
+    assert drafts["draft_bits"] == 3
 
 
 @pytest.mark.parametrize("random_model", ["qwen3", "qwen3, short groups"], indirect=True)

@@ -16,6 +16,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from matquant.errors import UserError
@@ -41,7 +42,7 @@ class SyncWidthScheduler(Scheduler):
         self._counts = StepCounts()
         self._widths: dict[str, Width] = {}  # by request id; of requests that name their bit-width
         self._hashers: dict[str, WidthKeyedHasher] = {}
-        self._refused: set[str] = set()
+        self._refused: dict[str, str] = {}  # messages by request id
         self._server_width: Width = None if self._policy is None else self._policy.bits
         self._turns = Turns(self._server_width)
         self._passed_over: str | None = None  # id of the oldest request that did not find room at its turn
@@ -53,8 +54,7 @@ class SyncWidthScheduler(Scheduler):
             self._widths[request.request_id] = self.width_settings.request_bits(bits, None)
         except UserError as error:
             logger.error("Request %s is refused: %s", request.request_id, error)
-            compat.refuse_request(self, request.request_id, error)
-            self._refused.add(request.request_id)
+            self._refused[request.request_id] = str(error)
             super().add_request(request)
             return
         if request._block_hasher is not None and (width := self._width(request)) is not None:
@@ -75,12 +75,23 @@ class SyncWidthScheduler(Scheduler):
         output.matquant_step = StepWidth(width, self._state(width))
         return output
 
+    def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
+        """Process the outputs of a step, and end refused requests."""
+        found: dict[int, EngineCoreOutputs] = super().update_from_output(*args, **kwargs)
+        refused = {name: message for name, message in self._refused.items() if name in self.requests}
+        self._refused = {}
+        for name, message in refused.items():
+            request = self.requests[name]
+            self.finish_requests(name, RequestStatus.FINISHED_ERROR)
+            outputs = found.setdefault(request.client_index, EngineCoreOutputs())
+            outputs.outputs.append(compat.error_output(request, message))
+        return found
+
     def _width(self, request: Request) -> Width:
         named = self._widths.get(request.request_id)
         return self._server_width if named is None else named
 
     def _forget_finished(self) -> None:
-        self._refused &= self.requests.keys()
         for name in self._widths.keys() - self.requests.keys():
             del self._widths[name]
             self._hashers.pop(name, None)
@@ -94,17 +105,15 @@ class SyncWidthScheduler(Scheduler):
         if bits == self._server_width:
             return
         self._server_width = bits
+        block_size = self.kv_cache_manager.block_pool.hash_block_size
         for name, hasher in self._hashers.items():
-            if self._widths[name] is None:
-                request = self.requests[name]
-                if request.num_computed_tokens == 0:
-                    hasher.restart(request, width_name(bits))
-                else:
-                    hasher.change(request, width_name(bits), request.num_computed_tokens, self._hash_block_size())
-
-    def _hash_block_size(self) -> int:
-        size: int = self.hash_block_size if hasattr(self, "hash_block_size") else self.block_size
-        return size
+            request = self.requests[name]
+            if self._widths[name] is not None:
+                continue
+            if request.num_computed_tokens == 0:
+                hasher.restart(request, width_name(bits))
+            else:
+                hasher.change(request, width_name(bits), request.num_computed_tokens, block_size)
 
     def _queues(self) -> list[tuple[str, Any]]:
         """Queues of requests that do not run, by attribute, the first to start first."""

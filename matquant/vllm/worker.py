@@ -105,8 +105,7 @@ class LayerWidths:
 
     def keep_planes(self, bits: int) -> dict[str, int]:
         """See ``WidthExtension.keep_planes``."""
-        drafter = getattr(getattr(self.runner, "drafter", None), "model", None)
-        readers = [] if drafter is None else [m for m in drafter.modules() if isinstance(m, ShardedNestedLinear)]
+        readers = draft_layers(self.runner)
         shards = [shard for group in self.layers.values() for shard in group]
         for shard in shards:
             shard.check_bits(bits)
@@ -147,6 +146,14 @@ class LayerWidths:
         self._applied = bits
         if wanted != previous:
             swap_cuda_graphs(self.runner, _cache_key(previous), _cache_key(wanted))
+
+
+def draft_layers(runner: Any) -> list[ShardedNestedLinear]:
+    """Nested layers of a model runner's draft model."""
+    owners: list[Any] = [getattr(runner, name, None) for name in ("drafter", "speculator")]  # of the old and new runner
+    models = [getattr(owner, "model", None) for owner in owners]
+    modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
+    return [module for module in modules if isinstance(module, ShardedNestedLinear)]
 
 
 def layer_widths(runner: Any) -> LayerWidths:

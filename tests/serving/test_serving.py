@@ -137,7 +137,7 @@ def run_engine(folder: Path, tmp_path: Path, steps: list[Any], **engine: Any) ->
 
 
 def report(output: str, kind: str) -> Any:
-    """What ``engine.py`` printed after a word."""
+    """Content of the line that ``engine.py`` printed after a word."""
     (line,) = [line for line in output.splitlines() if line.startswith(f"{kind} ")]
     return json.loads(line.removeprefix(f"{kind} "))
 

@@ -36,18 +36,20 @@ class WidthKeyedHasher:
 
     def restart(self, request: Any, width: str) -> None:
         """All tokens will be computed at one bit-width, for the first time or again after a preemption."""
-        self._history = [(0, width)]
-        request.block_hashes[:] = [self._keyed(index) for index in range(len(self._plain))]
+        if self._history != [(0, width)]:
+            self._history = [(0, width)]
+            request.block_hashes[:] = [self._keyed(index) for index in range(len(self._plain))]
 
-    def change(self, request: Any, width: str, computed_tokens: int, block_size: int) -> None:
+    def change(self, request: Any, width: str, settled_tokens: int, computed_tokens: int, block_size: int) -> None:
         """The next tokens will be computed at another bit-width.
 
         Args:
-            computed_tokens: number of tokens that are computed already.
+            settled_tokens: number of tokens that are computed already and will not be computed again.
+            computed_tokens: number of these and of tokens that may be computed again, such as drafts.
             block_size: tokens of the blocks that are hashed.
         """
-        complete, rest = divmod(computed_tokens, block_size)
-        if rest:  # the next block is computed at both: only this request may use it
+        complete = settled_tokens // block_size
+        if computed_tokens > complete * block_size:  # the next block is computed at both: only this request may use it
             self._history.append((complete, f"{width} {request.request_id} {len(self._history)}"))
         else:
             self._history.append((complete, width))

@@ -66,6 +66,7 @@ class SyncWidthScheduler(Scheduler):
         self._forget_finished()
         self._follow_load()
         startable = self._startable()
+        self._key_blocks(startable)
         working = [request for request in self.running if _has_work(request)] + startable + self._blocked()
         width = self._turns.next({self._width(request) for request in working})
         with self._only(width, startable):
@@ -105,15 +106,19 @@ class SyncWidthScheduler(Scheduler):
         if bits == self._server_width:
             return
         self._server_width = bits
-        block_size = self.kv_cache_manager.block_pool.hash_block_size
         for name, hasher in self._hashers.items():
             request = self.requests[name]
-            if self._widths[name] is not None:
-                continue
-            if request.num_computed_tokens == 0:
-                hasher.restart(request, width_name(bits))
-            else:
-                hasher.change(request, width_name(bits), request.num_computed_tokens, block_size)
+            if self._widths[name] is None and request.num_computed_tokens > 0:
+                hasher.change(
+                    request, width_name(bits), *_computed(request), self.kv_cache_manager.block_pool.hash_block_size
+                )
+
+    def _key_blocks(self, startable: list[Request]) -> None:
+        """Key the blocks of requests that may start, and compute all tokens, by their present bit-width."""
+        for request in startable:
+            hasher = self._hashers.get(request.request_id)
+            if hasher is not None and request.num_computed_tokens == 0:
+                hasher.restart(request, width_name(self._width(request)))
 
     def _queues(self) -> list[tuple[str, Any]]:
         """Queues of requests that do not run, by attribute, the first to start first."""
@@ -221,6 +226,13 @@ def _has_work(request: Request) -> bool:
     ):
         return False  # its last token is being computed
     return request.num_tokens_with_spec + placeholders > request.num_computed_tokens
+
+
+def _computed(request: Request) -> tuple[int, int]:
+    """Numbers of tokens of a request that are settled, and that are computed, see ``WidthKeyedHasher.change``."""
+    computed = request.num_computed_tokens
+    in_flight = getattr(request, "num_output_placeholders", 0)  # may be drafts that will be rejected
+    return min(computed - in_flight, request.num_tokens), computed
 
 
 def _in_order(before: list[Request], hidden: list[Request], after: list[Request]) -> list[Request]:

@@ -263,6 +263,29 @@ def test_a_change_in_the_middle_of_a_chunked_prompt(folder):
     assert engine.requests[again].num_computed_tokens == 48 + BLOCK  # one block of 32 tokens was complete at 8 bits
 
 
+def test_a_preempted_request_has_the_keys_of_its_new_bit_width(folder):
+    """It is computed again from its first token on, so that its blocks must not be found at the old bit-width."""
+    engine = Engine(folder, section=SECTION, blocks=6)
+    name = engine.add(None, prompt=40, tokens=40, seed=0)
+    engine.step()
+    for _ in range(4):
+        engine.add(None, prompt=70, tokens=30)  # two of them do not fit
+    engine.step()
+    assert [width for width, _ in engine.steps] == [8, 3]
+    engine.scheduler._preempt_request(engine.scheduler.running.pop(0), 0.0)
+    engine.step()
+    engine.run()
+    alone = Engine(folder)
+    wanted = [alone.add(bits, prompt=40, tokens=40, seed=0) for bits in (3, 8)]
+    alone.run()
+    three, eight = (alone.requests[other].block_hashes for other in wanted)
+    found = engine.requests[name].block_hashes
+    assert found[0] in (three[0], eight[0])
+    assert engine.requests[name].num_preemptions > 0
+    first = next(width for width, tokens in engine.steps[2:] if name in tokens)
+    assert found[0] == {3: three, 8: eight}[first][0]
+
+
 def test_an_engine_without_nested_layers_is_refused(folder):
     from types import SimpleNamespace
 

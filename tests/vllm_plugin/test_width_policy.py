@@ -184,7 +184,7 @@ def run(tokens: list[int], *changes: tuple[int, str], prompt: int = 10) -> list[
     for done, (computed, width) in enumerate(changes[1:], 1):
         while len(request.tokens) < computed:
             append(request, tokens[len(request.tokens)])
-        hasher.change(request, width, computed, BLOCK)
+        hasher.change(request, width, computed, computed, BLOCK)
         assert done
     while len(request.tokens) < len(tokens):
         append(request, tokens[len(request.tokens)])
@@ -221,10 +221,21 @@ def test_a_block_of_two_bit_widths_is_not_shared(computed):
     assert not set(first[kept:]) & set(second[kept:])
 
 
+@pytest.mark.parametrize(("settled", "computed"), [(8, 9), (7, 8), (5, 13)])
+def test_blocks_with_tokens_that_may_be_computed_again_are_not_shared(settled, computed):
+    """Tokens in flight, of which drafts may be rejected."""
+    request = make_request(TEXT)
+    WidthKeyedHasher(request, "8").change(request, "3", settled, computed, BLOCK)
+    kept = settled // BLOCK
+    assert request.block_hashes[:kept] == run(TEXT, (0, "8"))[:kept]
+    others = {*run(TEXT, (0, "8")), *run(TEXT, (0, "3")), *run(TEXT, (0, "8"), (kept * BLOCK, "3"))}
+    assert not set(request.block_hashes[kept:]) & others
+
+
 def test_a_request_that_starts_again_has_the_keys_of_its_new_bits():
     request = make_request(TEXT)
     hasher = WidthKeyedHasher(request, "8")
-    hasher.change(request, "3", 6, BLOCK)
+    hasher.change(request, "3", 6, 6, BLOCK)
     hasher.restart(request, "3")
     append(request, 1, 2, 3, 4)
     assert request.block_hashes == run([*TEXT, 1, 2, 3, 4], (0, "3"))

@@ -141,18 +141,22 @@ class Engine:
 def test_bit_widths_take_turns_and_requests_start_in_order(folder, ahead):
     engine = Engine(folder, ahead=ahead)
     widths = {engine.add(bits): bits for bits in (8, 3, 2, 8, 8, 8, 8, None, 3, 8, 8, 2, 8)}
-    engine.run()
+    while engine.scheduler.has_requests():
+        engine.step()
+        running = [request.request_id for request in engine.scheduler.running]
+        assert running == [name for name in engine.started if name in running]  # the last one is preempted first
+        assert len(running) <= 4
     engine.assert_one_width_a_step(widths)
     assert all(len(request.output_token_ids) == 4 for request in engine.requests.values())
     for place, name in enumerate(engine.started):
         older_that_wait = [other for other in widths if int(other) < int(name) and other not in engine.started[:place]]
         assert len(older_that_wait) < 4  # the number of seats
-    running: dict[str, int] = collections.Counter()
+    last: dict[str, int] = {}
     for index, (width, tokens) in enumerate(engine.steps):  # nobody pauses for more steps than there are other widths
         for name in tokens:
-            gap = index - running.get(name, index)
+            gap = index - last.get(name, index)
             assert gap <= len({*widths.values()}) + ahead, (width, name, gap)
-            running[name] = index
+            last[name] = index
     kind = type(engine.scheduler).__name__
     assert kind == ("WidthScheduler" if ahead else "SyncWidthScheduler")
 
@@ -180,6 +184,45 @@ def test_a_full_cache_delays_but_stops_nobody(folder, pattern, ahead):
     engine.assert_one_width_a_step(widths)
     assert all(len(request.output_token_ids) == 60 for request in engine.requests.values())
     assert sum(request.num_preemptions for request in engine.requests.values()) > 0
+
+
+def test_a_request_without_room_is_not_overtaken(folder):
+    """Seven blocks, of which the first request uses up to four; the second needs four at once, and small ones follow."""
+    engine = Engine(folder, blocks=8, seats=6)
+    first = engine.add(8, prompt=90, tokens=30)
+    engine.step()
+    large = engine.add(3, prompt=127, tokens=1)
+    small = [engine.add(8, prompt=8, tokens=40) for _ in range(8)]
+    engine.run()
+    assert engine.started[:2] == [first, large]
+    assert engine.started[2:] == small
+
+
+def test_requests_that_are_not_ready_take_no_places_of_others(folder):
+    """As with a grammar that is compiled: vLLM's scheduler looks at them in each step."""
+    from vllm.v1.request import RequestStatus
+
+    engine, ready = Engine(folder, seats=2), False
+    names = [engine.add(bits) for bits in (8, 3, 8, 3, 2, 8)]
+    blocked = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+
+    def is_ready(request: Any) -> bool:
+        if request.status == blocked and ready:
+            request.status = RequestStatus.WAITING
+        return request.status != blocked
+
+    engine.scheduler._handle_blocked_waiting_request = is_ready
+    for name in names[:3]:
+        engine.requests[name].status = blocked
+    for _ in range(3):
+        engine.step()
+        assert len(engine.scheduler.running) <= 2
+    assert set(engine.started) == {names[3], names[4]}
+    ready = True
+    while engine.scheduler.has_requests():
+        engine.step()
+        assert len(engine.scheduler.running) <= 2
+    assert all(len(engine.requests[name].output_token_ids) == 4 for name in names)
 
 
 def test_prefixes_are_reused_at_their_own_bit_width_only(folder):

@@ -187,8 +187,8 @@ def test_a_full_cache_delays_but_stops_nobody(folder, pattern, ahead):
 
 
 def test_a_request_without_room_is_not_overtaken(folder):
-    """Seven blocks, of which the first request uses up to four; the second needs four at once, and small ones follow."""
-    engine = Engine(folder, blocks=8, seats=6)
+    """Six blocks, of which the first request uses three and four; the second needs four at once, and small ones follow."""
+    engine = Engine(folder, blocks=7, seats=6)
     first = engine.add(8, prompt=90, tokens=30)
     engine.step()
     large = engine.add(3, prompt=127, tokens=1)

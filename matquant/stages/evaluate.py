@@ -48,8 +48,9 @@ def evaluate(job: LoadedJob, slices: Sequence[SliceSpec], runtime: Runtime) -> I
                 list(by_name),
                 job.config.eval.datasets[name].batch_size,
                 runtime.device,
+                job.evaluation_dtype,
                 progress,
-                job.offload_target(runtime, sequences, 1 + len(by_name)),
+                job.offload_target(runtime, sequences, 1 + len(by_name), job.evaluation_dtype),
                 runtime.process_group,
             )
         yield name, measured

@@ -199,7 +199,7 @@ def test_a_request_without_room_is_not_overtaken(folder):
 
 
 def test_requests_that_are_not_ready_take_no_places_of_others(folder):
-    """As with a grammar that is compiled: vLLM's scheduler looks at them in each step."""
+    """Requests with a grammar that is not compiled yet: vLLM looks at them in each step."""
     from vllm.v1.request import RequestStatus
 
     engine, ready = Engine(folder, seats=2), False

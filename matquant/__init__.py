@@ -1,8 +1,13 @@
 """Matryoshka post-training quantization of language models: every slice of one 8-bit parent is a good model."""
 
+from typing import TYPE_CHECKING, Any
+
 import wrapt
 
 from matquant.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from matquant.transformers.speculation import speculate as speculate
 
 
 @wrapt.when_imported("transformers.modeling_utils")
@@ -11,3 +16,12 @@ def _register(_module: object) -> None:
     from matquant.transformers import register
 
     register()
+
+
+def __getattr__(name: str) -> Any:
+    """Public functions that need Transformers, which takes seconds to import."""
+    if name == "speculate":
+        from matquant.transformers.speculation import speculate
+
+        return speculate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

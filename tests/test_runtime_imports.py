@@ -23,9 +23,11 @@ MODULES = (
     "matquant.formats.packed",
     "matquant.inference",
     "matquant.transformers.quantizer",
+    "matquant.transformers.speculation",
     "matquant.vllm",
     "matquant.vllm.worker",
     "matquant.vllm.vllm_ops",
+    "matquant.vllm.width_policy",
 )
 
 

@@ -9,8 +9,15 @@ imports this one, and only this one needs vLLM.
     sharded_linear.py        shard of one stored layer on one device (works without vLLM)
     vllm_ops.py              matmul that reads its bit-width at run time (works without vLLM)
     cuda_graphs.py           a set of CUDA graphs per choice of bit-widths
-    worker.py                change of bit-widths in a running engine
-    endpoint.py              change of bit-widths over HTTP
+    worker.py                bit-widths of a running engine's layers
+    scheduler.py             steps of one bit-width each, by request and by load
+    width_policy.py          bit-width by load, and turns of bit-widths (works without vLLM)
+    width_settings.py        settings of these (works without vLLM)
+    block_keys.py            keys of cached KV blocks by bit-width (works without vLLM)
+    step.py                  bit-width of a step, from scheduler to workers (works without vLLM)
+    plane_memory.py          planes in host memory (works without vLLM)
+    endpoint.py              bit-widths over HTTP
+    metrics.py               Prometheus metrics
     compat.py                differences between releases of vLLM
 """
 

@@ -1,7 +1,9 @@
 """Differences between releases of vLLM. The other modules of the plugin are written for the newest one that is listed here.
 
     release    difference
-    < 0.32     ``WeightsMapper.map_name`` is ``_map_name``
+    < 0.33     an output that ends a request with an error has no message
+    < 0.32     ``WeightsMapper.map_name`` is ``_map_name``; waiting requests are in ``skipped_waiting`` too, later ones in
+               ``kv_holding_waiting``; there is no ``max_num_active_reqs``
     < 0.30     the loader does not apply ``QuantizationConfig.get_checkpoint_weight_mapper``, only ``get_cache_scale_mapper``
     < 0.26     ``WeightsMapper.orig_to_new_renaming`` is ``orig_to_new_renamings``
     < 0.25     ``get_cache_scale_mapper`` returns None; tensors of experts are not passed to the layer of experts
@@ -9,16 +11,24 @@
 Nothing is imported from vLLM before it is needed, so that the plugin can say which releases it works with.
 """
 
+import contextlib
 import dataclasses
+import functools
+import importlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from matquant.errors import UserError
 
 OLDEST, NEWEST = (0, 24), (0, 33)
 OLDEST_WITH_EXPERTS = (0, 25)
+
+DRAFT_PREFIX = "draft_model."  # of the names of a draft model's layers
+
+# Attributes of the scheduler that limit the number of running requests; releases have one or both.
+REQUEST_LIMITS = ("max_num_running_reqs", "max_num_active_reqs")
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +133,70 @@ def graph_tables(runner: Any) -> list[dict[Any, Any]]:
     if (microbatches := vars(runner.model).get("cudagraphs")) is not None:  # of UBatchWrapper
         tables.append(microbatches)
     return tables + [manager.graphs for manager in _graph_managers(runner)]
+
+
+def hook_steps(begin_step: Callable[[Any, Any], None]) -> None:
+    """Call ``begin_step(worker, scheduler_output)`` before each step of all workers of this process."""
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    def before(wrapper: Any, scheduler_output: Any, *_: Any, **__: Any) -> None:
+        begin_step(wrapper.worker, scheduler_output)
+
+    _hook(WorkerWrapperBase, "execute_model", before=before)
+
+
+def hook_draft_model(share: Callable[[Any, Any], None]) -> None:
+    """Call ``share(draft, target)`` with the models of speculative decoding when a draft model has been loaded."""
+
+    def after(proposer: Any, _: Any, target: Any, *__: Any, **___: Any) -> None:
+        share(proposer.model, target)
+
+    def after_v2(_: Any, draft: Any, target: Any, *__: Any, **___: Any) -> None:
+        share(draft, target)
+
+    for module, owner, method, hook in (
+        ("vllm.v1.spec_decode.draft_model", "DraftModelProposer", "load_model", after),
+        (
+            "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator",
+            "StandaloneARSpeculator",
+            "load_draft_model",
+            after_v2,
+        ),
+    ):
+        with contextlib.suppress(ImportError):  # a release without it refuses draft models itself
+            _hook(getattr(importlib.import_module(module), owner), method, after=hook)
+
+
+def _hook(
+    owner: type, method: str, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None
+) -> None:
+    """Call functions before a method, with its arguments, or after it, with the result as second argument. Idempotent."""
+    original: Any = getattr(owner, method)
+    if getattr(original, "matquant_hook", False):
+        return
+
+    @functools.wraps(original)
+    def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
+        if after is not None:
+            after(self, result, *args, **kwargs)
+        return result
+
+    vars(hooked)["matquant_hook"] = True
+    setattr(owner, method, hooked)
+
+
+def error_output(request: Any, message: str) -> Any:
+    """Output of the engine that ends a request with an error; releases before 0.33 do not pass the message on."""
+    from vllm import outputs
+    from vllm.v1.engine import EngineCoreOutput, FinishReason
+
+    fields: dict[str, Any] = {"finish_reason": FinishReason.ERROR}
+    if hasattr(outputs, "RequestError") and "error" in EngineCoreOutput.__struct_fields__:
+        fields["error"] = outputs.RequestError(code="validation_error", message=message)
+    return EngineCoreOutput(request_id=request.request_id, new_token_ids=[], **fields)
 
 
 def _graph_managers(runner: Any) -> list[Any]:

@@ -31,7 +31,7 @@ def swap_cuda_graphs(runner: Any, previous: tuple[Any, ...], current: tuple[Any,
         runner: model runner of a vLLM worker.
         previous, current: hashable keys of the bit-widths of all layers.
     """
-    if runner.compilation_config.cudagraph_mode.name == "NONE" or runner.device.type != "cuda":
+    if not _has_graphs(runner):
         return
     graph_cache = runner.__dict__.setdefault("matquant_graph_cache", {})
     tables = graph_tables(runner)
@@ -41,3 +41,17 @@ def swap_cuda_graphs(runner: Any, previous: tuple[Any, ...], current: tuple[Any,
         table.update(cached)
     if current not in graph_cache:
         runner.capture_model()
+
+
+def recapture_cuda_graphs(runner: Any) -> None:
+    """Forget all graphs, because addresses of weights have changed, and capture those of the current bit-widths."""
+    if not _has_graphs(runner):
+        return
+    vars(runner).pop("matquant_graph_cache", None)
+    for table in graph_tables(runner):
+        table.clear()
+    runner.capture_model()
+
+
+def _has_graphs(runner: Any) -> bool:
+    return runner.compilation_config.cudagraph_mode.name != "NONE" and runner.device.type == "cuda"

@@ -2,8 +2,12 @@
 
 Bit-widths are those of the checkpoint's config, or of ``--hf-overrides``: ``{"bits": 3, "prefill_bits": 8, "max_bits": 4}``.
 ``bits`` may also be the path of an allocation file.
+
+A draft model of speculative decoding that is the same folder reads the planes of the target, at the bit-width ``draft_bits`` of
+``vllm.width_settings``.
 """
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,15 @@ from matquant.vllm import compat
 from matquant.vllm.cuda_graphs import check_graph_mode
 from matquant.vllm.experts_method import NestedExpertsMethod
 from matquant.vllm.linear_method import NestedLinearMethod
-from matquant.vllm.sharded_linear import ShardedNestedLinear
+from matquant.vllm.sharded_linear import ShardedNestedLinear, share_equal_parameters
+from matquant.vllm.width_settings import WidthSettings
+from matquant.vllm.worker import begin_step
+
+compat.hook_steps(begin_step)  # in all processes, before a worker is made
+compat.hook_draft_model(share_equal_parameters)
+
+# Layers whose planes a draft model may read, by folder, name, shard and number of planes.
+_resident: weakref.WeakValueDictionary[tuple[object, ...], ShardedNestedLinear] = weakref.WeakValueDictionary()
 
 
 @register_quantization_config(packed.QUANT_METHOD)
@@ -50,6 +62,7 @@ class VllmNestedConfig(QuantizationConfig):
         self.names = {name: name for name in spec.layers}
         self._renamings: list[Any] = []
         self._checked, self._decode_tokens, self._is_dummy = False, 1, False
+        self._folder, self._draft_bits, self._is_draft = "", 0, False
         self._file_error: UserError | None = None
 
     @classmethod
@@ -64,6 +77,7 @@ class VllmNestedConfig(QuantizationConfig):
 
         vLLM does not say here whether it will read the files: an error is raised when the model is made.
         """
+        self._folder = model_name
         if Path(model_name).is_dir():
             try:
                 check_files([Path(model_name) / name for name in self.spec.files], self.spec.files)
@@ -89,6 +103,7 @@ class VllmNestedConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         self._check_engine()
+        prefix = self._begin_layer(prefix)
         if isinstance(layer, RoutedExperts):
             return NestedExpertsMethod.for_layer(layer, prefix, self.names, self._make_shard, self._is_dummy)
         if not isinstance(layer, LinearBase | ParallelLMHead):
@@ -99,6 +114,11 @@ class VllmNestedConfig(QuantizationConfig):
         if any(self._is_nested(name) for name in names):
             return NestedLinearMethod(names, self._make_shard, self._is_dummy)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def _begin_layer(self, prefix: str) -> str:
+        """Note if a layer belongs to a draft model, and return its name without the prefix of draft models."""
+        self._is_draft = prefix.startswith(compat.DRAFT_PREFIX)
+        return prefix.removeprefix(compat.DRAFT_PREFIX)
 
     def _is_nested(self, name: str) -> bool:
         return name in self.names
@@ -125,17 +145,24 @@ class VllmNestedConfig(QuantizationConfig):
                 f"{stored} is [{layer.out_features}, {layer.in_features}] in the checkpoint and "
                 f"[{shard.out_features}, {shard.in_features}] in vLLM's model. The config belongs to another model."
             )
+        planes = layer.plane_count(self.bit_choice.max_bits)
+        key = (self._folder, stored, shard, planes)
+        if self._is_draft and (target := _resident.get(key)) is not None:
+            return target.reader(self._draft_bits)
         decode, prefill = self.bit_choice.of(stored)
-        return ShardedNestedLinear(
+        made = ShardedNestedLinear(
             stored,
             layer,
             tensors,
             shard,
-            num_planes=layer.plane_count(self.bit_choice.max_bits),
+            num_planes=planes,
             bits=decode,
             prefill=prefill,
             decode_tokens=self._decode_tokens,
         )
+        if not self._is_draft:
+            _resident[key] = made
+        return made
 
     def _check_engine(self) -> None:
         """Check once, when the model is made, the files and that the engine supports the bit-widths. Raises UserError."""
@@ -145,6 +172,7 @@ class VllmNestedConfig(QuantizationConfig):
             if self._file_error is not None and not self._is_dummy:
                 raise self._file_error
             self._decode_tokens = 1 + getattr(engine, "num_speculative_tokens", 0)
+            self._draft_bits = WidthSettings.from_config(engine.additional_config, self.bit_choice.max_bits).draft_bits
             check_graph_mode(engine.compilation_config.cudagraph_mode, self.bit_choice)
             self._checked = True
 

@@ -1,5 +1,6 @@
 """Shard of one stored layer on one device: sliced tensor by tensor while loading, and read at a bit-width that may change."""
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -15,6 +16,7 @@ from matquant.formats.tile_layout import group_shape, plane_shape
 from matquant.inference.linear import scale_buffers
 from matquant.inference.shard import WeightShard
 from matquant.vllm import vllm_ops
+from matquant.vllm.plane_memory import PlaneMemory
 
 _DUMMY_WEIGHT = 1e-3  # largest magnitude of dummy weights, that of vLLM's own
 
@@ -67,6 +69,7 @@ class ShardedNestedLinear(nn.Module):
         step_bits: int64 [3] on the host, see ``vllm_ops.new_step_bits``. Setting bit-widths writes to it and moves no weights.
         format: meaning of the codes, with the group size of the shard.
         expected: names of stored tensors that have not been loaded yet.
+        is_reader: True if the tensors are those of another layer, see ``reader``.
     """
 
     planes: Tensor
@@ -88,11 +91,13 @@ class ShardedNestedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.spec, self.stored, self.shard = name, spec, stored, shard
+        self.is_reader = False
         self.format = dataclasses.replace(spec.format, group_size=shard.group_size(spec.format.group_size))
         grid = (num_planes, *plane_shape(*shard.shape))
         side = group_shape(*shard.shape, self.format.group_size)
         zeros = torch.empty(side, dtype=torch.uint8) if spec.format.has_zero_points else None
         self.register_buffer("planes", torch.empty(grid, dtype=torch.int32), persistent=False)
+        self._memory: PlaneMemory | None = None  # made when the planes are at their place
         self.scale_bits = self.format.scale_bits_within(num_planes)
         for buffer in scale_buffers(self.format, num_planes):
             self.register_buffer(buffer, torch.empty(side, dtype=spec.format.scale_dtype), persistent=False)
@@ -102,12 +107,27 @@ class ShardedNestedLinear(nn.Module):
         self.expected = {kind for kind in stored if kind in self._buffers or 0 <= _plane_index(kind) < num_planes}
         self.expected |= stored.keys() & {"qweight"}
 
+    def reader(self, bits: int) -> "ShardedNestedLinear":
+        """Layer that shares all tensors of this one and reads them at a bit-width of its own. It loads nothing.
+
+        Raises:
+            UserError: the planes do not hold ``bits`` bits.
+        """
+        self.check_bits(bits)
+        other = copy.copy(self)
+        other._buffers = dict(self._buffers)
+        other.step_bits = vllm_ops.new_step_bits(bits, bits, int(self.step_bits[2]))
+        other.is_reader, other.expected = True, set()
+        return other
+
     def load(self, kind: str, tensor: Tensor) -> None:
         """Load a stored tensor of the whole layer, for example ``plane0``.
 
         Raises:
             UserError: the shape or dtype differs from the checkpoint's config.
         """
+        if self.is_reader:
+            return
         found, size = TensorSpec(tuple(tensor.shape), tensor.dtype), self.spec.format.group_size
         if found != self.stored.get(kind):
             raise UserError(
@@ -126,6 +146,8 @@ class ShardedNestedLinear(nn.Module):
 
     def load_dummy(self) -> None:
         """Fill the layer with random codes and small scales: finite weights of both signs at every bit-width."""
+        if self.is_reader:
+            return
         generator = _dummy_generator(self.planes)
         self.planes.random_(-(2**31), 2**31, generator=generator)
         for name in scale_buffers(self.format, self.planes.shape[0]):
@@ -160,6 +182,13 @@ class ShardedNestedLinear(nn.Module):
     def check_bits(self, bits: int) -> None:
         """Check that the planes hold ``bits`` bits. Raises UserError."""
         self.format.check_bits(bits, self.planes.shape[0], self.name)
+
+    @property
+    def memory(self) -> PlaneMemory:
+        """Storage of the planes, the same for all readers."""
+        if self._memory is None:
+            self._memory = PlaneMemory(self.planes)
+        return self._memory
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Map [..., columns] to [..., rows] at the bit-width of the current step."""
@@ -204,3 +233,14 @@ def _dummy_generator(tensor: Tensor) -> torch.Generator:
 def _plane_index(kind: str) -> int:
     """Index of a stored plane; -1 for tensors that every bit-width reads."""
     return int(kind.removeprefix("plane")) if kind.startswith("plane") else -1
+
+
+def share_equal_parameters(draft: nn.Module, target: nn.Module) -> None:
+    """Let a draft model use the target's parameters where both are equal, so that memory holds them once."""
+    known = dict(target.named_parameters())
+    for name, parameter in draft.named_parameters():
+        other = known.get(name)
+        if other is None or other.shape != parameter.shape or other.dtype != parameter.dtype:
+            continue
+        if parameter.numel() and torch.equal(parameter, other):
+            parameter.data = other.data

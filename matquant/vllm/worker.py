@@ -1,10 +1,10 @@
-"""Change of bit-widths in a running engine: methods added by ``--worker-extension-cls matquant.vllm.worker.WidthExtension``.
+"""Bit-widths of a worker: methods added by ``--worker-extension-cls matquant.vllm.worker.WidthExtension``, and those of a step.
 
 Weights are not moved. Every new choice of bit-widths captures its own set of CUDA graphs once, see ``vllm.cuda_graphs``, which
 takes about as long as at the start.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,8 +12,11 @@ from torch import nn
 from matquant.errors import UserError
 from matquant.formats.bit_choice import BitChoice, bits_by_layer
 from matquant.formats.bits import MAX_BITS
-from matquant.vllm.cuda_graphs import check_graph_mode, swap_cuda_graphs
+from matquant.vllm.cuda_graphs import check_graph_mode, recapture_cuda_graphs, swap_cuda_graphs
 from matquant.vllm.sharded_linear import ShardedNestedLinear
+from matquant.vllm.step import ATTRIBUTE, StepWidth
+
+WidthPairs = dict[str, list[int]]  # bit-widths [decoding, prefill] by name of the layer in the checkpoint
 
 
 class WidthExtension:
@@ -21,8 +24,8 @@ class WidthExtension:
 
     model_runner: Any
 
-    def set_bits(self, bits: int | str | Mapping[str, int], prefill: int | None = None) -> dict[str, list[int]]:
-        """Set the bit-widths of all layers, or of some.
+    def set_bits(self, bits: int | str | Mapping[str, int], prefill: int | None = None) -> WidthPairs:
+        """Set the bit-widths of all layers, or of some, for all steps whose requests do not name one.
 
         Args:
             bits: one bit-width, a bit-width by layer, or the path of an allocation file.
@@ -34,26 +37,138 @@ class WidthExtension:
         Raises:
             UserError: a layer or bit-width that is not available. Nothing has changed then.
         """
-        layers = _sharded_layers(self.model_runner.get_model())
-        by_layer = bits_by_layer(bits, layers)
+        return layer_widths(self.model_runner).choose(bits, prefill)
+
+    def get_bits(self) -> WidthPairs:
+        """Bit-widths [decoding, prefill] of this worker's layers, by name in the checkpoint."""
+        return layer_widths(self.model_runner).chosen
+
+    def get_step_state(self) -> dict[str, Any] | None:
+        """State of the scheduler at the last step; None before the first, and with vLLM's own scheduler."""
+        step = layer_widths(self.model_runner).step
+        return None if step is None else dict(step.state)
+
+    def keep_planes(self, bits: int) -> dict[str, int]:
+        """Keep the planes of ``bits`` bits in the device's memory, and move all others to host memory.
+
+        They come back by themselves when a step or ``set_bits`` needs them. CUDA graphs are captured again.
+
+        Returns:
+            Bytes of planes in the device's memory (``resident``) and of all planes (``total``).
+
+        Raises:
+            UserError: some layer is read at more bits now, also by a draft model. Nothing has changed then.
+        """
+        return layer_widths(self.model_runner).keep_planes(bits)
+
+    def get_plane_bytes(self) -> dict[str, int]:
+        """Bytes of planes, see ``keep_planes``."""
+        return layer_widths(self.model_runner).plane_bytes()
+
+
+class LayerWidths:
+    """Bit-widths of all nested layers of one worker.
+
+    Attributes:
+        chosen: bit-widths for steps that do not have one of their own.
+        step: the last step's bit-width; None if no scheduler of this project has sent one.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self.runner, self.layers = runner, _sharded_layers(runner.get_model())
+        self.chosen = self.current()
+        self.step: StepWidth | None = None
+        self._applied: int | None = None
+
+    def current(self) -> WidthPairs:
+        """Bit-widths that the layers read now."""
+        return {name: list(shards[0].bits) for name, shards in self.layers.items()}
+
+    def choose(self, bits: int | str | Mapping[str, int], prefill: int | None) -> WidthPairs:
+        """See ``WidthExtension.set_bits``."""
+        by_layer = bits_by_layer(bits, self.layers)
         for name, value in by_layer.items():
-            for shard in layers[name]:
+            for shard in self.layers[name]:
                 shard.check_bits(value)
                 shard.check_bits(value if prefill is None else prefill)
         choice = BitChoice(bits=max(by_layer.values()), layer_bits=by_layer, prefill_bits=prefill, max_bits=MAX_BITS)
-        check_graph_mode(self.model_runner.compilation_config.cudagraph_mode, choice)
-        previous = self.get_bits()
-        for name in by_layer:
-            for shard in layers[name]:
-                shard.set_bits(*choice.of(name))
-        if (current := self.get_bits()) != previous:
-            swap_cuda_graphs(self.model_runner, _cache_key(previous), _cache_key(current))
-        return current
+        check_graph_mode(self.runner.compilation_config.cudagraph_mode, choice)
+        self.chosen = self.chosen | {name: list(choice.of(name)) for name in by_layer}
+        self._apply(None)
+        return self.chosen
 
-    def get_bits(self) -> dict[str, list[int]]:
-        """Bit-widths [decoding, prefill] of this worker's layers, by name in the checkpoint."""
-        layers = _sharded_layers(self.model_runner.get_model())
-        return {name: list(shards[0].bits) for name, shards in layers.items()}
+    def begin_step(self, step: StepWidth) -> None:
+        """Read the bit-widths of a step from now on. Raises UserError, and changes nothing, if the planes lack them."""
+        self.step = step
+        if step.bits != self._applied:
+            self._apply(step.bits)
+
+    def keep_planes(self, bits: int) -> dict[str, int]:
+        """See ``WidthExtension.keep_planes``."""
+        readers = draft_layers(self.runner)
+        shards = [shard for group in self.layers.values() for shard in group]
+        for shard in shards:
+            shard.check_bits(bits)
+        chosen = [pair for pairs in (self.chosen.values(), (reader.bits for reader in readers)) for pair in pairs]
+        if (highest := max(value for pair in chosen for value in pair)) > bits:
+            raise UserError(
+                f"The planes of {bits} bits are not enough: some layers are read at {highest} bits. Set their bits first."
+            )
+        self._apply(None)
+        changed = [shard.memory.keep(shard.format.planes_read(bits)) for shard in shards]
+        if any(changed):
+            recapture_cuda_graphs(self.runner)
+        return self.plane_bytes()
+
+    def plane_bytes(self) -> dict[str, int]:
+        """Bytes of planes in the device's memory, and of all planes."""
+        memories = [(shard.memory, len(shard.planes)) for group in self.layers.values() for shard in group]
+        resident = sum(memory.resident * memory.plane_bytes for memory, _ in memories)
+        return {"resident": resident, "total": sum(count * memory.plane_bytes for memory, count in memories)}
+
+    def _bring_back(self, wanted: Mapping[str, Sequence[int]]) -> None:
+        """Move the planes that some bit-widths need to the device's memory."""
+        changed = False
+        for name, pair in wanted.items():
+            for shard in self.layers[name]:
+                count = shard.format.planes_read(max(pair))
+                changed |= shard.memory.resident < count and shard.memory.keep(count)
+        if changed:
+            recapture_cuda_graphs(self.runner)
+
+    def _apply(self, bits: int | None) -> None:
+        wanted = self.chosen if bits is None else {name: [bits, bits] for name in self.layers}
+        self._bring_back(wanted)
+        previous = self.current()
+        for name, (decode, prefill) in wanted.items():
+            for shard in self.layers[name]:
+                shard.set_bits(decode, prefill)
+        self._applied = bits
+        if wanted != previous:
+            swap_cuda_graphs(self.runner, _cache_key(previous), _cache_key(wanted))
+
+
+def draft_layers(runner: Any) -> list[ShardedNestedLinear]:
+    """Nested layers of a model runner's draft model."""
+    owners: list[Any] = [getattr(runner, name, None) for name in ("drafter", "speculator")]  # of the old and new runner
+    models = [getattr(owner, "model", None) for owner in owners]
+    modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
+    return [module for module in modules if isinstance(module, ShardedNestedLinear)]
+
+
+def layer_widths(runner: Any) -> LayerWidths:
+    """Bit-widths of a model runner's layers; the same object at each call. Raises UserError if it has no nested layers."""
+    found: LayerWidths | None = vars(runner).get("matquant_widths")
+    if found is None:
+        found = runner.matquant_widths = LayerWidths(runner)
+    return found
+
+
+def begin_step(worker: Any, scheduler_output: Any) -> None:
+    """Apply the bit-width of a step before a worker executes it. Does nothing with vLLM's own scheduler."""
+    step = getattr(scheduler_output, ATTRIBUTE, None)
+    if step is not None:
+        layer_widths(worker.model_runner).begin_step(step)
 
 
 def _sharded_layers(model: nn.Module) -> dict[str, list[ShardedNestedLinear]]:

@@ -1,13 +1,15 @@
 """One vLLM engine in a process of its own: generates tokens at several bit-widths and prints them as JSON.
 
 The tests run ``python engine.py JOB`` with a JSON file: ``model``, ``engine`` (arguments of ``LLM``), ``prompts`` (token ids),
-``tokens`` (number of new tokens), and ``steps``. Each step is a list of arguments of ``set_bits``, or null to change nothing.
+``tokens`` (number of new tokens), and ``steps``. Each step is a list of arguments of ``set_bits``, or null to change nothing,
+or an object with ``bits``, the bit-width of each prompt's request.
 """
 
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 os.environ.update(QUIET)
@@ -24,15 +26,43 @@ def main(job: dict) -> None:
 
     extension = "matquant.vllm.worker.WidthExtension"
     llm = LLM(job["model"], max_model_len=128, max_num_seqs=4, worker_extension_cls=extension, **job["engine"])
-    sampling = SamplingParams(max_tokens=job["tokens"], temperature=0, ignore_eos=True)
+    length = {"max_tokens": job["tokens"], "temperature": 0, "ignore_eos": True}
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     found = []
     for step in job["steps"]:
-        if step is not None:
+        if isinstance(step, list):
             set_bits(llm, *step)
-        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        requested = step["bits"] if isinstance(step, dict) else [None] * len(prompts)
+        parameters = [
+            SamplingParams(**length, extra_args=None if bits is None else {"bits": bits}) for bits in requested
+        ]
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
         found.append([list(output.outputs[0].token_ids) for output in outputs])
     print("TOKENS " + json.dumps(found), flush=True)
+    if "speculative_config" in job["engine"]:
+        print("DRAFTS " + json.dumps(drafts(llm)), flush=True)
+
+
+def nested_layers(worker: Any) -> list[Any]:
+    """Nested layers of the target and of the draft model."""
+    from matquant.vllm.sharded_linear import ShardedNestedLinear
+
+    models = (worker.model_runner.model, worker.model_runner.drafter.model)
+    return [module for model in models for module in model.modules() if isinstance(module, ShardedNestedLinear)]
+
+
+def drafts(llm: Any) -> dict[str, int]:
+    """Drafted and accepted tokens, and the number of layers that read planes of others, and of such whose planes those are."""
+    counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    (layers,) = llm.collective_rpc(nested_layers)
+    return {
+        "drafted": counters["vllm:spec_decode_num_draft_tokens"],
+        "accepted": counters["vllm:spec_decode_num_accepted_tokens"],
+        "readers": sum(layer.is_reader for layer in layers),
+        "owners": len({layer.planes.data_ptr() for layer in layers if not layer.is_reader}),
+        "storages": len({layer.planes.data_ptr() for layer in layers}),
+        "draft_bits": max((layer.bits[0] for layer in layers if layer.is_reader), default=0),
+    }
 
 
 if __name__ == "__main__":

@@ -2,21 +2,16 @@
 
 import importlib.util
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
-from engine import QUIET
+from server import Server
 from shared import ROOT, TINY
 
 import matquant  # noqa: F401 - makes the format known to Transformers
@@ -138,13 +133,23 @@ def random_model(request, tmp_path) -> Packed:
 
 def run_engine(folder: Path, tmp_path: Path, steps: list[Any], **engine: Any) -> list[list[list[int]]]:
     """Tokens that one vLLM engine generates at each step."""
+    return report(run_engine_process(folder, tmp_path, steps, **engine), "TOKENS")
+
+
+def report(output: str, kind: str) -> Any:
+    """Content of the line that ``engine.py`` printed after a word."""
+    (line,) = [line for line in output.splitlines() if line.startswith(f"{kind} ")]
+    return json.loads(line.removeprefix(f"{kind} "))
+
+
+def run_engine_process(folder: Path, tmp_path: Path, steps: list[Any], **engine: Any) -> str:
+    """Output of ``engine.py``."""
     job = {"model": str(folder), "prompts": PROMPTS, "tokens": TOKENS, "steps": steps}
     (tmp_path / "job.json").write_text(json.dumps(job | {"engine": {"dtype": "float32"} | engine}))
     command = [sys.executable, Path(__file__).with_name("engine.py"), tmp_path / "job.json"]
     done = subprocess.run(command, text=True, capture_output=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
-    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("TOKENS "))
+    assert "TOKENS " in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 def assert_tokens_at_all_bits(model: Packed, tmp_path: Path, **engine: Any) -> None:
@@ -161,6 +166,27 @@ def test_compiled_model(tiny, tmp_path):
     *found, both = run_engine(tiny.folder, tmp_path, [*choices, [2, 8]])
     assert found == [tiny.greedy(bits) for bits in (*BITS, tiny.mixed)]
     assert both == generate(read(tiny.folder, bits=2, prefill_bits=8))
+
+
+def test_a_low_slice_drafts_for_a_high_one(tiny, tmp_path):
+    """The tokens are those of the target's bit-widths, also when each request names its own; planes are in memory once."""
+    draft = {"method": "draft_model", "model": str(tiny.folder), "num_speculative_tokens": 3}
+    output = run_engine_process(
+        tiny.folder,
+        tmp_path,
+        [[8], [4], {"bits": [8, 2, 4]}],
+        enforce_eager=True,
+        speculative_config=draft,
+        additional_config={"matquant": {"draft_bits": 3}},
+        scheduler_cls="matquant.vllm.scheduler.WidthScheduler",
+        disable_log_stats=False,
+    )
+    eight, two, four = tiny.greedy(8), tiny.greedy(2), tiny.greedy(4)
+    assert report(output, "TOKENS") == [eight, four, [eight[0], two[1], four[2]]]
+    drafts = report(output, "DRAFTS")
+    assert drafts["drafted"] > drafts["accepted"] > 0
+    assert drafts["readers"] == drafts["owners"] == drafts["storages"] == len(tiny.names)
+    assert drafts["draft_bits"] == 3
 
 
 @pytest.mark.parametrize("random_model", ["qwen3", "qwen3, short groups"], indirect=True)
@@ -230,91 +256,19 @@ def test_dummy_values_of_experts(random_model, tmp_path):
     assert_dummy_values_serve(random_model, tmp_path)
 
 
-class Server:
-    """OpenAI server of vLLM, which answers requests until its process is terminated."""
-
-    def __init__(self, folder: Path, log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        command = [
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            folder,
-            "--served-model-name",
-            "m",
-            "--dtype",
-            "float32",
-            "--max-model-len",
-            "128",
-            "--enforce-eager",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            self.port,
-            "--api-key",
-            "secret",
-            "--hf-overrides",
-            '{"bits": 8}',
-            "--worker-extension-cls",
-            "matquant.vllm.worker.WidthExtension",
-            "--middleware",
-            "matquant.vllm.endpoint.WidthEndpoint",
-        ]
-        with log.open("w") as stream:
-            self.process = subprocess.Popen(
-                list(map(str, command)), env=os.environ | QUIET, stdout=stream, stderr=subprocess.STDOUT
-            )
-        deadline = time.monotonic() + 300
-        while not self._answers():
-            assert self.process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(1)
-
-    def _answers(self) -> bool:
-        try:
-            return urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).status == 200
-        except OSError:
-            return False
-
-    def request(self, path: str, content: Any = None, key: str = "secret") -> tuple[int, Any]:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}",
-            headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
-            data=None if content is None else json.dumps(content).encode(),
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=120) as response:
-                return response.status, json.load(response)
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def complete(self, prompt: list[int]) -> list[int]:
-        body = {"model": "m", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-        status, answer = self.request("/v1/completions", body | {"return_token_ids": True})
-        assert status == 200, answer
-        return answer["choices"][0]["token_ids"]
-
-
 def test_server_changes_its_bits_between_requests(tiny, tmp_path):
-    server = Server(tiny.folder, tmp_path / "log")
-    try:
-        assert [server.complete(prompt) for prompt in PROMPTS] == tiny.greedy(8)
+    with Server(tiny.folder, tmp_path / "log", "--hf-overrides", '{"bits": 8}') as server:
+        assert [server.complete(prompt, max_tokens=TOKENS) for prompt in PROMPTS] == tiny.greedy(8)
         status, answer = server.request("/v1/matquant/bits", {"bits": 2})
         assert status == 200
         assert answer["bits"] == dict.fromkeys(tiny.names, 2)
-        assert [server.complete(prompt) for prompt in PROMPTS] == tiny.greedy(
+        assert [server.complete(prompt, max_tokens=TOKENS) for prompt in PROMPTS] == tiny.greedy(
             2
         )  # the prefix cache of 8 bits was dropped
         assert server.request("/v1/matquant/bits", {"bits": tiny.mixed})[0] == 200
-        assert [server.complete(prompt) for prompt in PROMPTS] == tiny.greedy(tiny.mixed)
+        assert [server.complete(prompt, max_tokens=TOKENS) for prompt in PROMPTS] == tiny.greedy(tiny.mixed)
         status, answer = server.request("/v1/matquant/bits", {"bits": 9})
         assert status == 400
         assert "a bit-width must be a whole number in 2..8; found 9" in answer
         assert server.request("/v1/matquant/bits", {"bits": 8}, key="wrong")[0] == 401
         assert server.request("/v1/matquant/bits")[1]["bits"] == tiny.mixed
-    finally:
-        server.process.terminate()
-        server.process.wait(60)

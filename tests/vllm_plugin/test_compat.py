@@ -129,3 +129,39 @@ def test_graphs_of_all_kinds_are_found(monkeypatch):
     assert compat.graph_tables(runner) == tables
     plain = SimpleNamespace(model=SimpleNamespace(), speculator=None)
     assert compat.graph_tables(plain) == tables[:2]
+
+
+class Wrapper:
+    """``WorkerWrapperBase`` of vLLM."""
+
+    worker = "worker"
+
+    def execute_model(self, scheduler_output: str) -> str:
+        return f"executed {scheduler_output}"
+
+
+def test_steps_and_draft_models_are_hooked_once(monkeypatch):
+    """Also with classes of a release that has only one of the two kinds of draft models."""
+    wrapper = type("WorkerWrapperBase", (Wrapper,), {})
+    draft = type(
+        "DraftModelProposer", (), {"load_model": lambda self, target: setattr(self, "model", f"draft of {target}")}
+    )
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.worker_base", SimpleNamespace(WorkerWrapperBase=wrapper))
+    monkeypatch.setitem(sys.modules, "vllm.v1.spec_decode.draft_model", SimpleNamespace(DraftModelProposer=draft))
+    speculator = "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator"
+    monkeypatch.setitem(sys.modules, speculator, None)
+    steps: list[Any] = []
+    shared: list[Any] = []
+    for _ in range(2):
+        compat.hook_steps(lambda worker, output: steps.append((worker, output)))
+        compat.hook_draft_model(lambda *models: shared.append(models))
+    assert wrapper().execute_model("a") == "executed a"
+    draft().load_model("target")
+    assert (steps, shared) == ([("worker", "a")], [("draft of target", "target")])
+    newer = type(
+        "StandaloneARSpeculator", (), {"load_draft_model": lambda self, target, names: f"{target} with {names}"}
+    )
+    monkeypatch.setitem(sys.modules, speculator, SimpleNamespace(StandaloneARSpeculator=newer))
+    compat.hook_draft_model(lambda *models: shared.append(models))
+    assert newer().load_draft_model("t", "n") == "t with n"
+    assert shared[1:] == [("t with n", "t")]

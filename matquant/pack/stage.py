@@ -35,18 +35,25 @@ class Packing:
         layers: size, and format in the parent, of each layer by full name.
         method: settings of the method that makes the parent.
         job_folder: output folder of the job.
+        loaded: the model.
 
     Raises:
-        UserError: the target is there already, the format cannot store the layers, or ``pack.bits`` does not fit them.
+        UserError: the target is there already, the format cannot store the model, or ``pack.bits`` does not fit them.
     """
 
     def __init__(
-        self, config: PackConfig, layers: Mapping[str, LayerSpec], method: MethodConfig, job_folder: Path
+        self,
+        config: PackConfig,
+        layers: Mapping[str, LayerSpec],
+        method: MethodConfig,
+        job_folder: Path,
+        loaded: LoadedModel,
     ) -> None:
         self.config = config
         self.folder = _target(config, job_folder)
         self.format = FORMATS[config.name]
         self.format.check(config, method, layers)
+        self.format.check_model(config, loaded)
         self.allocated: Mapping[str, int] | None = None
         if config.allocation_file is not None:
             found = allocation.read(Path(config.allocation_file))
@@ -93,10 +100,12 @@ class Packing:
                 progress=progress,
                 stored_bits=config.stored_bits,
                 allow_nearest=config.rounding == "nearest",
+                dense_type=config.dense_type,
             )
             written = self.format.write(request)
-            aux_files.copy(source.folder, folder)
-            aux_files.write_config(source, folder, written.quantization_config, written.config)
+            if written.quantization_config is not None:
+                aux_files.copy(source.folder, folder)
+                aux_files.write_config(source, folder, written.quantization_config, written.config)
             record = {"format": config.name, "folder": str(self.folder), "bytes": total_bytes(folder), **written.record}
             with translate_os_errors(folder, setting="pack.path"):
                 (folder / "README.md").write_text(model_card.render(results, record), encoding="utf-8")

@@ -120,7 +120,9 @@ def _run_stages(
     with log.timed("load"):
         job = load_job(config, runtime)
         tasks = load_tasks(job)
-        packing = Packing(config.pack, job.layer_specs, config.method, info.folder) if config.pack.wanted else None
+        packing = None
+        if config.pack.wanted:
+            packing = Packing(config.pack, job.layer_specs, config.method, info.folder, job.model)
     outputs, results = StageOutputs(), None
     try:
         _quantize_and_evaluate(job, tasks, runtime, outputs)

@@ -7,12 +7,15 @@ import dataclasses
 import logging
 import tempfile
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matquant.errors import UserError
@@ -54,7 +57,17 @@ def gguf_package(setting: str) -> Any:
         raise UserError(
             f"{setting} needs the package gguf, which is not installed: pip install 'matquant[gguf]'."
         ) from error
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it reports byte orders and plans
     return gguf
+
+
+def read_tensors(file: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Values of some tensors of a GGUF file, as it stores them: float32 [..., rows, columns]."""
+    package = gguf_package(str(file))
+    for tensor in package.GGUFReader(file).tensors:
+        if tensor.name in names:
+            values = package.quants.dequantize(tensor.data, tensor.tensor_type)
+            yield tensor.name, torch.from_numpy(np.ascontiguousarray(values))
 
 
 def convert_gguf(model: ModelConfig, store: Store) -> tuple[ModelConfig, list[str]]:

@@ -5,10 +5,13 @@ results are the same for all formats.
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from matquant.errors import UserError
 from matquant.formats import allocation
@@ -37,6 +40,10 @@ class Packing:
         job_folder: output folder of the job.
         loaded: the model.
 
+    Attributes:
+        stored_weights: after ``run``, the weights that the folder holds, by layer, from a block's number; None if they are
+            those of the slice.
+
     Raises:
         UserError: the target is there already, the format cannot store the model, or ``pack.bits`` does not fit them.
     """
@@ -54,6 +61,7 @@ class Packing:
         self.format = FORMATS[config.name]
         self.format.check(config, method, layers)
         self.format.check_model(config, loaded)
+        self.stored_weights: Callable[[int], Mapping[str, Tensor]] | None = None
         self.allocated: Mapping[str, int] | None = None
         if config.allocation_file is not None:
             found = allocation.read(Path(config.allocation_file))
@@ -109,6 +117,8 @@ class Packing:
             record = {"format": config.name, "folder": str(self.folder), "bytes": total_bytes(folder), **written.record}
             with translate_os_errors(folder, setting="pack.path"):
                 (folder / "README.md").write_text(model_card.render(results, record), encoding="utf-8")
+        if written.stored_weights is not None:
+            self.stored_weights = functools.partial(written.stored_weights, self.folder)
         return record
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from matquant.errors import UserError
 from matquant.formats.groups import fit_group_size
 from matquant.formats.packed import LayerSpec
@@ -52,11 +54,14 @@ class PackResult:
         quantization_config: for ``config.json``; None for a format that holds config and tokenizer in its weight file.
         config: other entries of ``config.json``, in place of the original's.
         record: for the results, beside folder and bytes.
+        stored_weights: weights of a block in the finished folder, by layer, from the folder and the block's number; None if
+            they are those of the slice.
     """
 
     quantization_config: dict[str, Any] | None
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stored_weights: Callable[[Path, int], Mapping[str, Tensor]] | None = None
 
 
 def check_equal_groups(name: str, layers: Mapping[str, LayerSpec]) -> None:

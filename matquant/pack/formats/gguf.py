@@ -16,7 +16,7 @@ from torch import Tensor
 from matquant.errors import UserError
 from matquant.formats.nested import NestedWeight
 from matquant.formats.packed import LayerSpec, TensorSpec
-from matquant.models.gguf import gguf_package
+from matquant.models.gguf import gguf_package, read_tensors
 from matquant.models.loading import LoadedModel
 from matquant.pack.config import PackConfig
 from matquant.pack.formats.base import CheckpointFormat, PackRequest, PackResult
@@ -69,10 +69,10 @@ class GgufFormat(CheckpointFormat):
     def check_model(self, config: PackConfig, loaded: LoadedModel) -> None:
         """Refuse architectures, tensors and tokenizers that llama.cpp does not have."""
         gguf_package("pack=gguf")
-        own = loaded.model.config
+        own, tied = loaded.model.config, set(loaded.model.all_tied_weights_keys)
         architecture = architecture_of(own)
-        stored = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in loaded.checkpoint.stored().items()}
-        plan_tensors(stored, own, architecture)
+        stored = {name: tensor for name, tensor in loaded.checkpoint.stored().items() if name not in tied}
+        plan_tensors({name: TensorSpec(tuple(t.shape), t.dtype) for name, t in stored.items()}, own, architecture)
         vocabulary_of(Path(own.name_or_path), loaded.tokenizer, own)
 
     def write(self, request: PackRequest) -> PackResult:
@@ -80,7 +80,8 @@ class GgufFormat(CheckpointFormat):
         file = _Writing(request)
         with translate_os_errors(request.folder, setting="pack.path"):
             record = file.write(request.folder / file.name)
-        return PackResult(quantization_config=None, record=record)
+        stored = None if record["exact"] else file.stored_weights
+        return PackResult(quantization_config=None, record=record, stored_weights=stored)
 
 
 class _Writing:
@@ -132,6 +133,18 @@ class _Writing:
         finally:
             writer.close()
         return self._record()
+
+    def stored_weights(self, folder: Path, index: int) -> dict[str, Tensor]:
+        """Weights of a block that the file holds, float32 [out_features, in_features] by layer."""
+        names = {name for name, block in self._blocks.items() if block == index}
+        wanted = {t.name: t for t in self.tensors if any(layer.name in names for layer in self._nested(t))}
+        specs = self.request.source.layers
+        found = {name: torch.empty(specs[name].out_features, specs[name].in_features) for name in names}
+        for name, data in read_tensors(folder / self.name, list(wanted)):
+            for piece, values in zip(wanted[name].pieces, data.view(-1, *data.shape[-2:]), strict=True):
+                rows = slice(None) if piece.rows is None else piece.rows
+                found[piece.source.removesuffix(_WEIGHT)][rows] = values
+        return found
 
     def _bits(self, layer: str) -> int:
         bits = self.request.bits
@@ -215,9 +228,9 @@ class _Writing:
         kind = self._kinds[tensor.name]
         if isinstance(kind, str):
             values = self._dense_values(tensor)
-            data = type_choice.encode_dense(values, kind)
-            self._dense_errors.append(type_choice.relative_error(type_choice.decode_dense(data, kind), values))
-            return data
+            dense = type_choice.encode_dense(values, kind)
+            self._dense_errors.append(type_choice.relative_error(type_choice.decode_dense(dense, kind), values))
+            return dense
         parts = []
         for piece, layer in zip(tensor.pieces, self._nested(tensor), strict=True):
             weight = piece.of_weight(self._weight(layer.name))

@@ -5,6 +5,7 @@ the range of the type. Here d is the group's scale times a power of two that all
 """
 
 import dataclasses
+import operator
 from collections.abc import Iterator
 
 import numpy as np
@@ -72,8 +73,7 @@ def row_strips(weight: NestedWeight) -> Iterator[NestedWeight]:
     rows, columns = weight.codes.shape
     size = max(1, _ELEMENTS_AT_ONCE // columns)
     for start in range(0, rows, size):
-        strip = slice(start, start + size)
-        yield weight.map_tensors(lambda tensor, strip=strip: tensor[strip])
+        yield weight.map_tensors(operator.itemgetter(slice(start, start + size)))
 
 
 def _units(weight: NestedWeight, bits: int) -> np.ndarray | None:

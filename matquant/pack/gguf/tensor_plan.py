@@ -25,11 +25,13 @@ class Piece:
     Attributes:
         source: full name of the tensor, or of the weight of a nested layer.
         expert: index in the first dimension of a tensor of all experts.
+        position: number of the expert in the file; 0 for tensors without experts.
         rows: rows in their order in the file; None for all, as they are.
     """
 
     source: str
     expert: int | None = None
+    position: int = 0
     rows: Tensor | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ class PlannedTensor:
     Attributes:
         name: in the file.
         shape: [..., rows, columns] as in Transformers; the first of three dimensions counts experts.
-        pieces: one, or one for each expert.
+        pieces: one, or one for each expert in the order of their numbers.
         shift: number that is added to all values.
     """
 
@@ -77,7 +79,7 @@ def plan_tensors(specs: Mapping[str, TensorSpec], config: Any, architecture: Arc
             known = planned.get(name)
             if known is not None:  # a further expert
                 shape = (len(known.pieces) + 1, *shape[-2:])
-                pieces = (*known.pieces, *pieces)
+                pieces = tuple(sorted((*known.pieces, *pieces), key=lambda piece: piece.position))
             shift = architecture.norm_shift if name.endswith("norm.weight") else 0.0
             planned[name] = PlannedTensor(name=name, shape=shape, pieces=pieces, shift=shift)
     names.check()
@@ -140,10 +142,12 @@ def _expert_parts(
         rows //= 2
     else:
         halves = {found["kind"]: None}
-    experts: Iterable[int | None] = range(spec.shape[0]) if len(spec.shape) == 3 else [None]
     for kind, order in halves.items():
         name = names.find(f"{found['owner']}.{kind}.weight")
-        pieces = tuple(Piece(source=source, expert=expert, rows=order) for expert in experts)
+        if len(spec.shape) == 3:
+            pieces = tuple(Piece(source=source, expert=i, position=i, rows=order) for i in range(spec.shape[0]))
+        else:
+            pieces = (Piece(source=source, position=int(found["index"]), rows=order),)
         if name is not None:
             yield name, (len(pieces), rows, columns), pieces
 

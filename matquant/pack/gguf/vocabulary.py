@@ -101,7 +101,7 @@ def vocabulary_of(folder: Path, tokenizer: Any, config: Any) -> Vocabulary:
     """
     if (folder / VOCABULARY_FILE).is_file():
         return Vocabulary(entries=_stored(folder / VOCABULARY_FILE))
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     model = {} if backend is None else json.loads(backend.to_str())["model"]
     if model.get("type") != "BPE":
         raise UserError(

@@ -144,6 +144,31 @@ def test_nearest_values_of_each_type(kind: Any) -> None:
         assert torch.allclose(back, same, rtol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("bits", "offset", "name", "group_size", "largest"),
+    [
+        (2, 8.0, "Q2_K", 256, 1e-6),  # one group covers the block
+        (2, 8.0, "Q2_K", 128, 0.02),
+        (3, 16.0, "Q3_K", 256, 1e-6),  # the offset puts zero on the grid of the type
+        (3, 16.0, "Q3_K", 128, 0.01),
+        (3, 8.0, "Q3_K", 128, 0.15),
+    ],
+)
+def test_slices_in_k_types(bits: int, offset: float, name: str, group_size: int, largest: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = NestedWeight(
+        codes=torch.randint(0, 256, (32, 256), dtype=torch.uint8, generator=generator),
+        scales=(torch.randn(32, 256 // group_size, generator=generator) * 0.01).half(),
+        zeros=None,
+        format=WeightFormat(group_size=group_size, zero_point_offset=offset),
+    )
+    layer = SliceLayer.measure("x", weight, bits)
+    (kind,) = (kind for kind in BLOCK_TYPES if kind.name == name)
+    found = decode(type_choice.encode(layer, weight, kind), name)
+    exact = weight.dequantize(bits)
+    assert (found - exact).norm() / exact.norm() < largest
+
+
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q8_0"])
 def test_nearest_is_no_worse_than_the_package_gguf(name: str) -> None:
     values = torch.randn(16, 256, generator=torch.Generator().manual_seed(1))

@@ -5,6 +5,7 @@ results are the same for all formats.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ class Packing:
         method: settings of the method that makes the parent.
         job_folder: output folder of the job.
         loaded: the model.
+        uniform: bit-widths of the job's slices if all are uniform; the format checks the one that it will write.
 
     Attributes:
         stored_weights: after ``run``, the weights that the folder holds, by layer, from a block's number; None if they are
@@ -55,11 +57,12 @@ class Packing:
         method: MethodConfig,
         job_folder: Path,
         loaded: LoadedModel,
+        uniform: Sequence[int] = (),
     ) -> None:
         self.config = config
         self.folder = _target(config, job_folder)
         self.format = FORMATS[config.name]
-        self.format.check(config, method, layers)
+        self.format.check(_planned(config, uniform, method.master_bits), method, layers)
         self.format.check_model(config, loaded)
         self.stored_weights: Callable[[int], Mapping[str, Tensor]] | None = None
         self.allocated: Mapping[str, int] | None = None
@@ -120,6 +123,14 @@ class Packing:
         if written.stored_weights is not None:
             self.stored_weights = functools.partial(written.stored_weights, self.folder)
         return record
+
+
+def _planned(config: PackConfig, uniform: Sequence[int], master_bits: int) -> PackConfig:
+    """Settings with the bit-width that ``_default_bits`` will find, if it is known before the job."""
+    if config.bits is not None or not uniform:
+        return config
+    bits = uniform[0] if len(uniform) == 1 else min(config.max_bits or master_bits, master_bits)
+    return dataclasses.replace(config, bits=str(bits))
 
 
 def try_target(config: PackConfig, job_folder: Path) -> None:

@@ -123,7 +123,8 @@ def _run_stages(
         tasks = load_tasks(job)
         packing = None
         if config.pack.wanted:
-            packing = Packing(config.pack, job.layer_specs, config.method, info.folder, job.model)
+            uniform = () if config.allocations or config.search.wanted else config.slice_bits
+            packing = Packing(config.pack, job.layer_specs, config.method, info.folder, job.model, uniform)
     outputs, results = StageOutputs(), None
     try:
         _quantize_and_evaluate(job, tasks, runtime, outputs)

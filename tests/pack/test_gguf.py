@@ -376,6 +376,18 @@ def test_an_inexact_width_is_refused_with_alternatives(llama_model: Opened, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_zero_points_of_groups_have_no_exact_type(tmp_path: Path) -> None:
+    model = save(make_model("llama", torch.float16, vocab_size=2048), tmp_path / "model")
+    opened = Opened(model, tmp_path / "store", symmetric=False, zero_point_offset=0.0)
+    for bits in (2, 4, 8):
+        with pytest.raises(UserError, match="is not exact in any type of GGUF. pack.rounding=nearest stores"):
+            opened.pack(tmp_path / "out", bits, name="gguf")
+    tensors, fields = read(opened.pack(tmp_path / "out", 8, name="gguf", rounding="nearest"))
+    exact = opened.parent.block(1)["model.layers.1.mlp.up_proj"].dequantize(8)
+    assert (tensors["blk.1.ffn_up.weight"] - exact).norm() < 0.02 * exact.norm()
+    assert not fields["matquant.exact"]
+
+
 @pytest.mark.parametrize("factor", [1e-9, 1e8])
 def test_scales_beyond_float16_are_refused(tmp_path: Path, factor: float) -> None:
     model = make_model("llama", torch.bfloat16, vocab_size=2048)

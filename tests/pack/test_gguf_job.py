@@ -98,6 +98,8 @@ def test_packed_weights_that_differ_from_the_slice_are_evaluated(job: Any, small
     ("overrides", "sentence"),
     [
         (["pack.bits=8"], "the 8-bit slice of model.layers.0.self_attn.q_proj"),
+        (["bits=7"], "the 7-bit slice of model.layers.0.self_attn.q_proj"),
+        (["bits=[3,4]"], "the 8-bit slice of model.layers.0.self_attn.q_proj"),
         (["pack.shard_gb=1"], "pack.shard_gb has no meaning"),
         (["pack.prefill_bits=2"], "pack.prefill_bits has no meaning"),
     ],

@@ -4,7 +4,7 @@
 
 Fields of the job; all but ``files`` may be empty:
 
-    quantize   lists [source, target, type]: files that llama.cpp makes of others, before anything else (type Q8_0 or F16)
+    quantize   lists [source, target, type]: files that llama.cpp makes of others, before anything else (type Q8_0, F16 or F32)
     files      GGUF files to run
     windows    token ids of texts
     prompts    token ids to continue
@@ -28,9 +28,10 @@ import numpy as np
 
 
 def quantize(source: str, target: str, kind: str, threads: int) -> None:
-    """Quantize a file with llama.cpp's own quantizer."""
+    """Quantize a file, or for F32 dequantize it, with llama.cpp's own quantizer."""
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    params.ftype = getattr(llama_cpp, "LLAMA_FTYPE_ALL_F32" if kind == "F32" else f"LLAMA_FTYPE_MOSTLY_{kind}")
+    params.allow_requantize = True
     params.nthread = threads
     status = llama_cpp.llama_model_quantize(source.encode(), target.encode(), params)
     if status:

@@ -1,8 +1,8 @@
 """GGUF files of slices in llama.cpp itself. ``make test-gguf`` runs the tests.
 
 The CPU kernels of llama.cpp quantize activations to 8 bits, so its logits differ from those of Transformers with equal weights.
-Its own Q8_0 file of the unquantized model, read by both, shows how much. Files that llama.cpp dequantizes to F32 run without that
-error, and show that weights and hyperparameters are right.
+Its own Q8_0 file of the unquantized model, read by both, shows how much. Files that llama.cpp dequantizes to F32 run without
+that error, and show that weights and hyperparameters are right.
 """
 
 import importlib.util

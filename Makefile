@@ -5,7 +5,7 @@ VLLM := .venv-vllm
 STOCK := .venv-stock
 GGUF := .venv-gguf
 
-.PHONY: run test test-fast lint sweep format bench-solver bench-solver-gpu bench-kernels bench-e2e test-vllm test-exports test-gguf clean
+.PHONY: run test test-fast test-architectures architectures lint sweep format bench-solver bench-solver-gpu bench-kernels bench-e2e test-vllm test-exports test-gguf clean
 
 run: $(VENV)/.ready
 	$(BIN)/python run.py
@@ -16,6 +16,14 @@ test: $(VENV)/.ready
 # Under two minutes on 2 cores: no whole jobs, no compilation of kernels.
 test-fast: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not vllm and not compiler"
+
+# Every decoder family of Transformers from end to end, against docs/architectures.md. make test does not run it.
+test-architectures: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 -m architectures
+
+# The same, to write docs/architectures.md.
+architectures: $(VENV)/.ready
+	$(BIN)/python tests/architectures_page.py
 
 # The vLLM engine on the CPU with the plugin, in an environment of its own (4.2 GB). make test does not run it.
 test-vllm: $(VLLM)/.ready

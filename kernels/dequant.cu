@@ -4,14 +4,14 @@
 // One warp dequantizes one tile of 64 rows and 64 columns. Lanes hold weights in fragment order, two columns of a row at a time. They are
 // transposed through shared memory, so that a warp stores 128 contiguous bytes of each of four rows at once.
 //
-// Macros  BITS, ROUND, GROUP (32, a multiple of 64, or 0), ZEROS, BFLOAT (dtype of out), SCALE_BFLOAT: as in gemm.cu
+// Macros  BITS, ROUND, STRETCH, GROUP (32, a multiple of 64, or 0), ZEROS, BFLOAT (dtype of out), SCALE_BFLOAT: as in gemm.cu
 // Launch  block   128 threads
 //         grid    ceil(row blocks of out * units / 4), units = ceil(depth / 64)
 //         shared  4 * 64 * 144 bytes
 #include "group_scales.cuh"
 #include "plane_words.cuh"
 
-typedef Fragments<BITS, false> Fragment; // float16 subnormals: the shifted code itself
+typedef Fragments<BITS, false, STRETCH> Fragment; // the bits of a float16 number up to 2047 * 2^-24: the shifted code itself
 typedef GroupScales<4> Group;
 constexpr int kRowBytes = 128 + 16; // 16 bytes of padding per row of a tile against bank conflicts
 

@@ -2,7 +2,7 @@
 // More tokens on sm_90a: gemm_sm90_ws.cu.
 //
 // Weight value: gain * scale * (2^(8 - BITS) * code + offset - zero point), with one scale and zero point per group. `code` is the slice
-// of BITS bits of an 8-bit code. Codes of fewer master bits are the first planes of an 8-bit code; `gain` and `offset` are adapted.
+// of BITS bits of an 8-bit code, its bits after the fourth times STRETCH / 4. Codes of fewer master bits are the first planes of an 8-bit code; `gain` and `offset` are adapted.
 //
 // Tiling
 //   An output tile has BLOCK_M = 8 * TOKEN_TILES tokens and BLOCK_N = 64 * ROW_WARPS rows. A block has ROW_WARPS x TILE_WARPS warps along N
@@ -25,6 +25,7 @@
 // Macros
 //   BITS          2..8, planes of the slice
 //   ROUND         1 for `round` slicing, which reads one plane more; 0 for `msb`
+//   STRETCH       steps of the fifth and later planes in quarters of halves: 4, or with BITS > 4 and `msb` slicing 5 or 6
 //   GROUP         group size: 32, a multiple of 64, or 0 for one scale per row
 //   ZEROS         1 if groups have zero points
 //   BFLOAT        1 if x, bias and y are bfloat16; 0 for float16

@@ -23,7 +23,7 @@ constexpr int kGroupK = GROUP && GROUP < kBlockK ? GROUP : kBlockK; // columns o
 constexpr int kGroups = kBlockK / kGroupK;
 constexpr int kStepsPerGroup = kGroupK / kStepK;
 
-typedef Fragments<BITS, BFLOAT> Fragment;
+typedef Fragments<BITS, BFLOAT, STRETCH> Fragment;
 typedef u32 StepFragments[Fragment::kParts][kRowTiles][4]; // A fragments of one k-step
 
 #if WGMMA

@@ -6,6 +6,8 @@
 //   TARGETS  T: number of error-compensated targets: K, or 1 if all bit-widths share one
 //   FACTORS  F: number of Hessians: K or 1
 //   NESTED   1 if every cell of a bit-width is a union of cells of the next one; 0 to search all codes exhaustively
+//   LOW      L: number of bit-widths above four if the steps of later planes are stretched; 0 without a stretch
+//   STRETCH  of these steps, in quarters
 //   SCALES   dtype of stored scales: 0 float32, 1 float16, 2 bfloat16
 // Launch
 //   choose_scales                 one warp per row, columns over lanes: 128 threads, (rows + 3) / 4 blocks
@@ -13,28 +15,35 @@
 //                                 sequentially dependent, rows are independent. Shared memory: T (solve_columns) or K (descend_columns)
 //                                 x columns x 33 floats
 //
-// cells: float32 [3, K]; per bit-width the codes per cell, the cells per cell of the previous bit-width, and the number of cells. All
-// matrices are row-major.
+// cells: float32 [4, K]; per bit-width the codes per cell, the cells per cell of the previous bit-width, the number of cells, and the
+// centre of a cell. All matrices are row-major.
 #include "device.cuh"
 
 constexpr int kLanes = 32, kStride = 33; // the padding makes accesses along lanes and along columns free of bank conflicts
 constexpr u32 kAllLanes = 0xFFFFFFFFu;
 
-struct CodeGrid {
-    float step[WIDTHS], ratio[WIDTHS], cells[WIDTHS];
-    float code_count, centre;
+// Cells of n bit-widths, ascending.
+template <int n> struct CodeGrid {
+    float step[n], ratio[n], cells[n], centre[n];
+    float unit, code_count, code_centre; // of single codes: distance of their values, number, centre
 };
+typedef CodeGrid<WIDTHS> Grid;
 
-DEVICE CodeGrid load_code_grid(const float* cells, int code_count, float centre) {
-    CodeGrid grid;
+constexpr int kFirstLow = WIDTHS - LOW; // first bit-width that the stretch changes
+constexpr float kStretch = STRETCH * 0.25f;
+
+DEVICE Grid load_code_grid(const float* cells, int code_count, float centre) {
+    Grid grid;
 #pragma unroll
     for (int k = 0; k < WIDTHS; k++) {
         grid.step[k] = cells[k];
         grid.ratio[k] = cells[WIDTHS + k];
         grid.cells[k] = cells[2 * WIDTHS + k];
+        grid.centre[k] = cells[3 * WIDTHS + k];
     }
+    grid.unit = 1.0f;
     grid.code_count = (float)code_count;
-    grid.centre = centre;
+    grid.code_centre = centre;
     return grid;
 }
 
@@ -50,36 +59,42 @@ DEVICE float clip_to_cell(float inner, float outer, float ratio) {
     return fminf(fmaxf(inner, first), first + (ratio - 1.0f));
 }
 
+// Codes of a cell of four bits.
+DEVICE float four_bit_step(const Grid& grid) { return grid.code_count * 0.0625f; }
+
 // Dequantized value of a code at bit-width k, in units of a code.
-DEVICE float dequantize_code(float code, const CodeGrid& grid, int k) {
-    float cell = floorf(code / grid.step[k] + (0.5f - grid.centre));
-    return grid.step[k] * (fminf(cell, grid.cells[k] - 1.0f) + grid.centre);
+DEVICE float dequantize_code(float code, const Grid& grid, int k) {
+    const float cell = floorf(code / grid.step[k] + (0.5f - grid.centre[k]));
+    const float value = grid.step[k] * (fminf(cell, grid.cells[k] - 1.0f) + grid.centre[k]);
+    if (k < kFirstLow) return value;
+    const float size = four_bit_step(grid), middle = size * (floorf(code / size) + 0.5f);
+    return middle + kStretch * (value - middle);
 }
 
 // Least cost g_k(cell) of bit-widths k and above, given the minima of all higher bit-widths.
-DEVICE float nested_cost(int k, float cell, const float* u, const float* weight, const CodeGrid& grid, const float* minima) {
-    float error = u[k] - grid.step[k] * (cell + grid.centre);
+template <int n> DEVICE float nested_cost(int k, float cell, const float* u, const float* weight, const CodeGrid<n>& grid, const float* minima) {
+    float error = u[k] - grid.step[k] * (cell + grid.centre[k]);
     float cost = weight[k] * error * error;
 #pragma unroll
-    for (int j = 0; j < WIDTHS; j++) {
+    for (int j = 0; j < n; j++) {
         if (j <= k) continue;
         cell = clip_to_cell(minima[j], cell, grid.ratio[j]);
-        error = u[j] - grid.step[j] * (cell + grid.centre);
+        error = u[j] - grid.step[j] * (cell + grid.centre[j]);
         cost += weight[j] * error * error;
     }
     return cost;
 }
 
 // Code with the least cost for the targets u (in units of a code), for nested cells.
-DEVICE float best_code_nested(const float* u, const float* weight, const CodeGrid& grid, float& cost) {
-    constexpr int top = WIDTHS - 1;
-    float minima[WIDTHS];
-    minima[top] = nearest_cell(u[top], grid.step[top], grid.cells[top], grid.centre);
+template <int n> DEVICE float best_code_nested(const float* u, const float* weight, const CodeGrid<n>& grid, float& cost) {
+    constexpr int top = n - 1;
+    float minima[n];
+    minima[top] = nearest_cell(u[top], grid.step[top], grid.cells[top], grid.centre[top]);
     cost = nested_cost(top, minima[top], u, weight, grid, minima);
 #pragma unroll
     for (int k = top - 1; k >= 0; k--) {
         float cell = floorf(minima[k + 1] * (1.0f / grid.ratio[k + 1]));
-        float nearest = nearest_cell(u[k], grid.step[k], grid.cells[k], grid.centre);
+        float nearest = nearest_cell(u[k], grid.step[k], grid.cells[k], grid.centre[k]);
         float toward = fminf(fmaxf(nearest - cell, -1.0f), 1.0f);
         cost = nested_cost(k, cell, u, weight, grid, minima);
         while (cell != nearest) {
@@ -92,12 +107,76 @@ DEVICE float best_code_nested(const float* u, const float* weight, const CodeGri
     }
     float cell = minima[0];
 #pragma unroll
-    for (int k = 1; k < WIDTHS; k++) cell = clip_to_cell(minima[k], cell, grid.ratio[k]);
-    return clip_to_cell(nearest_cell(u[top], 1.0f, grid.code_count, grid.centre), cell, grid.step[top]);
+    for (int k = 1; k < n; k++) cell = clip_to_cell(minima[k], cell, grid.ratio[k]);
+    return clip_to_cell(nearest_cell(u[top], grid.unit, grid.code_count, grid.code_centre), cell, grid.step[top] / grid.unit);
 }
 
+#if LOW
+// Error of bit-width k < kFirstLow in a cell of four bits.
+DEVICE float error_of_cell(int k, float cell, float size, const float* u, const Grid& grid) {
+    return u[k] - grid.step[k] * (floorf(cell * (size / grid.step[k])) + 0.5f);
+}
+
+// Best code within a cell of four bits, and its cost. low: the bit-widths from kFirstLow on, relative to the centre of the cell.
+DEVICE float best_code_of_cell(float cell, const float* u, const float* weight, const Grid& grid, const CodeGrid<LOW>& low, float& cost) {
+    const float size = four_bit_step(grid);
+    float low_u[LOW];
+#pragma unroll
+    for (int k = 0; k < LOW; k++) low_u[k] = u[kFirstLow + k] - size * (cell + 0.5f);
+    const float code = best_code_nested<LOW>(low_u, weight + kFirstLow, low, cost) + cell * size;
+#pragma unroll
+    for (int k = 0; k < kFirstLow; k++) {
+        const float error = error_of_cell(k, cell, size, u, grid);
+        cost += weight[k] * error * error;
+    }
+    return code;
+}
+
+// Lower bound of the cost of all codes within a cell of four bits, or further in the direction, 1 or -1.
+DEVICE float bound_from_cell(float cell, float direction, const float* u, const float* weight, const Grid& grid) {
+    const float size = four_bit_step(grid);
+    float bound = 0.0f;
+#pragma unroll
+    for (int k = 0; k < WIDTHS; k++) {
+        const float distance = k < kFirstLow ? -direction * error_of_cell(k, cell, size, u, grid)
+                                             : direction * (size * (cell + 0.5f) - u[k]) - kStretch * (size - grid.step[k]) * 0.5f;
+        const float beyond = fmaxf(distance, 0.0f);
+        bound += weight[k] * beyond * beyond;
+    }
+    return bound;
+}
+
+// Code with the least cost where later planes are stretched: cells of four bits from the nearest one on, in both directions, as long as
+// their bounds are below the least cost found.
+DEVICE float best_code_stretched(const float* u, const float* weight, const Grid& grid, float& cost) {
+    CodeGrid<LOW> low;
+    low.unit = kStretch;
+    low.code_count = four_bit_step(grid);
+    low.code_centre = 0.5f - low.code_count * 0.5f;
+#pragma unroll
+    for (int k = 0; k < LOW; k++) {
+        low.step[k] = grid.step[kFirstLow + k] * kStretch;
+        low.ratio[k] = grid.ratio[kFirstLow + k];
+        low.cells[k] = grid.cells[kFirstLow + k] * 0.0625f;
+        low.centre[k] = grid.centre[kFirstLow + k] - low.cells[k] * 0.5f;
+    }
+    const float nearest = nearest_cell(u[WIDTHS - 1], low.code_count, 16.0f, 0.5f);
+    float best = best_code_of_cell(nearest, u, weight, grid, low, cost);
+    for (float direction = 1.0f; direction >= -1.0f; direction -= 2.0f)
+        for (float cell = nearest + direction; cell >= 0.0f && cell <= 15.0f; cell += direction) {
+            if (bound_from_cell(cell, direction, u, weight, grid) >= cost) break;
+            float other;
+            const float code = best_code_of_cell(cell, u, weight, grid, low, other);
+            if (other >= cost) continue;
+            best = code;
+            cost = other;
+        }
+    return best;
+}
+#endif
+
 // Code with the least cost, by exhaustive search. Ties go to the code nearest to the highest bit-width's target.
-DEVICE float best_code_exhaustive(const float* u, const float* weight, const CodeGrid& grid, float& cost) {
+DEVICE float best_code_exhaustive(const float* u, const float* weight, const Grid& grid, float& cost) {
     constexpr int top = WIDTHS - 1;
     float best = 0.0f;
     cost = __int_as_float(0x7F800000); // infinity
@@ -108,7 +187,7 @@ DEVICE float best_code_exhaustive(const float* u, const float* weight, const Cod
             float error = u[k] - dequantize_code(q, grid, k);
             other += weight[k] * error * error;
         }
-        bool closer = fabsf(u[top] - (q + grid.centre)) < fabsf(u[top] - (best + grid.centre));
+        bool closer = fabsf(u[top] - (q + grid.code_centre)) < fabsf(u[top] - (best + grid.code_centre));
         if (other < cost || (other == cost && closer)) {
             best = q;
             cost = other;
@@ -117,8 +196,11 @@ DEVICE float best_code_exhaustive(const float* u, const float* weight, const Cod
     return best;
 }
 
-DEVICE float best_code(const float* u, const float* weight, const CodeGrid& grid, float& cost) {
-    return NESTED ? best_code_nested(u, weight, grid, cost) : best_code_exhaustive(u, weight, grid, cost);
+DEVICE float best_code(const float* u, const float* weight, const Grid& grid, float& cost) {
+#if LOW
+    return best_code_stretched(u, weight, grid, cost);
+#endif
+    return NESTED ? best_code_nested<WIDTHS>(u, weight, grid, cost) : best_code_exhaustive(u, weight, grid, cost);
 }
 
 // ---- scales
@@ -138,8 +220,10 @@ DEVICE float round_scale(double scale) {
 
 // Scale at which the values of the highest bit-width cover low..high times `clip`. zero: zero point; NaN is replaced by the integer that
 // fits the range best.
-DEVICE float scale_from_range(float low, float high, float clip, const CodeGrid& grid, float& zero) {
-    float step = grid.step[WIDTHS - 1], span = grid.code_count - step;
+DEVICE float scale_from_range(float low, float high, float clip, const Grid& grid, float& zero) {
+    const float step = grid.step[WIDTHS - 1], size = four_bit_step(grid);
+    const float span = LOW ? grid.code_count - size + kStretch * (size - step) : grid.code_count - step;
+    const float least = LOW ? (grid.code_count - span) * 0.5f : step * grid.code_centre;
     double middle = grid.code_count * 0.5;
     if (zero == zero) {
         double below = span * 0.5 + (zero - middle), above = span * 0.5 - (zero - middle);
@@ -147,7 +231,7 @@ DEVICE float scale_from_range(float low, float high, float clip, const CodeGrid&
     }
     float scale = round_scale((high - low) * clip / span);
     zero = (float)middle;
-    if (scale != 0.0f) zero = fminf(fmaxf(rintf(step * grid.centre - low * clip / scale), 0.0f), grid.code_count - 1.0f);
+    if (scale != 0.0f) zero = fminf(fmaxf(rintf(least - low * clip / scale), 0.0f), grid.code_count - 1.0f);
     return scale;
 }
 
@@ -160,7 +244,7 @@ KERNEL void choose_scales(const float* targets, const float* hessian_diag, const
                           int rows, int columns, int first, int last, float* scales, float* zeros) {
     const int row = blockIdx.x * (blockDim.x / kLanes) + threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     if (row >= rows) return;
-    const CodeGrid grid = load_code_grid(cells, code_count, centre);
+    const Grid grid = load_code_grid(cells, code_count, centre);
     const size_t plane = (size_t)rows * columns;
     const float* row_targets = targets + (size_t)row * columns;
     const float* top = row_targets + (TARGETS - 1) * plane;
@@ -266,7 +350,7 @@ KERNEL void solve_columns(const float* targets, const float* factor, const float
     SHARED_MEMORY(shared);
     float* tile = (float*)shared;
     load_columns(tile, targets, TARGETS, rows, columns, first, width);
-    const CodeGrid grid = load_code_grid(cells, code_count, centre);
+    const Grid grid = load_code_grid(cells, code_count, centre);
     const int lane = threadIdx.x, row = blockIdx.x * kLanes + lane;
     const bool in_range = row < rows;
     const float zero = in_range ? zeros[row] : 0.0f;
@@ -307,7 +391,7 @@ KERNEL void descend_columns(const float* gradient, const float* hessian, const f
     SHARED_MEMORY(shared);
     float* tile = (float*)shared;
     load_columns(tile, gradient, WIDTHS, rows, columns, first, width);
-    const CodeGrid grid = load_code_grid(cells, code_count, centre);
+    const Grid grid = load_code_grid(cells, code_count, centre);
     const int lane = threadIdx.x, row = blockIdx.x * kLanes + lane;
     const bool in_range = row < rows;
     const RowScales scale = load_row_scales(scales, rows, row);

@@ -15,6 +15,7 @@ from matquant.pack.config import PackConfig
 from matquant.quantize.config import MethodConfig, ObjectiveConfig
 from matquant.quantize.gptq.config import GptqConfig
 from matquant.quantize.rtn.config import RtnConfig
+from matquant.refine.config import RefineConfig
 from matquant.report.config import TrackingConfig
 from matquant.search import config as searching
 from matquant.search.config import SearchConfig, with_default_method
@@ -79,6 +80,7 @@ class Config:
     objective: ObjectiveConfig
     method: MethodConfig
     transform: TransformConfig
+    refine: RefineConfig
     search: SearchConfig
     eval: EvalConfig
     pack: PackConfig
@@ -106,6 +108,7 @@ def schemas() -> dict[str, dict[str, Any]]:
         "eval": EvalConfig,
         "store": StoreConfig,
         "objective": ObjectiveConfig,
+        "refine": RefineConfig,
         "search": SearchConfig,
         "pack": PackConfig,
         "tracking": TrackingConfig,
@@ -150,6 +153,7 @@ def _replace_weights(objective: Any) -> None:
 def _choose_batch_sizes(tree: dict[str, Any]) -> None:
     """Replace ``batch_size: auto`` by a number that follows from the config alone, so that the parent's bytes do too."""
     evaluated = (tree.get("eval") or {}).get("datasets")
-    for text in (tree.get("calibration"), *(evaluated.values() if isinstance(evaluated, dict) else ())):
+    refined = (tree.get("refine") or {}).get("text")
+    for text in (tree.get("calibration"), refined, *(evaluated.values() if isinstance(evaluated, dict) else ())):
         if isinstance(text, dict) and text.get("batch_size") == "auto" and isinstance(text.get("sequence_length"), int):
             text["batch_size"] = max(1, _TOKENS_AT_ONCE // max(1, text["sequence_length"]))

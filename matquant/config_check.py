@@ -22,6 +22,8 @@ def check_config(config: Config) -> None:
     check_method(method)
     check_text(config.calibration, "calibration")
     check_search(config.search, master_bits, per_bit_models=method.per_bit_models)
+    config.refine.check(master_bits)
+    _check_refine(config)
     check_evaluation(config.eval)
     _check_slices(config)
     for stage in config.stages:
@@ -34,6 +36,23 @@ def check_config(config: Config) -> None:
             f"makes one parent; found prompt={config.prompt!r}, max_new_tokens={config.max_new_tokens} and {models} models."
         )
     check_pack(config.pack, config.stages, models)
+
+
+def _check_refine(config: Config) -> None:
+    """Refuse a refinement without a parent or with too little text."""
+    text = config.refine.text
+    if not config.refine.wanted or text is None:
+        return
+    if config.method.per_bit_models:
+        raise UserError(
+            f"refine={config.refine.name} trains scales of one parent, but method={config.method.name} makes one model per "
+            "bit-width. Use method=matgptq, or refine=none."
+        )
+    check_text(text, "refine.text")
+    if text.sequences < text.batch_size:
+        raise UserError(
+            f"refine.text.sequences={text.sequences} do not fill one batch of refine.text.batch_size={text.batch_size}."
+        )
 
 
 def _check_slices(config: Config) -> None:

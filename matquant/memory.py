@@ -17,7 +17,7 @@ FLOAT32_BYTES = 4
 _GB = 1e9
 _PROBE_SIZE = 1024  # rows and columns of the matrix product that measures the speed of a device
 
-Stage = Literal["quantize", "evaluate", "generate"]
+Stage = Literal["quantize", "refine", "evaluate", "generate"]
 Offload = torch.device | Path  # device that holds the hidden states between two blocks, or the folder of a file
 
 # Advice for a stage that needs too much memory of the GPU, or of the host.
@@ -27,6 +27,12 @@ _ADVICE: dict[Stage, tuple[str, str]] = {
         "runtime.device=cpu.",
         "Propagate fewer method.calibration_bits, set method.asymmetric_calibration=false, lower the batch sizes or "
         "calibration.sequences, or skip the widest layers with method.skip.",
+    ),
+    "refine": (
+        "A refinement holds the whole model. Lower refine.text.batch_size or refine.text.sequence_length, refine fewer "
+        "refine.bits, or use a larger GPU.",
+        "A refinement holds the whole model. Lower refine.text.batch_size, refine.text.sequences or "
+        "refine.text.sequence_length, or refine fewer refine.bits.",
     ),
     "evaluate": (
         "Lower the batch_size of eval.datasets, or use runtime.device=cpu.",

@@ -1,4 +1,7 @@
-"""Small random models of many architectures, built from the config classes of Transformers."""
+"""Small random models of many architectures, built from the config classes of Transformers.
+
+``CONFIGS`` sets what matters for a selection of them; all others get the sizes of ``small_configs``.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +10,7 @@ from typing import Any
 import torch
 import transformers as tf
 from shared import TINY
+from small_configs import small_config
 
 VOCABULARY = 128
 
@@ -31,7 +35,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: tf.Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3": lambda: tf.Qwen3Config(**SIZES),
     "gemma2": lambda: tf.Gemma2Config(**SIZES, query_pre_attn_scalar=16, sliding_window=8),
-    "gemma3": lambda: tf.Gemma3TextConfig(**SIZES, query_pre_attn_scalar=16, sliding_window=8),
+    "gemma3_text": lambda: tf.Gemma3TextConfig(**SIZES, query_pre_attn_scalar=16, sliding_window=8),
     "phi3": lambda: tf.Phi3Config(**SIZES),
     "opt": lambda: tf.OPTConfig(
         hidden_size=64,
@@ -95,18 +99,24 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 def make_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
-    """Random model in eval mode; its weights are moved from their initialisation, where norms are 1 and biases 0.
+    """Random model of a kind, see ``random_model``.
 
     Args:
         changes: fields of the config.
     """
-    torch.manual_seed(seed)
-    config = CONFIGS[kind]()
+    config = CONFIGS[kind]() if kind in CONFIGS else small_config(kind)
     config.update(changes)
+    return random_model(config, dtype, seed)
+
+
+def random_model(config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """Random model in eval mode; its weights are moved from their initialisation, where norms are 1 and biases 0."""
+    torch.manual_seed(seed)
     model: Any = tf.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+            if parameter.is_floating_point():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
     return model.to(dtype).eval().requires_grad_(False)
 
 

@@ -19,6 +19,7 @@ from matquant.formats.slice_spec import SliceSpec
 from matquant.inference import replace_linears
 from matquant.models.blocks import BlockModel
 from matquant.models.config import ModelConfig
+from matquant.models.fixed_layers import fixed_layers
 from matquant.models.loading import load_model, open_model
 from matquant.pack.config import PackConfig
 from matquant.pack.stage import Packing
@@ -60,7 +61,8 @@ class Opened:
         self.blocks = BlockModel(self.loaded.model, self.loaded.checkpoint, built)
         description = self.blocks.transform_description
         about = {} if description is None else {"transform": description}
-        self.layers = layers_to_quantize(self.blocks, lambda name: skip in name, lm_head=head)
+        fixed = fixed_layers(self.blocks, torch.device("cpu"), torch.float32, lm_head=head)
+        self.layers = layers_to_quantize(self.blocks, lambda name: skip in name, lm_head=head, fixed=fixed)
         self.head = head
         self.method = RtnConfig(**{"slicing": "msb", "scale": "search", "group_size": 32} | options)
         lambdas = {self.method.master_bits: 1.0}

@@ -119,6 +119,29 @@ def test_two_processes_give_the_results_of_one(start_two, run_one, small_model, 
 
 
 @pytest.mark.slow
+def test_two_processes_refine_the_scales_of_one(start_two, run_one, small_model, tmp_path):
+    refine = (
+        "refine=scales",
+        "refine.steps=4",
+        "refine.validate_every=2",
+        "refine.text.seed=null",
+        "refine.text.sequences=8",
+        "refine.text.sequence_length=32",
+        "refine.text.batch_size=4",
+        "refine.validation_sequences=2",
+    )
+    job = (*JOB, f"model.path={small_model}", *refine)
+    process = start_two(*job)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    two = json.loads((tmp_path / "run" / "results.json").read_text())
+    one = run_one(*job, f"store.path={tmp_path}/other")
+    for a, b in zip(one["refine"]["history"], two["refine"]["history"], strict=True):
+        assert a["kl"] == pytest.approx(b["kl"], rel=1e-3)
+    assert one["refine"]["history"][-1]["kl"]["2"] < one["refine"]["history"][0]["kl"]["2"]
+
+
+@pytest.mark.slow
 def test_a_job_whose_process_died_resumes_with_another_world_size(start_two, run_one, small_model, tmp_path):
     job = (*JOB, f"model.path={small_model}")
     process = start_two(*job)

@@ -18,6 +18,7 @@ def make_weight(
     dtype=torch.float16,
     seed=0,
     scale_bits=(),
+    stretch=1.0,
 ) -> NestedWeight:
     """Random codes, sets of scales of both signs and, with ``zeros``, zero points."""
     generator = torch.Generator().manual_seed(seed)
@@ -37,6 +38,7 @@ def make_weight(
             has_zero_points=zeros,
             scale_dtype=dtype,
             scale_bits=scale_bits,
+            stretch=stretch,
         ),
     )
 

@@ -92,8 +92,8 @@ def windows(text: TextConfig, split: str, tokenizer: Any, store: Store | None = 
     return store.open_or_build("windows", inputs, build).read_tensors("windows.safetensors")[0]["windows"].clone()
 
 
-def check_apart(calibration: TextConfig, evaluated: Mapping[str, TextConfig]) -> None:
-    """Refuse to evaluate on a text without splits that the model is calibrated on.
+def check_apart(calibration: TextConfig, evaluated: Mapping[str, TextConfig], where: str = "calibration") -> None:
+    """Refuse to evaluate on a text without splits that the model is calibrated on, or trained; ``where`` is its place.
 
     Raises:
         UserError: the same file or folder, or one inside the other.
@@ -103,7 +103,7 @@ def check_apart(calibration: TextConfig, evaluated: Mapping[str, TextConfig]) ->
             one, other = (Path(t.path or "").expanduser().resolve() for t in (calibration, text))
             if one == other or one in other.parents or other in one.parents:
                 raise UserError(
-                    f"calibration.path={calibration.path} and eval.datasets.{name}.path={text.path} are the same text, so that "
+                    f"{where}.path={calibration.path} and eval.datasets.{name}.path={text.path} are the same text, so that "
                     "figures would flatter. Split it into two files, or evaluate on another one."
                 )
 

@@ -91,6 +91,16 @@ def _perplexity_warning(name: str, plain: float, with_bos: float | None) -> str 
     return None
 
 
+def dtype_warnings(dtype: torch.dtype) -> list[str]:
+    """Sentence on the KL that the rounding of a computation in ``dtype`` makes by itself; none for float32."""
+    if dtype == torch.float32:
+        return []
+    return [
+        f"KL and perplexity are computed in {str(dtype).removeprefix('torch.')} (eval.dtype=model), whose rounding alone makes "
+        f"a KL of up to {_KL_FLOOR[dtype]:g}: figures of 6 and 8 bits say little. eval.dtype=float32 measures them."
+    ]
+
+
 def kl_warnings(dataset: str, kl: Mapping[int, float], dtype: torch.dtype) -> list[str]:
     """Sentences on implausible KL divergences of uniform slices.
 

@@ -6,6 +6,8 @@ from matquant.errors import UserError
 
 MIN_BITS, MAX_BITS = 2, 8
 BIT_WIDTHS = range(MIN_BITS, MAX_BITS + 1)
+STRICT_BITS = 4  # planes whose steps are halves; a stretch applies to the later ones
+STRETCHES = (1.0, 1.25, 1.5)  # that kernels multiply exactly
 
 
 def check_bits(value: object, name: str, max_bits: int, planes: str = "the planes of this checkpoint") -> int:

@@ -55,6 +55,11 @@ def largest_of_groups(matrix: Tensor, group_size: int) -> Tensor:
     return torch.cat([part.abs().amax(2) for part in _whole_and_short(matrix, group_size)], 1)
 
 
+def sum_groups(matrix: Tensor, group_size: int) -> Tensor:
+    """Sums over the columns of each group: [rows, in_features] to [rows, groups]."""
+    return torch.cat([part.sum(2) for part in _whole_and_short(matrix, group_size)], 1)
+
+
 def _whole_and_short(matrix: Tensor, group_size: int) -> list[Tensor]:
     """Views [rows, groups, size] of a matrix [rows, in_features]: of all whole groups, and of a short last one."""
     whole = matrix.shape[1] // group_size * group_size

@@ -13,6 +13,14 @@ The zero point z of symmetric weights is one constant of the matrix, 2^(M-1) + z
 point per group. With an offset the representable range is longer on one side. A negative scale mirrors it, so each group can
 take the better orientation at no storage cost. (An offset of 2^(M-5) also puts zero on the 4-bit grid.)
 
+Eight bits want a longer range than four. So the steps of the fifth and later planes of ``msb`` codes may be longer than halves:
+with the stretch t, a slice of more than four bits has the value
+
+    value = s (h + t (2^d (c_b + 1/2) - h) - z)                h = centre of the cell of the code's first four bits
+
+and t = 1 for strict halves. Cells of four bits then overlap at higher bit-widths, and a code leaves the cell of its first four
+bits. Slices of up to four bits do not depend on t.
+
 A bit-width may have a set of scales of its own, since a low bit-width wants a shorter range than eight bits. All others share
 the base set s. A slice reads one set, so it reads as many bytes as without.
 """
@@ -25,7 +33,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from matquant.formats.bits import check_bits
+from matquant.formats.bits import STRETCHES, STRICT_BITS, check_bits
 from matquant.formats.groups import group_count, scale_groups
 
 Slicing = Literal["msb", "round"]
@@ -45,11 +53,16 @@ def slice_codes(codes: Tensor, bits: int, master_bits: int, slicing: Slicing) ->
     return torch.clamp(kept + ((codes >> (drop - 1)) & 1), max=2**bits - 1)
 
 
-def levels(bits: int, master_bits: int, slicing: Slicing) -> Tensor:
+def levels(bits: int, master_bits: int, slicing: Slicing, stretch: float = 1.0) -> Tensor:
     """Value of each code at ``bits`` bits in units of the scale, before the zero point: float32 [2^master_bits]."""
     codes = torch.arange(2**master_bits)
     centre = 0.5 if slicing == "msb" else 0.0
-    return (slice_codes(codes, bits, master_bits, slicing) + centre) * 2.0 ** (master_bits - bits)
+    values = (slice_codes(codes, bits, master_bits, slicing) + centre) * 2.0 ** (master_bits - bits)
+    if bits <= STRICT_BITS or stretch == 1:
+        return values
+    cell = 2 ** (master_bits - STRICT_BITS)
+    centres = codes // cell * cell + cell / 2
+    return centres + stretch * (values - centres)
 
 
 def planes_read(bits: int, master_bits: int, slicing: Slicing) -> int:
@@ -69,6 +82,10 @@ class WeightFormat:
         has_zero_points: True if every group stores a zero point of its own.
         scale_dtype: one of ``SCALE_DTYPES``.
         scale_bits: bit-widths with a set of scales of their own, ascending; all others share the base set.
+        stretch: one of ``formats.bits.STRETCHES``, factor of the steps of the fifth and later planes; 1 for ``round`` slicing.
+
+    Raises:
+        ValueError: a stretch that slicing or kernels do not have.
     """
 
     group_size: int
@@ -78,10 +95,22 @@ class WeightFormat:
     has_zero_points: bool = False
     scale_dtype: torch.dtype = torch.float16
     scale_bits: tuple[int, ...] = ()
+    stretch: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.stretch not in (STRETCHES if self.slicing == "msb" else STRETCHES[:1]):
+            raise ValueError(f"{self.slicing} slices have no stretch of {self.stretch}")
 
     @classmethod
     def from_op_args(
-        cls, scales: Tensor, zeros: Tensor | None, group_size: int, master_bits: int, slicing: Slicing, offset: float
+        cls,
+        scales: Tensor,
+        zeros: Tensor | None,
+        group_size: int,
+        master_bits: int,
+        slicing: Slicing,
+        offset: float,
+        stretch: float,
     ) -> "WeightFormat":
         """Format from the flat arguments of a torch operator, which has no dataclasses and reads one set of scales."""
         return cls(
@@ -91,12 +120,13 @@ class WeightFormat:
             zero_point_offset=offset,
             has_zero_points=zeros is not None,
             scale_dtype=scales.dtype,
+            stretch=stretch,
         )
 
     @property
-    def op_args(self) -> tuple[int, int, Slicing, float]:
-        """Flat arguments of the torch operators: group size, master bits, slicing, zero-point offset."""
-        return self.group_size, self.master_bits, self.slicing, self.zero_point_offset
+    def op_args(self) -> tuple[int, int, Slicing, float, float]:
+        """Flat arguments of the torch operators: group size, master bits, slicing, zero-point offset, stretch."""
+        return self.group_size, self.master_bits, self.slicing, self.zero_point_offset, self.stretch
 
     @property
     def zero_point(self) -> float:
@@ -129,7 +159,11 @@ class WeightFormat:
 
     def levels(self, bits: int) -> Tensor:
         """Value of each code at ``bits`` bits before the zero point, see ``levels``: float32 [2^master_bits]."""
-        return levels(bits, self.master_bits, self.slicing)
+        return levels(bits, self.master_bits, self.slicing, self.stretch)
+
+    def stretch_at(self, bits: int) -> float:
+        """Factor of the steps of later planes as far as ``bits`` bits read any."""
+        return self.stretch if bits > STRICT_BITS else 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,7 @@
     {"quant_method": "matquant", "format_version": 2, "bits": 4, "max_bits": 8, "prefill_bits": null,
      "layer_bits": {LAYER: 3, ...},                    an allocation; all other layers have "bits"
      "master_bits": 8, "slicing": "msb", "offset": 8.0, "zeros": false, "group_size": 128, "scale_dtype": "float16",
-     "scale_bits": [2, 3, 4],                          bit-widths with scales of their own, from format version 2 on
+     "scale_bits": [2, 3, 4], "stretch": 1.25,         see ``formats.nested``; both from format version 2 on
      "layers": {LAYER: {"shape": [out, in], and the fields that differ from the line above}, ...},
      "modules_to_not_convert": ["lm_head", ...],
      "plane_indices": [2, 3, ...],                     numbers of planes for which there is an index of the files
@@ -26,7 +26,7 @@ from typing import Any, cast
 import torch
 
 from matquant.errors import UserError
-from matquant.formats.bits import MAX_BITS, MIN_BITS, check_bits
+from matquant.formats.bits import MAX_BITS, MIN_BITS, STRETCHES, check_bits
 from matquant.formats.field_reader import MODULE_NAME, FieldReader, short_json
 from matquant.formats.groups import WHOLE_ROW, group_count
 from matquant.formats.nested import SCALE_DTYPES, NestedWeight, Slicing, WeightFormat
@@ -42,11 +42,12 @@ _READABLE_VERSIONS = (1, FORMAT_VERSION)
 STOCK_INDEX = "import_matquant_first.safetensors.index.json"
 UNSEALED_FIELDS = ("bits", "layer_bits", "prefill_bits")
 
-_FORMAT_FIELDS = ("master_bits", "slicing", "offset", "zeros", "group_size", "scale_dtype", "scale_bits")
+_FORMAT_FIELDS = ("master_bits", "slicing", "offset", "zeros", "group_size", "scale_dtype", "scale_bits", "stretch")
 _LATER_FIELDS: dict[str, Any] = {
     "layer_bits": {},
     "prefill_bits": None,
     "scale_bits": [],
+    "stretch": 1.0,
 }  # absent from earlier folders
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _MAX_FEATURES = 2**31  # larger numbers are damage
@@ -153,9 +154,9 @@ class NestedSpec:
         """Content of ``quantization_config``, with its seal."""
         common, layers = _compact_formats(self.layers)
         version = FORMAT_VERSION
-        if not any(layer.format.scale_bits for layer in self.layers.values()):
+        if not any(layer.format.scale_bits or layer.format.stretch != 1 for layer in self.layers.values()):
             version = 1  # readers of the first version understand the folder
-            del common["scale_bits"]
+            del common["scale_bits"], common["stretch"]
         content = {
             "quant_method": QUANT_METHOD,
             "format_version": version,
@@ -263,6 +264,10 @@ def _parse_format(fields: FieldReader, in_features: int) -> WeightFormat:
     dtype = fields.take("scale_dtype")
     if not isinstance(dtype, str) or dtype not in SCALE_DTYPES:
         raise fields.wrong("scale_dtype", f"one of {', '.join(SCALE_DTYPES)}")
+    stretch = fields.take("stretch")
+    allowed = STRETCHES if slicing == "msb" else STRETCHES[:1]
+    if type(stretch) not in (int, float) or stretch not in allowed:
+        raise fields.wrong("stretch", f"one of {', '.join(map(str, allowed))}")
     return WeightFormat(
         group_size=size,
         master_bits=fields.integer("master_bits", MIN_BITS, MAX_BITS),
@@ -271,6 +276,7 @@ def _parse_format(fields: FieldReader, in_features: int) -> WeightFormat:
         has_zero_points=zeros,
         scale_dtype=SCALE_DTYPES[dtype],
         scale_bits=_parse_scale_bits(fields),
+        stretch=float(stretch),
     )
 
 
@@ -320,6 +326,7 @@ def _format_fields(layer: LayerSpec) -> dict[str, Any]:
         "group_size": WHOLE_ROW if fmt.group_size == layer.in_features else fmt.group_size,
         "scale_dtype": str(fmt.scale_dtype).removeprefix("torch."),
         "scale_bits": list(fmt.scale_bits),
+        "stretch": fmt.stretch,
     }
 
 

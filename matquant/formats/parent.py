@@ -2,8 +2,9 @@
 
 Tensors are ``<layer>.codes``, ``<layer>.scales``, ``<layer>.zeros`` and, for each bit-width b with scales of its own,
 ``<layer>.scales<b>``, see ``formats.nested.NestedWeight``. The metadata entry ``matquant`` of the header is JSON. It holds for
-each layer its master bits, slicing, zero-point offset, shape, relative error at each bit-width, the bit-widths with scales of
-their own if there are any and, if the last group of a row is shorter than the others, its group size.
+each layer its master bits, slicing, zero-point offset, shape, relative error at each bit-width and, where they differ from
+those of a plain layer, the bit-widths with scales of their own, the stretch of later planes, and the group size (if the last
+group of a row is shorter than the others).
 """
 
 import json
@@ -66,10 +67,12 @@ def read_block(source: DraftLike | Artifact, name: str) -> tuple[dict[str, Neste
 
 def _format_record(weight: NestedWeight) -> dict[str, Any]:
     """Format of a layer as far as its tensors do not show it; ``group_size`` only if the last group of a row is shorter."""
-    group_size, master_bits, slicing, offset = weight.format.op_args
+    group_size, master_bits, slicing, offset, stretch = weight.format.op_args
     record: dict[str, Any] = {"master_bits": master_bits, "slicing": slicing, "offset": offset}
     if weight.format.scale_bits:
         record["scale_bits"] = list(weight.format.scale_bits)
+    if stretch != 1:
+        record["stretch"] = stretch
     return record | ({"group_size": group_size} if weight.codes.shape[1] % group_size else {})
 
 
@@ -84,6 +87,7 @@ def _format_of(tensors: Mapping[str, Tensor], layer: str, about: Mapping[str, An
         has_zero_points=f"{layer}.zeros" in tensors,
         scale_dtype=scales.dtype,
         scale_bits=tuple(about.get("scale_bits", ())),
+        stretch=about.get("stretch", 1.0),
     )
 
 

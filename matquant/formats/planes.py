@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from matquant.errors import UserError
-from matquant.formats.bits import BIT_WIDTHS, MAX_BITS, MIN_BITS
+from matquant.formats.bits import BIT_WIDTHS, MAX_BITS, MIN_BITS, STRICT_BITS
 from matquant.formats.groups import group_count, scale_groups
 from matquant.formats.nested import SCALE_DTYPES, NestedWeight, WeightFormat, slice_codes
 from matquant.formats.tile_layout import (
@@ -210,6 +210,9 @@ def _code_values(codes: Tensor, bits: int, fmt: WeightFormat) -> Tensor:
     if fmt.slicing == "msb":
         values = codes.float()
         values += step / 2
+        if (stretch := fmt.stretch_at(bits)) != 1:
+            cell = 2 ** (fmt.master_bits - STRICT_BITS)
+            values += (stretch - 1) * ((codes & (cell - 1)).float() + (step - cell) / 2)
         return values
     return slice_codes(codes, bits, fmt.master_bits, fmt.slicing).float() * step
 

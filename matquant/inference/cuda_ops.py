@@ -49,6 +49,7 @@ class CallSettings(NamedTuple):
     master_bits: int
     slicing: Slicing
     offset: float
+    stretch: float
 
 
 class CachedLaunch(NamedTuple):
@@ -78,12 +79,13 @@ def linear(
     master_bits: int,
     slicing: Slicing,
     offset: float,
+    stretch: float,
 ) -> Tensor:
     """Operator ``nested_linear`` on a CUDA device; errors as in ``inference.ops``."""
     check_no_gradient(x, scales, bias)
     shape, device = x.shape, x.get_device()
     tokens = x.numel() // shape[-1] if shape and shape[-1] else 0
-    settings = CallSettings(bits, out_features, in_features, group_size, master_bits, slicing, offset)
+    settings = CallSettings(bits, out_features, in_features, group_size, master_bits, slicing, offset, stretch)
     key = (
         min(tokens, MAX_M + 1),
         shape[-1:],
@@ -220,10 +222,11 @@ def dequantize(
     master_bits: int,
     slicing: Slicing,
     offset: float,
+    stretch: float,
     dtype: torch.dtype,
 ) -> Tensor:
     """Operator ``nested_dequantize`` on a CUDA device."""
-    settings = CallSettings(bits, out_features, in_features, group_size, master_bits, slicing, offset)
+    settings = CallSettings(bits, out_features, in_features, group_size, master_bits, slicing, offset, stretch)
     weight = _weight(planes, scales, zeros, settings)
     weight.check_bits(bits)
     if not is_supported(_gemm_shape(weight, bits, dtype, 1)):

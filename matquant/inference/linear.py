@@ -10,11 +10,13 @@ from matquant.errors import UserError
 from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.formats.planes import NestedPlanes
 from matquant.formats.tile_layout import group_shape, plane_shape
+from matquant.inference import ops
 from matquant.inference.forward_phase import ForwardPhase
 from matquant.inference.ops import differentiable_linear
+from matquant.inference.weight_view import WeightView
 
 _STATE_VERSION = 1
-_STATE_FIELDS = ("format", "out_features", "in_features", "group_size", "master_bits", "round", "offset")
+_STATE_FIELDS = ("format", "out_features", "in_features", "group_size", "master_bits", "round", "offset", "stretch")
 
 
 class NestedLinear(nn.Module):
@@ -31,7 +33,7 @@ class NestedLinear(nn.Module):
         format: meaning of the codes.
         bias: True for a bias.
         num_planes: number of planes to hold; None for all ``master_bits``.
-        dtype: of the bias.
+        dtype: of the dense weight and of the bias.
 
     Attributes:
         planes, scales, zeros: buffers as in ``NestedPlanes``. ``.half()`` and the like do not change the dtype of ``scales``.
@@ -39,6 +41,7 @@ class NestedLinear(nn.Module):
         bias: parameter [out_features], or None.
         decode_bits: bit-width while the model decodes, see ``forward_phase``.
         prefill_bits: bit-width while the model reads prompts.
+        weight_dtype: dtype of ``weight``; ``.half()`` and the like change it.
         phase: phase of the model that the layer belongs to; None outside of a model.
 
     Raises:
@@ -74,18 +77,24 @@ class NestedLinear(nn.Module):
             self.register_buffer(name, torch.empty(side, dtype=format.scale_dtype, device=device))
         zeros = torch.empty(side, dtype=torch.uint8, device=device) if format.has_zero_points else None
         self.register_buffer("zeros", zeros)
-        empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.weight_dtype = dtype or torch.get_default_dtype()
+        empty = torch.empty(out_features, dtype=self.weight_dtype, device=device) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
         self.bits = self.nested_planes().max_bits
 
     @classmethod
     def from_planes(
-        cls, weight: NestedPlanes | NestedWeight, bias: Tensor | None = None, bits: int | None = None
+        cls,
+        weight: NestedPlanes | NestedWeight,
+        bias: Tensor | None = None,
+        bits: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> "NestedLinear":
         """Layer that shares the tensors of ``weight`` and ``bias``; a ``NestedWeight`` is packed first.
 
         Args:
             bits: initial bit-width; the largest that the planes hold if None.
+            dtype: of the dense weight; that of the scales if None.
 
         Raises:
             UserError: the bias has another size, or the planes do not hold ``bits`` bits.
@@ -102,6 +111,7 @@ class NestedLinear(nn.Module):
             format=weight.format,
             bias=bias is not None,
             num_planes=weight.planes.shape[0],
+            dtype=dtype or weight.format.scale_dtype,
             device="meta",
         )
         layer.planes, layer.scales, layer.zeros = weight.planes, weight.scales, weight.zeros
@@ -187,6 +197,20 @@ class NestedLinear(nn.Module):
             )
         return self.decode_bits if decoding else self.prefill_bits
 
+    @property
+    def weight(self) -> Tensor:
+        """Dense weight [out_features, in_features] at the bit-width of decoding, for code that reads it: read-only.
+
+        Its values are dequantized by each operator that reads them.
+        """
+        if torch.compiler.is_compiling():
+            return self._dequantize()
+        shape, device = (self.out_features, self.in_features), self.planes.device
+        return WeightView(shape, self.weight_dtype, device, self._dequantize)
+
+    def _dequantize(self) -> Tensor:
+        return ops.dequantize(self.nested_planes(), self.decode_bits, self.weight_dtype)
+
     def nested_planes(self) -> NestedPlanes:
         """Weight of the layer; the tensors are shared."""
         return NestedPlanes(
@@ -213,21 +237,26 @@ class NestedLinear(nn.Module):
         )
 
     def get_extra_state(self) -> Tensor:
-        """Sizes and format, so that planes are never read with another meaning: float64 [7]. Excludes the bit-width."""
-        group_size, master_bits, slicing, offset = self.format.op_args
+        """Sizes and format, so that planes are never read with another meaning: float64 [7], or [8] with a stretch.
+
+        Excludes the bit-width.
+        """
+        group_size, master_bits, slicing, offset, stretch = self.format.op_args
         sizes = (self.out_features, self.in_features, group_size, master_bits)
-        return torch.tensor([_STATE_VERSION, *sizes, slicing == "round", offset], dtype=torch.float64)
+        stretches = () if stretch == 1 else (stretch,)
+        return torch.tensor([_STATE_VERSION, *sizes, slicing == "round", offset, *stretches], dtype=torch.float64)
 
     def set_extra_state(self, state: Any) -> None:
         """Compare the sizes and format of a state dict with those of this layer. Raises UserError if they differ."""
         own = self.get_extra_state()
         if not isinstance(state, Tensor) or state.shape != own.shape or state.cpu().tolist() != own.tolist():
             found = dict(zip(_STATE_FIELDS, state.tolist(), strict=False)) if isinstance(state, Tensor) else state
-            wanted = dict(zip(_STATE_FIELDS, own.tolist(), strict=True))
+            wanted = dict(zip(_STATE_FIELDS, own.tolist(), strict=False))
             raise UserError(f"The state dict belongs to another layer: expected {wanted}; found {found}.")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NestedLinear":
-        """Move to a device like any module; a change of dtype applies to the bias only."""
+        """Move to a device like any module; a change of dtype applies to ``weight`` and the bias only."""
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.planes.device)).dtype
         names = scale_buffers(self.format, self.planes.shape[0])
         before = {name: getattr(self, name) for name in names}
         super()._apply(fn, recurse)

@@ -13,6 +13,7 @@ from matquant.formats.parent import TRANSFORM_KEY, Parent
 from matquant.formats.planes import NestedPlanes
 from matquant.inference.forward_phase import ForwardPhase, takes_tokens
 from matquant.inference.linear import NestedLinear
+from matquant.inference.linear_modules import is_linear
 from matquant.store.artifact import read_artifact
 
 
@@ -104,7 +105,7 @@ def replace_linears(
             dense: Any = model.get_submodule(name)
             device = dense.weight.device
             planes = NestedPlanes.pack(weight, max_bits).to("cpu" if device.type == "meta" else device)
-            layers[name] = NestedLinear.from_planes(planes, dense.bias).train(dense.training)
+            layers[name] = NestedLinear.from_planes(planes, dense.bias, dtype=dense.weight.dtype).train(dense.training)
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, layers[name])
             del dense
@@ -162,7 +163,7 @@ def _check_linear(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
             f"The parent has a layer {name}, but this model has no layer of that name. Use the model that the parent was made "
             "from."
         ) from error
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         found = tuple(module.weight.shape)
     elif type(module).__name__ == "Conv1D":  # linear layer of Transformers with a weight [in, out]
         found = tuple(module.weight.shape[::-1])

@@ -1,9 +1,9 @@
 """Operators ``torch.ops.matquant.nested_linear`` and ``torch.ops.matquant.nested_dequantize``.
 
     nested_linear(x, planes, scales, zeros, bias, bits, out_features, in_features,
-                  group_size, master_bits, slicing, offset) -> y
+                  group_size, master_bits, slicing, offset, stretch) -> y
     nested_dequantize(planes, scales, zeros, bits, out_features, in_features,
-                      group_size, master_bits, slicing, offset, dtype) -> weight
+                      group_size, master_bits, slicing, offset, stretch, dtype) -> weight
 
 They take the tensors of a ``NestedPlanes``, with the set of scales of the bit-width, and its format as flat arguments, see
 ``WeightFormat.op_args``. ``x`` is
@@ -30,7 +30,7 @@ from matquant.formats.planes import NestedPlanes, check_layout
 from matquant.inference import cuda_ops, torch_reference
 from matquant.inference.argument_checks import check_no_gradient, check_x
 
-_FORMAT_SCHEMA = "int group_size, int master_bits, str slicing, float offset"
+_FORMAT_SCHEMA = "int group_size, int master_bits, str slicing, float offset, float stretch"
 
 _library = torch.library.Library("matquant", "DEF")
 _library.define(
@@ -183,9 +183,10 @@ def _dequantize(
     master_bits: int,
     slicing: Slicing,
     offset: float,
+    stretch: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    fmt = WeightFormat.from_op_args(scales, zeros, group_size, master_bits, slicing, offset)
+    fmt = WeightFormat.from_op_args(scales, zeros, group_size, master_bits, slicing, offset, stretch)
     return _nested_planes(planes, scales, zeros, out_features, in_features, fmt).dequantize(bits, dtype)
 
 
@@ -200,9 +201,10 @@ def _fake_dequantize(
     master_bits: int,
     slicing: Slicing,
     offset: float,
+    stretch: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    fmt = WeightFormat.from_op_args(scales, zeros, group_size, master_bits, slicing, offset)
+    fmt = WeightFormat.from_op_args(scales, zeros, group_size, master_bits, slicing, offset, stretch)
     check_layout(planes, scales, zeros, out_features, in_features, fmt)
     fmt.check_bits(bits, planes.shape[0])
     return scales.new_empty(out_features, in_features, dtype=dtype)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from matquant.errors import UserError, shorten
 from matquant.formats.parent import TRANSFORM_KEY
 from matquant.inference.experts import SourceView
+from matquant.inference.linear_modules import is_linear
 from matquant.models.activation_cache import ActivationCache, OffloadTarget
 from matquant.models.block_kwargs import BlockKwargs, PerBlockKwargs, share_tensors
 from matquant.models.checkpoint import Checkpoint
 from matquant.models.discovery import find_blocks, make_linear
 from matquant.models.materializer import TensorFunction, WeightMaterializer
-from matquant.models.patched_forward import PatchedForward, hidden_of
+from matquant.models.patched_forward import OutputForm, PatchedForward, hidden_of, unsupported_errors
 from matquant.models.tensor_swap import named_tensors, set_tensor, swapped_tensors, tensor_slot
 from matquant.models.tied_weights import untie_head
 
@@ -50,7 +51,7 @@ class BlockInputs:
     """Arguments of all blocks for a set of sequences, batch by batch.
 
     Attributes:
-        hidden: hidden states in front of block 0, [sequences, length, hidden].
+        hidden: hidden states in front of block 0, [sequences, length, ...].
         rows: sequences of each batch.
         kwargs: other arguments of each batch; tensors that are equal in several batches are stored once.
     """
@@ -93,8 +94,12 @@ class BlockModel:
         self.source_views: dict[str, SourceView] = {}
         for block, name in zip(self.blocks, self.block_names, strict=True):
             self.source_views |= make_linear(block, name)
-        linear = next(m for m in self.blocks[0].modules() if isinstance(m, nn.Linear))
-        self.dtype: torch.dtype = linear.weight.dtype
+        self._linears: list[dict[str, nn.Linear]] = [
+            {f"{name}.{n}": m for n, m in block.named_modules() if is_linear(m)}
+            for block, name in zip(self.blocks, self.block_names, strict=True)
+        ]
+        weights: list[Tensor] = [layer.weight for layers in self._linears for layer in layers.values()]
+        self.dtype: torch.dtype = max(weights, key=Tensor.numel).dtype  # small layers may be kept in float32
         self.untied_head = False
         self._materializer = WeightMaterializer(checkpoint, self.source_views, self.dtype)
         self._forward = PatchedForward(model, self.blocks, self.name)
@@ -126,9 +131,8 @@ class BlockModel:
         """
         if index == len(self.blocks):
             head = self.model.get_output_embeddings()
-            return {n: m for n, m in self.model.named_modules() if m is head and isinstance(m, nn.Linear)}
-        prefix = self.block_names[index]
-        return {f"{prefix}.{n}": m for n, m in self.blocks[index].named_modules() if isinstance(m, nn.Linear)}
+            return {n: m for n, m in self.model.named_modules() if m is head and is_linear(m)}
+        return dict(self._linears[index])
 
     def expert_groups(self, index: int) -> dict[str, str]:
         """Group name of each layer of a block that belongs to one of several experts.
@@ -160,7 +164,7 @@ class BlockModel:
         Raises:
             UserError: the model does not run its blocks one after the other, each once.
         """
-        self._detect_output_type(input_ids)
+        self._detect_output_forms(input_ids)
         hidden, recorded = self._forward.record(input_ids)
         if like is None:
             return hidden, recorded
@@ -189,7 +193,7 @@ class BlockModel:
                 # All batches share the tensors of the first one, except a smaller last batch.
                 hidden, kwargs = self.capture_batch(sequences[batch].to(device), captured[0] if captured else None)
                 if cache is None:
-                    shape = (*sequences.shape, hidden.shape[-1])
+                    shape = (len(sequences), *hidden.shape[1:])
                     cache = ActivationCache(shape, hidden.dtype, offload or torch.device(device), torch.device(device))
                 cache[batch] = hidden
                 captured.append(kwargs)
@@ -204,13 +208,17 @@ class BlockModel:
 
     def head(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
         """Logits [batch, length, vocabulary] for hidden states after the last block; keeps the autograd graph."""
-        self._detect_output_type(input_ids)
+        self._detect_output_forms(input_ids)
         return self._forward.logits(input_ids, hidden)
 
     def probe(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, PerBlockKwargs]:
-        """Result of ``capture_batch`` for a few tokens; computed once per device and dtype."""
+        """Result of ``capture_batch`` for a few tokens; computed once per device and dtype.
+
+        Raises:
+            UserError: the architecture is not supported.
+        """
         if (device, dtype) not in self._probes:
-            with self.embeddings_on_device(device, dtype):
+            with unsupported_errors(self.model), self.embeddings_on_device(device, dtype):
                 self._probes[device, dtype] = self.capture_batch(self.probe_ids(device))
         return self._probes[device, dtype]
 
@@ -219,14 +227,15 @@ class BlockModel:
         return (torch.arange(_PROBE_TOKENS, device=device) % self.vocab_size)[None]
 
     @torch.no_grad()
-    def _detect_output_type(self, input_ids: Tensor) -> None:
-        """Find out whether blocks return a tensor or a tuple, once per model."""
-        if self._forward.tuple_length is None:
-            hidden, recorded = self._forward.record(input_ids[:1, :2], 1)
-            args, kwargs = recorded[0].bind(hidden)
-            with self.on_device(0, hidden.device, hidden.dtype):
-                output = self.blocks[0](*args, **kwargs)
-            self._forward.tuple_length = len(output) if isinstance(output, tuple) else 0
+    def _detect_output_forms(self, input_ids: Tensor) -> None:
+        """Find out what blocks return, once for each class of blocks."""
+        forms = self._forward.output_forms
+        for index, block in enumerate(self.blocks):
+            if type(block) not in forms:
+                hidden, recorded = self._forward.record(input_ids[:1, :2], index + 1)
+                args, kwargs = recorded[index].bind(hidden)
+                with self.on_device(index, hidden.device, hidden.dtype):
+                    forms[type(block)] = OutputForm.of(block(*args, **kwargs))
 
     # Weights
 

@@ -7,7 +7,7 @@ whole model is never in memory.
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,40 @@ from matquant.errors import UserError
 from matquant.formats.safetensors_headers import DTYPES, StoredTensor
 from matquant.models.tensor_swap import named_tensors, set_tensor, tensor_slot
 
+# Components that wrappers of a module add to the names of its tensors: torch.compile, FSDP, activation checkpointing,
+# DeepSpeed. DataParallel's is an ordinary word, so it counts only in front of all names.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+_PARALLEL = "module"
+
+
+def wrapper_renaming(names: Collection[str]) -> dict[str, str]:
+    """Renaming of a checkpoint's tensors that removes what wrappers of the model added to their names.
+
+    Returns:
+        Regular expressions with their replacements, as ``key_mapping`` of ``from_pretrained``; empty without wrappers.
+    """
+    rules: dict[str, str] = {}
+    for wrapper in _WRAPPERS:
+        # Transformers applies a rule once to a name; the comment makes another rule of it for each repetition.
+        most = max(name.split(".").count(wrapper) for name in names) if names else 0
+        rules |= {rf"(^|\.){wrapper}\.(?#{number})": r"\1" for number in range(most)}
+    unwrapped = [".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names]
+    if unwrapped and all(name.startswith(f"{_PARALLEL}.") for name in unwrapped):
+        rules[rf"^{_PARALLEL}\."] = ""
+    return rules
+
 
 def build_skeleton(
-    config: Any, stored: Mapping[str, StoredTensor], dtype: torch.dtype, trust_remote_code: bool
+    config: Any,
+    stored: Mapping[str, StoredTensor],
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    renaming: Mapping[str, str],
 ) -> tuple[Any, dict[str, Any]]:
     """Build a model without weights: its parameters are on the meta device, in the dtypes that they have after loading.
+
+    Args:
+        renaming: from ``wrapper_renaming``.
 
     Returns:
         The model in eval mode, and Transformers' loading info: missing, unexpected and mismatched keys.
@@ -50,6 +79,7 @@ def build_skeleton(
         device_map={"": "meta"},
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # the caller reports them by name
+        key_mapping=dict(renaming),
     )
     return model.eval().requires_grad_(False), info
 
@@ -164,16 +194,6 @@ class Checkpoint:
         for name in self._keys:
             first.setdefault(id(self._tensors[name]), name)
         return {name: first[id(tensor)] for name, tensor in self._tensors.items() if id(tensor) in first}
-
-
-def compute_buffers(model: Any, checkpoint: Checkpoint) -> None:
-    """Compute the tensors that no checkpoint stores (rotary frequencies and the like), on the CPU."""
-    for name, tensor in named_tensors(model):
-        if tensor.is_meta and name not in checkpoint:
-            set_tensor(model, name, torch.empty_like(tensor, device="cpu"))
-            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = False
-    model._is_hf_initialized = False
-    model.initialize_weights()
 
 
 def fill(model: Any, checkpoint: Checkpoint) -> None:

@@ -1,6 +1,6 @@
 """Files of a checkpoint: local folder or download from the hub, checks before any weights are read, and fingerprint."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +30,22 @@ TOKENIZERS = (
     "tekken.json",
 )
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+# Patterns of the settings of a multimodal model's processors: preprocessor_config.json, video_preprocessor_config.json ...
+PROCESSORS = ("*processor_config.json", "*extractor_config.json", "audio_tokenizer_config.json")
+# Patterns of everything beside config and weights that a packed checkpoint keeps.
+SMALL_FILES = (
+    *TOKENIZERS,
+    *TOKENIZER_SETTINGS,
+    *PROCESSORS,
+    "generation_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "chat_templates/*.jinja",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 
 _HASHING_THREADS = 8
 MAX_NAMES = 5  # names of tensors or files in one message
@@ -54,7 +70,7 @@ def hub_snapshot(model: ModelConfig) -> Path:
     Raises:
         UserError: the repository cannot be reached or read, or holds no model that can be loaded.
     """
-    small = ["config.json", "generation_config.json", INDEX, *TOKENIZERS, *TOKENIZER_SETTINGS, "chat_template.jinja"]
+    small = ["config.json", INDEX, *SMALL_FILES]
     if model.trust_remote_code:
         small.append("*.py")
     folder = _snapshot(model, model.revision, small)
@@ -111,8 +127,8 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
             trusted.
     """
     raw = read_json(folder / "config.json")
-    if "quantization_config" in raw:
-        method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
+    if (quantization := _quantization_config(raw)) is not None:
+        method = quantization.get("quant_method", "unknown")
         raise UserError(
             f"The checkpoint in {folder} is quantized already (quant_method {method}). "
             "Give the checkpoint of the model in its original precision."
@@ -136,6 +152,12 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
     return config
 
 
+def _quantization_config(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """``quantization_config`` of a model or of its text model; None if there is none, or if it is null."""
+    parts = [raw, *(raw[name] for name in ("text_config", "llm_config") if isinstance(raw.get(name), dict))]
+    return next((one for part in parts if (one := part.get("quantization_config")) is not None), None)
+
+
 def _check_causal(folder: Path, raw: dict[str, Any], config: Any, remote: bool) -> None:
     """Raise UserError for an architecture that is not a causal language model."""
     known = {
@@ -144,13 +166,25 @@ def _check_causal(folder: Path, raw: dict[str, Any], config: Any, remote: bool) 
         for n in ([names] if isinstance(names, str) else names)
     }
     architectures = raw.get("architectures") or []
-    fits = not architectures or any(name in known for name in architectures)
-    if not remote and (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not fits):
-        found = ", ".join(architectures) or raw.get("model_type")
+    if remote:
+        return
+    if architectures and not any(name in known for name in architectures):
+        raise _not_causal(folder, ", ".join(architectures))
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = raw.get("model_type")
+        if not architectures:
+            raise _not_causal(folder, kind)
         raise UserError(
-            f"The model in {folder} is not a causal language model: its architecture is {found}. "
-            "Give a model that predicts the next token, such as LlamaForCausalLM."
+            f"AutoModelForCausalLM of the installed transformers does not load the model type {kind!r} of {folder}, although "
+            f"its architecture is {', '.join(architectures)}. Try a newer version: pip install --upgrade transformers."
         )
+
+
+def _not_causal(folder: Path, architecture: Any) -> UserError:
+    return UserError(
+        f"The model in {folder} is not a causal language model: its architecture is {architecture}. "
+        "Give a model that predicts the next token, such as LlamaForCausalLM."
+    )
 
 
 def weight_files(folder: Path) -> list[str]:

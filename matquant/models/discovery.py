@@ -1,14 +1,22 @@
 """Discovery of a model's decoder blocks and their linear layers in the module tree, independent of names."""
 
+from typing import Any
+
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from matquant.errors import UserError
 from matquant.inference.experts import SourceView, is_fused_experts, split_fused_experts
+from matquant.inference.linear_modules import is_linear
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Find the longest list of modules of one class with linear layers, leaving out lists inside such a list (experts).
+    """Find the list of decoder blocks, which may be of several classes (attention and Mamba, for example).
+
+    Candidates are lists of modules with linear layers, without lists inside such a list (experts, adapters). Of several,
+    those of the text model count (not of a vision or audio encoder), of them those in its decoder, of them those with as
+    many modules as the config has hidden layers, and of them the longest.
 
     Returns:
         Full name of the list, and the list.
@@ -19,21 +27,50 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and not inside and _is_block_list(module):
+        if isinstance(module, nn.ModuleList) and not inside and _has_linear(module):
             found[name] = module
     if not found:
         raise UserError(
-            f"{type(model).__name__} has no list of decoder blocks (an nn.ModuleList of modules of one class with "
-            "linear layers in them). This architecture is not supported."
+            f"{type(model).__name__} has no list of decoder blocks (an nn.ModuleList of modules with linear layers in "
+            "them). This architecture is not supported."
         )
-    return max(found.items(), key=lambda item: len(item[1]))
+    config = _text_config(model)
+    in_decoder = {id(module) for module in _decoder(model).modules()}
+    names = list(found)
+    for counts in (
+        lambda name: type(_owner_config(model, name)) is type(config),
+        lambda name: id(found[name]) in in_decoder,
+        lambda name: len(found[name]) == getattr(config, "num_hidden_layers", None),
+    ):
+        names = [name for name in names if counts(name)] or names
+    name = max(names, key=lambda name: len(found[name]))
+    return name, found[name]
 
 
-def _is_block_list(modules: nn.ModuleList) -> bool:
-    return len({type(m) for m in modules}) == 1 and all(
-        any(isinstance(inner, nn.Linear | Conv1D) or is_fused_experts(inner) for inner in module.modules())
-        for module in modules
-    )
+def _text_config(model: Any) -> Any:
+    """Config of the text model inside a model; None for a module without config."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def _owner_config(model: nn.Module, name: str) -> Any:
+    """Config of the innermost model of Transformers around a module."""
+    configs = [getattr(model, "config", None)]
+    module = model
+    for part in name.split("."):
+        module = getattr(module, part)
+        configs += [module.config] if isinstance(module, PreTrainedModel) else []
+    return configs[-1]
+
+
+def _decoder(model: Any) -> nn.Module:
+    """Decoder of a model, as far as Transformers knows it; else the model."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if isinstance(decoder, nn.Module) else model
+
+
+def _has_linear(modules: nn.ModuleList) -> bool:
+    return any(is_linear(inner) or isinstance(inner, Conv1D) or is_fused_experts(inner) for inner in modules.modules())
 
 
 def make_linear(block: nn.Module, path: str) -> dict[str, SourceView]:

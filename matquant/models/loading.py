@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from matquant.errors import UserError, shorten
 from matquant.formats.safetensors_headers import DTYPES, StoredTensor, read_headers
 from matquant.models.blocks import compute_dtype
-from matquant.models.checkpoint import Checkpoint, build_skeleton, compute_buffers, fill
+from matquant.models.checkpoint import Checkpoint, build_skeleton, fill, wrapper_renaming
 from matquant.models.checkpoint_files import (
     MAX_NAMES,
     TOKENIZERS,
@@ -31,6 +31,7 @@ from matquant.models.checkpoint_files import (
     read_config,
     weight_files,
 )
+from matquant.models.computed_tensors import compute_tensors
 from matquant.models.config import ModelConfig
 from matquant.models.tied_weights import tie_equal
 
@@ -50,6 +51,7 @@ class LoadedModel:
         dtype: of the weights: as stored, or ``model.dtype``.
         fingerprint: JSON-able, equal for equal weights, config and tokenizer.
         warnings: sentences about irregularities that are no errors.
+        renaming: of the checkpoint's tensors, see ``wrapper_renaming``.
     """
 
     model: Any
@@ -59,6 +61,7 @@ class LoadedModel:
     dtype: torch.dtype
     fingerprint: dict[str, Any]
     warnings: list[str]
+    renaming: Mapping[str, str]
 
     @property
     def context_length(self) -> int | None:
@@ -92,10 +95,11 @@ def open_model(model: ModelConfig) -> LoadedModel:
     tokenizer = _load_tokenizer(folder, model.trust_remote_code)
     warnings: list[str] = []
     dtype = _choose_dtype(model.dtype, stored, config, warnings)
-    module, checkpoint = _skeleton(folder, config, headers, dtype, model.trust_remote_code, warnings)
+    renaming = wrapper_renaming(headers)
+    module, checkpoint = _skeleton(folder, config, headers, dtype, model.trust_remote_code, renaming, warnings)
     label = model.label or _default_label(model)
     content = fingerprint(model, folder, files) | {"dtype": str(dtype).removeprefix("torch.")}
-    return LoadedModel(module, checkpoint, tokenizer, label, dtype, content, warnings)
+    return LoadedModel(module, checkpoint, tokenizer, label, dtype, content, warnings, renaming)
 
 
 def _default_label(model: ModelConfig) -> str:
@@ -154,17 +158,24 @@ def _skeleton(
     headers: Mapping[str, StoredTensor],
     dtype: torch.dtype,
     trust_remote_code: bool,
+    renaming: Mapping[str, str],
     warnings: list[str],
 ) -> tuple[Any, Checkpoint]:
     """Model without weights but with all tensors that are not stored, and the reader of its checkpoint."""
+    if renaming:
+        example = next(iter(headers))
+        warnings.append(
+            f"The weights in {folder} have names that a wrapper of the model made, such as {example}: they were saved "
+            "from a DataParallel, compiled or sharded model. The wrapper's part of the names is left out."
+        )
     config.use_cache = config.get_text_config().use_cache = False
     try:
-        with _quiet():
-            module, info = build_skeleton(config, headers, dtype, trust_remote_code)
+        with quiet_transformers():
+            module, info = build_skeleton(config, headers, dtype, trust_remote_code, renaming)
             _check_keys(folder, type(module).__name__, info, warnings)
             checkpoint = Checkpoint(module, headers)
             tie_equal(module, checkpoint)
-            compute_buffers(module, checkpoint)
+            compute_tensors(module, checkpoint)
             if (folder / "generation_config.json").is_file():
                 module.generation_config = GenerationConfig.from_pretrained(folder)
     except UserError:
@@ -194,7 +205,7 @@ def _check_keys(folder: Path, kind: str, info: Mapping[str, Any], warnings: list
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Disable Transformers' progress bars and load report; its findings become errors and warnings here."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

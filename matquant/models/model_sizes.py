@@ -38,7 +38,8 @@ class ModelSizes:
         block: number of parameters of the largest block.
         quantized: number of parameters of all quantized layers.
         embeddings, head: number of parameters of embeddings and head; tied ones count in both.
-        hidden, vocabulary: hidden size and vocabulary size.
+        hidden: elements of one token's hidden state.
+        vocabulary: vocabulary size.
         stored, computing: bytes of an element in the checkpoint and in the computation.
     """
 
@@ -75,9 +76,9 @@ def measure_model(
     """
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks.blocks]
     largest = max(range(len(sizes)), key=sizes.__getitem__)
-    config = blocks.model.config.get_text_config()
     embeddings = blocks.model.get_input_embeddings().weight.numel()
     head = getattr(blocks.model.get_output_embeddings(), "weight", torch.empty(0)).numel()
+    hidden, _ = blocks.probe(torch.device("cpu"), torch.float32)  # (1, length, ...)
     unique = {id(tensor): tensor.numel() for _, tensor in named_tensors(blocks.model)}
     return ModelSizes(
         layers=_layer_sizes(blocks, largest, layers[largest]),
@@ -87,7 +88,7 @@ def measure_model(
         quantized=sum(m.weight.numel() for block in layers for m in block.values()),
         embeddings=embeddings,
         head=head,
-        hidden=config.hidden_size,
+        hidden=hidden.shape[2:].numel(),
         vocabulary=blocks.vocab_size,
         stored=stored.itemsize,
         computing=computing.itemsize,

@@ -36,8 +36,9 @@ def set_tensor(module: nn.Module, name: str, value: Tensor) -> Tensor:
 def swapped_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Replace the named parameters and buffers inside the context; restore the original objects afterwards.
 
-    A tensor that requires a gradient is used as it is, as in ``torch.func.functional_call``, so that its autograd graph
-    reaches the module's output. Any other becomes a parameter, since Transformers expects parameters.
+    A parameter is used as it is, and so is a tensor that requires a gradient, as in ``torch.func.functional_call``, so
+    that its autograd graph reaches the module's output. Any other becomes a parameter in the place of one, since
+    Transformers expects parameters.
 
     Args:
         tensors: by dotted name below ``module``. A tied parameter has several names; give all of them.
@@ -48,7 +49,8 @@ def swapped_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterato
         for name, tensor in tensors.items():
             slots, key = tensor_slot(module, name)
             saved.append((slots, key, slots[key]))
-            if isinstance(slots[key], nn.Parameter) and not tensor.requires_grad:
+            plain = not tensor.requires_grad and not isinstance(tensor, nn.Parameter)
+            if isinstance(slots[key], nn.Parameter) and plain:
                 tensor = parameters.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=False))
             slots[key] = tensor
         yield

@@ -7,30 +7,39 @@ from pathlib import Path
 from typing import Any
 
 from matquant.formats.parent import TRANSFORM_KEY
-from matquant.models.checkpoint_files import TOKENIZER_SETTINGS, TOKENIZERS
+from matquant.models.checkpoint_files import SMALL_FILES
 from matquant.pack.pack_input import PackInput
 from matquant.store.files import translate_os_errors
 from matquant.store.json_files import pretty_json
 
-_COPIED = (*TOKENIZERS, *TOKENIZER_SETTINGS, "generation_config.json", "chat_template.jinja", "chat_template.json")
-_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*", "chat_templates/*.jinja", "additional_chat_templates/*.jinja")
+_CODE = "*.py"
 
 
 def copy(original: Path, folder: Path) -> None:
-    """Copy tokenizer, generation config, chat templates and licences; and code, where the model's config names some.
+    """Copy the small files of a checkpoint: tokenizer, processors, generation config, chat templates and licences.
+
+    Code is copied if the config of the model, its tokenizer or a processor names some.
 
     Raises:
         UserError: a file cannot be read, or the disk is full.
     """
-    raw = json.loads((original / "config.json").read_text(encoding="utf-8"))
-    patterns = (*_PATTERNS, "*.py") if raw.get("auto_map") else _PATTERNS
-    files = [original / name for name in _COPIED] + [f for pattern in patterns for f in original.glob(pattern)]
+    files = [file for pattern in SMALL_FILES for file in original.glob(pattern) if file.is_file()]
+    if any(_names_code(file) for file in (original / "config.json", *files)):
+        files += original.glob(_CODE)
     for file in files:
-        if file.is_file():
-            place = folder / file.relative_to(original)
-            with translate_os_errors(file):
-                place.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, place)
+        place = folder / file.relative_to(original)
+        with translate_os_errors(file):
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, place)
+
+
+def _names_code(file: Path) -> bool:
+    """Return True if a JSON file has an entry ``auto_map``, which names Python code beside it."""
+    if not file.name.endswith("config.json"):
+        return False
+    with translate_os_errors(file):
+        content = json.loads(file.read_text(encoding="utf-8"))
+    return isinstance(content, dict) and bool(content.get("auto_map"))
 
 
 def write_config(

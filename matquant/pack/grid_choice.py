@@ -94,6 +94,8 @@ def _exact_grids(
     found = {}
     for name in names:
         fmt = layers.specs[name].format
+        if fmt.stretch_at(layers.bits[name]) != 1:
+            continue  # its levels are not equally far apart
         grid = exact_grid(
             layers.bits[name], fmt.master_bits, fmt.slicing, layers.zero_points[name], kinds, target.min_zero_point
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from matquant.errors import UserError
-from matquant.formats.bits import MAX_BITS, MIN_BITS
+from matquant.formats.bits import MAX_BITS, MIN_BITS, STRETCHES
 
 if TYPE_CHECKING:
     from matquant.quantize.base import BlockQuantizer, QuantizerTask
@@ -55,6 +55,8 @@ class MethodConfig:
         name: of the preset.
         per_bit_models: one model per bit-width (a baseline) instead of one parent for all.
         zero_point_offset: of symmetric weights, in steps of an 8-bit code; a group may mirror it by a negative scale.
+        stretch: factor of the steps of the fifth and later planes of msb codes, 1, 1.25 or 1.5: eight bits then reach beyond
+            the cell that the first four bits choose. Does not change slices of up to four bits.
         skip: patterns of layer names that stay unquantized.
         quantize_lm_head: quantize the output head too; a head that is tied to the embeddings becomes a layer of its own.
         overrides: settings by pattern of layer names; the first match counts.
@@ -69,6 +71,7 @@ class MethodConfig:
     group_size: int = 128
     symmetric: bool = True
     zero_point_offset: float = 8.0
+    stretch: float = 1.0
     skip: tuple[str, ...] = ()
     quantize_lm_head: bool = False
     overrides: Mapping[str, LayerOverride] = dataclasses.field(default_factory=dict)
@@ -139,6 +142,12 @@ def check_method(method: MethodConfig) -> None:
     if not 0 <= method.zero_point_offset <= 32:
         raise UserError(
             f"method.zero_point_offset must lie in 0..32 steps of an 8-bit code; found {method.zero_point_offset}."
+        )
+    allowed = STRETCHES if method.slicing == "msb" else STRETCHES[:1]
+    if method.stretch not in allowed:
+        raise UserError(
+            f"method.stretch must be {' or '.join(map(str, allowed))} with method.slicing={method.slicing}; found "
+            f"{method.stretch}."
         )
     method.check()
 

@@ -1,7 +1,7 @@
 """Selection of the layers to quantize, and checks of their weights."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,17 @@ from matquant.models.blocks import BlockModel
 from matquant.models.finite import is_finite, non_finite_weights
 
 
-def layers_to_quantize(model: BlockModel, skips: Callable[[str], bool], *, lm_head: bool) -> list[dict[str, nn.Linear]]:
-    """Linear layers of each block by full name, without the skipped ones; the head's last if ``lm_head`` is set."""
+def layers_to_quantize(
+    model: BlockModel, skips: Callable[[str], bool], *, lm_head: bool, fixed: Collection[str] = ()
+) -> list[dict[str, nn.Linear]]:
+    """Linear layers of each block by full name, the head's last if ``lm_head`` is set.
+
+    Args:
+        skips: predicate on names of layers that the settings leave out.
+        fixed: names of layers that cannot be quantized, see ``models.fixed_layers``.
+    """
     return [
-        {name: layer for name, layer in model.linears(index).items() if not skips(name)}
+        {name: layer for name, layer in model.linears(index).items() if name not in fixed and not skips(name)}
         for index in range(len(model) + lm_head)
     ]
 

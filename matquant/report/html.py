@@ -16,6 +16,7 @@ from matquant.report.results import (
     SliceResult,
     cost_sentence,
     failure_sentence,
+    refine_sentence,
     task_errors,
     task_scores,
 )
@@ -122,7 +123,7 @@ def _slices_and_plots(results: JobResults) -> list[Markup]:
     plots = _plots(results)
     lead = plots[:1] if columns <= _NARROW else []
     rest = plots[len(lead) :]
-    sentence = cost_sentence(results.seconds.get("quantize"), results.parent.stored)
+    sentence = cost_sentence(results.seconds.get("quantize"), results.parent.stored) + refine_sentence(results.refine)
     cost = element("p", f"{sentence} {_UNITS}", class_="note")
     parts = [section("Slices", element("div", element("div", slices, cost), *lead, class_="lead"))]
     parts.append(_warnings(results.warnings))

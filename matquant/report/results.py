@@ -15,7 +15,7 @@ from matquant.report.output_files import write_atomic
 SCHEMA = 1
 FILE_NAME = "results.json"
 ALLOCATION: Literal["allocation"] = "allocation"
-_ABSENT_IF_NONE = ("pack", "generate", "failure")
+_ABSENT_IF_NONE = ("refine", "pack", "generate", "failure")
 _STDERR = "_stderr"  # suffix that lm-eval adds to a metric's name
 
 Figures = Mapping[str, float | None]  # a figure by dataset; None where it could not be measured
@@ -138,6 +138,7 @@ class JobResults:
     """Results of one job; ``to_json`` is the content of results.json.
 
     Attributes:
+        refine: record of the refinement: ``bits``, ``steps``, and ``history`` of the held-out KL; None without one.
         search: record of the search; None without one.
         seconds: wall time by stage.
         resources: memory plan, peaks, and seconds of quantizing by phase.
@@ -155,6 +156,7 @@ class JobResults:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     parent: ParentRecord = ParentRecord()
     baseline: BaselineResult = BaselineResult()
+    refine: Mapping[str, Any] | None = None
     search: Mapping[str, Any] | None = None
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     resources: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -305,6 +307,14 @@ def cost_sentence(quantize_seconds: float | None, models: Sequence[ParentRecord]
     elif reused:
         made += f" ({reused} of {len(models)} models reused)"
     return f"{made}; {len(models)} models, one per bit-width, take {number_format.size(total)} together."
+
+
+def refine_sentence(refine: Mapping[str, Any] | None) -> str:
+    """Sentence on a refinement; empty without one."""
+    if refine is None:
+        return ""
+    bits = ", ".join(map(str, refine.get("bits", ())))
+    return f" Scales of {bits} bits refined in {refine.get('steps')} steps."
 
 
 def _task_figures(tasks: Tasks) -> dict[str, float]:

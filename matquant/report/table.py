@@ -13,6 +13,7 @@ from matquant.report.results import (
     SliceResult,
     cost_sentence,
     failure_sentence,
+    refine_sentence,
     task_scores,
 )
 
@@ -37,6 +38,7 @@ def print_table(results: JobResults, console: Console) -> None:
         if tasks:
             console.print(_tasks_table(results, tasks))
     cost = cost_sentence(results.seconds.get("quantize"), results.parent.stored)
+    cost += refine_sentence(results.refine)
     console.print(Text(f"{cost} MB: what a runtime reads for the quantized layers. KL: nats per token.", style="dim"))
     if results.failure is not None:
         console.print(Text(failure_sentence(results.failure), style="red"))

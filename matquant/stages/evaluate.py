@@ -61,8 +61,9 @@ def evaluate_weights(
                 names,
                 job.config.eval.datasets[name].batch_size,
                 runtime.device,
+                job.evaluation_dtype,
                 progress,
-                job.offload_target(runtime, sequences, 1 + len(names)),
+                job.offload_target(runtime, sequences, 1 + len(names), job.evaluation_dtype),
                 group,
             )
         yield name, measured

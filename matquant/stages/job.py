@@ -23,6 +23,7 @@ from matquant.stages.generate import generate
 from matquant.stages.load import LoadedJob, load_job
 from matquant.stages.plan import plan_without_quantize
 from matquant.stages.quantize import quantize
+from matquant.stages.refine import refine
 from matquant.stages.results import StageOutputs, assemble, failure_record, mean_figure, resources
 from matquant.stages.runtime import Runtime
 from matquant.stages.search import search
@@ -162,12 +163,15 @@ def _pack(
 
 
 def _quantize_and_evaluate(job: LoadedJob, tasks: Tasks | None, runtime: Runtime, outputs: StageOutputs) -> None:
-    """Run the stages quantize, search and evaluate; fill ``outputs`` as they finish."""
+    """Run the stages quantize, refine, search and evaluate; fill ``outputs`` as they finish."""
     log = runtime.log
     with log.timed("quantize"):
         quantized = quantize(job, runtime)
         if log.plan is None:
             runtime.announce(plan_without_quantize(job, runtime))
+        outputs.slices = list(quantized.slices)
+    with log.timed("refine"):
+        quantized, outputs.refine = refine(job, quantized, runtime)
         outputs.slices = list(quantized.slices)
     with log.timed("search"):
         found, outputs.search = search(job, quantized, runtime)

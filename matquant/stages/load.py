@@ -12,22 +12,33 @@ from matquant.data import texts
 from matquant.data.config import TextConfig
 from matquant.data.sources.base import check_characters
 from matquant.errors import UserError
-from matquant.evaluate.plausibility import full_precision_warnings
+from matquant.evaluate.plausibility import dtype_warnings, full_precision_warnings
 from matquant.formats import allocation
 from matquant.formats.allocation import Allocation
 from matquant.formats.nested import NestedWeight
 from matquant.formats.packed import LayerSpec
 from matquant.models.activation_cache import OffloadTarget, choose_offload_target
 from matquant.models.blocks import BlockModel, compute_dtype
+from matquant.models.fixed_layers import fixed_layers, fixed_notes, unsplit_notes
 from matquant.models.gguf import convert_gguf, is_gguf
 from matquant.models.loading import LoadedModel, open_model
 from matquant.models.model_sizes import ModelSizes, measure_model
+from matquant.models.stock_comparison import check_against_stock
 from matquant.models.tracing import check_blockwise_forward
 from matquant.models.vocabulary import check_token_ids, embedded_tokens
 from matquant.quantize.base import BlockQuantizer, QuantizerTask
 from matquant.quantize.layers import check_layers, check_weight_range, layers_to_quantize
 from matquant.search.stage import check_budgets
 from matquant.stages.runtime import Runtime
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RefinementText:
+    """Text of the stage refine: int64 [sequences, length] to train on and to judge by, and sequences of one step."""
+
+    training: Tensor
+    validation: Tensor
+    batch_size: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,24 +49,30 @@ class LoadedJob:
         config: of the job.
         model, blocks: the model, and the same as a row of blocks.
         dtype: in which blocks run.
+        evaluation_dtype: in which they run for perplexity and KL.
         layers: layers to quantize of each block, by full name.
+        fixed_layers: reason of each linear layer that cannot be quantized, by full name.
         sizes: sizes of the model's parts.
         allocations: allocation files among ``bits``, by path.
         calibration: int64 [sequences, length] of the calibration text; None for a method without calibration.
         evaluation: int64 [sequences, length] of each dataset; empty without the stage evaluate.
         search: int64 [sequences, length] of the search; None without one.
+        refinement: text of the stage refine; None without one.
     """
 
     config: Config
     model: LoadedModel
     blocks: BlockModel
     dtype: torch.dtype
+    evaluation_dtype: torch.dtype
     layers: list[dict[str, nn.Linear]]
+    fixed_layers: Mapping[str, str]
     sizes: ModelSizes
     allocations: Mapping[str, Allocation]
     calibration: Tensor | None
     evaluation: Mapping[str, Tensor]
     search: Tensor | None
+    refinement: RefinementText | None = None
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -92,9 +109,11 @@ class LoadedJob:
         """Number of tokens in the prompt of the stage generate."""
         return count_tokens(self.model, str(self.config.prompt))
 
-    def offload_target(self, runtime: Runtime, sequences: Tensor | None, models: int) -> OffloadTarget:
+    def offload_target(
+        self, runtime: Runtime, sequences: Tensor | None, models: int, dtype: torch.dtype
+    ) -> OffloadTarget:
         """Storage for the hidden states of so many models between two blocks."""
-        needed = models * own_tokens(runtime, sequences) * self.sizes.hidden * self.dtype.itemsize
+        needed = models * own_tokens(runtime, sequences) * self.sizes.hidden * dtype.itemsize
         return choose_offload_target(needed, runtime.device, runtime.store.path / "scratch")
 
 
@@ -112,7 +131,10 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
     runtime.log.warnings.extend(model.warnings)
     blocks = BlockModel(model.model, model.checkpoint, config.transform.build(model.model))
     dtype = compute_dtype(model.dtype, runtime.device)
-    layers = layers_to_quantize(blocks, config.method.skips, lm_head=config.method.quantize_lm_head)
+    lm_head = config.method.quantize_lm_head
+    fixed = fixed_layers(blocks, runtime.device, dtype, lm_head=lm_head)
+    runtime.log.warnings.extend([*fixed_notes(fixed), *unsplit_notes(blocks)])
+    layers = layers_to_quantize(blocks, config.method.skips, lm_head=lm_head, fixed=fixed)
     check_layers(layers)
     _check_lengths(config, model, runtime.process_group.world_size)
     if "generate" in config.stages:
@@ -120,12 +142,15 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
     allocations = _read_allocations(config, [name for block in layers for name in block])
     evaluation = _evaluation_texts(config, model, runtime)
     largest = check_blockwise_forward(blocks, runtime.device, dtype)
+    check_against_stock(model, blocks, runtime.device, dtype)
     job = LoadedJob(
         config=config,
         model=model,
         blocks=blocks,
         dtype=dtype,
+        evaluation_dtype=torch.float32 if config.eval.dtype == "float32" else dtype,
         layers=layers,
+        fixed_layers=fixed,
         sizes=measure_model(blocks, layers, model.dtype, dtype),
         allocations=allocations,
         calibration=None,
@@ -136,10 +161,14 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
     if config.search.wanted:
         _check_budgets(job)
         job = dataclasses.replace(job, search=_read("search", _search_text(config), "calibration", model, runtime))
+    if config.refine.wanted:
+        job = dataclasses.replace(job, refinement=_refinement_text(config, model, runtime))
     if config.method.uses_calibration:
         job = dataclasses.replace(
             job, calibration=_read("calibration", config.calibration, "calibration", model, runtime)
         )
+    if evaluation:
+        runtime.warn(dtype_warnings(job.evaluation_dtype))
     bos = model.tokenizer.bos_token_id
     known_bos = bos if bos is not None and bos < embedded_tokens(model.model) else None
     runtime.warn(full_precision_warnings(blocks, _first_windows(job), known_bos, runtime.device))
@@ -203,6 +232,8 @@ def _texts(config: Config) -> dict[str, TextConfig]:
     named = {"calibration": config.calibration} if config.method.uses_calibration else {}
     if config.search.wanted:
         named["search"] = _search_text(config)
+    if config.refine.wanted and config.refine.text is not None:
+        named["refine.text"] = config.refine.text
     if "evaluate" in config.stages:
         named |= {f"eval.datasets.{name}": text for name, text in config.eval.datasets.items()}
     return named
@@ -215,12 +246,30 @@ def _search_text(config: Config) -> TextConfig:
     return dataclasses.replace(text, sequences=search.sequences, sequence_length=search.sequence_length, seed=seed)
 
 
+def _refinement_text(config: Config, model: LoadedModel, runtime: Runtime) -> RefinementText:
+    """Sequences to train on, and evenly spaced ones among them that are held out."""
+    text, held_out = config.refine.text, config.refine.validation_sequences
+    assert text is not None
+    if text.batch_size % runtime.process_group.world_size:
+        raise UserError(
+            f"refine.text.batch_size={text.batch_size} cannot be shared equally by {runtime.process_group.world_size} "
+            "processes. Make it a multiple of their number."
+        )
+    wanted = dataclasses.replace(text, sequences=text.sequences + held_out)
+    sequences = _read("refine.text", wanted, "calibration", model, runtime)
+    chosen = torch.zeros(len(sequences), dtype=torch.bool)
+    chosen[(torch.arange(held_out) * len(sequences)) // held_out] = True
+    return RefinementText(training=sequences[~chosen], validation=sequences[chosen], batch_size=text.batch_size)
+
+
 def _evaluation_texts(config: Config, model: LoadedModel, runtime: Runtime) -> dict[str, Tensor]:
     """Read the evaluation texts before any long work, so that a missing or short one is refused at once."""
     if "evaluate" not in config.stages:
         return {}
     if config.method.uses_calibration:
         texts.check_apart(config.calibration, dict(config.eval.datasets))
+    if config.refine.wanted and config.refine.text is not None:
+        texts.check_apart(config.refine.text, dict(config.eval.datasets), "refine.text")
     return {
         name: _read(f"eval.datasets.{name}", text, "evaluation", model, runtime)
         for name, text in config.eval.datasets.items()

@@ -1,11 +1,15 @@
 """Memory plan of a job from the estimates of its stages."""
 
+import dataclasses
+
 from matquant import machine
 from matquant.evaluate.memory import evaluate_memory, evaluate_operations
+from matquant.formats.groups import group_count
 from matquant.formats.nested import planes_read
 from matquant.memory import MemoryEstimate, MemoryPlan, Offload, make_plan
 from matquant.quantize.base import BlockQuantizer, CalibrationTokens
 from matquant.quantize.memory import quantize_memory
+from matquant.refine.memory import refine_memory, refine_operations
 from matquant.stages.generate import generate_memory
 from matquant.stages.load import LoadedJob, own_tokens
 from matquant.stages.runtime import Runtime
@@ -42,20 +46,23 @@ def plan_without_quantize(job: LoadedJob, runtime: Runtime) -> MemoryPlan | None
 def quantize_offload(job: LoadedJob, runtime: Runtime, quantizer: BlockQuantizer) -> Offload:
     """Storage of the hidden states while a parent is made."""
     streams = 1 if quantizer.calibration is None else 1 + len(quantizer.calibration.bits)
-    return job.offload_target(runtime, job.calibration, streams)
+    return job.offload_target(runtime, job.calibration, streams, job.dtype)
 
 
 def _later_stages(job: LoadedJob, runtime: Runtime) -> tuple[list[MemoryEstimate], float]:
     """Estimates and operations of evaluating and generating."""
     config, estimates, operations = job.config, [], 0.0
     slices = len(config.slice_bits) + len(job.allocations)
+    if job.refinement is not None:
+        estimates.append(_refine_estimate(job, runtime))
+        tokens = job.refinement.batch_size * job.refinement.training.shape[1] // runtime.process_group.world_size
+        operations += refine_operations(job.sizes, config.refine.steps, len(config.refine.bits), tokens)
     for name, sequences in job.evaluation.items():
         tokens, batch = own_tokens(runtime, sequences), config.eval.datasets[name].batch_size
-        offload = job.offload_target(runtime, sequences, 1 + slices)
+        offload = job.offload_target(runtime, sequences, 1 + slices, job.evaluation_dtype)
+        sizes = dataclasses.replace(job.sizes, computing=job.evaluation_dtype.itemsize)
         estimates.append(
-            evaluate_memory(
-                job.sizes, tokens, sequences.shape[1], batch, slices, on_gpu=runtime.on_gpu, offload=offload
-            )
+            evaluate_memory(sizes, tokens, sequences.shape[1], batch, slices, on_gpu=runtime.on_gpu, offload=offload)
         )
         operations += evaluate_operations(job.sizes, tokens, slices)
     if "generate" in config.stages:
@@ -64,6 +71,25 @@ def _later_stages(job: LoadedJob, runtime: Runtime) -> tuple[list[MemoryEstimate
         estimates.append(generate_memory(job.sizes, packed, job.parent_bytes, prompt, new, on_gpu=runtime.on_gpu))
         operations += evaluate_operations(job.sizes, prompt + new, slices)
     return estimates, operations
+
+
+def _refine_estimate(job: LoadedJob, runtime: Runtime) -> MemoryEstimate:
+    text, processes = job.refinement, runtime.process_group.world_size
+    assert text is not None
+    return refine_memory(
+        job.sizes,
+        job.config.refine.bits,
+        groups=sum(
+            layer.out_features * group_count(layer.in_features, layer.format.group_size)
+            for layer in job.layer_specs.values()
+        ),
+        parent=job.parent_bytes,
+        windows=(len(text.training) + len(text.validation)) // processes,
+        length=text.training.shape[1],
+        batch=text.batch_size // processes,
+        on_gpu=runtime.on_gpu,
+        offload=runtime.device,
+    )
 
 
 def _planes(job: LoadedJob) -> int:

@@ -30,12 +30,14 @@ class StageOutputs:
 
     Attributes:
         slices: of the parent, of allocation files and of the search.
+        refine: record of the refinement; None without one.
         search: record of the search; None without one.
         metrics: of each dataset, by the name of the slice; ``full`` is the full-precision model.
         scores: of the lm-eval tasks, by the name of the slice.
     """
 
     slices: list[SliceSpec] = dataclasses.field(default_factory=list)
+    refine: Mapping[str, Any] | None = None
     search: Mapping[str, Any] | None = None
     metrics: dict[str, Mapping[str, Metrics]] = dataclasses.field(default_factory=dict)
     scores: dict[str, Scores] = dataclasses.field(default_factory=dict)
@@ -50,7 +52,7 @@ def assemble(job: LoadedJob, runtime: Runtime, outputs: StageOutputs, *, command
     """
     slices, metrics, scores = outputs.slices, outputs.metrics, outputs.scores
     layers = _layer_errors(slices)
-    implausible = _implausible(slices, metrics, layers, job.dtype)
+    implausible = _implausible(slices, metrics, layers, job.evaluation_dtype)
     return JobResults(
         model=job.model.label,
         method=job.config.method.name,
@@ -64,6 +66,7 @@ def assemble(job: LoadedJob, runtime: Runtime, outputs: StageOutputs, *, command
             tasks=scores.get(FULL, {}),
         ),
         slices=[_slice_result(one, metrics, scores) for one in slices],
+        refine=outputs.refine,
         search=outputs.search,
         seconds=runtime.log.seconds,
         resources=resources(runtime),
@@ -170,4 +173,5 @@ def _layer_errors(slices: Sequence[SliceSpec]) -> list[LayerErrors]:
 def _unquantized(job: LoadedJob) -> list[dict[str, Any]]:
     quantized = set(job.layer_names)
     every = {name for index in range(len(job.blocks)) for name in job.blocks.linears(index)}
-    return unquantized_parameters(job.blocks, quantized, every - quantized)
+    reasons = dict.fromkeys(every - quantized, "skipped by method.skip") | dict(job.fixed_layers)
+    return unquantized_parameters(job.blocks, quantized, reasons)

@@ -48,6 +48,11 @@ class DistributedDraft:
         if self.draft is not None:
             self.draft.write_tensors(name, tensors, metadata)
 
+    def discard(self, name: str) -> None:
+        """``Draft.discard`` on rank 0."""
+        if self.draft is not None:
+            self.draft.discard(name)
+
     def read_json(self, name: str) -> Any:
         """``Draft.read_json`` of rank 0, broadcast."""
         return self.process_group.broadcast_object(None if self.draft is None else self.draft.read_json(name))

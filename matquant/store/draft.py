@@ -88,6 +88,14 @@ class Draft:
         check_file_name(name)
         self._write(name, serialize_tensors(tensors, metadata))
 
+    def discard(self, name: str) -> None:
+        """Delete a file, so that it becomes no part of the artifact. A file that does not exist is no error."""
+        path = self.path / check_file_name(name)
+        self._journal.pop(name, None)
+        self.records.pop(name, None)
+        with translate_os_errors(path):
+            delete(path)
+
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file with sorted keys durably.
 

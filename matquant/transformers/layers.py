@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from matquant.errors import UserError
@@ -13,13 +13,30 @@ from matquant.formats.packed import LayerSpec, NestedSpec, TensorSpec
 from matquant.inference import NestedLinear
 from matquant.inference.experts import is_fused_experts, split_fused_experts
 from matquant.inference.linear import scale_buffers
+from matquant.inference.linear_modules import is_linear
 
 
 class PackedLinear(NestedLinear):
-    """Nested layer without extra state: the config of the checkpoint holds the meaning of its tensors."""
+    """Nested layer without extra state: the config of the checkpoint holds the meaning of its tensors.
+
+    Attributes:
+        is_loaded: set when ``from_pretrained`` has finished. Until then ``weight`` is a placeholder, since some
+            architectures initialize the weight of a layer from the module around it.
+    """
+
+    is_loaded = False
 
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight, see ``NestedLinear.weight``; before the end of loading a tensor without values."""
+        if self.is_loaded:
+            return super().weight
+        placeholder = torch.empty(self.out_features, self.in_features, dtype=self.weight_dtype, device="meta")
+        setattr(placeholder, "_is_hf_initialized", True)  # noqa: B010  (an attribute of Transformers)
+        return placeholder
 
 
 def place_layers(model: Any, spec: NestedSpec) -> None:
@@ -42,10 +59,6 @@ def place_layers(model: Any, spec: NestedSpec) -> None:
     for name, layer in spec.layers.items():
         dense = _find_linear(model, name, layer)
         _replace(model, name, _empty_layer(dense, layer, layer.plane_count(spec.max_bits)))
-        # Some architectures initialize a layer's `weight` from the module around it, which would fail for a nested layer.
-        around = model.get_submodule(name.rpartition(".")[0])
-        if not {**around._parameters, **around._buffers}:
-            around._is_hf_initialized = True
 
 
 def dense_tensors(model: Any, spec: NestedSpec) -> dict[str, TensorSpec]:
@@ -75,7 +88,7 @@ def _find_linear(model: Any, name: str, layer: LayerSpec) -> Any:
             f"The checkpoint has a nested layer {name}, but {type(model).__name__} has none of that name. Use the model that "
             "it was packed for."
         ) from None
-    if not isinstance(module, nn.Linear | Conv1D):
+    if not (is_linear(module) or isinstance(module, Conv1D)):
         raise UserError(f"{name} is a {type(module).__name__} in {type(model).__name__}, not a linear layer.")
     shape = tuple(module.weight.shape)
     found, wanted = shape[:: -1 if isinstance(module, Conv1D) else 1], (layer.out_features, layer.in_features)

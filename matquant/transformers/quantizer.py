@@ -29,7 +29,8 @@ from matquant.formats.safetensors_headers import StoredTensor, read_headers
 from matquant.formats.shard_index import INDEX, index_names
 from matquant.formats.validation import check_files, check_tensors
 from matquant.transformers.conversion import matgptq_converters, nested_converters
-from matquant.transformers.layers import dense_tensors, optional_tensors, place_layers
+from matquant.transformers.layers import PackedLinear, dense_tensors, optional_tensors, place_layers
+from matquant.transformers.model_names import ModelNames
 
 _ROTARY_FREQUENCIES = r"rotary_emb\.inv_freq$"  # stored in old checkpoints, computed by today's models
 
@@ -119,16 +120,21 @@ class NestedQuantizer(HfQuantizer):
         if not files:
             raise UserError("A packed model is loaded from its folder; it cannot be made from a state dict.")
         check_files(files, {} if self.nested is None else self.nested.files)
-        stored = read_headers(files[0].parent, [file.name for file in files])
-        needed, unused = self._select_tensors(stored)
+        headers = read_headers(files[0].parent, [file.name for file in files])
+        needed, unused = self._select_tensors(headers)
         unused |= {*(model._keys_to_ignore_on_load_unexpected or ())}
         model._keys_to_ignore_on_load_unexpected = unused
+        names = ModelNames(model)
+        self.spec = names.rename_spec(self.spec)
         place_layers(model, self.spec)
         dense = dense_tensors(model, self.spec)
+        needed = {new: tensor for name, tensor in needed.items() if (new := names.of(name)) is not None}
+        stored = {new: tensor for name, tensor in headers.items() if (new := names.of(name)) is not None}
         for name in stored.keys() - needed.keys() - dense.keys():
             if any(re.search(pattern, name) for pattern in unused):
                 del stored[name]
-        check_tensors(stored, needed, dense, optional_tensors(model, stored, dense))
+        optional = optional_tensors(model, stored, dense) | {name for name in dense if names.may_be_missing(name)}
+        check_tensors(stored, needed, dense, optional)
         self.quantization_config = HfNestedConfig.from_spec(self.spec)
 
     def _select_tensors(self, stored: Mapping[str, StoredTensor]) -> tuple[dict[str, TensorSpec], set[str]]:
@@ -147,6 +153,9 @@ class NestedQuantizer(HfQuantizer):
         return nested_converters(_plane_count(self.spec))  # tensors have the names of the model: nothing is renamed
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for layer in model.modules():
+            if isinstance(layer, PackedLinear):
+                layer.is_loaded = True
         model._weight_conversions = nested_converters(_plane_count(self.spec))  # for save_pretrained
         for name in ("bits", "prefill_bits", "max_bits"):
             setattr(model.config, name, None)  # from here on quantization_config holds the bit-widths

@@ -16,7 +16,7 @@ from matquant.errors import UserError, shorten
 from matquant.models.blocks import BlockModel
 from matquant.models.patched_forward import ForwardStopped
 from matquant.models.tensor_swap import swapped_tensors
-from matquant.models.tracing import tensor_identity
+from matquant.models.tracing import block_kind, tensor_identity
 
 _CPU = torch.device("cpu")
 
@@ -86,7 +86,7 @@ def trace_residual_stream(model: BlockModel) -> ResidualStream:
     with torch.inference_mode(False):  # tensors count in-place writes only outside of it
         embedding = _trace_embedding(model)
         for index, name in enumerate(model.block_names):
-            kind = _kind(model.blocks[index])
+            kind = block_kind(model.blocks[index])
             if kind not in kinds:
                 kinds[kind] = (index, *_trace_block(model, index))
             traced, own_norms, own_writers = kinds[kind]
@@ -105,12 +105,6 @@ def unsupported(model: BlockModel, reason: str) -> UserError:
         f"transform=rotation does not support {type(model.model).__name__}: {reason}. Use transform=none for this "
         "model."
     )
-
-
-def _kind(block: nn.Module) -> tuple:
-    """Key that is equal for blocks with the same modules and shapes."""
-    modules = tuple((name, type(module)) for name, module in block.named_modules())
-    return modules, tuple((name, tuple(tensor.shape)) for name, tensor in block.named_parameters())
 
 
 def _trace_embedding(model: BlockModel) -> str:

@@ -19,7 +19,8 @@ from matquant.inference.argument_checks import check_x
 _library = torch.library.Library("matquant", "FRAGMENT")
 _library.define(
     "nested_linear_runtime_bits(Tensor x, Tensor planes, Tensor[] scales, int[] scale_bits, Tensor? zeros, Tensor? bias, "
-    "Tensor step_bits, int out_features, int in_features, int group_size, int master_bits, str slicing, float offset) -> Tensor"
+    "Tensor step_bits, int out_features, int in_features, int group_size, int master_bits, str slicing, float offset, "
+    "float stretch) -> Tensor"
 )
 
 

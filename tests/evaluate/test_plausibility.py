@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from matquant.evaluate.plausibility import full_precision_warnings, kl_warnings, layer_warnings
+from matquant.evaluate.plausibility import dtype_warnings, full_precision_warnings, kl_warnings, layer_warnings
 from matquant.models.blocks import BlockModel
 
 CPU = torch.device("cpu")
@@ -99,3 +99,11 @@ def test_layers_without_any_output_are_named() -> None:
     assert "2 layers lose their output" in sentence
     assert "a.k_proj at 2, 8 bits, b.up_proj at 2 bits" in sentence
     assert layer_warnings({"a.q_proj": {"2": 0.9}}) == []
+
+
+def test_figures_of_16_bit_computations_are_said_to_be_rough():
+    assert dtype_warnings(torch.float32) == []
+    for dtype, floor in ((torch.bfloat16, "0.005"), (torch.float16, "0.0001")):
+        (sentence,) = dtype_warnings(dtype)
+        assert str(dtype).removeprefix("torch.") in sentence
+        assert f"KL of up to {floor}" in sentence

@@ -115,6 +115,16 @@ def test_identical_weights_do_not_diverge(dtype: torch.dtype, windows: Tensor) -
     assert found["0"].kl == 0.0
 
 
+@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.float16, 1e-9, 1e-4), (torch.bfloat16, 1e-7, 5e-3)])
+def test_rounded_activations_move_figures_by_their_floor(dtype, least, most, windows: Tensor) -> None:
+    blocks = make()
+    exact, rounded = (
+        evaluate_slices(blocks, windows, Noise(blocks), ["0.01"], 2, "cpu", dtype=one) for one in (torch.float32, dtype)
+    )
+    assert rounded[FULL] != exact[FULL]
+    assert least < abs(rounded["0.01"].kl - exact["0.01"].kl) < most
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_the_batch_size_does_not_matter(kind: str, windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = make(kind)
@@ -180,7 +190,7 @@ def test_a_tied_head_can_have_weights_of_its_own(windows: Tensor) -> None:
 def test_progress_reaches_the_number_of_steps(windows: Tensor) -> None:
     blocks = make()
     done: list[int] = []
-    evaluate_slices(blocks, windows, Noise(blocks), ["0", "1"], 2, "cpu", done.append)
+    evaluate_slices(blocks, windows, Noise(blocks), ["0", "1"], 2, "cpu", progress=done.append)
     assert sum(done) == steps(blocks, windows, ["0", "1"]) == 4 * 3 * 5
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from matquant.formats.bits import STRETCHES
 from matquant.formats.nested import NestedWeight, WeightFormat, levels, planes_read, slice_codes
 from matquant.formats.parent import read_block, write_block
 from matquant.store import Store
@@ -25,8 +26,14 @@ def plain_slice(code: int, bits: int, master_bits: int, slicing: str) -> int:
     return kept if slicing == "msb" else min(kept + code // 2 ** (drop - 1) % 2, 2**bits - 1)
 
 
-def plain_units(code: int, bits: int, master_bits: int, slicing: str) -> Fraction:
+def plain_units(code: int, bits: int, master_bits: int, slicing: str, stretch: float = 1.0) -> Fraction:
     """Value of a code in units of the scale, before the zero point."""
+    if stretch != 1:  # each plane adds or subtracts its step
+        steps = [
+            Fraction(2) ** (master_bits - 2 - plane) * Fraction(stretch if plane > 3 else 1) for plane in range(bits)
+        ]
+        signs = [1 if code >> (master_bits - 1 - plane) & 1 else -1 for plane in range(bits)]
+        return 2 ** (master_bits - 1) + sum(sign * step for sign, step in zip(signs, steps, strict=True))
     centre = Fraction(1, 2) if slicing == "msb" else 0
     return 2 ** (master_bits - bits) * (plain_slice(code, bits, master_bits, slicing) + centre)
 
@@ -45,13 +52,15 @@ def weights(draw, slicings=SLICINGS, symmetric=None) -> NestedWeight:
     symmetric = draw(st.booleans()) if symmetric is None else symmetric
     zeros = None if symmetric else torch.randint(2**master_bits, scales.shape, generator=generator).to(torch.uint8)
     scale_dtype = draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
+    slicing = draw(st.sampled_from(slicings))
     return NestedWeight(
         codes=codes,
         scales=scales.to(scale_dtype),
         zeros=zeros,
         format=WeightFormat(
             master_bits=master_bits,
-            slicing=draw(st.sampled_from(slicings)),
+            slicing=slicing,
+            stretch=draw(st.sampled_from(STRETCHES)) if slicing == "msb" else 1.0,
             zero_point_offset=draw(st.sampled_from([0.0, 8.0, 0.25, -3.5])) if symmetric else 0.0,
             group_size=group_size,
             has_zero_points=not symmetric,
@@ -70,6 +79,19 @@ def test_slices_equal_integer_arithmetic(master_bits, bits, slicing):
     units = levels(bits, master_bits, slicing)
     assert units.dtype == torch.float32
     assert units.tolist() == [float(plain_units(q, bits, master_bits, slicing)) for q in range(2**master_bits)]
+
+
+@pytest.mark.parametrize(("slicing", "stretch"), [("round", 1.25), ("msb", 1.1), ("msb", 2.0), ("msb", 0.75)])
+def test_stretch_that_no_kernel_has_raises(slicing, stretch):
+    with pytest.raises(ValueError, match=f"{slicing} slices have no stretch of {stretch}"):
+        WeightFormat(group_size=32, slicing=slicing, stretch=stretch)
+
+
+@pytest.mark.parametrize("stretch", [1.25, 1.5])
+def test_stretch_changes_no_slice_of_up_to_four_bits(stretch):
+    for bits in range(2, 9):
+        same = torch.equal(levels(bits, 8, "msb", stretch), levels(bits, 8, "msb"))
+        assert same == (bits <= 4)
 
 
 @pytest.mark.parametrize(("master_bits", "bits"), GRIDS)
@@ -98,7 +120,8 @@ def test_dequantize_equals_the_formula_per_element(weight, data):
                 zero = 2 ** (weight.format.master_bits - 1) + Fraction(weight.format.zero_point_offset)
             else:
                 zero = Fraction(weight.zeros[i, group].item())
-            units = plain_units(code, bits, weight.format.master_bits, weight.format.slicing)
+            fmt = weight.format
+            units = plain_units(code, bits, fmt.master_bits, fmt.slicing, fmt.stretch)
             assert dense[i, j].item() == float(Fraction(weight.scales[i, group].item()) * (units - zero))
     for dtype in (torch.float16, torch.bfloat16):
         assert torch.equal(weight.dequantize(bits, dtype), dense.to(dtype))

@@ -20,12 +20,14 @@ GROUP_SIZES = (16, 32, 48, 64, 128, 5)
 def any_weight(draw) -> NestedWeight:
     columns, master_bits = draw(st.integers(1, 400)), draw(st.integers(2, 8))
     scale_bits = draw(st.sampled_from([(), (2,), (2, 3, 4)]))
+    slicing, stretch = draw(st.sampled_from([("msb", 1.0), ("msb", 1.25), ("msb", 1.5), ("round", 1.0)]))
     return make_weight(
         draw(st.integers(1, 150)),
         columns,
         min(columns, draw(st.sampled_from((*GROUP_SIZES, columns)))),
         master_bits=master_bits,
-        slicing=draw(st.sampled_from(["msb", "round"])),
+        slicing=slicing,
+        stretch=stretch,
         zeros=draw(st.booleans()),
         offset=draw(st.sampled_from([0.0, 8.0, 0.1, -3.5])),
         dtype=draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32])),

@@ -47,6 +47,53 @@ def assert_output(layer, weight, bias, x, bits, call_bits=None):
 # The layer
 
 
+def test_the_weight_is_served_to_code_that_reads_it():
+    layer, weight, bias = make_layer()
+    layer.bits = 3
+    dense, x = weight.dequantize(3), inputs(4, 96)
+    assert (layer.weight.shape, layer.weight.dtype, layer.weight.device.type) == (dense.shape, torch.float16, "cpu")
+    layer.float()
+    assert layer.weight.dtype == torch.float32
+    assert layer.scales.dtype == torch.float16
+    assert torch.equal(layer.weight + 0, dense)
+    assert torch.equal(nn.functional.linear(x, layer.weight, bias), nn.functional.linear(x, dense, bias))
+    assert torch.equal(layer.weight[2:5].t() @ x.new_ones(3), dense[2:5].t() @ x.new_ones(3))
+    assert type(layer.weight.clone()) is torch.Tensor
+    layer.bits = 8
+    assert torch.equal(layer.weight + 0, weight.dequantize(8))
+    assert layer.bfloat16().weight.dtype == torch.bfloat16
+    assert layer.to("meta").weight.is_meta
+
+
+def test_metadata_of_the_weight_cost_no_dequantization(monkeypatch):
+    layer, _, _ = make_layer()
+    monkeypatch.setattr("matquant.inference.ops.dequantize", None)
+    weight = layer.weight
+    assert weight.numel() * weight.element_size() == 70 * 96 * 2
+    assert (weight.size(1), weight.dim(), weight.is_cuda, weight.requires_grad) == (96, 2, False, False)
+    assert "[70, 96]" in repr(weight)
+
+
+@pytest.mark.parametrize("change", [lambda w: w.mul_(2), nn.init.zeros_, lambda w: torch.add(w, w, out=w)])
+def test_the_weight_cannot_be_changed(change):
+    layer, weight, _ = make_layer()
+    with pytest.raises(UserError, match="weight of a nested layer cannot be changed"), torch.no_grad():
+        change(layer.weight)
+    assert torch.equal(layer.float().weight + 0, weight.dequantize(8))
+
+
+def test_code_that_reads_the_weight_compiles():
+    layer, weight, _ = make_layer()
+    layer.float()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def read(x):
+        return layer(x.to(layer.weight.dtype)) + x @ layer.weight.t()
+
+    x = inputs(4, 96)
+    torch.testing.assert_close(read(x), layer(x) + x @ weight.dequantize(8).t(), rtol=1e-4, atol=1e-4)
+
+
 def test_bits_change_without_moving_data():
     layer, weight, bias = make_layer()
     addresses = [t.data_ptr() for t in (layer.planes, layer.scales)]
@@ -116,7 +163,7 @@ def test_state_dict_round_trip_in_safetensors(tmp_path, zeros):
     assert_output(other, weight, bias, inputs(2, 96), 3, call_bits=3)
 
 
-@pytest.mark.parametrize("other", [{"slicing": "round"}, {"zero_point_offset": 4.0}])
+@pytest.mark.parametrize("other", [{"slicing": "round"}, {"zero_point_offset": 4.0}, {"stretch": 1.25}])
 def test_state_dict_of_another_format_raises(other):
     layer, _, _ = make_layer()
     fmt = WeightFormat(**{"group_size": 32, "slicing": "msb", "zero_point_offset": 8.0} | other)

@@ -76,9 +76,9 @@ def test_dense_weight_is_never_whole_in_memory():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("slicing", ["msb", "round"])
-def test_dequantize_equals_that_of_the_format(dtype, slicing):
-    weight = make_weight(70, 96, 32, slicing=slicing, zeros=slicing == "round")
+@pytest.mark.parametrize("options", [{}, {"slicing": "round", "zeros": True}, {"stretch": 1.25}], ids=str)
+def test_dequantize_equals_that_of_the_format(dtype, options):
+    weight = make_weight(70, 96, 32, **options)
     for bits in range(2, 9):
         assert torch.equal(dequantize(NestedPlanes.pack(weight), bits, dtype), weight.dequantize(bits, dtype))
 
@@ -127,5 +127,5 @@ def test_invalid_arguments_raise(wrong, message, fake):
     weight = [mode.from_tensor(t) for t in (packed.planes, packed.scales)]
     with mode, pytest.raises(UserError, match=message):
         torch.ops.matquant.nested_linear.default(
-            tensors["x"], *weight, None, tensors["bias"], call["bits"], 66, 96, 32, 8, "msb", 8.0
+            tensors["x"], *weight, None, tensors["bias"], call["bits"], 66, 96, *packed.format.op_args
         )

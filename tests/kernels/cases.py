@@ -32,6 +32,7 @@ class GemmConfig:
     scale_dtype: torch.dtype = torch.float16
     slicing: Slicing = "msb"
     has_zero_points: bool = False
+    stretch: float = 1.0
     token_tiles: int = 1
     row_warps: int = 1
     k_warps: int = 1
@@ -50,6 +51,7 @@ class GemmConfig:
             "ZEROS": int(self.has_zero_points),
             "BFLOAT": int(self.dtype == torch.bfloat16),
             "SCALE_BFLOAT": int(self.scale_dtype == torch.bfloat16),
+            "STRETCH": int(4 * self.stretch) if self.bits > 4 else 4,
         }
 
     def defines(self) -> dict[str, int]:
@@ -182,6 +184,7 @@ def make_weight(config: GemmConfig, case: GemmCase) -> NestedWeight:
             group_size=group,
             has_zero_points=config.has_zero_points,
             scale_dtype=config.scale_dtype,
+            stretch=config.stretch,
         ),
     )
 
@@ -210,6 +213,8 @@ def affine(config: GemmConfig, case: GemmCase, code_bits: int) -> tuple[float, f
     """Kernel arguments (offset, zero_step, gain) for slices of codes of ``code_bits`` bits."""
     up = code_bits - case.master_bits
     step, centre = 2.0 ** (code_bits - config.bits), 0.5 if config.slicing == "msb" else 0.0
+    if config.bits > 4:
+        centre += (config.stretch - 1) * (centre - 2.0 ** (config.bits - 5))
     zero = 0.0 if config.has_zero_points else (2.0 ** (case.master_bits - 1) + case.offset) * 2.0**up
     return centre - zero / step, 2.0**up / step, step / 2.0**up
 
@@ -309,6 +314,13 @@ def exact_weight(weight: NestedWeight, bits: int) -> Tensor:
     codes = weight.codes.double()
     if weight.format.slicing == "msb":
         value = (torch.floor(codes / 2**drop) + 0.5) * 2**drop
+        if bits > 4:  # each plane adds or subtracts its step; those after the fourth are longer
+            steps = [2.0 ** (weight.format.master_bits - 2 - plane) for plane in range(bits)]
+            steps = [step * (weight.format.stretch if plane >= 4 else 1) for plane, step in enumerate(steps)]
+            signs = [
+                (weight.codes >> (weight.format.master_bits - 1 - plane) & 1).double() * 2 - 1 for plane in range(bits)
+            ]
+            value = 2.0 ** (weight.format.master_bits - 1) + sum(s * step for s, step in zip(signs, steps, strict=True))
     else:
         value = torch.clamp(torch.floor(codes / 2**drop + 0.5), max=2**bits - 1) * 2**drop
     group = torch.arange(codes.shape[1]) // weight.format.group_size  # of each column

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.compiler, pytest.mark.skipif(not have_compiler(), reas
 
 STREAM_K = GemmCase(tokens=5, rows=192, depth=1024, blocks=5)
 MMA = GemmConfig(row_warps=2, panel=1)
+STRETCHED = GemmConfig(bits=8, stretch=1.25, row_warps=2, panel=1)
 SHARED_RING = GemmConfig(row_warps=2, tile_warps=2, panel=8)
 WGMMA = GemmConfig(family="wgmma", token_tiles=4, row_warps=4, panel=2)
 WGMMA_CASE = GemmCase(tokens=29, rows=640, depth=1024, blocks=2)
@@ -107,6 +108,21 @@ BUGS = {
     "bias of bfloat16 fragments left out": Bug(
         marker="fragment-bias", pattern=r": 1\.0f;", wrong=": 0.0f;", config=GemmConfig(dtype=torch.bfloat16)
     ),
+    "mma: low bits of a float16 code not stretched": Bug(
+        marker="stretch-low-bits", pattern=r"return \S+\(.*\)", wrong="return fragment", config=STRETCHED
+    ),
+    "mma: whole code stretched in place of its low bits": Bug(
+        marker="stretch-low-bits", pattern=r" & \(.*?\)", wrong="", config=STRETCHED
+    ),
+    "mma: low nibble of a bfloat16 code not stretched": Bug(
+        marker="stretch-nibble",
+        pattern=r"factor, factor",
+        wrong="0x3F803F80u, 0x3F803F80u",
+        config=dataclasses.replace(STRETCHED, dtype=torch.bfloat16),
+    ),
+    "wgmma: bias of a stretched low nibble subtracted twice": wgmma_bug(
+        "low-bias", r"0x80008000u", "0xBF80BF80u", bits=6, stretch=1.25, dtype=torch.bfloat16
+    ),
     "accumulator not cleared between tiles": Bug(marker="clear-accumulator"),
     "no fence after partial sums are stored": Bug(marker="release-fence"),
     "no fence before partial sums are loaded": Bug(marker="acquire-fence"),
@@ -130,7 +146,7 @@ BUGS = {
     "wgmma: barrier parity not flipped": wgmma_bug("x-parity"),
     "wgmma: ratio of scales inverted": wgmma_bug("scale-ratio", r"(\S+) \* (\w+)\((\w+)\)", r"\3 * \2(\1)"),
     "wgmma: bias of the low nibble left in": wgmma_bug(
-        "nibble-bias", r"\? 0xBF80BF80u", "? 0x80008000u", bits=8, dtype=torch.bfloat16
+        "low-bias", r": 0xBF80BF80u", ": 0x80008000u", bits=8, dtype=torch.bfloat16
     ),
     "ws: no wait for the full barrier": ws_bug("full-wait"),
     "ws: producer does not wait for the empty barrier": ws_bug("empty-wait", r"if \(.*?\)", "if (false)"),

@@ -89,12 +89,16 @@ MMA_PROBLEMS = {
     "2 bits, 1 token": gemm_problem(2, 1),
     "7 bits, 16 tokens": gemm_problem(7, 16, dtype=torch.bfloat16, has_zero_points=True),
     "4 bits, 64 tokens": gemm_problem(4, 64, slicing="round"),
+    "8 bits, 16 tokens, stretched": gemm_problem(8, 16, stretch=1.25),
+    "6 bits, 1 token, stretched": gemm_problem(6, 1, dtype=torch.bfloat16, stretch=1.25),
 }
 WGMMA_PROBLEMS = {
     "2 bits, 32 tokens": gemm_problem(2, 32),
     "8 bits, 64 tokens": gemm_problem(8, 64, dtype=torch.bfloat16, has_zero_points=True),
     "5 bits, 300 tokens": gemm_problem(5, 300, scale_dtype=torch.bfloat16),
     "8 bits, 512 tokens": gemm_problem(8, 512),
+    "8 bits, 64 tokens, stretched": gemm_problem(8, 64, dtype=torch.bfloat16, stretch=1.25),
+    "6 bits, 512 tokens, stretched": gemm_problem(6, 512, stretch=1.25),
     "3 bits, 1000 tokens": gemm_problem(3, 1000, dtype=torch.bfloat16, has_zero_points=True),
 }
 
@@ -112,14 +116,14 @@ def test_gemm_compiles_without_spills(architecture: str, name: str, tmp_path: Pa
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_dequantize_compiles(architecture: str) -> None:
-    defines = gemm_problem(3, 1, has_zero_points=True, dtype=torch.bfloat16).defines()
-    assert compile_source("dequant.cu", architecture, defines)[:4] == ELF
+    for problem in (gemm_problem(3, 1, has_zero_points=True, dtype=torch.bfloat16), gemm_problem(7, 1, stretch=1.25)):
+        assert compile_source("dequant.cu", architecture, problem.defines())[:4] == ELF
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("nested", [0, 1])
-def test_column_solver_compiles(architecture: str, nested: int) -> None:
-    defines = {"WIDTHS": 5, "TARGETS": 5, "FACTORS": 5, "NESTED": nested, "SCALES": 2}
+@pytest.mark.parametrize(("nested", "low"), [(0, 0), (1, 0), (1, 2)])
+def test_column_solver_compiles(architecture: str, nested: int, low: int) -> None:
+    defines = {"WIDTHS": 5, "TARGETS": 5, "FACTORS": 5, "NESTED": nested, "LOW": low, "STRETCH": 5, "SCALES": 2}
     source, options = column_solver_cuda.SOURCE, column_solver_cuda.OPTIONS
     assert compile_source(source, architecture, defines, options)[:4] == ELF
 

@@ -52,6 +52,10 @@ def dequantize(config: GemmConfig, case: GemmCase, first_block: int) -> tuple[to
         (GemmConfig(bits=8, dtype=torch.bfloat16), GemmCase(rows=70, depth=128), 0),
         (GemmConfig(bits=4, slicing="round", group_size=64), GemmCase(rows=70, depth=192, offset=0.0), 0),
         (GemmConfig(bits=4, has_zero_points=True), GemmCase(rows=64, depth=128, master_bits=6), 0),
+        (GemmConfig(bits=5, stretch=1.25), GemmCase(rows=70, depth=128), 0),
+        (GemmConfig(bits=6, stretch=1.5, dtype=torch.bfloat16), GemmCase(rows=70, depth=128, master_bits=7), 1),
+        (GemmConfig(bits=7, stretch=1.25, has_zero_points=True), GemmCase(rows=70, depth=128), 0),
+        (GemmConfig(bits=8, stretch=1.25, dtype=torch.bfloat16), GemmCase(rows=70, depth=128), 0),
         # The last group of a row is shorter.
         (GemmConfig(bits=3, has_zero_points=True), GemmCase(rows=70, depth=200), 0),
         (GemmConfig(bits=2, dtype=torch.bfloat16), GemmCase(rows=130, depth=576), 1),

@@ -54,6 +54,26 @@ def test_every_bit_width(bits: int, dtype: torch.dtype) -> None:
         check(config, GemmCase(tokens=5, blocks=blocks, bias=bool(seed), seed=seed))
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("bits", "stretch"), [(5, 1.25), (6, 1.25), (7, 1.25), (8, 1.25), (6, 1.5), (8, 1.5)])
+def test_stretched_planes(bits: int, stretch: float, dtype: torch.dtype) -> None:
+    config = GemmConfig(
+        bits=bits, stretch=stretch, dtype=dtype, group_size=GROUP_SIZES[bits % 4], has_zero_points=stretch == 1.5
+    )
+    for seed, case in enumerate((GemmCase(tokens=5, blocks=3), GemmCase(tokens=1, master_bits=bits, offset=2.0))):
+        check(config, dataclasses.replace(case, seed=seed, bias=True))
+    split = dataclasses.replace(config, tile_warps=2, row_warps=2, token_tiles=4, panel=1)
+    check(split, GemmCase(tokens=29, rows=131, depth=352, blocks=2))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("bits", "stretch"), [(5, 1.5), (6, 1.25), (7, 1.25), (8, 1.25), (8, 1.5)])
+def test_wgmma_stretched_planes(bits: int, stretch: float, dtype: torch.dtype) -> None:
+    fields = {"bits": bits, "stretch": stretch, "dtype": dtype, "has_zero_points": stretch == 1.5}
+    check(wgmma_config(**fields), GemmCase(tokens=29, blocks=3, bias=True, seed=bits))
+    check(ws_config(**fields), GemmCase(tokens=90, rows=200, blocks=2, seed=bits))
+
+
 @pytest.mark.parametrize("token_tiles", TOKENS)
 def test_every_number_of_tokens(token_tiles: int) -> None:
     config = GemmConfig(bits=3, token_tiles=token_tiles, row_warps=2, tile_warps=max(1, token_tiles // 2), panel=1)

@@ -88,7 +88,7 @@ def test_unquantized_parameters_are_listed_with_a_reason() -> None:
     layers = [name for index in (0, 1) for name in blocks.linears(index)]
     skipped = [name for name in layers if name.endswith("o_proj")]
     quantized = [name for name in layers if name not in skipped]
-    rows = unquantized_parameters(blocks, quantized, skipped)
+    rows = unquantized_parameters(blocks, quantized, dict.fromkeys(skipped, "skipped by method.skip"))
     assert {row["name"]: row["reason"] for row in rows} == {
         "model.embed_tokens.weight": "embeddings",
         "lm_head.weight": "the head; method.quantize_lm_head=true quantizes it",

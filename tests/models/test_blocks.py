@@ -6,7 +6,9 @@ from typing import Any, cast
 
 import pytest
 import torch
+from architectures import make_model
 from decoders import CONFIGS, SIZES, ids_of, make
+from small_configs import small_config
 from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -16,6 +18,7 @@ from matquant.errors import UserError
 from matquant.models.block_kwargs import BlockKwargs
 from matquant.models.blocks import BlockModel, compute_dtype
 from matquant.models.checkpoint import Checkpoint
+from matquant.models.discovery import find_blocks
 from matquant.models.materializer import WeightMaterializer
 from matquant.models.tensor_swap import swapped_tensors
 from matquant.models.tracing import check_blockwise_forward
@@ -123,43 +126,69 @@ def test_hidden_states_are_bound_by_position_or_by_name() -> None:
     assert (args, kwargs) == ((), {"hidden_states": torch.ones(1), "mask": 1})
 
 
-class TupleBlock(nn.Module):
-    """Block whose output is a tuple."""
+class WrappedBlock(nn.Module):
+    """Block whose output is in a container."""
+
+    container: type | None = None
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-        return self.block(hidden_states, **kwargs), None
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        hidden = self.block(hidden_states, **kwargs)
+        return hidden if self.container is None else self.container((hidden, None))
 
 
-def test_blocks_that_return_tuples(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = make("llama"), ids_of(2)
-    expected = model(input_ids=ids).logits
+class TupleBlock(WrappedBlock):
+    container = tuple
+
+
+class ListBlock(WrappedBlock):
+    container = list
+
+
+class SetBlock(WrappedBlock):
+    container = set
+
+
+def wrapped_blocks(monkeypatch: pytest.MonkeyPatch, classes: tuple[type[WrappedBlock], ...]) -> Any:
+    """Llama whose blocks are of these classes."""
+    model = make("llama")
     inner = model.model
-    inner.layers = nn.ModuleList(TupleBlock(layer) for layer in inner.layers)
+    inner.layers = nn.ModuleList(kind(layer) for kind, layer in zip(classes, inner.layers, strict=True))
 
     def forward(input_ids: Tensor, **_: Any) -> Any:
         hidden = inner.embed_tokens(input_ids)
         positions = torch.arange(input_ids.shape[1])[None]
         embeddings = inner.rotary_emb(hidden, position_ids=positions)
         for layer in inner.layers:
-            hidden, nothing = layer(hidden_states=hidden, position_embeddings=embeddings, attention_mask=None)
-            assert nothing is None
-        return type(
-            "Output",
-            (),
-            {
-                "last_hidden_state": inner.norm(hidden),
-                "past_key_values": None,
-                "hidden_states": None,
-                "attentions": None,
-            },
-        )()
+            output = layer(hidden_states=hidden, position_embeddings=embeddings, attention_mask=None)
+            assert type(output) is (layer.container or Tensor)
+            hidden = output if layer.container is None else output[0]
+        missing = dict.fromkeys(("past_key_values", "hidden_states", "attentions"))
+        return type("Output", (), {"last_hidden_state": inner.norm(hidden), **missing})()
 
     monkeypatch.setattr(inner, "forward", forward)
-    assert torch.equal(block_by_block(BlockModel(model), ids), expected)
+    return model
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [(TupleBlock,) * 3, (ListBlock,) * 3, (WrappedBlock, ListBlock, TupleBlock), (TupleBlock,) * 2 + (WrappedBlock,)],
+)
+def test_blocks_that_return_containers(
+    monkeypatch: pytest.MonkeyPatch, classes: tuple[type[WrappedBlock], ...]
+) -> None:
+    model, ids = make("llama"), ids_of(2)
+    expected = model(input_ids=ids).logits
+    assert torch.equal(block_by_block(BlockModel(wrapped_blocks(monkeypatch, classes)), ids), expected)
+
+
+def test_blocks_that_return_another_container_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped_blocks(monkeypatch, (TupleBlock, SetBlock, TupleBlock))
+    with pytest.raises(UserError, match="a block returns set"):
+        check_blockwise_forward(BlockModel(model))
 
 
 def test_a_model_without_blocks_is_refused() -> None:
@@ -172,6 +201,45 @@ def test_a_list_of_experts_inside_blocks_is_not_a_list_of_blocks() -> None:
     for layer in model.model.layers:
         layer.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(9))
     assert BlockModel(model).name == "model.layers"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "classes"),
+    [
+        ("jamba", "model.layers", {"JambaMambaDecoderLayer", "JambaAttentionDecoderLayer"}),
+        ("zamba2", "model.layers", {"Zamba2MambaDecoderLayer", "Zamba2HybridLayer"}),
+        ("olmo_hybrid", "model.layers", {"OlmoHybridLinearAttentionDecoderLayer", "OlmoHybridAttentionDecoderLayer"}),
+    ],
+)
+def test_blocks_of_several_classes(kind: str, name: str, classes: set[str]) -> None:
+    blocks = BlockModel(make_model(kind))
+    assert blocks.name == name
+    assert {type(block).__name__ for block in blocks.blocks} == classes
+    check_blockwise_forward(blocks)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "name"),
+    [
+        ("gemma3", {"vision_config": {"num_hidden_layers": 5}}, "model.language_model.layers"),
+        ("got_ocr2", {"vision_config": {"num_hidden_layers": 4}}, "model.language_model.layers"),
+        ("git", {}, "git.encoder.layer"),
+        ("git", {"vision_config": {"num_hidden_layers": 6}}, "git.encoder.layer"),
+        ("prophetnet", {"num_encoder_layers": 6}, "prophetnet.decoder.layers"),
+    ],
+)
+def test_the_decoder_of_a_wrapper_is_found(kind: str, settings: dict[str, Any], name: str) -> None:
+    """Lists of encoders may be longer than the decoder's, or as long."""
+    model = AutoModelForCausalLM.from_config(small_config(kind, **settings))
+    found, blocks = find_blocks(model)
+    assert (found, len(blocks)) == (name, 2)
+
+
+def test_longer_lists_beside_the_blocks_do_not_count() -> None:
+    model = make("llama")
+    model.model.adapters = nn.ModuleList(nn.Linear(4, 4) for _ in range(9))
+    model.heads = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(3))
+    assert find_blocks(model)[0] == "model.layers"
 
 
 def test_fused_experts_run_block_by_block() -> None:

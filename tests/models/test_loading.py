@@ -3,12 +3,14 @@
 import json
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from architectures import make_model, save
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -20,8 +22,10 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, Llam
 
 from matquant.errors import UserError
 from matquant.models import checkpoint_files, loading
+from matquant.models.blocks import BlockModel
 from matquant.models.config import ModelConfig, check
 from matquant.models.loading import load_model, open_model
+from matquant.models.stock_comparison import check_against_stock
 from matquant.paths import resource_root
 
 TINY = resource_root() / "experiments" / "models" / "tiny"
@@ -118,6 +122,42 @@ def test_unused_weights_are_a_warning(folder: Path) -> None:
     rewrite(folder, "lm_head.weight", lambda t: t.update(extra=torch.zeros(2)))
     (warning,) = load_model(config(path=folder)).warnings
     assert "not used by LlamaForCausalLM: extra" in warning
+
+
+@pytest.mark.parametrize(
+    ("rename", "shown"),
+    [
+        (lambda name: f"module.{name}", "module.lm_head.weight"),
+        (lambda name: f"_orig_mod.{name}", "_orig_mod.lm_head.weight"),
+        (lambda name: f"_orig_mod.module.{name}", "_orig_mod.module.lm_head.weight"),
+        (lambda name: f"module._forward_module.{name}", "module._forward_module.lm_head.weight"),
+        (lambda name: name.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn."), "lm_head.weight"),
+        (
+            lambda name: "_fsdp_wrapped_module." + name.replace("layers.1.", "layers.1._fsdp_wrapped_module."),
+            "_fsdp_wrapped_module.lm_head.weight",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_names_of_wrapped_models_are_mapped_with_a_warning(kind: str, rename: Any, shown: str, tmp_path: Path) -> None:
+    folder = save(make_model(kind), tmp_path / "model")
+    ids = torch.arange(8)[None]
+    expected = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    tensors = load_file(folder / "model.safetensors")
+    save_file({rename(name): t for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    found = load_model(config(path=folder))
+    (warning,) = found.warnings
+    assert f"names that a wrapper of the model made, such as {shown}" in warning
+    assert torch.equal(found.model(ids).logits, expected)
+    assert check_against_stock(found, BlockModel(found.model))
+
+
+def test_a_wrapper_s_name_within_a_name_or_beside_others_is_no_wrapper(folder: Path) -> None:
+    rewrite(
+        folder, "lm_head.weight", lambda t: t.update({"module.extra": torch.zeros(2), "a_orig_mod.b": torch.zeros(2)})
+    )
+    (warning,) = load_model(config(path=folder)).warnings
+    assert "not used by LlamaForCausalLM: a_orig_mod.b, module.extra" in warning
 
 
 def test_transformers_logging_is_restored(folder: Path) -> None:
@@ -231,10 +271,29 @@ def test_a_quantized_checkpoint_is_refused(folder: Path) -> None:
     refuse(r"quantized already \(quant_method gptq\)", path=folder)
 
 
+@pytest.mark.parametrize("part", [None, "text_config"])
+def test_a_quantized_text_model_is_refused_and_null_is_not(part: str | None, tmp_path: Path) -> None:
+    folder = save(make_model("gemma3"), tmp_path / "model")
+
+    def declare(content: dict, value: Any) -> None:
+        (content if part is None else content[part])["quantization_config"] = value
+
+    edit_json(folder / "config.json", lambda c: declare(c, None))
+    assert load_model(config(path=folder)).warnings == []
+    edit_json(folder / "config.json", lambda c: declare(c, {"quant_method": "awq"}))
+    refuse(r"quantized already \(quant_method awq\)", path=folder)
+
+
 def test_another_kind_of_model_is_refused(folder: Path) -> None:
     small = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=16)
     BertForMaskedLM(small).save_pretrained(folder)
     refuse("not a causal language model: its architecture is BertForMaskedLM", path=folder)
+
+
+@pytest.mark.parametrize("kind", ["mllama_text_model", "siglip_text_model"])
+def test_a_type_that_transformers_loads_as_no_language_model_is_refused(folder: Path, kind: str) -> None:
+    edit_json(folder / "config.json", lambda c: c.update(model_type=kind))
+    refuse(f"does not load the model type '{kind}' of .*, although its architecture is LlamaForCausalLM", path=folder)
 
 
 def test_an_unknown_model_type_is_refused(folder: Path) -> None:
@@ -333,6 +392,14 @@ def test_pickles_on_the_hub_are_refused_before_they_are_downloaded(
     monkeypatch.setattr(checkpoint_files, "_hub_files", lambda _: ["config.json", "pytorch_model.bin"])
     refuse("some/model on the hub holds its weights as pickles only", name="some/model")
     assert not any(pattern.endswith(checkpoint_files.PICKLES) for pattern in downloaded)
+    for name in (
+        "preprocessor_config.json",
+        "processor_config.json",
+        "chat_template.json",
+        "LICENSE.txt",
+        "tokenizer.json",
+    ):
+        assert any(fnmatch(name, pattern) for pattern in downloaded), name
 
 
 @pytest.mark.parametrize(

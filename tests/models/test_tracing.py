@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from architectures import make_model
 from decoders import make
 from torch import Tensor, nn
 
@@ -87,3 +88,67 @@ def test_blocks_that_exchange_more_than_hidden_states_are_refused() -> None:
     second.register_forward_hook(lambda _, args, output: output + left[0] * len(left))
     with pytest.raises(UserError, match="exchange more than hidden states"):
         check_blockwise_forward(BlockModel(model))
+
+
+# Architectures that the block interface cannot carry
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("gemma3n_text", r"passes \[4, 1, 2, 64\] to its blocks model.layers for \[1, 2\] tokens"),
+        ("xlnet", r"passes \[2, 1, 64\] to its blocks transformer.layer for \[1, 2\] tokens"),
+        ("reformer", "ReformerModelWithLMHead cannot be run block by block on tokens alone"),
+        ("hrm_text", "does not run the blocks model.L_module.layers one after the other, each once: .* calls"),
+        ("rwkv", "exchange more than hidden states"),
+        ("xlm", "exchange more than hidden states"),
+    ],
+)
+def test_architectures_are_refused_with_a_sentence(kind: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_blockwise_forward(BlockModel(make_model(kind)))
+
+
+def test_a_block_that_passes_values_on_in_its_arguments_is_refused() -> None:
+    """Right for one model at a time, but wrong as soon as two of them take turns."""
+    model = make("llama")
+    values: dict[str, Tensor] = {}
+    for index, layer in enumerate(model.model.layers[:2]):
+
+        def hook(_: nn.Module, args: tuple, output: Tensor, index: int = index) -> Tensor:
+            if index == 0:
+                values["first"] = output
+                return output
+            return output + values["first"].mean(1, keepdim=True) * 0.1
+
+        layer.register_forward_hook(hook)
+    with pytest.raises(UserError, match="exchange more than hidden states"):
+        check_blockwise_forward(BlockModel(model))
+
+
+def test_a_head_that_uses_the_output_of_an_inner_block_is_refused() -> None:
+    model = make("llama")
+    inner: list[Tensor] = []
+    model.model.layers[1].register_forward_hook(lambda _, args, output: inner.append(output))
+    model.model.norm.register_forward_pre_hook(lambda _, args: (args[0] + 0.01 * inner[-1],))
+    with pytest.raises(UserError, match="exchange more than hidden states"):
+        check_blockwise_forward(BlockModel(model))
+
+
+def test_a_small_difference_of_small_outputs_is_found() -> None:
+    """Hidden states of a few thousandths, whose changes an absolute tolerance would hide."""
+    model = make("llama")
+    for parameter in model.parameters():
+        parameter.mul_(1e-2)
+    model.model.layers[1].register_forward_hook(lambda _, args, output: output * (1 + 1e-3 * len(calls)))
+    calls: list[None] = []
+    model.model.layers[0].register_forward_hook(lambda *_: calls.append(None))
+    with pytest.raises(UserError, match="exchange more than hidden states"):
+        check_blockwise_forward(BlockModel(model))
+
+
+def test_hidden_states_with_more_dimensions_run_block_by_block() -> None:
+    blocks = BlockModel(make_model("deepseek_v4"))  # four residual streams
+    check_blockwise_forward(blocks)
+    inputs = blocks.capture_block_inputs(torch.arange(24).view(3, 8), 2, "cpu", torch.float32)
+    assert inputs.hidden.shape == (3, 8, 4, 64)

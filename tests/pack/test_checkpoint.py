@@ -23,6 +23,9 @@ from matquant.models.loading import load_model
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in CONFIGS if kind not in ("mistral", "qwen2", "gemma2", "granite", "olmo2")),
+    *((kind, {}) for kind in ("llama4_text", "phimoe", "deepseek_v4")),  # routers, grouped layers: no linear layers
+    ("falcon_h1", {}),  # buffers set by the parent module
+    ("mamba", {}),  # a weight that is read
     ("qwen2", {"head": True}),  # tied
     ("llama", {"head": True}),
     ("qwen2", {"symmetric": False}),
@@ -33,6 +36,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {"skip": "c_attn"}),
     ("llama", {"scale_shares": {2: 0.6, 3: 0.8, 4: 0.9}}),
     ("mixtral", {"scale_shares": {2: 0.6}}),
+    ("llama", {"stretch": 1.25, "zero_point_offset": 8.0}),
+    ("mixtral", {"stretch": 1.5}),
 ]
 
 

@@ -113,6 +113,15 @@ def test_rounded_slices_have_codes_of_their_own_width(tmp_path_factory, tmp_path
             assert stored_bits(config, "model.layers.0.mlp.up_proj") == width
 
 
+def test_only_slices_of_up_to_four_bits_of_stretched_planes_are_exact(tmp_path):
+    model = save(make_model("llama", torch.float16), tmp_path / "model")
+    opened = Opened(model, tmp_path / "store", slicing="msb", zero_point_offset=8.0, stretch=1.25)
+    for form in ("gptq", "compressed_tensors"):
+        check(opened, opened.pack(tmp_path / form, 4, name=form), 4)
+        with pytest.raises(UserError, match=r"the 6-bit slice of .* is not exact in codes of any size"):
+            opened.pack(tmp_path / "out", 6, name=form)
+
+
 def test_what_is_not_exact_is_refused_with_alternatives(mirrored, tmp_path):
     with pytest.raises(UserError, match=r"the 8-bit slice of .* is not exact in codes of any size") as refused:
         mirrored.pack(tmp_path / "out", 8, name="gptq")

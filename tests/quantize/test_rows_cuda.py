@@ -14,12 +14,14 @@ from tests.kernels.emulator import compile_kernel, have_compiler, read_source
 pytestmark = [pytest.mark.compiler, pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")]
 
 BALANCED = {2: 1.0, 3: 1.5, 4: 3.0, 6: 12.0, 8: 48.0}
-CASES = {  # widths, master bits, slicing, one target for all, Hessians
+CASES = {  # widths, master bits, slicing, one target for all, Hessians, stretch unless 1
     "five widths": (BALANCED, 8, "msb", False, 1),
     "a Hessian per width": (BALANCED, 8, "msb", False, 5),
     "round, shared target": ({3: 1.0, 4: 1.0, 8: 1.0}, 8, "round", True, 1),
     "dedicated": ({4: 1.0}, 4, "round", False, 1),
     "six of eight bits": ({2: 1.0, 6: 4.0}, 8, "msb", False, 1),
+    "stretched": (BALANCED, 8, "msb", False, 5, 1.25),
+    "stretched, high bit-widths only": ({5: 1.0, 7: 4.0}, 7, "msb", False, 1, 1.5),
 }
 
 
@@ -31,12 +33,12 @@ class Problem:
     """Random targets whose widths differ about as much as compensated ones do, and a factor that couples columns."""
 
     def __init__(self, case, out_features=37, columns=32, seed=0):
-        weights, self.master_bits, slicing, shared, self.hessians = CASES[case]
+        weights, self.master_bits, slicing, shared, self.hessians, *stretch = CASES[case]
         self.widths, generator = list(weights), torch.Generator().manual_seed(seed)
         self.lam = torch.tensor(list(weights.values()))[:, None] * (
             0.5 + torch.rand(len(weights), columns, generator=generator)
         )
-        self.grid = CodeGrid.of(self.widths, self.master_bits, slicing)
+        self.grid = CodeGrid.of(self.widths, self.master_bits, slicing, *stretch)
         spread = torch.tensor([0.3 / 2**b for b in self.widths])[:, None, None]
         noise = torch.randn(len(weights), out_features, columns, generator=generator)
         targets = torch.randn(out_features, columns, generator=generator) * 0.1 + spread * noise

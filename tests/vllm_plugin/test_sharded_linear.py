@@ -224,7 +224,7 @@ def test_shape_of_the_input_does_not_decide_the_bits(set_step, tokens, new_token
 
 
 @pytest.mark.parametrize("shard", [WHOLE, WeightShard(ROWS, COLUMNS, ((10, 90),), (96, 192))], ids=["whole", "shard"])
-@pytest.mark.parametrize("options", [{}, {"zeros": True}, {"scale_bits": (2, 3)}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"zeros": True}, {"scale_bits": (2, 3)}, {"stretch": 1.25}], ids=str)
 def test_dummy_values_are_finite_small_and_the_same_at_every_start(shard, options):
     weight = make_weight(ROWS, COLUMNS, GROUP, **options)
     spec = LayerSpec.from_weight(weight)

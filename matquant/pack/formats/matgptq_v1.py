@@ -81,7 +81,7 @@ def _shared_format(layers: Mapping[str, LayerSpec]) -> tuple[int, torch.dtype]:
     dtypes = {s.format.scale_dtype for s in layers.values()}
     for name, layer in layers.items():
         fmt = layer.format
-        if (fmt.op_args[1:], fmt.has_zero_points) != ((MASTER_BITS, "round", 0.0), False):
+        if (fmt.op_args[1:], fmt.has_zero_points) != ((MASTER_BITS, "round", 0.0, 1.0), False):
             raise UserError(
                 f"pack=matgptq_v1 holds symmetric {MASTER_BITS}-bit codes that are cut by round, and {name} has others. "
                 f"{_INSTEAD}"

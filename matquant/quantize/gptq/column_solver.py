@@ -43,7 +43,7 @@ def choose_scales(
         last,
         hessian_diag.numpy(),
         lambdas.numpy(),
-        *_cells(grid),
+        *grid_arguments(grid),
         search_space.clip_ratios.numpy(),
         search_space.zero_points.numpy(),
         *_SCALE_FORMATS[search_space.dtype],
@@ -84,7 +84,7 @@ def solve_columns(
         targets.numpy(),
         factor.numpy(),
         lambdas.numpy(),
-        *_cells(grid),
+        *grid_arguments(grid),
         first,
         last,
         scales.numpy(),
@@ -122,7 +122,7 @@ def descend_columns(
         gradient.numpy(),
         hessian.numpy(),
         lambdas.numpy(),
-        *_cells(grid),
+        *grid_arguments(grid),
         first,
         last,
         scales.numpy(),
@@ -137,5 +137,7 @@ def max_block_size(device: torch.device, bit_widths: int) -> int:
     return column_solver_cuda.max_block_size(bit_widths) if device.type == "cuda" else 1024
 
 
-def _cells(grid: CodeGrid) -> tuple[np.ndarray, int, np.float32, bool]:
-    return grid.cells.numpy(), grid.codes, np.float32(grid.centre), grid.nested
+def grid_arguments(grid: CodeGrid) -> tuple[np.ndarray, np.ndarray, int, np.float32, bool, np.float32]:
+    """Arguments of ``column_solver_cpu`` that describe the grid."""
+    cells, low_cells = grid.cells.numpy(), grid.low_cells.numpy()
+    return cells, low_cells, grid.codes, np.float32(grid.centre), grid.nested, np.float32(grid.stretch)

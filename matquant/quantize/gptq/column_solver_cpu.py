@@ -3,12 +3,15 @@
 Compiled with numba. Throughout, K is the number of bit-widths in the objective (ascending, each with a weight above zero), T
 the number of compensated targets (K, or 1 when all bit-widths share one), and
 
-    grid      float32 [3, K]         per bit-width: codes in one of its cells, its cells in one cell of the bit-width before,
-    its cells lambdas   float32 [K, columns]   weight of the squared error of each bit-width in each column
+    grid      float32 [4, K]         per bit-width: codes in one of its cells (``step``), its cells in one cell of the bit-width
+                                     before, its cells, and ``centre``, 1/2 for msb slices and 0 for round ones
+    low_grid  float32 [4, L]         the same for the bit-widths above four, within one cell of four bits and relative to its
+                                     centre, if later planes are stretched; ``step`` is then stretched. Else L = 0
+    lambdas   float32 [K, columns]   weight of the squared error of each bit-width in each column
 
 A code q of M bits lies in the cell floor(q / step + 1/2 - centre) of a bit-width, with the value scale (step (cell + centre) -
-zero). ``centre`` is 1/2 for msb slices and 0 for round ones. A target divided by the scale, plus the zero point, is in units
-of a code; it is called u.
+zero). A target divided by the scale, plus the zero point, is in units of a code; it is called u. With a stretch t, the value of
+the last L bit-widths is farther by t from the centre of the code's cell of four bits.
 
 Choice of a code. Cells of msb slices nest: a cell of one bit-width holds r whole cells of the next. Let g_k(c) be the least
 cost of the bit-widths k and above among the codes of a cell c of bit-width k,
@@ -19,6 +22,14 @@ The minimum of a convex function over consecutive intervals is convex in the int
 cell m_k lies between the cell nearest to u_k and the cell that holds m_(k+1), and its least cell within a range is m_k clipped
 to that range. That gives the best of all 2^M codes after a few evaluations. Round slices do not nest (except for a single
 bit-width of M bits): for them all codes are tried.
+
+With a stretch the same holds within a cell of four bits, for the last L bit-widths and targets relative to its centre.
+The cells of four bits are tried from the one nearest to the highest bit-width's target on, in both directions. For a cell above
+it, and all cells further up, the cost is at least
+
+    sum_k lambda_k max(0, least value of the cell at bit-width k - u_k)^2
+
+and likewise downwards. So a direction ends at the first cell where this bound is not below the least cost found.
 
 Rows (in the scale search: columns) are processed _LANES at a time, in loops that compile to vector instructions. All
 arithmetic is float32 without reassociation, so a choice never depends on the number of threads. All compiled functions stay in
@@ -40,7 +51,13 @@ _PART = 16  # columns after which errors are fed back to the rest of the block
 
 
 @numba.njit(cache=True)
-def best_codes(u, weight, grid, master_codes, centre, nested, scratch, codes, cost):
+def scratch_rows(n_bits: int) -> int:
+    """Rows of ``_LANES`` floats that ``best_codes`` needs as scratch for so many bit-widths."""
+    return 2 * n_bits + 10
+
+
+@numba.njit(cache=True)
+def best_codes(u, weight, grid, low_grid, master_codes, centre, nested, stretch, scratch, codes, cost):
     """Find for each lane the code of least sum_k weight_k (u_k - value_k(q))^2 among all ``master_codes`` codes.
 
     Among codes that are equal at every bit-width of the objective, the one whose own value is nearest to the target of the
@@ -49,18 +66,20 @@ def best_codes(u, weight, grid, master_codes, centre, nested, scratch, codes, co
     Args:
         u, weight: float32 [K, _LANES].
         nested: True if cells nest, see above.
-        scratch: float32 [K + 5, _LANES].
+        scratch: float32 [scratch_rows(K), _LANES].
         codes, cost: float32 [_LANES], out; the cost is in units of a code squared.
     """
-    if nested:
-        _least_cells(u, weight, grid, centre, scratch, cost)
-        _descend(u, grid, master_codes, centre, scratch, codes)
+    if low_grid.shape[1]:
+        _search_stretched(u, weight, grid, low_grid, master_codes, stretch, scratch, codes, cost)
+    elif nested:
+        _least_cells(u, weight, grid, scratch, cost)
+        _descend(u, grid, _F32(1), _F32(master_codes), centre, scratch, codes)
     else:
         _try_all(u, weight, grid, master_codes, centre, scratch, codes, cost)
 
 
 @numba.njit(cache=True)
-def _least_cells(u, weight, grid, centre, scratch, cost):
+def _least_cells(u, weight, grid, scratch, cost):
     """Write m_k of all bit-widths to the first K rows of ``scratch``, and g_0(m_0) to ``cost``."""
     n_bits = u.shape[0]
     cell, toward, other, nearest, inner = (
@@ -70,10 +89,10 @@ def _least_cells(u, weight, grid, centre, scratch, cost):
         scratch[n_bits + 3],
         scratch[n_bits + 4],
     )
-    _nearest_cells(u[n_bits - 1], grid[0, n_bits - 1], grid[2, n_bits - 1], centre, scratch[n_bits - 1])
-    _cost_within(n_bits - 1, scratch[n_bits - 1], u, weight, grid, centre, scratch, inner, cost)
+    _nearest_cells(u[n_bits - 1], grid[0, n_bits - 1], grid[2, n_bits - 1], grid[3, n_bits - 1], scratch[n_bits - 1])
+    _cost_within(n_bits - 1, scratch[n_bits - 1], u, weight, grid, scratch, inner, cost)
     for k in range(n_bits - 2, -1, -1):
-        _nearest_cells(u[k], grid[0, k], grid[2, k], centre, nearest)
+        _nearest_cells(u[k], grid[0, k], grid[2, k], grid[3, k], nearest)
         least, above, share = scratch[k], scratch[k + 1], _F32(1) / grid[1, k + 1]
         for r in range(_LANES):
             least[r] = np.floor(above[r] * share)
@@ -81,7 +100,7 @@ def _least_cells(u, weight, grid, centre, scratch, cost):
             step = nearest[r] - least[r]
             step = step if step < _F32(1) else _F32(1)
             toward[r] = step if step > _F32(-1) else _F32(-1)
-        _cost_within(k, least, u, weight, grid, centre, scratch, inner, cost)
+        _cost_within(k, least, u, weight, grid, scratch, inner, cost)
         while True:
             going = 0
             for r in range(_LANES):
@@ -90,7 +109,7 @@ def _least_cells(u, weight, grid, centre, scratch, cost):
                 break
             for r in range(_LANES):
                 cell[r] = least[r] + toward[r]
-            _cost_within(k, cell, u, weight, grid, centre, scratch, inner, other)
+            _cost_within(k, cell, u, weight, grid, scratch, inner, other)
             # One store per loop: with more, the compiler cannot prove that all pairs of arrays are distinct.
             for r in range(_LANES):
                 least[r] = cell[r] if other[r] < cost[r] else least[r]
@@ -101,15 +120,15 @@ def _least_cells(u, weight, grid, centre, scratch, cost):
 
 
 @numba.njit(cache=True)
-def _cost_within(k, cell, u, weight, grid, centre, least, inner, cost):
+def _cost_within(k, cell, u, weight, grid, least, inner, cost):
     """Write g_k(cell) to ``cost``; ``least`` holds m of all higher bit-widths, ``inner`` is scratch."""
-    target, lambdas, step = u[k], weight[k], grid[0, k]
+    target, lambdas, step, centre = u[k], weight[k], grid[0, k], grid[3, k]
     for r in range(_LANES):
         error = target[r] - step * (cell[r] + centre)
         cost[r] = lambdas[r] * error * error
     outer = cell
     for j in range(k + 1, u.shape[0]):
-        target, lambdas, step = u[j], weight[j], grid[0, j]
+        target, lambdas, step, centre = u[j], weight[j], grid[0, j], grid[3, j]
         _clip_to_cells(least[j], outer, grid[1, j], inner)
         for r in range(_LANES):
             error = target[r] - step * (inner[r] + centre)
@@ -118,16 +137,20 @@ def _cost_within(k, cell, u, weight, grid, centre, least, inner, cost):
 
 
 @numba.njit(cache=True)
-def _descend(u, grid, master_codes, centre, least, codes):
-    """Write the best codes, given m_k of all bit-widths."""
+def _descend(u, grid, unit, codes_in_all, centre, least, codes):
+    """Write the best codes, given m_k of all bit-widths.
+
+    Args:
+        unit: distance of the values of neighbouring codes; ``centre`` is that of these values.
+    """
     n_bits = u.shape[0]
     cell, nearest = least[n_bits], least[n_bits + 1]
     cell[:] = least[0]
     for k in range(1, n_bits):
         _clip_to_cells(least[k], cell, grid[1, k], codes)
         cell[:] = codes
-    _nearest_cells(u[n_bits - 1], _F32(1), _F32(master_codes), centre, nearest)
-    _clip_to_cells(nearest, cell, grid[0, n_bits - 1], codes)
+    _nearest_cells(u[n_bits - 1], unit, codes_in_all, centre, nearest)
+    _clip_to_cells(nearest, cell, grid[0, n_bits - 1] / unit, codes)
 
 
 @numba.njit(cache=True)
@@ -151,6 +174,74 @@ def _clip_to_cells(inner, outer, ratio, out):
 
 
 @numba.njit(cache=True)
+def _search_stretched(u, weight, grid, low_grid, master_codes, stretch, scratch, codes, cost):
+    """Find the best codes where later planes are stretched: try cells of four bits, see above."""
+    n_low = low_grid.shape[1]
+    first = u.shape[0] - n_low
+    nearest, cell, trial, trial_codes, ended = scratch[:5]
+    low_u, rest = scratch[5 : 5 + n_low], scratch[5 + n_low :]
+    size = _F32(master_codes) / _F32(16)
+    _nearest_cells(u[u.shape[0] - 1], size, _F32(16), _F32(0.5), nearest)
+    _cost_of_cell(nearest, u, weight, grid, low_grid, size, stretch, low_u, rest, codes, cost)
+    for direction in (_F32(1), _F32(-1)):
+        cell[:] = nearest
+        ended[:] = _F32(0)  # infinity for lanes whose search has ended
+        while True:
+            for r in range(_LANES):
+                cell[r] += direction
+            _bound_from_cell(cell, direction, u, weight, grid, size, first, stretch, trial)
+            going = 0
+            for r in range(_LANES):
+                outside = (cell[r] < _F32(0)) | (cell[r] > _F32(15)) | (trial[r] >= cost[r])
+                ended[r] = _F32(np.inf) if outside else ended[r]
+                going += ended[r] == _F32(0)
+            if going == 0:
+                break
+            _cost_of_cell(cell, u, weight, grid, low_grid, size, stretch, low_u, rest, trial_codes, trial)
+            for r in range(_LANES):
+                trial[r] += ended[r]
+            for r in range(_LANES):
+                codes[r] = trial_codes[r] if trial[r] < cost[r] else codes[r]
+            for r in range(_LANES):
+                cost[r] = trial[r] if trial[r] < cost[r] else cost[r]
+
+
+@numba.njit(cache=True)
+def _cost_of_cell(cell, u, weight, grid, low_grid, size, stretch, low_u, scratch, codes, cost):
+    """Write the best codes within a cell of four bits, and their cost."""
+    n_low = low_grid.shape[1]
+    first = u.shape[0] - n_low
+    for k in range(n_low):
+        target, out = u[first + k], low_u[k]
+        for r in range(_LANES):
+            out[r] = target[r] - size * (cell[r] + _F32(0.5))
+    _least_cells(low_u, weight[first:], low_grid, scratch, cost)
+    _descend(low_u, low_grid, stretch, size, _F32(0.5) - size * _F32(0.5), scratch, codes)
+    for r in range(_LANES):
+        codes[r] += cell[r] * size
+    for k in range(first):
+        target, lambdas, step = u[k], weight[k], grid[0, k]
+        for r in range(_LANES):
+            error = target[r] - step * (np.floor(cell[r] * (size / step)) + _F32(0.5))
+            cost[r] += lambdas[r] * error * error
+
+
+@numba.njit(cache=True)
+def _bound_from_cell(cell, direction, u, weight, grid, size, first, stretch, bound):
+    """Write a lower bound of the cost of all codes within a cell of four bits, or further in its direction."""
+    bound[:] = _F32(0)
+    for k in range(u.shape[0]):
+        target, lambdas, step = u[k], weight[k], grid[0, k]
+        length = size if k >= first else step  # of the cell whose middle is compared
+        reach = stretch * (size - step) * _F32(0.5) if k >= first else _F32(0)
+        for r in range(_LANES):
+            middle = length * (np.floor(cell[r] * (size / length)) + _F32(0.5))
+            beyond = direction * (middle - target[r]) - reach
+            beyond = beyond if beyond > _F32(0) else _F32(0)
+            bound[r] += lambdas[r] * beyond * beyond
+
+
+@numba.njit(cache=True)
 def _try_all(u, weight, grid, master_codes, centre, scratch, codes, cost):
     """Find the best codes by brute force."""
     n_bits = u.shape[0]
@@ -161,7 +252,7 @@ def _try_all(u, weight, grid, master_codes, centre, scratch, codes, cost):
     for q in range(master_codes):
         other[:] = _F32(0)
         for k in range(n_bits):
-            target, lambdas, value = u[k], weight[k], _value(_F32(q), grid[0, k], grid[2, k], centre)
+            target, lambdas, value = u[k], weight[k], _strict_value(_F32(q), grid[0, k], grid[2, k], centre)
             for r in range(_LANES):
                 error = target[r] - value
                 other[r] += lambdas[r] * error * error
@@ -175,8 +266,19 @@ def _try_all(u, weight, grid, master_codes, centre, scratch, codes, cost):
 
 
 @numba.njit(cache=True)
-def _value(code, step, cells, centre):
-    """Value of a code at one bit-width, in units of a code."""
+def _value(code, k, grid, low_grid, master_codes, centre, stretch):
+    """Value of a code at the k-th bit-width, in units of a code."""
+    value = _strict_value(code, grid[0, k], grid[2, k], centre)
+    if k < grid.shape[1] - low_grid.shape[1] or low_grid.shape[1] == 0:
+        return value
+    size = _F32(master_codes) / _F32(16)
+    middle = size * (np.floor(code / size) + _F32(0.5))
+    return middle + stretch * (value - middle)
+
+
+@numba.njit(cache=True)
+def _strict_value(code, step, cells, centre):
+    """Value of a code at a bit-width whose steps are not stretched."""
     cell = np.floor(code / step + (_F32(0.5) - centre))
     return step * ((cell if cell < cells - _F32(1) else cells - _F32(1)) + centre)
 
@@ -195,12 +297,24 @@ def round_scale(value, mantissa_bits, min_exponent):
 
 
 @numba.njit(cache=True)
-def _range_grid(low, high, clip, zero, step, master_codes, centre, mantissa_bits, min_exponent):
-    """Scale and zero point at which the highest bit-width of the objective covers the clipped range low..high.
+def _value_range(grid, low_grid, master_codes, centre, stretch):
+    """Least value of the highest bit-width of the objective, and the distance of the greatest one from it."""
+    last = grid.shape[1] - 1
+    step = grid[0, last]
+    if low_grid.shape[1] == 0:
+        return step * centre, master_codes - step
+    size = _F32(master_codes) / _F32(16)
+    span = master_codes - size + stretch * (size - step)
+    return (master_codes - span) * _F32(0.5), span
+
+
+@numba.njit(cache=True)
+def _range_grid(low, high, clip, zero, least, span, master_codes, mantissa_bits, min_exponent):
+    """Scale and zero point at which values from ``least`` on cover the clipped range low..high.
 
     The zero point is ``zero``; for NaN it is the whole number that fits the range best.
     """
-    span, middle = master_codes - step, master_codes // 2
+    middle = master_codes // 2
     if not math.isnan(zero):
         below, above = span / 2 + (zero - middle), span / 2 - (zero - middle)
         return round_scale(max(-low / below, high / above) * clip, mantissa_bits, min_exponent), zero
@@ -208,24 +322,39 @@ def _range_grid(low, high, clip, zero, step, master_codes, centre, mantissa_bits
     if scale == 0:
         return scale, _F32(middle)
     # The lowest value lands on the lower end.
-    return scale, _F32(min(max(np.rint(step * centre - low * clip / scale), 0.0), master_codes - 1.0))
+    return scale, _F32(min(max(np.rint(least - low * clip / scale), 0.0), master_codes - 1.0))
 
 
 @numba.njit(cache=True)
 def _rounding_cost(
-    targets, row, first, last, scale, zero, hessian_diag, lambdas, grid, master_codes, centre, nested, most, work
+    targets,
+    row,
+    first,
+    last,
+    scale,
+    zero,
+    hessian_diag,
+    lambdas,
+    grid,
+    low_grid,
+    master_codes,
+    centre,
+    nested,
+    stretch,
+    most,
+    work,
 ):
     """Nested rounding error of the columns first..last of one row, weighted by ``hessian_diag``.
 
     Args:
         most: bound above which the sum is cut short.
-        work: float32 [3 K + 7, _LANES], scratch.
+        work: float32 [2 K + scratch_rows(K) + 2, _LANES], scratch.
     """
     if scale == 0:
         return _F32(np.inf)
     n_bits, shared = lambdas.shape[0], targets.shape[0] == 1
-    u, weight, scratch = work[:n_bits], work[n_bits : 2 * n_bits], work[2 * n_bits : 3 * n_bits + 5]
-    codes, cost = work[3 * n_bits + 5], work[3 * n_bits + 6]
+    u, weight, scratch = work[:n_bits], work[n_bits : 2 * n_bits], work[2 * n_bits : -2]
+    codes, cost = work[-2], work[-1]
     inverse, total = _F32(1) / scale, _F32(0)
     for begin in range(first, last, _LANES):
         count = min(_LANES, last - begin)
@@ -239,7 +368,7 @@ def _rounding_cost(
             for r in range(count):
                 weight[k, r] = lambda_k[r] * hessian_diag[begin + r]
             weight[k, count:] = _F32(0)
-        best_codes(u, weight, grid, master_codes, centre, nested, scratch, codes, cost)
+        best_codes(u, weight, grid, low_grid, master_codes, centre, nested, stretch, scratch, codes, cost)
         for r in range(count):
             total += cost[r]
         if total * scale * scale > most:
@@ -255,9 +384,11 @@ def choose_scales(
     hessian_diag,
     lambdas,
     grid,
+    low_grid,
     master_codes,
     centre,
     nested,
+    stretch,
     clip_ratios,
     zero_points,
     mantissa_bits,
@@ -276,11 +407,12 @@ def choose_scales(
         scales, zeros: float32 [rows], out.
     """
     n_bits, count, points = lambdas.shape[0], clip_ratios.shape[0], zero_points.shape[0]
-    step, codes = grid[0, n_bits - 1], _F32(master_codes)
+    codes = _F32(master_codes)
+    least, span = _value_range(grid, low_grid, codes, centre, stretch)
     coarse = (count + 3) // 4
     trials = coarse * points + 4 if count * points > 1 else 0
     for row in numba.prange(targets.shape[1]):
-        work = np.zeros((3 * n_bits + 7, _LANES), dtype=np.float32)
+        work = _work(n_bits)
         low, high = _F32(0), _F32(0)
         top = targets[targets.shape[0] - 1, row]
         for j in range(first, last):
@@ -296,7 +428,7 @@ def choose_scales(
                 if clip < 0 or clip >= count:
                     continue
             scale, zero = _range_grid(
-                low, high, clip_ratios[clip], zero_points[point], step, codes, centre, mantissa_bits, min_exponent
+                low, high, clip_ratios[clip], zero_points[point], least, span, codes, mantissa_bits, min_exponent
             )
             cost = _rounding_cost(
                 targets,
@@ -308,25 +440,47 @@ def choose_scales(
                 hessian_diag,
                 lambdas,
                 grid,
+                low_grid,
                 master_codes,
                 centre,
                 nested,
+                stretch,
                 best,
                 work,
             )
             if cost < best:
                 best, best_clip, best_point = cost, clip, point
         scales[row], zeros[row] = _range_grid(
-            low, high, clip_ratios[best_clip], zero_points[best_point], step, codes, centre, mantissa_bits, min_exponent
+            low, high, clip_ratios[best_clip], zero_points[best_point], least, span, codes, mantissa_bits, min_exponent
         )
 
 
 # Choosing the codes of many columns
 
 
+@numba.njit(cache=True)
+def _work(n_bits):
+    """Scratch of a tile: targets and weights [K, _LANES] each, that of ``best_codes``, codes, and costs."""
+    return np.zeros((2 * n_bits + scratch_rows(n_bits) + 2, _LANES), dtype=np.float32)
+
+
 @numba.njit(parallel=True, cache=True)
 def solve_columns(
-    targets, factor, lambdas, grid, master_codes, centre, nested, first, last, scales, zeros, codes, errors
+    targets,
+    factor,
+    lambdas,
+    grid,
+    low_grid,
+    master_codes,
+    centre,
+    nested,
+    stretch,
+    first,
+    last,
+    scales,
+    zeros,
+    codes,
+    errors,
 ):
     """Choose the codes of the columns first..last of every row, and feed each column's error into the later ones.
 
@@ -344,19 +498,19 @@ def solve_columns(
         end = min(begin + _LANES, targets.shape[1])
         block = np.zeros((count, columns, _LANES), dtype=np.float32)
         error = np.zeros((count, columns, _LANES), dtype=np.float32)
-        work = np.zeros((3 * n_bits + 7, _LANES), dtype=np.float32)
+        work = _work(n_bits)
         scale, inverse, ratio = _lanes_of(scales, begin, end)
         zero = np.zeros(_LANES, dtype=np.float32)
         zero[: end - begin] = zeros[begin:end]
         _transpose(targets[:, begin:end, first:last], block)
-        u, weight, q = work[:n_bits], work[n_bits : 2 * n_bits], work[3 * n_bits + 5]
+        u, weight, scratch, q = work[:n_bits], work[n_bits : 2 * n_bits], work[2 * n_bits : -2], work[-2]
         for i in range(columns):
             for k in range(n_bits):
                 target, out = block[0 if count == 1 else k, i], u[k]
                 for r in range(_LANES):
                     out[r] = target[r] * inverse[k, r] + zero[r]
                     weight[k, r] = lambdas[k, first + i] * ratio[k, r]
-            best_codes(u, weight, grid, master_codes, centre, nested, work[2 * n_bits : 3 * n_bits + 5], q, work[-1])
+            best_codes(u, weight, grid, low_grid, master_codes, centre, nested, stretch, scratch, q, work[-1])
             for r in range(end - begin):
                 codes[begin + r, first + i] = np.uint8(q[r])
             # A shared target gets the mean error of the bit-widths, as in MatGPTQ v1.
@@ -365,7 +519,7 @@ def solve_columns(
                 out, target = error[0 if count == 1 else k, i], u[k]
                 share = part / factor[0 if factors == 1 else k, i, i]
                 for r in range(_LANES):
-                    residual = target[r] - _value(q[r], grid[0, k], grid[2, k], centre)
+                    residual = target[r] - _value(q[r], k, grid, low_grid, master_codes, centre, stretch)
                     out[r] += residual * scale[k, r] * share
             _feed_back(block, error, factor, i, columns)
         for k in range(count):
@@ -409,7 +563,9 @@ def _subtract_four(later, error, coupling, i, j):
 
 
 @numba.njit(parallel=True, cache=True)
-def descend_columns(gradient, hessian, lambdas, grid, master_codes, centre, nested, first, last, scales, codes, moves):
+def descend_columns(
+    gradient, hessian, lambdas, grid, low_grid, master_codes, centre, nested, stretch, first, last, scales, codes, moves
+):
     """Run one pass of coordinate descent over the columns first..last of every row, on the exact quadratic objective.
 
     Each weight in turn takes the best of all codes while the others stay fixed. In a column with curvature h, the error of a
@@ -429,27 +585,29 @@ def descend_columns(gradient, hessian, lambdas, grid, master_codes, centre, nest
         end = min(begin + _LANES, codes.shape[0])
         block = np.zeros((n_bits, columns, _LANES), dtype=np.float32)
         moved = np.zeros((n_bits, columns, _LANES), dtype=np.float32)
-        work = np.zeros((3 * n_bits + 7, _LANES), dtype=np.float32)
+        work = _work(n_bits)
         old = np.zeros(_LANES, dtype=np.float32)
         scale, inverse, ratio = _lanes_of(scales, begin, end)
         _transpose(gradient[:, begin:end, first:last], block)
-        u, weight, q = work[:n_bits], work[n_bits : 2 * n_bits], work[3 * n_bits + 5]
+        u, weight, scratch, q = work[:n_bits], work[n_bits : 2 * n_bits], work[2 * n_bits : -2], work[-2]
         for i in range(columns):
             for r in range(end - begin):
                 old[r] = _F32(codes[begin + r, first + i])
             for k in range(n_bits):
                 slope, out, share = block[k, i], u[k], _F32(1) / hessian[0 if hessians == 1 else k, i, i]
                 for r in range(_LANES):
-                    out[r] = _value(old[r], grid[0, k], grid[2, k], centre) - slope[r] * inverse[k, r] * share
+                    value = _value(old[r], k, grid, low_grid, master_codes, centre, stretch)
+                    out[r] = value - slope[r] * inverse[k, r] * share
                     weight[k, r] = lambdas[k, first + i] * ratio[k, r]
-            best_codes(u, weight, grid, master_codes, centre, nested, work[2 * n_bits : 3 * n_bits + 5], q, work[-1])
+            best_codes(u, weight, grid, low_grid, master_codes, centre, nested, stretch, scratch, q, work[-1])
             for r in range(end - begin):
                 codes[begin + r, first + i] = np.uint8(q[r])
             for k in range(n_bits):
                 move, any_move = moved[k, i], _F32(0)
                 for r in range(_LANES):
-                    now = _value(q[r], grid[0, k], grid[2, k], centre)
-                    move[r] = (now - _value(old[r], grid[0, k], grid[2, k], centre)) * scale[k, r]
+                    now = _value(q[r], k, grid, low_grid, master_codes, centre, stretch)
+                    before = _value(old[r], k, grid, low_grid, master_codes, centre, stretch)
+                    move[r] = (now - before) * scale[k, r]
                 for r in range(_LANES):
                     any_move = move[r] if move[r] != 0 else any_move
                 if any_move != 0:

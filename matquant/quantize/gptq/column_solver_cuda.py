@@ -155,6 +155,8 @@ def _defines(grid: CodeGrid, lambdas: Tensor, targets: int, factors: int, dtype:
         "TARGETS": targets,
         "FACTORS": factors,
         "NESTED": int(grid.nested),
+        "LOW": grid.low_cells.shape[1],
+        "STRETCH": int(4 * grid.stretch),
         "SCALES": _SCALES[dtype],
     }
 

@@ -42,6 +42,7 @@ class GptqConfig(MethodConfig):
     asymmetric_calibration: bool = True
     correction: float = 0.5
     scale_bits: tuple[int, ...] = (2, 3, 4)
+    stretch: float = 1.25
     true_sequential: bool = True
     damp: float = 0.01
     block_size: int = 128

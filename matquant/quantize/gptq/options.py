@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from matquant.formats.groups import fit_group_size
-from matquant.formats.nested import Slicing, WeightFormat
+from matquant.formats.nested import Slicing, WeightFormat, levels
 from matquant.quantize.base import QuantizerTask, normalized
 from matquant.quantize.config import MethodConfig
 
@@ -15,7 +16,7 @@ from matquant.quantize.config import MethodConfig
 _KEY_NAMES = {"lambdas": "weights", "error_feedback": "feedback", "zero_point_offset": "offset", "cd_passes": "sweeps"}
 _KEY_VALUES = {"per_bit": "per_width"}
 # Fields that older keys lack, with the value that gives what older stores hold.
-_LATER_FIELDS = {"correction": 1.0, "scale_bits": ()}
+_LATER_FIELDS = {"correction": 1.0, "scale_bits": (), "stretch": 1.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +30,7 @@ class SolverOptions:
         cd_passes: passes of coordinate descent after the solve.
         correction: share of the correction of asymmetric calibration that targets get.
         scale_bits: bit-widths with scales of their own; only those below the highest bit-width of the objective count.
+        stretch: of the steps of later planes, see ``formats.nested``.
         scale_dtype: dtype in which scales are stored; codes are chosen with the stored values.
     """
 
@@ -47,6 +49,11 @@ class SolverOptions:
     scale_dtype: torch.dtype = torch.float16
     correction: float = 1.0
     scale_bits: tuple[int, ...] = ()
+    stretch: float = 1.0
+
+    def levels(self, bits: int) -> Tensor:
+        """Value of each code at ``bits`` bits in units of its scale, before the zero point: float32 [2^master_bits]."""
+        return levels(bits, self.master_bits, self.slicing, self.stretch)
 
     @property
     def own_scale_bits(self) -> tuple[int, ...]:
@@ -68,6 +75,7 @@ class SolverOptions:
             has_zero_points=not self.symmetric,
             scale_dtype=self.scale_dtype,
             scale_bits=self.own_scale_bits,
+            stretch=self.stretch,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -94,6 +102,7 @@ class LayerOptions:
             lambdas=task.lambdas,
             master_bits=task.master_bits,
             slicing=method.slicing,
+            stretch=method.stretch,
             group_size=method.group_size,
             symmetric=method.symmetric,
             zero_point_offset=method.zero_point_offset * 2.0 ** (task.master_bits - 8) if method.symmetric else 0.0,

@@ -8,10 +8,9 @@ solution of
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from matquant.formats.groups import expand_groups, group_count
+from matquant.formats.groups import expand_groups, group_count, sum_groups
 
 _ROWS_AT_ONCE_BYTES = 2**28  # of the systems of some rows, in float64
 _RIDGE = 1e-6  # relative to the diagonal; a group whose values do not matter keeps its scale
@@ -32,7 +31,7 @@ def refit_scales(values: Tensor, target: Tensor, hessian: Tensor | None, scales:
         float32 [rows, groups].
     """
     if hessian is None:
-        return _accept(_sum_groups(target * values, group_size) / _sum_groups(values**2, group_size), scales)
+        return _accept(sum_groups(target * values, group_size) / sum_groups(values**2, group_size), scales)
     groups = group_count(values.shape[1], group_size)
     rows_at_once = max(1, _ROWS_AT_ONCE_BYTES // (8 * groups * groups))
     parts = [
@@ -48,10 +47,10 @@ def _refit_rows(values: Tensor, target: Tensor, scales: Tensor, hessian: Tensor,
     matrix = values.new_empty(rows, groups, groups, dtype=torch.float64)
     for group in range(groups):
         own = slice(group * group_size, min((group + 1) * group_size, columns))
-        matrix[:, group] = _sum_groups((values[:, own] @ hessian[own]).mul_(values), group_size)
+        matrix[:, group] = sum_groups((values[:, own] @ hessian[own]).mul_(values), group_size)
     # Solved for the change of the scales: the ridge then pulls towards the present ones.
     residual = target - values * expand_groups(scales, columns, group_size)
-    vector = _sum_groups((residual @ hessian).mul_(values), group_size).double()
+    vector = sum_groups((residual @ hessian).mul_(values), group_size).double()
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     diagonal += _RIDGE * diagonal + torch.finfo(torch.float32).tiny
     change = torch.linalg.solve(matrix, vector[:, :, None])[:, :, 0]
@@ -61,9 +60,3 @@ def _refit_rows(values: Tensor, target: Tensor, scales: Tensor, hessian: Tensor,
 def _accept(fitted: Tensor, scales: Tensor) -> Tensor:
     """Fitted scales where they are positive and finite, else the present ones."""
     return torch.where((fitted > 0) & torch.isfinite(fitted), fitted, scales)
-
-
-def _sum_groups(matrix: Tensor, group_size: int) -> Tensor:
-    """Sums over the columns of each group: [rows, columns] to [rows, groups]."""
-    padded = F.pad(matrix, (0, -matrix.shape[1] % group_size))
-    return padded.unflatten(1, (-1, group_size)).sum(2)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from matquant.formats.groups import expand_groups, fit_group_size, group_count, scale_groups
-from matquant.formats.nested import NestedWeight, levels
+from matquant.formats.nested import NestedWeight
 from matquant.quantize.gptq import column_solver, scale_refit
 from matquant.quantize.gptq.code_grid import FROM_RANGE, CodeGrid, ScaleSearchSpace
 from matquant.quantize.gptq.hessians import HessianStats, PreparedHessians, prepare_hessians
@@ -154,8 +154,8 @@ class _ColumnSolve:
             zeros=torch.zeros(out_features, groups, device=device),
             bits=valued,
             lambdas=torch.tensor([options.lambdas[b] for b in bits], device=device),
-            levels=torch.stack([levels(b, options.master_bits, options.slicing) for b in valued]).float().to(device),
-            grid=CodeGrid.of(bits, options.master_bits, options.slicing, device),
+            levels=torch.stack([options.levels(b) for b in valued]).float().to(device),
+            grid=CodeGrid.of(bits, options.master_bits, options.slicing, options.stretch, device),
             group_size=group_size,
             block_size=min(options.block_size, column_solver.max_block_size(device, len(bits))),
         )

@@ -1,0 +1,1 @@
+"""Refinement: scales of single bit-widths, trained end to end on the full-precision model's outputs."""

@@ -1,0 +1,65 @@
+"""Settings of the refinement, and their checks."""
+
+import dataclasses
+from typing import Literal
+
+from matquant.data.config import TextConfig
+from matquant.errors import UserError
+from matquant.formats.bits import MAX_BITS, MIN_BITS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RefineConfig:
+    """Training of scales after quantizing. Codes, and the base set of scales, do not change.
+
+    Attributes:
+        name: name of the preset.
+        method: ``none``, or ``scales``: each of ``bits`` gets a set of scales of its own, trained so that the slice predicts
+            like the full-precision model (KL divergence, temperature 1).
+        bits: bit-widths to refine; all others read what they read before.
+        text: training text. A window of each step's batch is read at every bit-width.
+        validation_sequences: further windows of the text, on which the best state of each bit-width is chosen.
+        steps: optimizer steps of each bit-width.
+        learning_rate: highest learning rate of the log-scales (AdamW, linear warm-up, cosine decay to a twentieth).
+        warmup_steps: steps of the warm-up.
+        validate_every: steps between two validations; the state is saved at each, so that a killed job goes on from there.
+        seed: of the order of the batches.
+    """
+
+    name: str = "none"
+    method: Literal["none", "scales"] = "none"
+    bits: tuple[int, ...] = (2, 3, 4)
+    text: TextConfig | None = None
+    validation_sequences: int = 16
+    steps: int = 600
+    learning_rate: float = 3e-3
+    warmup_steps: int = 20
+    validate_every: int = 50
+    seed: int = 0
+
+    @property
+    def wanted(self) -> bool:
+        """True unless ``method`` is ``none``."""
+        return self.method != "none"
+
+    def check(self, master_bits: int) -> None:
+        """Raise UserError for a setting out of range. ``master_bits``: bits of the parent's codes."""
+        if not self.wanted:
+            return
+        for bits in self.bits:
+            if not MIN_BITS <= bits <= min(MAX_BITS, master_bits):
+                raise UserError(
+                    f"refine.bits names {bits}; a bit-width of this parent lies in {MIN_BITS}..{master_bits}."
+                )
+        if not self.bits or len(set(self.bits)) != len(self.bits):
+            raise UserError(f"refine.bits must name at least one bit-width, each once; found {list(self.bits)}.")
+        for name in ("validation_sequences", "steps", "validate_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"refine.{name} must be at least 1; found {getattr(self, name)}.")
+        if self.warmup_steps < 0 or not 0 < self.learning_rate < 1:
+            raise UserError(
+                "refine.warmup_steps cannot be negative, and refine.learning_rate lies between 0 and 1; found "
+                f"{self.warmup_steps} and {self.learning_rate}."
+            )
+        if self.text is None:
+            raise UserError(f"refine.method={self.method} needs a text: choose the preset refine={self.method}.")

@@ -1,0 +1,55 @@
+"""Linear map with the weight of a slice, differentiable with respect to input and scales.
+
+Only the codes are in memory: the dense weight is computed in the forward pass, and again in the backward pass.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from matquant.formats.groups import scale_groups, sum_groups
+from matquant.formats.nested import NestedWeight
+
+
+def scaled_linear(x: Tensor, scales: Tensor, weight: NestedWeight, bits: int, bias: Tensor | None) -> Tensor:
+    """Compute x W^T + bias, where W is the slice of ``bits`` bits with other scales.
+
+    Args:
+        x: [..., in_features].
+        scales: float32 [out_features, groups].
+        weight: codes and zero points, on the device of ``x``; its own scales are not read.
+
+    Returns:
+        [..., out_features], in the dtype of ``x``.
+    """
+    output: Tensor = _ScaledLinear.apply(x, scales, weight, bits)
+    return output if bias is None else output + bias
+
+
+class _ScaledLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scales: Tensor, weight: NestedWeight, bits: int) -> Tensor:
+        ctx.save_for_backward(x, scales)
+        ctx.weight, ctx.bits = weight, bits
+        return F.linear(x, _dense(scales, weight, bits).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_y,), (x, scales) = gradients, ctx.saved_tensors
+        grad_x = grad_scales = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_y @ _dense(scales, ctx.weight, ctx.bits).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = grad_y.flatten(0, -2).T @ x.flatten(0, -2)
+            levels = _dense(torch.ones_like(scales), ctx.weight, ctx.bits)
+            grad_scales = sum_groups(grad_weight.float().mul_(levels), ctx.weight.format.group_size)
+        return grad_x, grad_scales, None, None
+
+
+def _dense(scales: Tensor, weight: NestedWeight, bits: int) -> Tensor:
+    """Slice of ``bits`` bits with these scales: float32 [out_features, in_features]."""
+    values = weight.format.levels(bits).to(weight.codes.device)[weight.codes.int()]
+    zero_points = weight.format.zero_point if weight.zeros is None else weight.zeros.float()
+    return scale_groups(values, scales, zero_points, weight.format.group_size)

@@ -1,0 +1,94 @@
+"""Stage refine: a parent with trained scales from the parent of a job, from the store or made now."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from matquant import number_format
+from matquant.data import texts
+from matquant.errors import UserError
+from matquant.formats.parent import Parent
+from matquant.refine.scale_refinement import RefineContext, ScaleRefinement
+from matquant.stages.load import LoadedJob
+from matquant.stages.quantize import QuantizedJob
+from matquant.stages.runtime import Runtime
+from matquant.store.distributed_store import DraftLike, open_or_build
+
+# Part of the key of refined parents: raised when the same settings give other scales than before.
+_VERSION = 1
+
+logger = logging.getLogger(__name__)
+
+
+def refine(job: LoadedJob, quantized: QuantizedJob, runtime: Runtime) -> tuple[QuantizedJob, dict[str, Any] | None]:
+    """Refine the parent, or find its refinement in the store.
+
+    Returns:
+        The same slices of the refined parent, and the record for the results; the arguments and None without a refinement.
+
+    Raises:
+        UserError: the store holds no such refinement and the stage quantize is left out.
+    """
+    config = job.config.refine
+    if job.refinement is None or quantized.parent is None:
+        return quantized, None
+    parent = quantized.parent
+
+    def build(draft: DraftLike) -> dict[str, Any]:
+        if "quantize" not in job.config.stages:
+            raise UserError("The store has no such refinement yet; add quantize to stages, or check the settings.")
+        return _train(job, parent, runtime, draft)
+
+    inputs = {
+        "parent": parent.artifact.sha256,
+        "refine": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("name", "text")},
+        "text": texts.fingerprint(job.refinement.training),
+        "validation": texts.fingerprint(job.refinement.validation),
+        "batch_size": job.refinement.batch_size,
+        "dtype": str(job.dtype),
+        "version": _VERSION,
+    }
+    artifact = open_or_build(runtime.store, runtime.process_group, "refined", inputs, build)
+    runtime.log.warnings.extend(artifact.notes)
+    refined = Parent(artifact)
+    slices = [dataclasses.replace(one, parent=refined) for one in quantized.slices]
+    record = artifact.about["refine"] | {"sha256": artifact.sha256, "reused": artifact.reused}
+    return QuantizedJob(slices=slices, parent=refined), record
+
+
+def _train(job: LoadedJob, parent: Parent, runtime: Runtime, draft: DraftLike) -> dict[str, Any]:
+    """Train into the draft; return the facts for the manifest."""
+    config, text = job.config.refine, job.refinement
+    assert text is not None
+    if draft.resumed:
+        logger.info("resuming an unfinished refinement from its last validation")
+
+    def validated(step: int, kl: Mapping[int, float]) -> None:
+        if runtime.process_group.is_main:
+            figures = ", ".join(f"{bits} bits {number_format.significant(loss)}" for bits, loss in kl.items())
+            logger.info("refine step %d of %d: held-out KL %s", step, config.steps, figures)
+
+    with runtime.bars.bar(f"refine {config.name}", config.steps) as progress:
+        context = RefineContext(
+            blocks=job.blocks,
+            parent=parent,
+            windows=text.training,
+            validation=text.validation,
+            batch_size=text.batch_size,
+            device=runtime.device,
+            dtype=job.dtype,
+            process_group=runtime.process_group,
+            progress=progress,
+            validated=validated,
+        )
+        refinement = ScaleRefinement(config, context)
+        blocks = refinement.run(draft)
+    label = f"{parent.artifact.about.get('label', 'parent')} refine={config.name}"
+    facts = {"bits": list(config.bits), "steps": config.steps, "history": refinement.history}
+    return {k: v for k, v in parent.artifact.about.items() if k != "blocks"} | {
+        "label": label,
+        "blocks": blocks,
+        "parent": parent.artifact.sha256,
+        "refine": facts,
+    }

@@ -1,0 +1,81 @@
+"""Refinement as a stage of a job: its results, its artifact, and every reader of refined scales."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from shared import SMALL
+from transformers import AutoModelForCausalLM
+
+from matquant.formats.parent import Parent
+from matquant.store.artifact import read_artifact
+
+REFINE = (
+    "refine=scales",
+    "refine.steps=8",
+    "refine.validate_every=4",
+    "refine.text.seed=null",
+    "refine.text.sequences=12",
+    "refine.text.sequence_length=64",
+    "refine.text.batch_size=4",
+    "refine.validation_sequences=4",
+)
+
+
+@pytest.fixture
+def job(matquant, tmp_path, small_model):
+    """Run one job that must succeed; returns its results."""
+
+    def run(*overrides: str) -> dict:
+        status, _, err = matquant(*SMALL, f"model.path={small_model}", "method.group_size=32", *overrides)
+        assert status == 0, err
+        return json.loads((tmp_path / "run" / "results.json").read_text())
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_refined_parent_is_stored_searched_packed_and_found_again(job, tmp_path):
+    plain = job("bits=[2,8]")
+    search = ("search.average_bits=3", "search.sequences=4", "search.sequence_length=32", "search.generations=1")
+    refined = job(*REFINE, "bits=[2,8]", *search, "pack=nested", "pack.bits=2")
+    history = refined["refine"]["history"]
+    assert [row["step"] for row in history] == [0, 4, 8]
+    assert refined["refine"]["bits"] == [2, 3, 4]
+    assert min(row["kl"]["2"] for row in history) < history[0]["kl"]["2"]
+    assert refined["parent"]["sha256"] != plain["parent"]["sha256"]
+    assert Path(refined["parent"]["path"]).parent.name == "refined"
+    assert refined["slices"][1]["kl"] == plain["slices"][1]["kl"]  # 8 bits
+    assert refined["slices"][0]["kl"] != plain["slices"][0]["kl"]
+    parent = Parent(read_artifact(Path(refined["parent"]["path"])))
+    model = AutoModelForCausalLM.from_pretrained(refined["pack"]["folder"], dtype=torch.float32)
+    name, weight = next(iter(parent.block(0).items()))
+    assert torch.equal(model.get_submodule(name).nested_planes().dequantize(2), weight.dequantize(2))
+    again = job(*REFINE, "bits=[3]", "stages=[evaluate]")
+    assert again["refine"]["reused"]
+    assert again["parent"]["sha256"] == refined["parent"]["sha256"]
+    assert (tmp_path / "run" / "report.html").read_text().count("refined in 8 steps") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["method=gptq"], "refine=scales trains scales of one parent, but method=gptq makes one model per bit-width"),
+        (["refine.text.batch_size=13"], "refine.text.sequences=12 do not fill one batch of refine.text.batch_size=13"),
+        (["refine.text.dataset=nothing"], "refine.text.dataset must be one of"),
+        (["refine.text.sequence_length=100000"], "refine.text.sequence_length=100000 is longer than the context"),
+        (["refine.bits=[2,9]"], "refine.bits names 9"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(matquant, small_model, tmp_path, overrides, sentence):
+    status, _, err = matquant(*SMALL, f"model.path={small_model}", *REFINE, *overrides)
+    assert status not in (0, None)
+    assert sentence in err
+    assert not (tmp_path / "store" / "parent").exists()
+
+
+def test_a_refinement_is_not_made_without_the_stage_quantize(matquant, small_model):
+    status, _, err = matquant(*SMALL, f"model.path={small_model}", *REFINE, "stages=[evaluate]")
+    assert status not in (0, None)
+    assert "add quantize to stages" in err

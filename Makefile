@@ -3,8 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 STOCK := .venv-stock
+GGUF := .venv-gguf
 
-.PHONY: run test test-fast test-architectures architectures docs lint sweep format bench-solver bench-solver-gpu bench-kernels bench-e2e test-vllm test-exports clean
+.PHONY: run test test-fast test-architectures architectures docs lint sweep format bench-solver bench-solver-gpu bench-kernels bench-e2e test-vllm test-exports test-gguf clean
 
 run: $(VENV)/.ready
 	$(BIN)/python run.py
@@ -31,6 +32,11 @@ test-vllm: $(VLLM)/.ready
 # Exports of the shipped model in stock vLLM and stock Transformers, in environments without this project (1.5 GB more).
 test-exports: $(VENV)/.ready $(VLLM)/.ready $(STOCK)/.ready
 	STOCK_PYTHON=$(STOCK)/bin/python VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest tests/serving/test_exports.py
+
+# GGUF files of the shipped model, of small models of every architecture and, after `python experiments/real/prepare.py --only
+# smollm2`, of SmolLM2 in llama.cpp, which is built from source in an environment without this project (0.2 GB).
+test-gguf: $(VENV)/.ready $(GGUF)/.ready
+	GGUF_PYTHON=$(GGUF)/bin/python $(BIN)/python -m pytest tests/serving/test_gguf_engine.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -82,5 +88,11 @@ $(STOCK)/.ready: constraints-stock.txt
 	$(STOCK)/bin/python -m pip install --quiet --requirement constraints-stock.txt
 	touch $@
 
+$(GGUF)/.ready: constraints-gguf.txt
+	$(PYTHON) -m venv $(GGUF)
+	$(GGUF)/bin/python -m pip install --quiet --upgrade pip
+	CMAKE_BUILD_PARALLEL_LEVEL=2 $(GGUF)/bin/python -m pip install --quiet --requirement constraints-gguf.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM) $(STOCK) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VLLM) $(STOCK) $(GGUF) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

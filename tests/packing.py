@@ -86,7 +86,7 @@ class Opened:
 
     def pack(self, folder: Path, widths: Any = 8, **config: Any) -> Path:
         settings = PackConfig(**{"name": "nested", "path": str(folder)} | config)
-        packing = Packing(settings, self.specs(), self.method, folder)
+        packing = Packing(settings, self.specs(), self.method, folder, self.loaded)
         packing.run(self.loaded, self.blocks, [SliceSpec(name="v", parent=self.parent, bits=widths)], RESULTS)
         return folder
 

@@ -7,12 +7,15 @@ import dataclasses
 import logging
 import tempfile
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from matquant.errors import UserError
@@ -22,13 +25,14 @@ from matquant.store import Store, fingerprint_files
 from matquant.store.draft import Draft
 
 SUFFIX = ".gguf"
+VOCABULARY_FILE = "vocabulary.gguf"  # of a converted checkpoint: the file's metadata on its vocabulary, for pack=gguf
 
 _MAGIC = b"GGUF"
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 _SHARD_SIZE = "4GB"
 
 # Part of a checkpoint's key: raised when the same file gives another checkpoint than before.
-_VERSION = 1
+_VERSION = 2
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +40,34 @@ logger = logging.getLogger(__name__)
 def is_gguf(model: ModelConfig) -> bool:
     """True if ``model.path`` names a GGUF file."""
     return model.path is not None and model.path.lower().endswith(SUFFIX)
+
+
+def gguf_package(setting: str) -> Any:
+    """The package gguf.
+
+    Args:
+        setting: that needs it, for the message.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError(
+            f"{setting} needs the package gguf, which is not installed: pip install 'matquant[gguf]'."
+        ) from error
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it reports byte orders and plans
+    return gguf
+
+
+def read_tensors(file: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Values of some tensors of a GGUF file, as it stores them: float32 [..., rows, columns]."""
+    package = gguf_package(str(file))
+    for tensor in package.GGUFReader(file).tensors:
+        if tensor.name in names:
+            values = package.quants.dequantize(tensor.data, tensor.tensor_type)
+            yield tensor.name, torch.from_numpy(np.ascontiguousarray(values))
 
 
 def convert_gguf(model: ModelConfig, store: Store) -> tuple[ModelConfig, list[str]]:
@@ -81,14 +113,9 @@ def convert_gguf(model: ModelConfig, store: Store) -> tuple[ModelConfig, list[st
 def _tensor_types(file: Path) -> dict[str, int]:
     """Number of tensors of each GGUF type."""
     _check_file(file)
+    package = gguf_package(f"model.path={file}")
     try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise UserError(
-            f"model.path={file} is a GGUF file, and the package gguf is not installed: pip install 'matquant[gguf]'."
-        ) from error
-    try:
-        reader = GGUFReader(file)
+        reader = package.GGUFReader(file)
         types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     except Exception as error:  # whatever the reader meets in a damaged file
         raise UserError(f"The GGUF file {file} is damaged: {error}. Copy or download it again.") from error
@@ -128,7 +155,23 @@ def _write_checkpoint(file: Path, dtype: torch.dtype, draft: Draft) -> None:
         model.generation_config.save_pretrained(folder)
         for path in sorted(Path(folder).iterdir()):
             draft.write_bytes(path.name, path.read_bytes())
+        _write_vocabulary(file, Path(folder, VOCABULARY_FILE))
+        draft.write_bytes(VOCABULARY_FILE, Path(folder, VOCABULARY_FILE).read_bytes())
     _write_weights(model, draft)
+
+
+def _write_vocabulary(file: Path, target: Path) -> None:
+    """Copy the metadata on the vocabulary into a GGUF file without tensors."""
+    package = gguf_package(f"model.path={file}")
+    fields = package.GGUFReader(file).fields
+    writer = package.GGUFWriter(target, fields["general.architecture"].contents())
+    for key, field in fields.items():
+        if key.startswith("tokenizer."):
+            elements = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), field.types[0], elements)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
 
 
 def _write_weights(model: Any, draft: Draft) -> None:

@@ -21,10 +21,13 @@ class PackConfig:
             bits.
         prefill_bits: bit-width for prompts; None: the same.
         max_bits: largest bit-width whose planes are written; None: all.
-        stored_bits: bits of the codes of gptq and compressed_tensors; None: as few as store the slice exactly.
-        rounding: exact refuses a slice that gptq or compressed_tensors cannot store exactly; nearest stores the nearest
+        stored_bits: bits of the codes of gptq, compressed_tensors and gguf; None: as few as store the slice exactly, or as
+            the slice has if rounding is nearest and the format is gguf.
+        rounding: exact refuses a slice that gptq, compressed_tensors or gguf cannot store exactly; nearest stores the nearest
             codes, with a recorded error.
-        shard_gb: size of a weight file in GB; None: that of the original's largest file.
+        shard_gb: size of a weight file in GB; None: that of the original's largest file. gguf has one file.
+        dense_type: type in gguf of matrices that are not quantized, such as embeddings and head; auto: the smallest that
+            holds them exactly. Norms and biases stay in F32.
     """
 
     name: str = "none"
@@ -36,6 +39,7 @@ class PackConfig:
     stored_bits: int | None = None
     rounding: Literal["exact", "nearest"] = "exact"
     shard_gb: float | None = None
+    dense_type: Literal["auto", "F32", "F16", "BF16", "Q8_0"] = "auto"
 
     @property
     def wanted(self) -> bool:

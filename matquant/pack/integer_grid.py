@@ -161,13 +161,13 @@ def nearest(weight: NestedWeight, width: int, bits: int) -> IntegerWeight:
             zeros=None if weight.zeros is None else weight.zeros[strip],
         )
         values = part.dequantize(width).view(-1, groups, weight.format.group_size)
-        found, chosen = _fit(values, bits, weight.scales.dtype)
+        found, chosen = fit_groups(values, bits, weight.scales.dtype)
         codes[strip], scales[strip] = found.view(-1, weight.codes.shape[1]), chosen
     zeros = torch.full((rows, groups), 2 ** (bits - 1), dtype=torch.int32)
     return IntegerWeight(bits=bits, symmetric=True, codes=codes, scales=scales, zeros=zeros)
 
 
-def _fit(values: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def fit_groups(values: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes uint8 and scales of values [rows, groups, group_size]; the longer side of a group becomes the negative one."""
     middle = 2 ** (bits - 1)
     low, high = values.amin(-1), values.amax(-1)

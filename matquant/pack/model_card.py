@@ -23,7 +23,8 @@ def render(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         results: of the job.
         record: of the packed folder: ``format``, ``bytes`` and what its writer recorded.
     """
-    lines = ["---", "library_name: transformers", "tags: [matquant, quantized]", "---", ""]
+    library = "gguf" if record["format"] == "gguf" else "transformers"
+    lines = ["---", f"library_name: {library}", "tags: [matquant, quantized]", "---", ""]
     lines += [f"# {results['model']}, quantized by matquant ({results['method']})", ""]
     lines += [_about(results, record), "", *_table(results), *_warnings(results)]
     return "\n".join(lines)
@@ -31,6 +32,12 @@ def render(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
 
 def _about(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     size = number_format.size(record["bytes"])
+    if record["format"] == "gguf":
+        kind = "exactly" if record["exact"] else "with the nearest values of its types"
+        return (
+            f"One slice ({record['bits']} bits, {size}) as the GGUF file `{record['file']}`, which llama.cpp and programs "
+            f"built on it load; it holds the slice {kind}. Made by `{results['command']}`."
+        )
     if record["format"] != "nested":
         return f"Format `{record['format']}`, {size}. Made by `{results['command']}`."
     most = record["max_bits"]

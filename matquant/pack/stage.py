@@ -5,10 +5,14 @@ results are the same for all formats.
 """
 
 import contextlib
+import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from matquant.errors import UserError
 from matquant.formats import allocation
@@ -35,18 +39,32 @@ class Packing:
         layers: size, and format in the parent, of each layer by full name.
         method: settings of the method that makes the parent.
         job_folder: output folder of the job.
+        loaded: the model.
+        uniform: bit-widths of the job's slices if all are uniform; the format checks the one that it will write.
+
+    Attributes:
+        stored_weights: after ``run``, the weights that the folder holds, by layer, from a block's number; None if they are
+            those of the slice.
 
     Raises:
-        UserError: the target is there already, the format cannot store the layers, or ``pack.bits`` does not fit them.
+        UserError: the target is there already, the format cannot store the model, or ``pack.bits`` does not fit them.
     """
 
     def __init__(
-        self, config: PackConfig, layers: Mapping[str, LayerSpec], method: MethodConfig, job_folder: Path
+        self,
+        config: PackConfig,
+        layers: Mapping[str, LayerSpec],
+        method: MethodConfig,
+        job_folder: Path,
+        loaded: LoadedModel,
+        uniform: Sequence[int] = (),
     ) -> None:
         self.config = config
         self.folder = _target(config, job_folder)
         self.format = FORMATS[config.name]
-        self.format.check(config, method, layers)
+        self.format.check(_planned(config, uniform, method.master_bits), method, layers)
+        self.format.check_model(config, loaded)
+        self.stored_weights: Callable[[int], Mapping[str, Tensor]] | None = None
         self.allocated: Mapping[str, int] | None = None
         if config.allocation_file is not None:
             found = allocation.read(Path(config.allocation_file))
@@ -93,14 +111,26 @@ class Packing:
                 progress=progress,
                 stored_bits=config.stored_bits,
                 allow_nearest=config.rounding == "nearest",
+                dense_type=config.dense_type,
             )
             written = self.format.write(request)
-            aux_files.copy(source.folder, folder)
-            aux_files.write_config(source, folder, written.quantization_config, written.config)
+            if written.quantization_config is not None:
+                aux_files.copy(source.folder, folder)
+                aux_files.write_config(source, folder, written.quantization_config, written.config)
             record = {"format": config.name, "folder": str(self.folder), "bytes": total_bytes(folder), **written.record}
             with translate_os_errors(folder, setting="pack.path"):
                 (folder / "README.md").write_text(model_card.render(results, record), encoding="utf-8")
+        if written.stored_weights is not None:
+            self.stored_weights = functools.partial(written.stored_weights, self.folder)
         return record
+
+
+def _planned(config: PackConfig, uniform: Sequence[int], master_bits: int) -> PackConfig:
+    """Settings with the bit-width that ``_default_bits`` will find, if it is known before the job."""
+    if config.bits is not None or not uniform:
+        return config
+    bits = uniform[0] if len(uniform) == 1 else min(config.max_bits or master_bits, master_bits)
+    return dataclasses.replace(config, bits=str(bits))
 
 
 def try_target(config: PackConfig, job_folder: Path) -> None:

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from torch import Tensor
-
+from matquant.distributed import ProcessGroup
 from matquant.evaluate.metrics import Metrics
-from matquant.evaluate.slices import evaluate_slices, steps
+from matquant.evaluate.slices import WeightsOf, evaluate_slices, steps
 from matquant.evaluate.tasks import Scores, Tasks, evaluate_tasks
 from matquant.formats.slice_spec import SliceSpec
 from matquant.models.vocabulary import check_token_ids, has_foreign_tokens
@@ -35,23 +34,37 @@ def evaluate(job: LoadedJob, slices: Sequence[SliceSpec], runtime: Runtime) -> I
     Nothing is yielded without the stage evaluate.
     """
     by_name = {one.name: one for one in slices}
+    yield from evaluate_weights(job, lambda index, name: by_name[name].weights(index), list(by_name), runtime)
 
-    def weights_of(index: int, name: str) -> dict[str, Tensor]:
-        return by_name[name].weights(index)
 
+def evaluate_weights(
+    job: LoadedJob,
+    weights_of: WeightsOf,
+    names: Sequence[str],
+    runtime: Runtime,
+    process_group: ProcessGroup | None = None,
+) -> Iterator[tuple[str, dict[str, Metrics]]]:
+    """Yield each dataset with the metrics of the full-precision model and of models that differ in their weights.
+
+    Args:
+        weights_of: weights of a block of a model, see ``evaluate_slices``.
+        names: of the models.
+        process_group: processes that share the sequences; None for those of the job.
+    """
+    group = runtime.process_group if process_group is None else process_group
     for name, sequences in job.evaluation.items():
-        with runtime.bars.bar(f"evaluate on {name}", steps(job.blocks, sequences, list(by_name))) as progress:
+        with runtime.bars.bar(f"evaluate on {name}", steps(job.blocks, sequences, names)) as progress:
             measured = evaluate_slices(
                 job.blocks,
                 sequences,
                 weights_of,
-                list(by_name),
+                names,
                 job.config.eval.datasets[name].batch_size,
                 runtime.device,
                 job.evaluation_dtype,
                 progress,
-                job.offload_target(runtime, sequences, 1 + len(by_name), job.evaluation_dtype),
-                runtime.process_group,
+                job.offload_target(runtime, sequences, 1 + len(names), job.evaluation_dtype),
+                group,
             )
         yield name, measured
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from matquant import distributed, machine, report
 from matquant.config import Config
+from matquant.distributed import SINGLE_PROCESS
 from matquant.evaluate.tasks import Tasks
 from matquant.formats import allocation
 from matquant.formats.allocation import Allocation
@@ -18,7 +19,7 @@ from matquant.report.next_commands import next_commands
 from matquant.report.output_files import write_atomic
 from matquant.report.results import FILE_NAME, JobResults
 from matquant.stages import generate as generating
-from matquant.stages.evaluate import evaluate, load_tasks, score_tasks
+from matquant.stages.evaluate import evaluate, evaluate_weights, load_tasks, score_tasks
 from matquant.stages.generate import generate
 from matquant.stages.load import LoadedJob, load_job
 from matquant.stages.plan import plan_without_quantize
@@ -122,7 +123,10 @@ def _run_stages(
     with log.timed("load"):
         job = load_job(config, runtime)
         tasks = load_tasks(job)
-        packing = Packing(config.pack, job.layer_specs, config.method, info.folder) if config.pack.wanted else None
+        packing = None
+        if config.pack.wanted:
+            uniform = () if config.allocations or config.search.wanted else config.slice_bits
+            packing = Packing(config.pack, job.layer_specs, config.method, info.folder, job.model, uniform)
     outputs, results = StageOutputs(), None
     try:
         _quantize_and_evaluate(job, tasks, runtime, outputs)
@@ -130,9 +134,8 @@ def _run_stages(
             return None
         results = assemble(job, runtime, outputs, command=info.command, resolved=info.resolved)
         if packing is not None:
-            with log.timed("pack"), runtime.bars.bar("pack", len(job.layer_names)) as progress:
-                packed = packing.run(job.model, job.blocks, outputs.slices, results.to_json(), progress)
-            results = dataclasses.replace(results, pack=packed)
+            with log.timed("pack"):
+                results = dataclasses.replace(results, pack=_pack(job, packing, outputs, results, runtime))
         if "generate" in config.stages:
             with log.timed("generate"):
                 generated = generate(job, outputs.slices, runtime)
@@ -143,6 +146,21 @@ def _run_stages(
             partial = results or assemble(job, runtime, outputs, command=info.command, resolved=info.resolved)
             on_failure(dataclasses.replace(partial, failure=failure_record(log.stage, error)))
         raise
+
+
+def _pack(
+    job: LoadedJob, packing: Packing, outputs: StageOutputs, results: JobResults, runtime: Runtime
+) -> dict[str, Any]:
+    """Pack; and evaluate the packed weights if they differ from the slice. Returns the record for the results."""
+    with runtime.bars.bar("pack", len(job.layer_names)) as progress:
+        packed = packing.run(job.model, job.blocks, outputs.slices, results.to_json(), progress)
+    stored = packing.stored_weights
+    if stored is not None:
+        measured = dict(evaluate_weights(job, lambda index, _: stored(index), ["packed"], runtime, SINGLE_PROCESS))
+        if measured:
+            packed["perplexity"] = {name: models["packed"].perplexity for name, models in measured.items()}
+            packed["kl"] = {name: models["packed"].kl for name, models in measured.items()}
+    return packed
 
 
 def _quantize_and_evaluate(job: LoadedJob, tasks: Tasks | None, runtime: Runtime, outputs: StageOutputs) -> None:

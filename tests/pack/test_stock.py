@@ -176,7 +176,7 @@ def test_a_short_last_group_is_refused_with_the_group_sizes_that_fit(form, sizes
     opened = Opened(saved, tmp_path / "store", group_size=64, slicing="round", zero_point_offset=0.0)
     settings = PackConfig(name=form, path=str(tmp_path / "out"))
     with pytest.raises(UserError, match=f"pack={form} holds groups of equal size only, but {sentence}"):
-        Packing(settings, opened.specs(), opened.method, tmp_path)
+        Packing(settings, opened.specs(), opened.method, tmp_path, opened.loaded)
     fitting = Opened(saved, tmp_path / "fitting", group_size=32, slicing="round", zero_point_offset=0.0)
     fitting.pack(tmp_path / "out", 4, name=form)
     if form != "matgptq_v1":
@@ -196,7 +196,7 @@ def test_sizes_that_do_not_fill_words_are_refused_before_any_work(tmp_path):
     opened = Opened(save(make_model("llama", torch.float16, hidden_size=72), tmp_path / "model"), tmp_path / "store")
     settings = PackConfig(name="gptq", path=str(tmp_path / "out"))
     with pytest.raises(UserError, match=r"multiples of 32; model.layers.0.self_attn.q_proj is \[64, 72\]. Leave"):
-        Packing(settings, opened.specs(), opened.method, tmp_path)
+        Packing(settings, opened.specs(), opened.method, tmp_path, opened.loaded)
 
 
 def test_experts_are_refused(tmp_path):

@@ -6,12 +6,13 @@ in ``FORMATS``, one preset in ``conf/pack``.
 
 from matquant.pack.formats.base import CheckpointFormat, PackRequest, PackResult
 from matquant.pack.formats.compressed_tensors import CompressedTensorsFormat
+from matquant.pack.formats.gguf import GgufFormat
 from matquant.pack.formats.gptq import GptqFormat
 from matquant.pack.formats.matgptq_v1 import MatGptqV1Format
 from matquant.pack.formats.nested import NestedFormat
 
 FORMATS: dict[str, CheckpointFormat] = {
-    one.name: one for one in (NestedFormat(), MatGptqV1Format(), GptqFormat(), CompressedTensorsFormat())
+    one.name: one for one in (NestedFormat(), MatGptqV1Format(), GptqFormat(), CompressedTensorsFormat(), GgufFormat())
 }
 
 __all__ = ["FORMATS", "CheckpointFormat", "PackRequest", "PackResult"]

@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from matquant.errors import UserError
 from matquant.formats.groups import fit_group_size
 from matquant.formats.packed import LayerSpec
+from matquant.models.loading import LoadedModel
 from matquant.pack.config import PackConfig
 from matquant.pack.pack_input import PackInput
 from matquant.quantize.config import GROUP_SIZES, MethodConfig
@@ -28,6 +31,7 @@ class PackRequest:
         progress: called with 1 after each layer.
         stored_bits: bits of integer codes; None for as few as are exact.
         allow_nearest: store the nearest integer codes where none are exact.
+        dense_type: GGUF type of matrices that are not quantized; auto for the smallest exact one.
     """
 
     source: PackInput
@@ -39,6 +43,7 @@ class PackRequest:
     progress: Callable[[int], None]
     stored_bits: int | None = None
     allow_nearest: bool = False
+    dense_type: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,14 +51,17 @@ class PackResult:
     """Description of the written weights.
 
     Attributes:
-        quantization_config: for ``config.json``.
+        quantization_config: for ``config.json``; None for a format that holds config and tokenizer in its weight file.
         config: other entries of ``config.json``, in place of the original's.
         record: for the results, beside folder and bytes.
+        stored_weights: weights of a block in the finished folder, by layer, from the folder and the block's number; None if
+            they are those of the slice.
     """
 
-    quantization_config: dict[str, Any]
+    quantization_config: dict[str, Any] | None
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stored_weights: Callable[[Path, int], Mapping[str, Tensor]] | None = None
 
 
 def check_equal_groups(name: str, layers: Mapping[str, LayerSpec]) -> None:
@@ -94,6 +102,13 @@ class CheckpointFormat(abc.ABC):
 
         Raises:
             UserError: names the setting or the first such layer, and the alternatives.
+        """
+
+    def check_model(self, config: PackConfig, loaded: LoadedModel) -> None:  # noqa: B027  (optional)
+        """Refuse models and tokenizers that the format cannot store, before any long work.
+
+        Raises:
+            UserError: names what the format does not have, and the alternatives.
         """
 
     @abc.abstractmethod

@@ -1,0 +1,1 @@
+"""Parts of a GGUF file: types of tensors, their exact and nearest encoding, architectures, and vocabulary."""

@@ -137,9 +137,9 @@ def max_block_size(device: torch.device, bit_widths: int) -> int:
     return column_solver_cuda.max_block_size(bit_widths) if device.type == "cuda" else 1024
 
 
-def compiled_grid(grid: CodeGrid) -> column_solver_cpu.Grid:
+def compiled_grid(grid: CodeGrid) -> column_solver_cpu.SolverGrid:
     """Grid as ``column_solver_cpu`` takes it."""
-    return column_solver_cpu.Grid(
+    return column_solver_cpu.SolverGrid(
         cells=grid.cells.numpy(),
         low_cells=grid.low_cells.numpy(),
         codes=grid.codes,

@@ -49,7 +49,7 @@ _LANES = 64
 _PART = 16  # columns after which errors are fed back to the rest of the block
 
 
-class Grid(NamedTuple):
+class SolverGrid(NamedTuple):
     """Values of ``CodeGrid`` for compiled functions; ``code_grid`` describes them."""
 
     cells: NDArray[np.float32]
@@ -78,7 +78,7 @@ def best_codes(u, weight, grid, scratch, codes, cost):
 
     Args:
         u, weight: float32 [K, _LANES].
-        grid: a ``Grid``.
+        grid: a ``SolverGrid``.
         scratch: float32 [scratch_rows(K), _LANES].
         codes, cost: float32 [_LANES], out; the cost is in units of a code squared.
     """

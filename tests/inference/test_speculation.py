@@ -181,12 +181,12 @@ def test_sampled_texts_have_the_distribution_of_the_target(settings):
     prompt, length = torch.tensor([[1, 3, 2]]), 3
     texts = torch.tensor(list(itertools.product(range(4), repeat=length)))
     exact = text_probabilities(model, prompt, texts, 8, settings)
-    assert p_value(exact * 1500, text_probabilities(model, prompt, texts, 2, settings)) < 1e-9  # the draft's differ
+    assert p_value(exact * 600, text_probabilities(model, prompt, texts, 2, settings)) < 1e-6  # the draft's differ
     set_bits(model, 8)
     counts = torch.zeros(len(texts))
     sampling = GREEDY | {"do_sample": True, "max_new_tokens": length} | settings
     with matquant.speculate(model, draft=2, tokens=2, adaptive=False) as found:
-        for _ in range(1500):
+        for _ in range(600):
             text = model.generate(prompt, **sampling)[0, prompt.shape[1] :]
             counts[(texts == text).all(1).nonzero()[0, 0]] += 1
     assert p_value(counts, exact) > 1e-4

@@ -46,7 +46,7 @@ from matquant.store import Store
 TINY = Path("experiments/models/tiny")
 ENGINE = Path(__file__).with_name("gguf_engine.py")
 CALIBRATION = ("calibration.sequences=8", "calibration.sequence_length=128")
-WIDTHS = {"q_proj": 3, "k_proj": 4, "v_proj": 4, "o_proj": 4, "gate_proj": 4, "up_proj": 4, "down_proj": 5}
+WIDTHS = {"q_proj": 3, "k_proj": 4, "v_proj": 4, "o_proj": 4, "gate_proj": 3, "up_proj": 3, "down_proj": 4}
 FILES: dict[str, tuple[str, ...]] = {
     "4": ("pack.bits=4",),
     "3": ("pack.bits=3",),

@@ -66,13 +66,19 @@ def weights(draw: st.DrawFn) -> NestedWeight:
 
     own = draw(st.sampled_from([(), (2,), (3, 4)]))
     offset = 0.0 if slicing == "round" else draw(st.sampled_from([0.0, 8.0, 16.0]))
+    stretch = 1.0 if slicing == "round" else draw(st.sampled_from([1.0, 1.25, 1.5]))
     return NestedWeight(
         codes=torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=generator),
         scales=scales(),
         zeros=None,
         own_scales={bits: scales() for bits in own},
         format=WeightFormat(
-            group_size=group_size, slicing=slicing, zero_point_offset=offset, scale_dtype=dtype, scale_bits=own
+            group_size=group_size,
+            slicing=slicing,
+            zero_point_offset=offset,
+            scale_dtype=dtype,
+            scale_bits=own,
+            stretch=stretch,
         ),
     )
 
@@ -97,15 +103,18 @@ def _spec(weight: NestedWeight) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("slicing", "offset", "expected"),
+    ("slicing", "offset", "stretch", "expected"),
     [
-        ("msb", 8.0, ["Q5_0", "Q5_0", "Q4_0", "Q8_0", "Q8_0", None, None]),
-        ("msb", 0.0, ["Q4_0", "Q4_0", "Q5_0", "Q8_0", "Q8_0", "Q8_0", None]),
-        ("round", 0.0, ["Q4_0", "Q4_0", "Q4_0", "Q5_0", "Q8_0", "Q8_0", "Q8_0"]),
+        ("msb", 8.0, 1.0, ["Q5_0", "Q5_0", "Q4_0", "Q8_0", "Q8_0", None, None]),
+        ("msb", 8.0, 1.25, ["Q5_0", "Q5_0", "Q4_0", None, None, None, None]),
+        ("msb", 0.0, 1.0, ["Q4_0", "Q4_0", "Q5_0", "Q8_0", "Q8_0", "Q8_0", None]),
+        ("round", 0.0, 1.0, ["Q4_0", "Q4_0", "Q4_0", "Q5_0", "Q8_0", "Q8_0", "Q8_0"]),
     ],
 )
-def test_smallest_exact_type_of_each_width(slicing: Any, offset: float, expected: list[str | None]) -> None:
-    fmt = WeightFormat(group_size=64, slicing=slicing, zero_point_offset=offset)
+def test_smallest_exact_type_of_each_width(
+    slicing: Any, offset: float, stretch: float, expected: list[str | None]
+) -> None:
+    fmt = WeightFormat(group_size=64, slicing=slicing, zero_point_offset=offset, stretch=stretch)
     weight = NestedWeight(
         codes=torch.arange(256, dtype=torch.uint8)[None].repeat(2, 1),
         scales=torch.tensor([[0.01, -0.02, 0.3, -0.001]]).repeat(2, 1).half(),
@@ -229,7 +238,7 @@ def _width(bits: Any) -> str:
     return bits if isinstance(bits, str) else f"{bits}bit"
 
 
-FAMILIES = ["llama", "mistral", "qwen2", "gemma2", "gemma3", "qwen2_moe", "qwen3_moe", "phi3"]
+FAMILIES = ["llama", "mistral", "qwen2", "gemma2", "gemma3_text", "qwen2_moe", "qwen3_moe", "phi3"]
 
 
 def check_read_by_transformers(folder: Path, opened: Opened) -> None:
@@ -408,7 +417,7 @@ def test_scales_beyond_float16_are_refused(tmp_path: Path, factor: float) -> Non
         ("deepseek_v3", {}, "does not know the architecture deepseek_v3"),
         ("llama", {"hidden_act": "gelu"}, "does not run llama with the activation function gelu"),
         ("gemma2", {"query_pre_attn_scalar": 20}, r"gemma2 with query_pre_attn_scalar=20 \(it has 16\)"),
-        ("gemma3", {"query_pre_attn_scalar": 20}, "gemma3_text with query_pre_attn_scalar=20"),
+        ("gemma3_text", {"query_pre_attn_scalar": 20}, "gemma3_text with query_pre_attn_scalar=20"),
         ("qwen3_moe", {"norm_topk_prob": False}, "qwen3_moe with norm_topk_prob=False"),
         ("qwen2_moe", {"norm_topk_prob": True}, "qwen2_moe with norm_topk_prob=True"),
         (

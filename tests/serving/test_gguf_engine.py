@@ -72,7 +72,7 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     family: (family, {})
-    for family in ("llama", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "phi3", "gemma2", "gemma3")
+    for family in ("llama", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "phi3", "gemma2", "gemma3_text")
 }
 CASES |= {"mistral": ("mistral", {"sliding_window": None}), "llama-untied": ("llama", {"tie_word_embeddings": False})}
 CASES |= {

@@ -273,6 +273,7 @@ def test_transformers_reads_the_slice_from_the_file(family: str, tmp_path: Path)
     check_read_by_transformers(opened.pack(tmp_path / "out", 4, name="gguf"), opened)
 
 
+@pytest.mark.slow
 def test_nearest_values_have_the_width_of_the_slice_and_a_recorded_error(tmp_path: Path) -> None:
     wide = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "vocab_size": 2048}
     opened = Opened(

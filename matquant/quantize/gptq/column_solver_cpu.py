@@ -50,7 +50,10 @@ _PART = 16  # columns after which errors are fed back to the rest of the block
 
 
 class SolverGrid(NamedTuple):
-    """Values of ``CodeGrid`` for compiled functions; ``code_grid`` describes them."""
+    """Values of ``CodeGrid`` for compiled functions; ``code_grid`` describes them.
+
+    numba's cache on disk refers to this class by name: renaming it breaks caches that exist.
+    """
 
     cells: NDArray[np.float32]
     low_cells: NDArray[np.float32]

@@ -1,7 +1,7 @@
 """Command line: composes the config with Hydra, and turns errors into sentences and exit statuses.
 
 ``python run.py`` and the console script ``matquant`` are the same. Commands are names for overrides, see ``_COMMANDS``;
-``matquant store ls`` is ``matquant store=ls``, and ``matquant serve FOLDER`` starts vLLM's server.
+``matquant store ls`` is ``matquant store=ls``, and ``matquant serve FOLDER OPTION...`` starts vLLM's server.
 """
 
 import os
@@ -30,6 +30,12 @@ _COMMANDS = {
     "evaluate": ["stages=[quantize,evaluate]"],
     "pack": ["stages=[quantize]", "pack=nested"],
     "generate": ["stages=[quantize,generate]"],
+}
+
+# Options of vLLM's server that ``matquant serve`` adds: the endpoint that changes the bit-width while serving.
+_SERVER_OPTIONS = {
+    "--worker-extension-cls": "matquant.vllm.worker.WidthExtension",
+    "--middleware": "matquant.vllm.endpoint.WidthEndpoint",
 }
 
 # OpenMP threads that have nothing to do spin for milliseconds by default. On cores that other processes use, a spinning thread
@@ -123,10 +129,25 @@ def _translate(arguments: list[str]) -> list[str]:
     return arguments
 
 
+def server_command(arguments: list[str]) -> list[str]:
+    """Command of vLLM's server for a folder and options of vLLM, with the endpoint that changes the bit-width.
+
+    Raises:
+        UserError: there is no folder at the front.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(
+            "matquant serve needs a packed folder, and then options of vLLM: matquant serve FOLDER --port 8000."
+        )
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *arguments]
+    given = {argument.partition("=")[0] for argument in arguments}
+    return command + [part for option in _SERVER_OPTIONS.items() if option[0] not in given for part in option]
+
+
 def _serve(arguments: list[str]) -> NoReturn:
     """Replace this process by vLLM's server, which loads the plugin by itself."""
     check_installed("vllm", "matquant serve")
-    os.execvp(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments])
+    os.execvp(sys.executable, server_command(arguments))
 
 
 def _limit_spinning() -> None:

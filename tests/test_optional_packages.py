@@ -8,6 +8,9 @@ from architectures import make_model, save
 from packing import Opened
 from shared import ROOT
 
+from matquant import cli
+from matquant.errors import UserError
+
 # Packages of the extras cannot be imported in a program that begins with this.
 _WITHOUT = """
 import importlib.machinery, sys
@@ -83,3 +86,14 @@ def test_an_unknown_command_is_refused_with_those_that_exist(matquant):
     status, _, err = matquant("quantise")
     assert status == 2
     assert "'quantise' is no command; there are quantize, evaluate, pack, generate, serve, store" in err
+
+
+def test_serve_starts_the_server_of_vllm_with_the_endpoint():
+    command = cli.server_command(["folder", "--port", "1", "--middleware=mine"])
+    assert command[1:] == [
+        *("-m", "vllm.entrypoints.openai.api_server", "--model", "folder", "--port", "1", "--middleware=mine"),
+        *("--worker-extension-cls", "matquant.vllm.worker.WidthExtension"),
+    ]
+    for wrong in ([], ["--port", "1"]):
+        with pytest.raises(UserError, match="matquant serve needs a packed folder"):
+            cli.server_command(wrong)

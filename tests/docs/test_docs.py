@@ -64,7 +64,7 @@ def test_every_command_composes(page, command, monkeypatch):
 
 
 def test_links_of_the_pages_reach_files():
-    for page in PAGES:
+    for page in [*PAGES, *(ROOT / "experiments").rglob("*.md"), ROOT / "kernels" / "README.md"]:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
             if "://" in target or target.startswith("reference/"):
                 continue

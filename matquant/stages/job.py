@@ -209,7 +209,7 @@ def _show(results: JobResults, page: Path, console: Console) -> None:
     if results.pack is not None:
         console.print(f"packed: {results.pack['folder']}", soft_wrap=True, highlight=False)
     for purpose, command in next_commands(results):
-        console.print(f"next, {purpose}: {command}", soft_wrap=True, highlight=False, style="dim")
+        console.print(f"next, {purpose}: {command}", soft_wrap=True, highlight=False, markup=False, style="dim")
 
 
 def _write_allocations(results: JobResults, folder: Path) -> None:

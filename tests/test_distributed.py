@@ -130,7 +130,8 @@ def test_two_processes_refine_the_scales_of_one(start_two, run_one, small_model,
         "refine.text.batch_size=4",
         "refine.validation_sequences=2",
     )
-    job = (*JOB, f"model.path={small_model}", *refine)
+    parent = ("method=rtn", "method.per_bit_models=false", "method.slicing=msb")
+    job = (*JOB, f"model.path={small_model}", *parent, *refine)
     process = start_two(*job)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err

@@ -204,10 +204,10 @@ def _write(results: JobResults, folder: Path) -> Path:
 
 def _show(results: JobResults, page: Path, console: Console) -> None:
     report.print_table(results, console)
-    console.print(f"report: {page}", soft_wrap=True, highlight=False)
+    console.print(f"report: {page}", soft_wrap=True, highlight=False, markup=False)
     generating.show(results.generate, console)
     if results.pack is not None:
-        console.print(f"packed: {results.pack['folder']}", soft_wrap=True, highlight=False)
+        console.print(f"packed: {results.pack['folder']}", soft_wrap=True, highlight=False, markup=False)
     for purpose, command in next_commands(results):
         console.print(f"next, {purpose}: {command}", soft_wrap=True, highlight=False, markup=False, style="dim")
 

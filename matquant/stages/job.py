@@ -79,6 +79,8 @@ def run_job(config: Config, info: JobInfo) -> float | None:
             results = dataclasses.replace(results, warnings=[*results.warnings, failure])
             _write(results, info.folder)
     _show(results, page, Console())
+    if info.group is None:  # the command of a job of a sweep would begin the sweep again
+        _show_next(results, Console())
     return mean_figure(results, config.metric)
 
 
@@ -208,6 +210,9 @@ def _show(results: JobResults, page: Path, console: Console) -> None:
     generating.show(results.generate, console)
     if results.pack is not None:
         console.print(f"packed: {results.pack['folder']}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _show_next(results: JobResults, console: Console) -> None:
     for purpose, command in next_commands(results):
         console.print(f"next, {purpose}: {command}", soft_wrap=True, highlight=False, markup=False, style="dim")
 

@@ -57,6 +57,7 @@ def test_the_default_job_on_less_text(matquant, tmp_path):
     assert all(row["error"]["8"] < row["error"]["2"] for row in results["layers"])
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
     assert "report.html" in out
+    assert out.count("next, ") == 3
 
 
 def test_ours_beats_the_published_algorithm_and_bit_widths_that_the_objective_does_not_name_lie_between(job):
@@ -148,6 +149,7 @@ def test_a_sweep_over_bits_quantizes_once(run_py, tmp_path, small_model, launche
     with (tmp_path / "sweep" / "summary.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 4
     assert "summary.html" in out
+    assert "next, " not in out
 
 
 def test_a_failed_job_does_not_lose_the_others(run_py, tmp_path, small_model):

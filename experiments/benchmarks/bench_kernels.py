@@ -15,6 +15,7 @@ import concurrent.futures
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -37,6 +38,7 @@ from kernel_checks import activations, check, checks
 from matquant.cuda import load
 from matquant.cuda.cuda_driver import architecture, nvrtc_compile, nvrtc_version
 from matquant.cuda.source import compile_options, cubin, read_source
+from matquant.formats.bits import STRICT_BITS
 from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.formats.planes import NestedPlanes
 from matquant.inference import cuda_ops, ops
@@ -60,6 +62,7 @@ class Timing:
     rows: int
     depth: int
     bits: int
+    stretch: float
     tokens: int
     us: float
     fp16_us: float
@@ -113,14 +116,15 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / statistics.median(times)
 
 
-def problem_of(tokens: int, rows: int, depth: int, bits: int, group: int) -> GemmShape:
+def problem_of(tokens: int, rows: int, depth: int, bits: int, group: int, stretch: float) -> GemmShape:
     return GemmShape(
-        tokens=tokens,
-        rows=rows,
-        depth=depth,
-        bits=bits,
-        dtype=torch.float16,
-        format=WeightFormat(group_size=group, zero_point_offset=8.0, scale_dtype=torch.float16, has_zero_points=False),
+        tokens=tokens, rows=rows, depth=depth, bits=bits, dtype=torch.float16, format=format_of(group, stretch)
+    )
+
+
+def format_of(group: int, stretch: float) -> WeightFormat:
+    return WeightFormat(
+        group_size=group, zero_point_offset=8.0, scale_dtype=torch.float16, has_zero_points=False, stretch=stretch
     )
 
 
@@ -139,10 +143,12 @@ def precompile(plans: Sequence[LaunchConfig]) -> None:
 
 
 class Bench:
-    """Weights of one shape and width, in as many copies as exceed the cache."""
+    """Weights of one shape, width and stretch, in as many copies as exceed the cache."""
 
-    def __init__(self, rows: int, depth: int, bits: int, group: int, device: DeviceLimits, *, pdl: bool) -> None:
-        self.rows, self.depth, self.bits, self.group = rows, depth, bits, group
+    def __init__(
+        self, rows: int, depth: int, bits: int, group: int, stretch: float, device: DeviceLimits, *, pdl: bool
+    ) -> None:
+        self.rows, self.depth, self.bits, self.group, self.stretch = rows, depth, bits, group, stretch
         self.device, self.pdl = device, pdl
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         copies = max(3, -(-4 * cache // (rows * depth * bits // 8)))
@@ -178,7 +184,7 @@ class Bench:
         return choose_tile_config(problem, self.device) if tokens <= max_tokens(problem, self.device) else None
 
     def problem(self, tokens: int) -> GemmShape:
-        return problem_of(tokens, self.rows, self.depth, self.bits, self.group)
+        return problem_of(tokens, self.rows, self.depth, self.bits, self.group, self.stretch)
 
     def timing(
         self, tokens: int, us: float, fp16_us: float, bandwidth: float, tile: TileConfig | None, registers: int
@@ -189,6 +195,7 @@ class Bench:
             rows=self.rows,
             depth=self.depth,
             bits=self.bits,
+            stretch=self.stretch,
             tokens=tokens,
             us=us,
             fp16_us=fp16_us,
@@ -211,7 +218,7 @@ class Bench:
                 zeros=None,
                 out_features=self.rows,
                 in_features=self.depth,
-                format=WeightFormat(group_size=self.group, master_bits=8, slicing="msb", zero_point_offset=8.0),
+                format=format_of(self.group, self.stretch),
             )
             for p, s in zip(self.planes, self.scales, strict=True)
         ]
@@ -269,8 +276,10 @@ def fp16_times(rows: int, depth: int, batches: Sequence[int]) -> dict[int, float
 def measure(args: argparse.Namespace, device: DeviceLimits, bandwidth: float) -> Iterator[Timing]:
     for rows, depth in args.shapes:
         fp16 = fp16_times(rows, depth, args.tokens)
-        for bits in args.bits:
-            bench = Bench(rows, depth, bits, args.group, device, pdl=not args.no_pdl)
+        for bits, stretch in itertools.product(args.bits, args.stretch):
+            if stretch != args.stretch[0] and bits <= STRICT_BITS:
+                continue  # the same kernel
+            bench = Bench(rows, depth, bits, args.group, stretch, device, pdl=not args.no_pdl)
             for tokens in args.tokens:
                 for tile, us, registers in timed_tiles(bench, tokens, candidates=args.candidates):
                     yield bench.timing(tokens, us, fp16[tokens], bandwidth, tile, registers)
@@ -297,11 +306,15 @@ def draw(timings: Sequence[Timing], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shapes = list(dict.fromkeys((t.rows, t.depth) for t in timings))
+    shapes, stretch = list(dict.fromkeys((t.rows, t.depth) for t in timings)), timings[0].stretch
     figure, axes = plt.subplots(1, len(shapes), figsize=(3.6 * len(shapes), 3.4), squeeze=False, sharey=True)
     for axis, (rows, depth) in zip(axes[0], shapes, strict=True):
         for bits in sorted({t.bits for t in timings}):
-            line = [t for t in timings if (t.rows, t.depth, t.bits) == (rows, depth, bits) and t.chosen]
+            line = [
+                t
+                for t in timings
+                if (t.rows, t.depth, t.bits) == (rows, depth, bits) and t.chosen and t.stretch == stretch
+            ]
             axis.plot(
                 [t.tokens for t in line], [t.faster for t in line], marker="o", markersize=3, label=f"{bits} bits"
             )
@@ -319,6 +332,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", default="2,3,4,5,6,7,8")
     parser.add_argument("--tokens", default=BATCHES)
     parser.add_argument("--group", type=int, default=128)
+    parser.add_argument(
+        "--stretch", default="1", help="of the steps of the fifth and later planes: 1,1.25 compares both"
+    )
     parser.add_argument("--candidates", action="store_true", help="time other tile configurations too")
     parser.add_argument("--no-pdl", action="store_true", help="launch without programmatic dependent launch (PDL)")
     parser.add_argument("--no-check", action="store_true")
@@ -328,16 +344,17 @@ def arguments() -> argparse.Namespace:
     args.shapes = [tuple(int(n) for n in shape.split("x")) for shape in args.shapes.split(",")]
     args.bits = [int(b) for b in args.bits.split(",")]
     args.tokens = [int(t) for t in args.tokens.split(",")]
+    args.stretch = [float(t) for t in args.stretch.split(",")]
     return args
 
 
 def all_plans(args: argparse.Namespace, device: DeviceLimits) -> list[LaunchConfig]:
     """Launch configurations of all checks and measurements."""
-    plans = [] if args.no_check else [make_launch_config(c.problem(), device) for c in checks(args.bits)]
+    plans = [] if args.no_check else [make_launch_config(c.problem(), device) for c in checks(args.bits, args.stretch)]
     if not args.check_only:
         for rows, depth in args.shapes:
-            for bits in args.bits:
-                problems = [problem_of(tokens, rows, depth, bits, args.group) for tokens in args.tokens]
+            for bits, stretch in itertools.product(args.bits, args.stretch):
+                problems = [problem_of(tokens, rows, depth, bits, args.group, stretch) for tokens in args.tokens]
                 for problem in (p for p in problems if p.tokens <= max_tokens(p, device)):
                     plans += [
                         make_launch_config(problem, device, v)
@@ -357,7 +374,7 @@ def command(argv: Sequence[str]) -> str:
 
 def line(t: Timing) -> str:
     shape = f"{t.rows}x{t.depth}"
-    return f"{shape:>12} {t.bits:5} {t.tokens:6} {t.us:8.1f} {t.gb_per_s:7.0f} {t.floor_share:6.0%} {t.faster:7.2f}"
+    return f"{shape:>12} {t.bits:5} {t.stretch:7} {t.tokens:6} {t.us:8.1f} {t.gb_per_s:7.0f} {t.floor_share:6.0%} {t.faster:7.2f}"
 
 
 def main() -> None:
@@ -367,7 +384,7 @@ def main() -> None:
     properties = torch.cuda.get_device_properties(0)
     device = cuda_ops.device_limits(0)
     precompile(all_plans(args, device))
-    worst = None if args.no_check else check(args.bits)
+    worst = None if args.no_check else check(args.bits, args.stretch)
     if worst is not None:
         print(f"right: the largest error is {worst:.4f} times that of rounding the exact result", flush=True)
     if args.check_only:
@@ -376,7 +393,7 @@ def main() -> None:
     overhead = call_overhead()
     print("a call takes the host " + ", ".join(f"{us:.1f} µs ({name})" for name, us in overhead.items()))
     print(f"{properties.name}: a copy moves {bandwidth / 1e12:.2f} TB/s\n")
-    print("       shape  bits tokens       us    GB/s  floor  x fp16", flush=True)
+    print("       shape  bits stretch tokens       us    GB/s  floor  x fp16", flush=True)
     timings: list[Timing] = []
     args.out.mkdir(parents=True, exist_ok=True)
     try:

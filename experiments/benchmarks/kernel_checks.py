@@ -30,6 +30,7 @@ class Check:
     group: int
     slicing: Slicing
     zeros: bool
+    stretch: float
     rows: int = 1000
 
     @property
@@ -49,6 +50,7 @@ class Check:
                 zero_point_offset=8.0,
                 scale_dtype=self.dtype,
                 has_zero_points=self.zeros,
+                stretch=self.stretch,
             ),
         )
 
@@ -70,6 +72,7 @@ class Check:
                 group_size=self.group,
                 has_zero_points=self.zeros,
                 scale_dtype=self.dtype,
+                stretch=self.stretch,
             ),
         )
         packed = NestedPlanes.pack(weight)
@@ -85,7 +88,8 @@ class Check:
         return (made / torch.linalg.norm(best.double() - exact)).item()
 
 
-def checks(bits: Sequence[int]) -> list[Check]:
+def checks(bits: Sequence[int], stretches: Sequence[float]) -> list[Check]:
+    """Cases of these bit-widths in both dtypes; the stretches, group sizes and kinds of slices take turns."""
     groups = (128, 64, 32, 1312)
     found = []
     for i, b in enumerate(bits):
@@ -100,15 +104,16 @@ def checks(bits: Sequence[int]) -> list[Check]:
                         group=groups[(i + j) % 4],
                         slicing=kind,
                         zeros=(i + j) % 2 == 1,
+                        stretch=stretches[i % len(stretches)] if kind == "msb" else 1.0,
                     )
                 )
     return found
 
 
-def check(bits: Sequence[int]) -> float:
+def check(bits: Sequence[int], stretches: Sequence[float]) -> float:
     """The largest error. Raises SystemExit if one is more than 1.2."""
     worst = 0.0
-    for case in checks(bits):
+    for case in checks(bits, stretches):
         error = case.error()
         if not error <= 1.2:
             raise SystemExit(f"WRONG, {error:.3g} times the error of rounding: {case}")

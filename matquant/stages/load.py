@@ -256,7 +256,7 @@ def _refinement_text(config: Config, model: LoadedModel, runtime: Runtime) -> Re
             "processes. Make it a multiple of their number."
         )
     wanted = dataclasses.replace(text, sequences=text.sequences + held_out)
-    sequences = _read("refine.text", wanted, "calibration", model, runtime)
+    sequences = _read("refine.text", wanted, "train", model, runtime)
     chosen = torch.zeros(len(sequences), dtype=torch.bool)
     chosen[(torch.arange(held_out) * len(sequences)) // held_out] = True
     return RefinementText(training=sequences[~chosen], validation=sequences[chosen], batch_size=text.batch_size)

@@ -373,8 +373,8 @@ def command(argv: Sequence[str]) -> str:
 
 
 def line(t: Timing) -> str:
-    shape = f"{t.rows}x{t.depth}"
-    return f"{shape:>12} {t.bits:5} {t.stretch:7} {t.tokens:6} {t.us:8.1f} {t.gb_per_s:7.0f} {t.floor_share:6.0%} {t.faster:7.2f}"
+    problem = f"{f'{t.rows}x{t.depth}':>12} {t.bits:5} {t.stretch:7} {t.tokens:6}"
+    return f"{problem} {t.us:8.1f} {t.gb_per_s:7.0f} {t.floor_share:6.0%} {t.faster:7.2f}"
 
 
 def main() -> None:

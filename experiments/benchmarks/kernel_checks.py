@@ -104,7 +104,7 @@ def checks(bits: Sequence[int], stretches: Sequence[float]) -> list[Check]:
                         group=groups[(i + j) % 4],
                         slicing=kind,
                         zeros=(i + j) % 2 == 1,
-                        stretch=stretches[i % len(stretches)] if kind == "msb" else 1.0,
+                        stretch=stretches[(i + j) % len(stretches)] if kind == "msb" else 1.0,
                     )
                 )
     return found

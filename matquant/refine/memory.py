@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from matquant.memory import FLOAT32_BYTES, MemoryEstimate, Offload, estimate
 from matquant.models.model_sizes import ModelSizes
+from matquant.refine.slice_model import sequences_at_a_time
 
 _SETS = 5  # of scales per bit-width: start, ratio, two moments, best
-_LOGIT_ARRAYS = 6  # of one sequence: two logits, two log-probabilities, two gradients
+_LOGIT_ARRAYS = 6  # of the sequences at a time: two logits, two log-probabilities, two gradients
 _GRADIENTS = 3  # activations of a block with their gradients, over the activations alone
 
 
@@ -35,7 +36,8 @@ def refine_memory(
     scales = len(bits) * _SETS * groups * FLOAT32_BYTES
     boundaries = sizes.blocks * batch * length * sizes.hidden * sizes.computing
     inside = _GRADIENTS * sizes.activation_bytes(batch * length)
-    logits = _LOGIT_ARRAYS * length * sizes.vocabulary * FLOAT32_BYTES
+    sequences = min(batch, sequences_at_a_time(length, sizes.vocabulary))
+    logits = _LOGIT_ARRAYS * sequences * length * sizes.vocabulary * FLOAT32_BYTES
     dense = 3 * max((layer.rows * layer.columns for layer in sizes.layers), default=0) * FLOAT32_BYTES
     running = sizes.parameters * sizes.computing + parent + scales + boundaries + max(inside + dense, logits)
     return estimate(

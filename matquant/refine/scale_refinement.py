@@ -83,7 +83,7 @@ class ScaleRefinement:
                 context.dtype,
             ) as model,
         ):
-            trained = [TrainedScales(bits, model.weights, self.config) for bits in self.config.bits]
+            trained = [TrainedScales(bits, model.reader.weights, self.config) for bits in self.config.bits]
             self._train(model, trained, len(own), draft)
         for one in trained:
             self._weights = one.refined(self._weights)
@@ -102,8 +102,7 @@ class ScaleRefinement:
         self.context.progress(trained[0].step)
         for step in range(trained[0].step, self.config.steps):
             batch = batches[_batch_of(step, len(batches), self.config.seed)]
-            with torch.no_grad():
-                full = model.hidden(batch)
+            full = model.hidden(batch)
             for one in trained:
                 self._descend(model, one, batch, full)
             self.context.progress(1)
@@ -115,16 +114,15 @@ class ScaleRefinement:
     def _descend(self, model: SliceModel, one: TrainedScales, batch: int, full: Tensor) -> None:
         """Take one optimizer step; processes average their gradients."""
         group, scales = self.context.process_group, one.scales()
-        with model.reading(one.bits, scales):
-            loss = torch.tensor(model.divergence(batch, full, backward=True), dtype=torch.float64)
+        value, gradients = model.gradients(batch, full, one.bits, scales)
+        loss = torch.tensor(value, dtype=torch.float64)
         group.all_reduce(loss)
         if group.world_size > 1:
-            for tensor in scales.values():
-                if tensor.grad is None:
-                    tensor.grad = torch.zeros_like(tensor)
-                group.all_reduce(tensor.grad)
-                tensor.grad /= group.world_size
-        one.take_step(scales, float(loss) / group.world_size)
+            for name, tensor in scales.items():
+                gradients.setdefault(name, torch.zeros_like(tensor))
+                group.all_reduce(gradients[name])
+                gradients[name] /= group.world_size
+        one.take_step(gradients, float(loss) / group.world_size)
 
     @torch.no_grad()
     def _validate(self, model: SliceModel, trained: list[TrainedScales], held_out: list[int]) -> None:
@@ -132,8 +130,7 @@ class ScaleRefinement:
         for batch in held_out:
             full, rows = model.hidden(batch), model.inputs.rows[batch]
             for k, one in enumerate(trained):
-                with model.reading(one.bits, one.scales()):
-                    losses[k] += model.divergence(batch, full) * (rows.stop - rows.start)
+                losses[k] += model.divergence(batch, full, one.bits, one.scales()) * (rows.stop - rows.start)
         count = torch.tensor(sum(model.inputs.rows[b].stop - model.inputs.rows[b].start for b in held_out)).double()
         group.all_reduce(losses)
         group.all_reduce(count)

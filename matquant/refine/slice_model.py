@@ -1,109 +1,130 @@
-"""Whole model whose quantized layers read the full-precision weights, or a slice with scales that are given."""
+"""KL divergence of the slices of a whole model from its full precision, and the gradients of their scales."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import logging
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_leaves
 
 from matquant.formats.nested import NestedWeight
 from matquant.models.blocks import BlockInputs, BlockModel
-from matquant.models.tensor_swap import patched_forwards
-from matquant.refine.scaled_linear import scaled_linear
+from matquant.refine.block_passes import BlockPasses, GraphedPasses, Passes, Scales
+from matquant.refine.slice_reader import SliceReader
+
+LOGIT_BYTES = 2**29  # of the float32 logits of as many sequences as are alive at a time, if more than one
+
+logger = logging.getLogger(__name__)
 
 
 class SliceModel:
-    """Forward and backward passes of one batch through blocks and head.
-
-    Activations are recomputed block by block in the backward pass. Construct it with ``open_slice_model``.
+    """Forward and backward passes of one batch through blocks and head. Construct it with ``open_slice_model``.
 
     Args:
-        blocks: model, on its device.
-        weights: nested weights by layer name, on the same device.
+        reader: of the model, on its device.
         inputs: inputs of block 0, batch by batch.
         windows: int64 [sequences, length], on the same device.
     """
 
-    def __init__(
-        self, blocks: BlockModel, weights: Mapping[str, NestedWeight], inputs: BlockInputs, windows: Tensor
-    ) -> None:
-        self.blocks, self.weights, self.inputs, self.windows = blocks, weights, inputs, windows
-        self._read: tuple[int, Mapping[str, Tensor]] | None = None  # bit-width and scales; None: full precision
+    def __init__(self, reader: SliceReader, inputs: BlockInputs, windows: Tensor) -> None:
+        self.reader, self.inputs, self.windows = reader, inputs, windows
+        self._passes: dict[tuple, Passes] = {}
+        self._captures = windows.is_cuda
+        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
 
-    @contextlib.contextmanager
-    def reading(self, bits: int, scales: Mapping[str, Tensor]) -> Iterator[None]:
-        """Read the slice of ``bits`` bits with these scales, float32 [out_features, groups] by layer, inside the context."""
-        self._read = bits, scales
-        try:
-            yield
-        finally:
-            self._read = None
-
+    @torch.no_grad()
     def hidden(self, batch: int) -> Tensor:
-        """Hidden states after the last block for one batch: [sequences, length, hidden]."""
-        rows = self.inputs.rows[batch]
-        hidden = self.inputs.hidden[rows]
+        """Hidden states of the full-precision model after the last block for one batch: [sequences, length, hidden]."""
+        hidden = self.inputs.hidden[self.inputs.rows[batch]]
         for index, kwargs in enumerate(self.inputs.kwargs[batch]):
-            if torch.is_grad_enabled():
-                hidden = checkpoint(self.blocks.run_block, index, hidden, kwargs, use_reentrant=False)
-            else:
-                hidden = self.blocks.run_block(index, hidden, kwargs)
+            hidden = self.reader.blocks.run_block(index, hidden, kwargs)
         return hidden
 
-    def divergence(self, batch: int, full: Tensor, backward: bool = False) -> float:
+    @torch.no_grad()
+    def divergence(self, batch: int, full: Tensor, bits: int, scales: Scales) -> float:
         """Mean KL(full precision || slice) over the predicted tokens of one batch, in nats per token.
 
-        Call it inside ``reading``. Logits of one sequence at a time are alive.
-
         Args:
-            full: ``hidden`` of the full-precision model.
-            backward: compute the gradients of the scales.
+            full: ``hidden`` of the batch.
+            scales: float32 [out_features, groups] of each layer.
         """
-        rows = self.inputs.rows[batch]
-        with torch.set_grad_enabled(backward):
-            output = self.hidden(batch)
-        leaf = output.detach().requires_grad_(backward)
-        losses = []
-        for row, ids in enumerate(self.windows[rows]):
-            expected = self._log_probs(ids, full[row], as_full=True)
-            with torch.set_grad_enabled(backward):
-                found = self._log_probs(ids, leaf[row])
-                loss = F.kl_div(found, expected, reduction="sum", log_target=True) / (len(output) * len(expected))
-            if backward:
-                loss.backward()  # to the leaf, and to the scales of a quantized head
-            losses.append(loss.detach())
-        if backward:
-            output.backward(leaf.grad)
+        passes = BlockPasses(self.reader, bits, self.inputs.kwargs[batch])
+        output = passes.forward(self.inputs.hidden[self.inputs.rows[batch]], scales)
+        losses = [self._loss(batch, rows, output, full, bits, scales) for rows in self._parts(output)]
         return float(torch.stack(losses).sum())
 
-    def _log_probs(self, ids: Tensor, hidden: Tensor, as_full: bool = False) -> Tensor:
-        """Log-probabilities of the next tokens of one sequence: float32 [length - 1, vocabulary]."""
-        kept = self._read
-        self._read = None if as_full else kept
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not as_full):
-            logits = self.blocks.head(ids[None], hidden[None])[0, :-1]
-        self._read = kept
+    def gradients(self, batch: int, full: Tensor, bits: int, scales: Scales) -> tuple[float, dict[str, Tensor]]:
+        """``divergence``, and its gradients by layer for ``scales``, which require gradients.
+
+        An expert without tokens has no gradient.
+        """
+        hidden = self.inputs.hidden[self.inputs.rows[batch]]
+        passes = self._passes_of(batch, bits, hidden, scales)
+        output = passes.forward(hidden, scales)
+        total = torch.zeros((), device=output.device)
+        gradient = torch.empty_like(output)
+        found: dict[str, Tensor] = {}
+        others = [name for name in self.reader.other_layers if name in scales]
+        for rows in self._parts(output):
+            part = output[rows].detach().requires_grad_()
+            loss = self._loss(batch, rows, part, full, bits, scales)
+            gradient[rows], *own = torch.autograd.grad(loss, [part, *(scales[name] for name in others)])
+            found = {name: found[name] + one if name in found else one for name, one in zip(others, own, strict=True)}
+            total += loss.detach()
+        return float(total), passes.backward(gradient) | found
+
+    def _parts(self, hidden: Tensor) -> list[slice]:
+        """Sequences whose logits are alive at the same time."""
+        sequences, length = hidden.shape[:2]
+        step = sequences_at_a_time(length, self.reader.blocks.vocab_size)
+        return [slice(first, min(first + step, sequences)) for first in range(0, sequences, step)]
+
+    def _loss(self, batch: int, rows: slice, hidden: Tensor, full: Tensor, bits: int, scales: Scales) -> Tensor:
+        """Share of some sequences in the mean divergence of a batch.
+
+        Args:
+            rows: of the batch.
+            hidden: after the last block, of these sequences or of the whole batch.
+        """
+        ids = self.windows[self.inputs.rows[batch]]
+        mine = hidden if len(hidden) == rows.stop - rows.start else hidden[rows]
+        with torch.no_grad():
+            expected = self._log_probs(ids[rows], full[rows])
+        with self.reader.reading(bits, scales):
+            found = self._log_probs(ids[rows], mine)
+        tokens = len(ids) * (ids.shape[1] - 1)
+        return F.kl_div(found, expected, reduction="sum", log_target=True) / tokens
+
+    def _log_probs(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Log-probabilities of the next tokens: float32 [sequences, length - 1, vocabulary]."""
+        logits: Tensor = self.reader.blocks.head(ids, hidden)[:, :-1]
         return logits.float().log_softmax(-1)
 
-    def _forward_of(self, name: str, layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-        weight = self.weights[name]
+    def _passes_of(self, batch: int, bits: int, hidden: Tensor, scales: Scales) -> Passes:
+        """Passes of a batch: captured ones for all batches of its shape with the same other arguments, where that works."""
+        kwargs = self.inputs.kwargs[batch]
+        if not self._captures:
+            return BlockPasses(self.reader, bits, kwargs)
+        leaves = tree_leaves([(one.args, dict(one.kwargs)) for one in kwargs])
+        same = tuple(id(leaf) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+        key = (bits, hidden.shape, same)
+        if key not in self._passes:
+            try:
+                passes = BlockPasses(self.reader, bits, kwargs)
+                self._passes[key] = GraphedPasses(passes, hidden, scales, self._pool)
+            except RuntimeError as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                logger.warning("Training runs without CUDA graphs, which this model does not allow (%s).", reason)
+                self._captures = False
+                return BlockPasses(self.reader, bits, kwargs)
+        return self._passes[key]
 
-        def forward(x: Tensor) -> Tensor:
-            if self._read is None:
-                return F.linear(x, layer.weight, layer.bias)
-            bits, scales = self._read
-            return scaled_linear(x, scales[name], weight, bits, layer.bias)
 
-        return forward
-
-    def patched(self) -> Any:
-        """Context in which the layers of the model read what ``reading`` says."""
-        layers = [self.blocks.model.get_submodule(name) for name in self.weights]
-        forwards = [self._forward_of(name, layer) for name, layer in zip(self.weights, layers, strict=True)]
-        return patched_forwards(layers, forwards)
+def sequences_at_a_time(length: int, vocabulary: int) -> int:
+    """Sequences whose float32 logits take at most ``LOGIT_BYTES``; at least one."""
+    return max(1, LOGIT_BYTES // (4 * length * vocabulary))
 
 
 @contextlib.contextmanager
@@ -127,6 +148,6 @@ def open_slice_model(
         stack.enter_context(blocks.head_on_device(device, dtype))
         for index in range(len(blocks)):
             stack.enter_context(blocks.on_device(index, device, dtype))
-        model = SliceModel(blocks, on_device, inputs, windows.to(device))
-        stack.enter_context(model.patched())
-        yield model
+        reader = SliceReader(blocks, on_device)
+        stack.enter_context(reader.patched())
+        yield SliceModel(reader, inputs, windows.to(device))

@@ -16,7 +16,7 @@ from matquant.stages.runtime import Runtime
 from matquant.store.distributed_store import DraftLike, open_or_build
 
 # Part of the key of refined parents: raised when the same settings give other scales than before.
-_VERSION = 1
+_VERSION = 2
 
 logger = logging.getLogger(__name__)
 

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import merge, open_reference, records_against
+from benchmark import merge, open_reference, origin, records_against
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from matquant.data.config import TextConfig
 from matquant.data.texts import windows
-from matquant.report.provenance import provenance
 
 CALIBRATION_SEQUENCES = 128
 
@@ -105,7 +104,7 @@ def main() -> None:
                 "bits": bits,
                 "evaluation_dtype": "float32",
                 "seconds": round(time.perf_counter() - start, 1),
-                "commit": provenance()["commit"],
+                **origin(),
             }
             merge(given.out / f"{given.model.stem}.json", records_against(exact, made, tokenizer, store, row))
 

@@ -7,20 +7,8 @@ import pytest
 from shared import ROOT
 
 RESULTS = ROOT / "experiments" / "real" / "results"
-KEYS = [
-    "model",
-    "method",
-    "refine",
-    "seed",
-    "text",
-    "group_size",
-    "bits",
-    "kl",
-    "perplexity",
-    "evaluation_dtype",
-    "seconds",
-    "commit",
-]
+IDENTITY = ("model", "method", "refine", "seed", "text", "group_size", "bits")
+KEYS = {*IDENTITY, "kl", "perplexity", "evaluation_dtype", "seconds", "commit"}
 ROWS = {
     "`method=matgptq`, one parent": ("matgptq", "none", "kl"),
     "with `refine=scales`": ("matgptq", "scales", "kl"),

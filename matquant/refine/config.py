@@ -17,7 +17,9 @@ class RefineConfig:
         method: ``none``, or ``scales``: each of ``bits`` gets a set of scales of its own, trained so that the slice predicts
             like the full-precision model (KL divergence, temperature 1).
         bits: bit-widths to refine; all others read what they read before.
-        text: training text. A window of each step's batch is read at every bit-width.
+        text: training text. A window of each step's batch is read at every bit-width. The dataset ``self`` is text that the
+            full-precision model writes itself.
+        top_k: of the dataset ``self``: number of the most likely tokens that each token is drawn from.
         validation_sequences: further windows of the text, on which the best state of each bit-width is chosen.
         steps: optimizer steps of each bit-width.
         learning_rate: highest learning rate of the log-scales (AdamW, linear warm-up, cosine decay to a twentieth).
@@ -30,6 +32,7 @@ class RefineConfig:
     method: Literal["none", "scales"] = "none"
     bits: tuple[int, ...] = (2, 3, 4)
     text: TextConfig | None = None
+    top_k: int = 50
     validation_sequences: int = 16
     steps: int = 600
     learning_rate: float = 3e-3
@@ -53,7 +56,7 @@ class RefineConfig:
                 )
         if not self.bits or len(set(self.bits)) != len(self.bits):
             raise UserError(f"refine.bits must name at least one bit-width, each once; found {list(self.bits)}.")
-        for name in ("validation_sequences", "steps", "validate_every"):
+        for name in ("validation_sequences", "steps", "validate_every", "top_k"):
             if getattr(self, name) < 1:
                 raise UserError(f"refine.{name} must be at least 1; found {getattr(self, name)}.")
         if self.warmup_steps < 0 or not 0 < self.learning_rate < 1:

@@ -18,7 +18,11 @@ NAMES = {
     "matgptq_v1": "`matgptq_v1`, one parent",
     "matgptq": "**`matgptq`, one parent**",
 }
-SETTINGS = {"none": "", "scales": ", **`refine=scales`**"}
+SETTINGS = {
+    "none": "",
+    "scales_300": ", `refine=scales` of 300 steps on 256 windows",
+    "scales": ", **`refine=scales`**",
+}
 INTRODUCTION = """# Real models
 
 KL(full precision ‖ slice) in nats a token, over 64 windows of 512 tokens that nothing was calibrated or trained on, computed in
@@ -27,15 +31,17 @@ calibrated on 128 windows of 512 tokens of source. With several calibration seed
 range.
 
 `matgptq` and `matgptq_v1` are one parent, of which each column is a slice; all other rows are a model for each bit-width. With
-`refine=scales` (600 steps on source, the default) only the scales of 2, 3 and 4 bits change. Rows of other packages are
-AutoRound (200 iterations, zero points at 2 bits) and the GPTQ of llm-compressor, quantized by these packages on the same
-windows, each with its default settings. The KL of the unquantized model in bfloat16 and float16 is a floor: what is below it
-cannot be seen in that dtype.
+`refine=scales` (600 steps on 1024 windows of source, the default) only the scales of 2, 3 and 4 bits change. Rows of other
+packages are AutoRound (200 iterations, zero points at 2 bits) and the GPTQ of llm-compressor, quantized by these packages on
+the same windows, each with its default settings. The KL of the unquantized model in bfloat16 and float16 is a floor: what is
+below it cannot be seen in that dtype.
 
     python experiments/real/prepare.py
     python experiments/real/benchmark.py MODEL.gguf --methods rtn gptq matgptq_v1 matgptq --seeds 0
     python experiments/real/benchmark.py MODEL.gguf --methods matgptq --seeds 1 2
     python experiments/real/benchmark.py MODEL.gguf --methods matgptq --seeds 0 --refine scales --overrides refine=scales
+    python experiments/real/benchmark.py MODEL.gguf --methods matgptq --seeds 0 --refine scales_300 \\
+        --overrides refine=scales refine.steps=300 refine.text.sequences=256
     python experiments/real/peers.py MODEL.gguf --peers auto_round llmcompressor
     python experiments/real/summary.py
 
@@ -48,12 +54,15 @@ def rows_of(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """Method and refinement of each row, in the order of the tables."""
     found = dict.fromkeys((record["method"], record["refine"]) for record in records if record["bits"] in BITS)
     order = ["rtn", "gptq", "matgptq_v1", None, "matgptq"]  # None: other packages
-    return sorted(found, key=lambda row: (order.index(row[0] if row[0] in NAMES else None), row[1] != "none", row))
+    settings = list(SETTINGS)
+    return sorted(
+        found, key=lambda row: (order.index(row[0] if row[0] in NAMES else None), settings.index(row[1]), row)
+    )
 
 
 def label(method: str, refine: str) -> str:
     """Name of a row."""
-    return NAMES.get(method, f"{method}, a model per bit-width") + SETTINGS.get(refine, f", `refine={refine}`")
+    return NAMES.get(method, f"{method}, a model per bit-width") + SETTINGS[refine]
 
 
 def figure(values: Sequence[float | None]) -> str:

@@ -1,4 +1,4 @@
-"""Whole model whose quantized layers read the full-precision weights, or a slice with scales that are given."""
+"""Whole model whose quantized layers read the full-precision weights, or whatever a given forward reads."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +13,11 @@ from matquant.formats.nested import NestedWeight
 from matquant.models.blocks import BlockInputs, BlockModel
 from matquant.models.tensor_swap import patched_forwards
 from matquant.refine.scaled_linear import scaled_linear
+
+# Output of a layer by its name, from its input [..., in_features] and its bias.
+LayerForward = Callable[[str, Tensor, Tensor | None], Tensor]
+# Loss of one sequence, summed over its predicted tokens, from its row in the batch and log-probabilities [length - 1, vocabulary].
+RowLoss = Callable[[int, Tensor], Tensor]
 
 
 class SliceModel:
@@ -31,16 +36,20 @@ class SliceModel:
         self, blocks: BlockModel, weights: Mapping[str, NestedWeight], inputs: BlockInputs, windows: Tensor
     ) -> None:
         self.blocks, self.weights, self.inputs, self.windows = blocks, weights, inputs, windows
-        self._read: tuple[int, Mapping[str, Tensor]] | None = None  # bit-width and scales; None: full precision
+        self._forward: LayerForward | None = None  # None: full precision
+
+    def with_scales(self, bits: int, scales: Mapping[str, Tensor]) -> LayerForward:
+        """Forward that reads the slice of ``bits`` bits with these scales, float32 [out_features, groups] by layer."""
+        return lambda name, x, bias: scaled_linear(x, scales[name], self.weights[name], bits, bias)
 
     @contextlib.contextmanager
-    def reading(self, bits: int, scales: Mapping[str, Tensor]) -> Iterator[None]:
-        """Read the slice of ``bits`` bits with these scales, float32 [out_features, groups] by layer, inside the context."""
-        self._read = bits, scales
+    def reading(self, forward: LayerForward | None) -> Iterator[None]:
+        """Compute quantized layers by ``forward`` inside the context; None: by the full-precision weights."""
+        before, self._forward = self._forward, forward
         try:
             yield
         finally:
-            self._read = None
+            self._forward = before
 
     def hidden(self, batch: int) -> Tensor:
         """Hidden states after the last block for one batch: [sequences, length, hidden]."""
@@ -56,46 +65,64 @@ class SliceModel:
     def divergence(self, batch: int, full: Tensor, backward: bool = False) -> float:
         """Mean KL(full precision || slice) over the predicted tokens of one batch, in nats per token.
 
-        Call it inside ``reading``. Logits of one sequence at a time are alive.
-
         Args:
             full: ``hidden`` of the full-precision model.
-            backward: compute the gradients of the scales.
+            backward: compute the gradients of what the present forward reads.
         """
-        rows = self.inputs.rows[batch]
+        return self.mean_loss(batch, self.divergence_from(batch, full, None), backward)
+
+    def mean_loss(self, batch: int, row_loss: RowLoss, backward: bool = False) -> float:
+        """Mean of a loss over the predicted tokens of one batch. Logits of one sequence at a time are alive.
+
+        Call it inside ``reading``.
+
+        Args:
+            backward: compute the gradients of what the present forward reads.
+        """
         with torch.set_grad_enabled(backward):
             output = self.hidden(batch)
         leaf = output.detach().requires_grad_(backward)
         losses = []
-        for row, ids in enumerate(self.windows[rows]):
-            expected = self._log_probs(ids, full[row], as_full=True)
+        for row, ids in enumerate(self.windows[self.inputs.rows[batch]]):
             with torch.set_grad_enabled(backward):
                 found = self._log_probs(ids, leaf[row])
-                loss = F.kl_div(found, expected, reduction="sum", log_target=True) / (len(output) * len(expected))
+                loss = row_loss(row, found) / (len(output) * len(found))
             if backward:
-                loss.backward()  # to the leaf, and to the scales of a quantized head
+                loss.backward()  # to the leaf, and to the weight of a quantized head
             losses.append(loss.detach())
         if backward:
             output.backward(leaf.grad)
         return float(torch.stack(losses).sum())
 
-    def _log_probs(self, ids: Tensor, hidden: Tensor, as_full: bool = False) -> Tensor:
+    def divergence_from(self, batch: int, hidden: Tensor, forward: LayerForward | None) -> RowLoss:
+        """KL divergence from the model whose layers ``forward`` computes, in nats.
+
+        Args:
+            hidden: ``hidden`` of that model for the batch.
+        """
+        windows = self.windows[self.inputs.rows[batch]]
+
+        def loss(row: int, found: Tensor) -> Tensor:
+            with torch.no_grad(), self.reading(forward):
+                expected = self._log_probs(windows[row], hidden[row])
+            return F.kl_div(found, expected, reduction="sum", log_target=True)
+
+        return loss
+
+    def cross_entropy(self, batch: int) -> RowLoss:
+        """Cross-entropy of the text, in nats."""
+        windows = self.windows[self.inputs.rows[batch]]
+        return lambda row, found: F.nll_loss(found, windows[row, 1:], reduction="sum")
+
+    def _log_probs(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Log-probabilities of the next tokens of one sequence: float32 [length - 1, vocabulary]."""
-        kept = self._read
-        self._read = None if as_full else kept
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not as_full):
-            logits = self.blocks.head(ids[None], hidden[None])[0, :-1]
-        self._read = kept
-        return logits.float().log_softmax(-1)
+        return self.blocks.head(ids[None], hidden[None])[0, :-1].float().log_softmax(-1)
 
     def _forward_of(self, name: str, layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-        weight = self.weights[name]
-
         def forward(x: Tensor) -> Tensor:
-            if self._read is None:
+            if self._forward is None:
                 return F.linear(x, layer.weight, layer.bias)
-            bits, scales = self._read
-            return scaled_linear(x, scales[name], weight, bits, layer.bias)
+            return self._forward(name, x, layer.bias)
 
         return forward
 

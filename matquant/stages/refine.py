@@ -9,7 +9,8 @@ from matquant import number_format
 from matquant.data import texts
 from matquant.errors import UserError
 from matquant.formats.parent import Parent
-from matquant.refine.scale_refinement import RefineContext, ScaleRefinement
+from matquant.refine.refinement import RefineContext
+from matquant.refine.scale_refinement import ScaleRefinement
 from matquant.stages.load import LoadedJob
 from matquant.stages.quantize import QuantizedJob
 from matquant.stages.runtime import Runtime

@@ -16,7 +16,8 @@ from matquant.formats.parent import Parent
 from matquant.formats.slice_spec import SliceSpec
 from matquant.models.blocks import BlockModel
 from matquant.refine.config import RefineConfig
-from matquant.refine.scale_refinement import RefineContext, ScaleRefinement
+from matquant.refine.refinement import RefineContext
+from matquant.refine.scale_refinement import ScaleRefinement
 from matquant.refine.slice_model import open_slice_model
 from matquant.store import Store
 
@@ -69,7 +70,7 @@ def test_divergence_and_gradients_are_those_of_a_dense_model(kind: str, head: bo
         scales = {name: weight.scales.float().requires_grad_() for name, weight in weights.items()}
         with torch.no_grad():
             full = slices.hidden(0)
-        with slices.reading(2, scales):
+        with slices.reading(slices.with_scales(2, scales)):
             loss = slices.divergence(0, full, backward=True)
     with torch.no_grad():
         expected = model(ids).logits[:, :-1].double().log_softmax(-1)

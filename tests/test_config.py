@@ -19,6 +19,8 @@ def test_every_preset_composes(choice, monkeypatch, tmp_path):
     overrides = [choice]
     if choice == "calibration=local":
         overrides.append(f"calibration.path={tmp_path}")
+    if choice == "refine=qat":
+        overrides.append("method=matquant_qat")
     if choice.startswith("search=") and choice not in ("search=none", "search=pareto"):
         overrides.append("search.average_bits=3.0")
     with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -16,7 +16,8 @@ from matquant.refine.scaled_linear import scaled_linear
 
 # Output of a layer by its name, from its input [..., in_features] and its bias.
 LayerForward = Callable[[str, Tensor, Tensor | None], Tensor]
-# Loss of one sequence, summed over its predicted tokens, from its row in the batch and log-probabilities [length - 1, vocabulary].
+# Loss of one sequence, summed over its predicted tokens, from its row in the batch and log-probabilities [length - 1,
+# vocabulary].
 RowLoss = Callable[[int, Tensor], Tensor]
 
 

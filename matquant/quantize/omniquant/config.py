@@ -4,7 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Literal
 
 from matquant.errors import UserError
-from matquant.quantize.config import MethodConfig, check_bits
+from matquant.quantize.config import MethodConfig, check_distillation
 
 if TYPE_CHECKING:
     from matquant.quantize.base import QuantizerTask
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OmniQuantConfig(MethodConfig):
-    """Learnable weight clipping of OmniQuant (arXiv 2308.13137), trained for all bit-widths at once as MatQuant does
-    (arXiv 2502.06786): the weighted sum of the squared errors of the slices' block outputs, one batch for each step.
+    """Settings of MatQuant (arXiv 2502.06786) on the learnable weight clipping of OmniQuant (arXiv 2308.13137).
 
-    OmniQuant's learnable shift and scale of activations are left out. They become part of norms and biases, which a parent
+    The clipping is trained on the weighted sum of the squared errors of all slices' block outputs, one batch for each step.
+    OmniQuant's learnable shift and scale of activations are left out: they become part of norms and biases, which a parent
     does not hold. So only the clipping of the published method is here.
 
     Attributes:
@@ -68,20 +68,3 @@ class OmniQuantConfig(MethodConfig):
                 "method.distilled_bits needs one parent: a model of a single bit-width has no wider slice to aim at. Set "
                 "method.per_bit_models=false."
             )
-
-
-def check_distillation(distilled_bits: tuple[int, ...], distill_only: bool, group: str, master_bits: int) -> None:
-    """Raise UserError for bit-widths that cannot be distilled from the slice of ``master_bits``.
-
-    Args:
-        group: of the settings, for the message.
-    """
-    for bits in distilled_bits:
-        check_bits(bits, f"{group}.distilled_bits", master_bits)
-    if len(set(distilled_bits)) != len(distilled_bits) or master_bits in distilled_bits:
-        raise UserError(
-            f"{group}.distilled_bits names each bit-width once, and only those below {master_bits}, whose slice is the "
-            f"target; found {list(distilled_bits)}."
-        )
-    if distill_only and not distilled_bits:
-        raise UserError(f"{group}.distill_only=true needs {group}.distilled_bits, for example [2].")

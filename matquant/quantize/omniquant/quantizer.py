@@ -30,7 +30,9 @@ from matquant.quantize.omniquant.config import OmniQuantConfig
 from matquant.quantize.straight_through import MinMaxGrid, group_ranges
 
 _START = 4.0  # logit of the share of a range that is kept, as in OmniQuant's public code: 0.982
-_WEIGHT_ARRAYS = 10  # float32 arrays of the block's weights: weights, intermediate results of one slice, their gradients
+_WEIGHT_ARRAYS = (
+    10  # float32 arrays of the block's weights: weights, intermediate results of one slice, their gradients
+)
 _GRADIENTS = 3  # activations of a block with their gradients, over the activations alone
 
 logger = logging.getLogger(__name__)
@@ -131,7 +133,9 @@ class ClippedWeight:
 
     def grid(self) -> MinMaxGrid:
         """Grid of the clipped ranges."""
-        return MinMaxGrid.of_ranges(self.lower.sigmoid() * self.lowest, self.upper.sigmoid() * self.highest, self.format)
+        return MinMaxGrid.of_ranges(
+            self.lower.sigmoid() * self.lowest, self.upper.sigmoid() * self.highest, self.format
+        )
 
     def slice(self, bits: int) -> Tensor:
         """Dense weight at ``bits`` bits: float32 [rows, in_features], differentiable in ``upper`` and ``lower``."""
@@ -165,7 +169,9 @@ class BlockTraining:
         """
         with self.context.timer.timed("solve"):
             losses = [self._run_epoch() for _ in range(self.config.epochs)]
-        logger.info("block %d: loss %.3e in the first epoch, %.3e in the last", self.context.index, losses[0], losses[-1])
+        logger.info(
+            "block %d: loss %.3e in the first epoch, %.3e in the last", self.context.index, losses[0], losses[-1]
+        )
         result = BlockResult()
         for name, one in self.layers.items():
             with torch.no_grad():

@@ -1,0 +1,143 @@
+"""Training of the weights themselves, end to end: MatQuant on QAT (arXiv 2502.06786, equations 1, 2, 6 and 7).
+
+Every quantized layer has a latent float32 weight, which begins at the full-precision weight. A slice is made of it by min-max
+codes of the present weight, with straight-through gradients; scales and zero points count as constants in the backward pass.
+The loss is the sum over the bit-widths of lambda times the cross-entropy of the text. A distilled bit-width aims at the
+predictions of the slice of all bits too, or alone. One step adds the gradients of all bit-widths. The last state counts: as
+published, no better one before it is chosen.
+
+Norms, embeddings and layers that are not quantized stay as they are, since a parent does not hold them.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from matquant.errors import UserError
+from matquant.formats.nested import NestedWeight
+from matquant.quantize.layers import check_scales
+from matquant.quantize.straight_through import MinMaxGrid, group_ranges
+from matquant.refine.config import RefineConfig
+from matquant.refine.refinement import Refinement
+from matquant.refine.slice_model import LayerForward, RowLoss, SliceModel
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class QuantizationAwareTraining(Refinement):
+    """Training of the latent weights of all quantized layers; codes and scales are made anew from them."""
+
+    def start(self, model: SliceModel) -> None:
+        self._step = 0
+        self._format = {name: weight.format for name, weight in model.weights.items()}
+        self._master_bits = next(iter(self._format.values())).master_bits
+        self._latents = {
+            name: model.blocks.model.get_submodule(name).weight.detach().float().clone().requires_grad_()
+            for name in model.weights
+        }
+        self._optimizer = torch.optim.AdamW(self._latents.values(), lr=self.config.learning_rate, weight_decay=0.0)
+
+    @property
+    def step(self) -> int:
+        return self._step
+
+    def take_step(self, model: SliceModel, batch: int) -> None:
+        wide = self._wide_loss(model, batch) if self.config.distilled_bits else None
+        losses = []
+        for bits in sorted(self.config.bits, reverse=True):
+            with model.reading(self.forward_of(model, bits)):
+                losses.append(model.mean_loss(batch, self._loss_of(model, batch, bits, wide), backward=True))
+        self._check(dict(zip(sorted(self.config.bits, reverse=True), losses, strict=True)), "loss")
+        self.average(list(self._latents.values()))
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * rate_at(self._step, self.config)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._step += 1
+
+    def _loss_of(self, model: SliceModel, batch: int, bits: int, wide: RowLoss | None) -> RowLoss:
+        """Loss of one bit-width with its lambda."""
+        weight, targets = self.context.lambdas[bits], []
+        if bits in self.config.distilled_bits and wide is not None:
+            targets.append(wide)
+        if not targets or not self.config.distill_only:
+            targets.append(model.cross_entropy(batch))
+        return lambda row, found: weight * torch.stack([target(row, found) for target in targets]).sum()
+
+    def _wide_loss(self, model: SliceModel, batch: int) -> RowLoss:
+        """Divergence from the slice of all bits, whose predictions are constants."""
+        forward = self.forward_of(model, self._master_bits)
+        with torch.no_grad(), model.reading(forward):
+            hidden = model.hidden(batch)
+        return model.divergence_from(batch, hidden, forward)
+
+    def forward_of(self, model: SliceModel, bits: int) -> LayerForward:
+        def forward(name: str, x: Tensor, bias: Tensor | None) -> Tensor:
+            latent = self._latents[name]
+            grid = self._grid(name)
+            return F.linear(x, grid.slice(grid.codes(latent), bits, latent.shape[1]).to(x.dtype), bias)
+
+        return forward
+
+    @torch.no_grad()
+    def _grid(self, name: str) -> MinMaxGrid:
+        """Grid of the present latent weight; constant in the backward pass."""
+        fmt = self._format[name]
+        return MinMaxGrid.of_ranges(*group_ranges(self._latents[name], fmt.group_size), fmt)
+
+    def validated(self, losses: Mapping[int, float]) -> None:
+        self._check(losses, "held-out KL")
+
+    def _check(self, losses: Mapping[int, float], what: str) -> None:
+        """Raise UserError for a loss that is not finite."""
+        if wrong := [bits for bits, loss in losses.items() if not math.isfinite(loss)]:
+            raise UserError(
+                f"The {what} of {wrong[0]} bits is not finite at step {self._step} of the training. Lower "
+                f"refine.learning_rate={self.config.learning_rate:g}, or check the model and refine.text."
+            )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors: dict[str, Tensor] = {}
+        for name, latent in self._latents.items():
+            moments = self._optimizer.state.get(latent, {})
+            tensors[f"latent.{name}"] = latent.detach().cpu()
+            tensors |= {f"{part}.{name}": moments[part].cpu() for part in _MOMENTS if part in moments}
+        return tensors, {"step": self._step, "optimizer_steps": self._optimizer_steps()}
+
+    def _optimizer_steps(self) -> dict[str, float]:
+        """Optimizer steps of each layer; an expert without tokens in a batch takes none."""
+        return {
+            name: float(self._optimizer.state[one]["step"])
+            for name, one in self._latents.items()
+            if one in self._optimizer.state
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        self._step = numbers["step"]
+        for name, latent in self._latents.items():
+            with torch.no_grad():
+                latent.copy_(tensors[f"latent.{name}"])
+            if name in numbers["optimizer_steps"]:
+                moments = {part: tensors[f"{part}.{name}"].to(latent.device) for part in _MOMENTS}
+                self._optimizer.state[latent] = {"step": torch.tensor(numbers["optimizer_steps"][name]), **moments}
+
+    @torch.no_grad()
+    def refined(self, weights: Mapping[str, NestedWeight]) -> dict[str, NestedWeight]:
+        return {name: self._quantized(name) for name in weights}
+
+    def _quantized(self, name: str) -> NestedWeight:
+        latent, grid = self._latents[name], self._grid(name)
+        quantized = grid.to_nested(grid.codes(latent), latent.shape[1])
+        self.notes[name] = check_scales(name, latent, quantized)
+        return quantized.to("cpu")
+
+
+def rate_at(step: int, config: RefineConfig) -> float:
+    """Share of the highest learning rate at a step: a linear warm-up, then a cosine to 0."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)))

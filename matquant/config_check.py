@@ -62,13 +62,13 @@ def _check_refine(config: Config) -> None:
         )
     if not config.refine.wanted or text is None:
         return
-    if config.method.per_bit_models:
-        raise UserError(
-            f"refine={config.refine.name} trains scales of one parent, but method={config.method.name} makes one model per "
-            "bit-width. Use method=matgptq, or refine=none."
-        )
     if config.refine.method == "qat":
         _check_qat(config)
+    if config.method.per_bit_models:
+        raise UserError(
+            f"refine={config.refine.name} trains one parent, but method={config.method.name} makes one model per "
+            "bit-width. Use method=matgptq, or refine=none."
+        )
     check_text(text, "refine.text")
     if text.sequences < text.batch_size:
         raise UserError(

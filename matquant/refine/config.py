@@ -21,8 +21,8 @@ class RefineConfig:
             by the objective, and quantized anew.
         bits: bit-widths to refine; with ``scales`` all others read what they read before.
         text: training text. A window of each step's batch is read at every bit-width.
-        validation_sequences: further windows of the text, for the held-out KL; with ``scales`` it chooses the best state of each
-            bit-width.
+        validation_sequences: further windows of the text, for the held-out KL; with ``scales`` it chooses the best state of
+            each bit-width.
         steps: optimizer steps of each bit-width.
         learning_rate: highest learning rate, of the log-scales or the weights (AdamW without weight decay, linear warm-up,
             cosine decay to a twentieth, with ``qat`` to 0).

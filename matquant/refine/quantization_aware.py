@@ -29,35 +29,43 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class QuantizationAwareTraining(Refinement):
-    """Training of the latent weights of all quantized layers; codes and scales are made anew from them."""
+    """Training of the latent weights of all quantized layers; codes and scales are made anew from them.
+
+    Attributes:
+        latents: float32 [out_features, in_features] by layer name, once training has started.
+    """
 
     def start(self, model: SliceModel) -> None:
         self._step = 0
         self._format = {name: weight.format for name, weight in model.weights.items()}
         self._master_bits = next(iter(self._format.values())).master_bits
-        self._latents = {
+        self.latents = {
             name: model.blocks.model.get_submodule(name).weight.detach().float().clone().requires_grad_()
             for name in model.weights
         }
-        self._optimizer = torch.optim.AdamW(self._latents.values(), lr=self.config.learning_rate, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(self.latents.values(), lr=self.config.learning_rate, weight_decay=0.0)
 
     @property
     def step(self) -> int:
         return self._step
 
     def take_step(self, model: SliceModel, batch: int) -> None:
-        wide = self._wide_loss(model, batch) if self.config.distilled_bits else None
-        losses = []
-        for bits in sorted(self.config.bits, reverse=True):
-            with model.reading(self.forward_of(model, bits)):
-                losses.append(model.mean_loss(batch, self._loss_of(model, batch, bits, wide), backward=True))
-        self._check(dict(zip(sorted(self.config.bits, reverse=True), losses, strict=True)), "loss")
-        self.average(list(self._latents.values()))
+        self._check(self.accumulate_gradients(model, batch), "loss")
+        self.average(list(self.latents.values()))
         for group in self._optimizer.param_groups:
             group["lr"] = self.config.learning_rate * rate_at(self._step, self.config)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._step += 1
+
+    def accumulate_gradients(self, model: SliceModel, batch: int) -> dict[int, float]:
+        """Add the gradients of one batch to those of the latent weights; return the loss of each bit-width with its lambda."""
+        wide = self._wide_loss(model, batch) if self.config.distilled_bits else None
+        losses = {}
+        for bits in sorted(self.config.bits, reverse=True):
+            with model.reading(self.forward_of(model, bits)):
+                losses[bits] = model.mean_loss(batch, self._loss_of(model, batch, bits, wide), backward=True)
+        return losses
 
     def _loss_of(self, model: SliceModel, batch: int, bits: int, wide: RowLoss | None) -> RowLoss:
         """Loss of one bit-width with its lambda."""
@@ -77,7 +85,7 @@ class QuantizationAwareTraining(Refinement):
 
     def forward_of(self, model: SliceModel, bits: int) -> LayerForward:
         def forward(name: str, x: Tensor, bias: Tensor | None) -> Tensor:
-            latent = self._latents[name]
+            latent = self.latents[name]
             grid = self._grid(name)
             return F.linear(x, grid.slice(grid.codes(latent), bits, latent.shape[1]).to(x.dtype), bias)
 
@@ -87,7 +95,7 @@ class QuantizationAwareTraining(Refinement):
     def _grid(self, name: str) -> MinMaxGrid:
         """Grid of the present latent weight; constant in the backward pass."""
         fmt = self._format[name]
-        return MinMaxGrid.of_ranges(*group_ranges(self._latents[name], fmt.group_size), fmt)
+        return MinMaxGrid.of_ranges(*group_ranges(self.latents[name], fmt.group_size), fmt)
 
     def validated(self, losses: Mapping[int, float]) -> None:
         self._check(losses, "held-out KL")
@@ -102,7 +110,7 @@ class QuantizationAwareTraining(Refinement):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = {}
-        for name, latent in self._latents.items():
+        for name, latent in self.latents.items():
             moments = self._optimizer.state.get(latent, {})
             tensors[f"latent.{name}"] = latent.detach().cpu()
             tensors |= {f"{part}.{name}": moments[part].cpu() for part in _MOMENTS if part in moments}
@@ -112,13 +120,13 @@ class QuantizationAwareTraining(Refinement):
         """Optimizer steps of each layer; an expert without tokens in a batch takes none."""
         return {
             name: float(self._optimizer.state[one]["step"])
-            for name, one in self._latents.items()
+            for name, one in self.latents.items()
             if one in self._optimizer.state
         }
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         self._step = numbers["step"]
-        for name, latent in self._latents.items():
+        for name, latent in self.latents.items():
             with torch.no_grad():
                 latent.copy_(tensors[f"latent.{name}"])
             if name in numbers["optimizer_steps"]:
@@ -130,7 +138,7 @@ class QuantizationAwareTraining(Refinement):
         return {name: self._quantized(name) for name in weights}
 
     def _quantized(self, name: str) -> NestedWeight:
-        latent, grid = self._latents[name], self._grid(name)
+        latent, grid = self.latents[name], self._grid(name)
         quantized = grid.to_nested(grid.codes(latent), latent.shape[1])
         self.notes[name] = check_scales(name, latent, quantized)
         return quantized.to("cpu")

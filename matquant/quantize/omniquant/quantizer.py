@@ -189,8 +189,8 @@ class BlockTraining:
             loss, gradients = self.loss_and_gradients(batch)
             if not math.isfinite(loss):
                 raise UserError(
-                    f"The loss of block {self.context.index} is not finite after {total:g} before: lower method.learning_rate, "
-                    "or check the model and the calibration text."
+                    f"The loss of block {self.context.index} is not finite in batch {batch}. Lower method.learning_rate="
+                    f"{self.config.learning_rate:g}, or check the model and the calibration text."
                 )
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 parameter.grad = gradient

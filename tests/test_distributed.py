@@ -145,7 +145,9 @@ def test_two_processes_refine_the_parent_of_one(method, start_two, run_one, smal
     one = run_one(*job, f"store.path={tmp_path}/other")
     for a, b in zip(one["refine"]["history"], two["refine"]["history"], strict=True):
         assert a["kl"] == pytest.approx(b["kl"], rel=1e-3)
-    assert one["refine"]["history"][-1]["kl"]["2"] < one["refine"]["history"][0]["kl"]["2"]
+    first, last = (one["refine"]["history"][k]["kl"]["2"] for k in (0, -1))
+    # The weights learn the text, which takes a random model away from its full-precision predictions.
+    assert last < first if "refine=scales" in method else last > 2 * first
 
 
 @pytest.mark.slow

@@ -148,6 +148,25 @@ def test_quantized_inputs_are_the_outputs_of_the_own_slices_before() -> None:
     assert alone.calibration.streams == ["full", "2", "8"]
 
 
+@pytest.mark.parametrize("moved", ["2", "8", "full"])
+@torch.no_grad()
+def test_each_bit_width_reads_its_own_stream_and_aims_at_the_full_precision_model(moved: str) -> None:
+    quantizer = quantizer_of({2: 1.0, 8: 0.5}, inputs="quantized")
+    with torch.enable_grad(), first_block("llama", quantizer) as context:
+        assert context.streams is not None
+        hidden = context.streams.hidden[moved][slice(0, 2)].clone()
+        context.streams.hidden[moved][slice(0, 2)] = hidden + 0.1 * torch.randn(hidden.shape)
+        training = BlockTraining(quantizer, context)
+        found, _ = training.loss_and_gradients(0)
+        target = context.forward(context.inputs("full", 0), 0)
+        expected = 0.0
+        for bits, weight in ((2, 1.0), (8, 0.5)):
+            weights = {name: one.slice(bits) for name, one in training.layers.items()}
+            output = context.forward(context.inputs(str(bits), 0), 0, weights)
+            expected += weight * (output - target).square().mean().item()
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("head", [False, True])
 def test_a_parent_is_made_with_the_same_bytes_after_a_kill(head: bool, tmp_path: Path) -> None:
     quantizer = quantizer_of(inputs="quantized")

@@ -206,7 +206,8 @@ class BlockTraining:
         lambdas, config = self.quantizer.task.lambdas, self.config
         full = self.context.full_precision_outputs(batch).float()
         wide = self._wide_output(batch) if config.distilled_bits else full
-        total, sums = 0.0, [None] * len(self._parameters)  # type: list[Tensor | None]
+        total = 0.0
+        sums: list[Tensor | None] = [None] * len(self._parameters)
         for bits in self.quantizer.bits:
             output = self._output(bits, batch)
             distilled = bits in config.distilled_bits

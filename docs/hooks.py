@@ -1,6 +1,7 @@
-"""Hooks of MkDocs: the page of all settings, generated from the config dataclasses, and links to files of the repository."""
+"""Hooks of MkDocs: pages made from the config dataclasses and from recorded results, and links to files of the repository."""
 
 import dataclasses
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from matquant.transforms.config import TransformConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = "reference/settings.md"
+REAL = REPOSITORY / "experiments" / "real"
 GROUPS: dict[str, type] = {
     "model": ModelConfig,
     "calibration": TextConfig,
@@ -44,8 +46,17 @@ _ATTRIBUTE = re.compile(r"^ {4}(\w[\w, ]*): ((?:.|\n)*?)(?=^ {4}\w|\Z)", re.MULT
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the generated page."""
+    """Add the generated pages and their pictures."""
     files.append(File.generated(config, PAGE, content=settings_page()))
+    spec = importlib.util.spec_from_file_location("summary", REAL / "summary.py")
+    assert spec is not None
+    assert spec.loader is not None
+    summary = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(summary)
+    models = summary.read(REAL / "results")
+    files.append(File.generated(config, "real_models.md", content=summary.page(models)))
+    for name in models:
+        files.append(File.generated(config, f"{name}.png", abs_src_path=str(REAL / "results" / f"{name}.png")))
     return files
 
 

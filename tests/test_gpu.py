@@ -292,3 +292,31 @@ def test_graphs_of_decoding_read_its_width(kind):
     for prefill in (8, 2):
         torch.testing.assert_close(logits["static", prefill], logits[None, prefill], rtol=0.02, atol=0.02)
     assert (logits[None, 8] - logits[None, 2]).abs().max() > 0.04  # the test could not fail if all widths were alike
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_captured_passes_of_a_refinement_give_the_gradients_of_eager_ones(kind, tmp_path):
+    from architectures import make_model, save
+    from packing import Opened
+
+    from matquant.refine.block_passes import BlockPasses, GraphedPasses
+    from matquant.refine.slice_model import open_slice_model
+
+    opened = Opened(save(make_model(kind), tmp_path / "model"), tmp_path / "store")
+    weights = {n: w for i in range(len(opened.parent.blocks)) for n, w in opened.parent.block(i).items()}
+    windows = torch.randint(3, 120, (6, 12), generator=torch.Generator().manual_seed(0))
+    with open_slice_model(opened.blocks, weights, windows, 2, torch.device("cuda"), torch.float32) as model:
+        graphed = None
+        for factor, batch in ((1.0, 0), (1.2, 1), (0.9, 2)):
+            scales = {n: (w.scales.float() * factor).requires_grad_() for n, w in model.reader.weights.items()}
+            hidden = model.inputs.hidden[model.inputs.rows[batch]]
+            eager = BlockPasses(model.reader, 3, model.inputs.kwargs[batch])
+            captured = BlockPasses(model.reader, 3, model.inputs.kwargs[batch])
+            graphed = graphed or GraphedPasses(captured, hidden, scales, torch.cuda.graph_pool_handle())
+            output, expected = graphed.forward(hidden, scales).clone(), eager.forward(hidden, scales)
+            torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+            gradient = torch.randn_like(output)
+            found, gradients = graphed.backward(gradient), eager.backward(gradient)
+            assert found.keys() == gradients.keys()
+            for name, one in gradients.items():
+                torch.testing.assert_close(found[name], one, rtol=1e-3, atol=1e-5)

@@ -350,7 +350,8 @@ def arguments() -> argparse.Namespace:
 
 def all_plans(args: argparse.Namespace, device: DeviceLimits) -> list[LaunchConfig]:
     """Launch configurations of all checks and measurements."""
-    plans = [] if args.no_check else [make_launch_config(c.problem(), device) for c in checks(args.bits, args.stretch)]
+    problems = [] if args.no_check else [case.problem() for case in checks(args.bits, args.stretch)]
+    plans = [make_launch_config(p, device) for p in problems if p.tokens <= max_tokens(p, device)]
     if not args.check_only:
         for rows, depth in args.shapes:
             for bits, stretch in itertools.product(args.bits, args.stretch):

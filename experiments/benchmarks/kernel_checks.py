@@ -111,8 +111,9 @@ def checks(bits: Sequence[int], stretches: Sequence[float]) -> list[Check]:
 
 
 def check(bits: Sequence[int], stretches: Sequence[float]) -> float:
-    """The largest error. Raises SystemExit if one is more than 1.2."""
-    worst = 0.0
+    """The largest error. Raises SystemExit if one is more than 1.2. cuBLAS adds up in float32, as the kernels do."""
+    worst, products = 0.0, torch.backends.cuda.matmul
+    products.allow_fp16_reduced_precision_reduction = products.allow_bf16_reduced_precision_reduction = False
     for case in checks(bits, stretches):
         error = case.error()
         if not error <= 1.2:

@@ -1,6 +1,6 @@
 """Acceptance rate of self-speculative decoding on a real model, by the bit-width that drafts.
 
-    python experiments/real/acceptance.py FOLDER --out experiments/real/results/acceptance.json
+    python experiments/real/acceptance.py FOLDER --out experiments/results/serving/acceptance.json
     python experiments/real/acceptance.py FOLDER --device cuda --dtype float16 --drafts 2 3 4 --tokens 2 4 8
 
 FOLDER is a packed folder (``pack=nested``) of an instruction model. Each prompt is continued greedily and by sampling at
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=48, help="new tokens for each prompt")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--out", type=Path, default=Path("experiments/real/results/acceptance.json"))
+    parser.add_argument("--out", type=Path, default=Path("experiments/results/serving/acceptance.json"))
     given = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(given.folder, dtype=getattr(torch, given.dtype)).to(given.device)
     tokenizer = AutoTokenizer.from_pretrained(given.folder)

@@ -10,9 +10,9 @@ windows each of held-out source (text ``source``), held-out English manuals (``p
 held-out requests and answers (``chat``). The rows ``bf16`` and ``fp16`` are the unquantized model in that dtype against
 float32: figures below them say nothing about a 16-bit runtime. ``peers.py`` adds rows of other packages.
 
-The output MODEL.json has ``provenance`` and ``records``, a list of objects with the keys model, method, refine, seed, text,
-group_size, bits, kl, perplexity, evaluation_dtype, seconds (of quantizing) and commit. Records of other methods, seeds or
-settings in the file stay; equal ones are replaced.
+The output MODEL.json is a list of records with the keys model, method, refine, seed, text, group_size, bits, kl (null if a
+logit is not finite), perplexity, evaluation_dtype, seconds (of quantizing and refining), commit, machine and date. Records of
+other methods, seeds or settings in the file stay; equal ones are replaced. ``summary.py`` makes tables and plots of it.
 """
 
 import argparse
@@ -109,7 +109,8 @@ def records_against(
     records = []
     for text, config in texts_of(tokenizer).items():
         kl, loss = compare(exact, other, windows(config, "evaluation", tokenizer, store).to(exact.device))
-        records.append(about | {"text": text, "kl": kl, "perplexity": math.exp(loss)})
+        found = {"kl": kl, "perplexity": math.exp(loss)}
+        records.append(about | {"text": text} | {k: v if math.isfinite(v) else None for k, v in found.items()})
     return records
 
 
@@ -136,10 +137,17 @@ def compare(exact: Any, other: Any, ids: Tensor) -> tuple[float, float]:
 
 def merge(file: Path, records: list[dict[str, Any]]) -> None:
     """Write the records to the file, in place of equal ones."""
-    kept = json.loads(file.read_text())["records"] if file.exists() else []
+    kept = json.loads(file.read_text()) if file.exists() else []
     new = {tuple(record[key] for key in _IDENTITY): record for record in [*kept, *records]}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"provenance": provenance(), "records": list(new.values())}, indent=1) + "\n")
+    file.write_text(json.dumps(list(new.values()), indent=1, allow_nan=False) + "\n")
+
+
+def origin() -> dict[str, Any]:
+    """Commit, machine and date of records that are made now."""
+    found = provenance()
+    machine = found["machine"].get("gpus") or [found["machine"]["cpu"]]
+    return {"commit": found["commit"], "machine": machine[0], "date": found["date"]}
 
 
 def main() -> None:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import merge, open_reference, records_against
+from benchmark import merge, open_reference, origin, records_against
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from matquant.data.config import TextConfig
 from matquant.data.texts import windows
-from matquant.report.provenance import provenance
 
 CALIBRATION_SEQUENCES = 128
 
@@ -51,17 +51,16 @@ def auto_round(model: Any, tokenizer: Any, ids: Tensor, bits: int, given: argpar
 def llmcompressor(model: Any, tokenizer: Any, ids: Tensor, bits: int, given: argparse.Namespace) -> Any:
     """Model with weights rounded by the GPTQ of llm-compressor."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
 
     weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="group", group_size=given.group_size)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    rows = {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
     oneshot(
         model=model,
         processor=tokenizer,
-        dataset=Dataset.from_dict(rows),
+        dataset=DataLoader(rows, batch_size=8),  # type: ignore[arg-type]
         recipe=GPTQModifier(config_groups={"weights": scheme}, ignore=["lm_head"]),
         max_seq_length=ids.shape[1],
         num_calibration_samples=len(ids),
@@ -105,7 +104,7 @@ def main() -> None:
                 "bits": bits,
                 "evaluation_dtype": "float32",
                 "seconds": round(time.perf_counter() - start, 1),
-                "commit": provenance()["commit"],
+                **origin(),
             }
             merge(given.out / f"{given.model.stem}.json", records_against(exact, made, tokenizer, store, row))
 

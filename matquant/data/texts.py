@@ -16,6 +16,7 @@ from matquant.errors import UserError
 from matquant.store import Store
 
 MIX = "mix"  # value of ``dataset`` that combines several sources
+SELF = "self"  # value of ``refine.text.dataset``: the model writes the text
 
 # Part of the key of stored windows: raised when the same settings give other windows than before.
 _VERSION = 2
@@ -30,9 +31,9 @@ def check_text(text: TextConfig, where: str) -> None:
     Raises:
         UserError: a value is out of range, or settings contradict each other.
     """
-    for name, least in {"sequences": 1, "sequence_length": 2, "batch_size": 1}.items():
-        if getattr(text, name) < least:
-            raise UserError(f"{where}.{name} must be at least {least}; found {getattr(text, name)}.")
+    check_sizes(text, where)
+    if text.dataset == SELF:
+        raise UserError(f"{where}.dataset=self: only a refinement can be trained on text that the model writes itself.")
     if text.dataset not in (*SOURCES, MIX):
         raise UserError(f"{where}.dataset must be one of {', '.join((*SOURCES, MIX))}; found {text.dataset!r}.")
     if (text.dataset == MIX) != bool(text.mix):
@@ -52,6 +53,13 @@ def check_text(text: TextConfig, where: str) -> None:
             )
     for source in sources:
         source.check(text, where)
+
+
+def check_sizes(text: TextConfig, where: str) -> None:
+    """Check the number and length of the windows of a text; ``where`` is its place. Raises UserError."""
+    for name, least in {"sequences": 1, "sequence_length": 2, "batch_size": 1}.items():
+        if getattr(text, name) < least:
+            raise UserError(f"{where}.{name} must be at least {least}; found {getattr(text, name)}.")
 
 
 def notes(text: TextConfig) -> list[str]:

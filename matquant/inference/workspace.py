@@ -1,5 +1,8 @@
 """Stream-K workspace and tile semaphores, per stream and per captured graph."""
 
+import concurrent.futures
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,7 +35,7 @@ class Workspace:
         if held is None or held[0].numel() < semaphores or held[1].numel() < workspace:
             enough = held is not None and held[0].numel() >= semaphores
             kept = held[0] if held is not None and enough else self._take_semaphores(semaphores, capturing=False)
-            held = self._by_stream[stream] = kept, self._new_workspace(workspace)
+            held = self._by_stream[stream] = kept, self._outside_graph_pools(lambda: self._new_workspace(workspace))
         return held
 
     def _new_workspace(self, count: int) -> Tensor:
@@ -47,9 +50,23 @@ class Workspace:
         return taken
 
     def _new_slab(self, count: int) -> Tensor:
-        """Allocate semaphores on a separate stream: the current one may be filling the memory pool of a graph."""
-        side = torch.cuda.Stream(self._device)
-        with torch.cuda.stream(side):
-            slab = torch.zeros(count, dtype=torch.int32, device=self._device)
-        side.synchronize()
-        return slab
+        return self._outside_graph_pools(lambda: torch.zeros(count, dtype=torch.int32, device=self._device))
+
+    def _outside_graph_pools(self, allocate: Callable[[], Tensor]) -> Tensor:
+        """Allocate a buffer that is kept, in a thread and on a stream of its own.
+
+        The warm-up of a CUDA graph runs without capture, but what this thread or its stream allocates then comes from the
+        memory pool of the graph, which must not hold anything else.
+        """
+        used_by = torch.cuda.current_stream(self._device)
+
+        def allocate_apart() -> Tensor:
+            side = torch.cuda.Stream(self._device)
+            with torch.cuda.stream(side):
+                made = allocate()
+            side.synchronize()
+            made.record_stream(used_by)
+            return made
+
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            return thread.submit(allocate_apart).result()

@@ -5,7 +5,7 @@ model's own forward (``matquant.models.patched_forward``).
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -300,6 +300,15 @@ class BlockModel:
         """Put everything outside of blocks except an untied head on the device, as ``capture_batch`` needs it."""
         head = getattr(self.model.get_output_embeddings(), "weight", None)
         with self._outside_on_device(device, dtype, None if head is self._embedding() else head):
+            yield
+
+    @contextmanager
+    def whole_on_device(self, device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
+        """Put the whole model on the device inside the context."""
+        with ExitStack() as stack:
+            stack.enter_context(self._outside_on_device(device, dtype, None))
+            for index in range(len(self.blocks)):
+                stack.enter_context(self.on_device(index, device, dtype))
             yield
 
     @contextmanager

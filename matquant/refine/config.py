@@ -20,7 +20,9 @@ class RefineConfig:
             ``qat``, for method=matquant_qat: the weights are trained on the cross-entropy of the text, weighted over ``bits``
             by the objective, and quantized anew.
         bits: bit-widths to refine; with ``scales`` all others read what they read before.
-        text: training text. A window of each step's batch is read at every bit-width.
+        text: training text. A window of each step's batch is read at every bit-width. The dataset ``self`` is text that the
+            full-precision model writes itself.
+        top_k: of the dataset ``self``: number of the most likely tokens that each token is drawn from.
         validation_sequences: further windows of the text, for the held-out KL; with ``scales`` it chooses the best state of
             each bit-width.
         steps: optimizer steps of each bit-width.
@@ -38,6 +40,7 @@ class RefineConfig:
     method: Literal["none", "scales", "qat"] = "none"
     bits: tuple[int, ...] = (2, 3, 4)
     text: TextConfig | None = None
+    top_k: int = 50
     validation_sequences: int = 16
     steps: int = 600
     learning_rate: float = 3e-3
@@ -63,7 +66,7 @@ class RefineConfig:
                 )
         if not self.bits or len(set(self.bits)) != len(self.bits):
             raise UserError(f"refine.bits must name at least one bit-width, each once; found {list(self.bits)}.")
-        for name in ("validation_sequences", "steps", "validate_every"):
+        for name in ("validation_sequences", "steps", "validate_every", "top_k"):
             if getattr(self, name) < 1:
                 raise UserError(f"refine.{name} must be at least 1; found {getattr(self, name)}.")
         if self.warmup_steps < 0 or not 0 < self.learning_rate < 1:

@@ -4,13 +4,12 @@ import dataclasses
 
 from matquant.memory import FLOAT32_BYTES, MemoryEstimate, Offload, estimate
 from matquant.models.model_sizes import ModelSizes
+from matquant.refine.slice_model import sequences_at_a_time
 
 _SETS = 5  # of scales per bit-width: start, ratio, two moments, best
-_LOGIT_ARRAYS = 6  # of one sequence: two logits, two log-probabilities, two gradients
+_LOGIT_ARRAYS = 6  # of the sequences at a time: two logits, two log-probabilities, two gradients
 _LATENTS = 4  # of a trained weight: latent weight, gradient, two moments
-_SLICE_ARRAYS = (
-    6  # float32 arrays of a block's weights while a slice of trained weights is made and its gradient computed
-)
+_SLICE_ARRAYS = 6  # float32 arrays of a block's weights while a slice of trained weights is made, with its gradient
 _GRADIENTS = 3  # activations of a block with their gradients, over the activations alone
 
 
@@ -68,7 +67,8 @@ def refine_memory(
     cached = windows * length * sizes.hidden * sizes.computing
     boundaries = sizes.blocks * batch * length * sizes.hidden * sizes.computing
     inside = _GRADIENTS * sizes.activation_bytes(batch * length)
-    logits = _LOGIT_ARRAYS * length * sizes.vocabulary * FLOAT32_BYTES
+    sequences = min(batch, sequences_at_a_time(length, sizes.vocabulary))
+    logits = _LOGIT_ARRAYS * sequences * length * sizes.vocabulary * FLOAT32_BYTES
     running = sizes.parameters * sizes.computing + parent + trained.state + boundaries
     running += max(inside + trained.reading, logits)
     return estimate(

@@ -21,9 +21,10 @@ from matquant.errors import UserError
 from matquant.formats.nested import NestedWeight
 from matquant.quantize.layers import check_scales
 from matquant.quantize.straight_through import MinMaxGrid, group_ranges
+from matquant.refine.block_passes import Trained
 from matquant.refine.config import RefineConfig
 from matquant.refine.refinement import Refinement
-from matquant.refine.slice_model import LayerForward, RowLoss, SliceModel
+from matquant.refine.slice_model import Loss, SliceModel
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -37,11 +38,11 @@ class QuantizationAwareTraining(Refinement):
 
     def start(self, model: SliceModel) -> None:
         self._step = 0
-        self._format = {name: weight.format for name, weight in model.weights.items()}
+        self._format = {name: weight.format for name, weight in model.reader.weights.items()}
         self._master_bits = next(iter(self._format.values())).master_bits
         self.latents = {
-            name: model.blocks.model.get_submodule(name).weight.detach().float().clone().requires_grad_()
-            for name in model.weights
+            name: model.reader.blocks.model.get_submodule(name).weight.detach().float().clone().requires_grad_()
+            for name in model.reader.weights
         }
         self._optimizer = torch.optim.AdamW(self.latents.values(), lr=self.config.learning_rate, weight_decay=0.0)
 
@@ -50,46 +51,50 @@ class QuantizationAwareTraining(Refinement):
         return self._step
 
     def take_step(self, model: SliceModel, batch: int) -> None:
-        self._check(self.accumulate_gradients(model, batch), "loss")
-        self.average(list(self.latents.values()))
+        losses, gradients = self.losses_and_gradients(model, batch)
+        self._check(losses, "loss")
+        self.average(gradients, self.latents)
+        for name, latent in self.latents.items():
+            latent.grad = gradients.get(name)
         for group in self._optimizer.param_groups:
             group["lr"] = self.config.learning_rate * rate_at(self._step, self.config)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._step += 1
 
-    def accumulate_gradients(self, model: SliceModel, batch: int) -> dict[int, float]:
-        """Add the gradients of one batch to those of the latent weights; return the loss of each bit-width with its lambda."""
+    def losses_and_gradients(self, model: SliceModel, batch: int) -> tuple[dict[int, float], dict[str, Tensor]]:
+        """Loss of each bit-width with its lambda on one batch, and the gradients of their sum by layer."""
         wide = self._wide_loss(model, batch) if self.config.distilled_bits else None
-        losses = {}
+        losses: dict[int, float] = {}
+        gradients: dict[str, Tensor] = {}
         for bits in sorted(self.config.bits, reverse=True):
-            with model.reading(self.forward_of(model, bits)):
-                losses[bits] = model.mean_loss(batch, self._loss_of(model, batch, bits, wide), backward=True)
-        return losses
+            loss = self._loss_of(model, batch, bits, wide)
+            losses[bits], found = model.loss_and_gradients(batch, loss, bits, self.latents)
+            for name, gradient in found.items():
+                gradients[name] = gradients[name] + gradient if name in gradients else gradient
+        return losses, gradients
 
-    def _loss_of(self, model: SliceModel, batch: int, bits: int, wide: RowLoss | None) -> RowLoss:
+    def _loss_of(self, model: SliceModel, batch: int, bits: int, wide: Loss | None) -> Loss:
         """Loss of one bit-width with its lambda."""
         weight, targets = self.context.lambdas[bits], []
         if bits in self.config.distilled_bits and wide is not None:
             targets.append(wide)
         if not targets or not self.config.distill_only:
             targets.append(model.cross_entropy(batch))
-        return lambda row, found: weight * torch.stack([target(row, found) for target in targets]).sum()
+        return lambda rows, found: weight * torch.stack([target(rows, found) for target in targets]).sum()
 
-    def _wide_loss(self, model: SliceModel, batch: int) -> RowLoss:
+    def _wide_loss(self, model: SliceModel, batch: int) -> Loss:
         """Divergence from the slice of all bits, whose predictions are constants."""
-        forward = self.forward_of(model, self._master_bits)
-        with torch.no_grad(), model.reading(forward):
-            hidden = model.hidden(batch)
-        return model.divergence_from(batch, hidden, forward)
+        hidden = model.slice_hidden(batch, self._master_bits, self.latents)
+        return model.divergence_from(batch, hidden, (self._master_bits, self.latents))
 
-    def forward_of(self, model: SliceModel, bits: int) -> LayerForward:
-        def forward(name: str, x: Tensor, bias: Tensor | None) -> Tensor:
-            latent = self.latents[name]
-            grid = self._grid(name)
-            return F.linear(x, grid.slice(grid.codes(latent), bits, latent.shape[1]).to(x.dtype), bias)
+    def trained(self, bits: int) -> Trained:
+        return self.latents
 
-        return forward
+    def linear(self, name: str, x: Tensor, latent: Tensor, bits: int, bias: Tensor | None) -> Tensor:
+        """Output of a layer of the slice of ``bits`` bits of a latent weight."""
+        grid = self._grid(name)
+        return F.linear(x, grid.slice(grid.codes(latent), bits, latent.shape[1]).to(x.dtype), bias)
 
     @torch.no_grad()
     def _grid(self, name: str) -> MinMaxGrid:

@@ -4,9 +4,10 @@ A refinement is a subclass of ``Refinement``. Its state is saved at each validat
 """
 
 import abc
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from matquant.distributed import SINGLE_PROCESS, ProcessGroup
 from matquant.formats.nested import NestedWeight
 from matquant.formats.parent import Parent, write_block
 from matquant.models.blocks import BlockModel
+from matquant.refine.block_passes import Trained
 from matquant.refine.config import RefineConfig
-from matquant.refine.slice_model import LayerForward, SliceModel, open_slice_model
+from matquant.refine.slice_model import SliceModel, open_slice_model
+from matquant.refine.slice_reader import LayerFunction
 from matquant.store.distributed_store import DraftLike
 
 _STATE_FILE = "training.safetensors"
@@ -57,7 +60,10 @@ class Refinement(abc.ABC):
     Attributes:
         history: ``step`` and ``kl`` by bit-width, of each validation so far.
         notes: sentences that the user should read, by layer.
+        linear: layers of a slice, see ``SliceReader``; None: of nested weights whose scales are trained.
     """
+
+    linear: LayerFunction | None = None
 
     def __init__(self, config: RefineConfig, context: RefineContext) -> None:
         self.config, self.context = config, context
@@ -83,8 +89,8 @@ class Refinement(abc.ABC):
         """Take one step on a batch of the training text."""
 
     @abc.abstractmethod
-    def forward_of(self, model: SliceModel, bits: int) -> LayerForward:
-        """Forward of the layers of the present slice of ``bits`` bits."""
+    def trained(self, bits: int) -> Trained:
+        """Tensors by layer that the present slice of ``bits`` bits is made of; they require gradients."""
 
     def validated(self, losses: Mapping[int, float]) -> None:  # noqa: B027  (optional)
         """Receive the validation loss of each bit-width, of the present state."""
@@ -107,14 +113,18 @@ class Refinement(abc.ABC):
         rows = context.process_group.shard(context.batch_size)
         own = _own_rows(context.windows, context.batch_size, rows)
         held_out = context.validation[context.process_group.shard(len(context.validation))]
-        with open_slice_model(
-            context.blocks,
-            self._weights,
-            torch.cat([own, held_out]),
-            rows.stop - rows.start,
-            context.device,
-            context.dtype,
-        ) as model:
+        with (
+            _tf32_products(context.device),
+            open_slice_model(
+                context.blocks,
+                self._weights,
+                torch.cat([own, held_out]),
+                rows.stop - rows.start,
+                context.device,
+                context.dtype,
+                self.linear,
+            ) as model,
+        ):
             self.start(model)
             self._train(model, len(own), draft)
         self._weights = self.refined(self._weights)
@@ -122,14 +132,13 @@ class Refinement(abc.ABC):
         draft.discard(_STATE_FILE)
         return records
 
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """Average the gradients of tensors over the processes, in place; a missing one counts as zeros."""
+    def average(self, gradients: dict[str, Tensor], trained: Trained) -> None:
+        """Average the gradients of ``trained`` over the processes, in place; a missing one counts as zeros."""
         group = self.context.process_group
-        for tensor in tensors if group.world_size > 1 else ():
-            if tensor.grad is None:
-                tensor.grad = torch.zeros_like(tensor)
-            group.all_reduce(tensor.grad)
-            tensor.grad /= group.world_size
+        for name, tensor in trained.items() if group.world_size > 1 else ():
+            gradients.setdefault(name, torch.zeros_like(tensor))
+            group.all_reduce(gradients[name])
+            gradients[name] /= group.world_size
 
     def _train(self, model: SliceModel, training: int, draft: DraftLike) -> None:
         """Train from the state in the draft, or from the start."""
@@ -154,8 +163,7 @@ class Refinement(abc.ABC):
         for batch in held_out:
             full, rows = model.hidden(batch), model.inputs.rows[batch]
             for k, bits in enumerate(self.config.bits):
-                with model.reading(self.forward_of(model, bits)):
-                    losses[k] += model.divergence(batch, full) * (rows.stop - rows.start)
+                losses[k] += model.divergence(batch, full, bits, self.trained(bits)) * (rows.stop - rows.start)
         count = torch.tensor(sum(model.inputs.rows[b].stop - model.inputs.rows[b].start for b in held_out)).double()
         group.all_reduce(losses)
         group.all_reduce(count)
@@ -184,6 +192,18 @@ class Refinement(abc.ABC):
             write_block(draft, block["file"], weights, record)
             records.append(block)
         return records
+
+
+@contextlib.contextmanager
+def _tf32_products(device: torch.device) -> Iterator[None]:
+    """Let float32 products on a GPU read their factors with 10 bits of mantissa inside the context, as training allows."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _own_rows(windows: Tensor, batch_size: int, rows: slice) -> Tensor:

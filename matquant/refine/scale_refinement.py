@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from matquant.formats.nested import NestedWeight
+from matquant.refine.block_passes import Trained
 from matquant.refine.refinement import Refinement
-from matquant.refine.slice_model import LayerForward, SliceModel
+from matquant.refine.slice_model import SliceModel
 from matquant.refine.trained_scales import TrainedScales
 
 
@@ -20,29 +21,28 @@ class ScaleRefinement(Refinement):
     """Refinement of the scales of each bit-width; codes and all other scales stay."""
 
     def start(self, model: SliceModel) -> None:
-        self._trained = {bits: TrainedScales(bits, model.weights, self.config) for bits in self.config.bits}
+        self._trained = {bits: TrainedScales(bits, model.reader.weights, self.config) for bits in self.config.bits}
 
     @property
     def step(self) -> int:
         return next(iter(self._trained.values())).step
 
     def take_step(self, model: SliceModel, batch: int) -> None:
-        with torch.no_grad():
-            full = model.hidden(batch)
+        full = model.hidden(batch)
         for one in self._trained.values():
             self._descend(model, one, batch, full)
 
     def _descend(self, model: SliceModel, one: TrainedScales, batch: int, full: Tensor) -> None:
         """Take one optimizer step; processes average their gradients."""
         group, scales = self.context.process_group, one.scales()
-        with model.reading(model.with_scales(one.bits, scales)):
-            loss = torch.tensor(model.divergence(batch, full, backward=True), dtype=torch.float64)
+        value, gradients = model.gradients(batch, full, one.bits, scales)
+        loss = torch.tensor(value, dtype=torch.float64)
         group.all_reduce(loss)
-        self.average(list(scales.values()))
-        one.take_step(scales, float(loss) / group.world_size)
+        self.average(gradients, scales)
+        one.take_step(gradients, float(loss) / group.world_size)
 
-    def forward_of(self, model: SliceModel, bits: int) -> LayerForward:
-        return model.with_scales(bits, self._trained[bits].scales())
+    def trained(self, bits: int) -> Trained:
+        return self._trained[bits].scales()
 
     def validated(self, losses: Mapping[int, float]) -> None:
         for bits, one in self._trained.items():

@@ -3,6 +3,7 @@
 Only the codes are in memory: the dense weight is computed in the forward pass, and again in the backward pass.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from matquant.formats.groups import scale_groups, sum_groups
-from matquant.formats.nested import NestedWeight
+from matquant.formats.nested import NestedWeight, WeightFormat
 
 
 def scaled_linear(x: Tensor, scales: Tensor, weight: NestedWeight, bits: int, bias: Tensor | None) -> Tensor:
@@ -50,6 +51,11 @@ class _ScaledLinear(torch.autograd.Function):
 
 def _dense(scales: Tensor, weight: NestedWeight, bits: int) -> Tensor:
     """Slice of ``bits`` bits with these scales: float32 [out_features, in_features]."""
-    values = weight.format.levels(bits).to(weight.codes.device)[weight.codes.int()]
+    values = _levels(weight.format, bits, weight.codes.device)[weight.codes.int()]
     zero_points = weight.format.zero_point if weight.zeros is None else weight.zeros.float()
     return scale_groups(values, scales, zero_points, weight.format.group_size)
+
+
+@functools.cache
+def _levels(fmt: WeightFormat, bits: int, device: torch.device) -> Tensor:
+    return fmt.levels(bits).to(device)

@@ -1,137 +1,166 @@
-"""Whole model whose quantized layers read the full-precision weights, or whatever a given forward reads."""
+"""Losses of the slices of a whole model, and the gradients of the tensors that they are made of."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_leaves
 
 from matquant.formats.nested import NestedWeight
 from matquant.models.blocks import BlockInputs, BlockModel
-from matquant.models.tensor_swap import patched_forwards
-from matquant.refine.scaled_linear import scaled_linear
+from matquant.refine.block_passes import BlockPasses, GraphedPasses, Passes, Trained
+from matquant.refine.slice_reader import LayerFunction, SliceReader
 
-# Output of a layer by its name, from its input [..., in_features] and its bias.
-LayerForward = Callable[[str, Tensor, Tensor | None], Tensor]
-# Loss of one sequence, summed over its predicted tokens, from its row in the batch and log-probabilities [length - 1,
+LOGIT_BYTES = 2**29  # of the float32 logits of as many sequences as are alive at a time, if more than one
+
+# Loss summed over the predicted tokens of some sequences of a batch, of float32 log-probabilities [sequences, length - 1,
 # vocabulary].
-RowLoss = Callable[[int, Tensor], Tensor]
+Loss = Callable[[slice, Tensor], Tensor]
+
+logger = logging.getLogger(__name__)
 
 
 class SliceModel:
-    """Forward and backward passes of one batch through blocks and head.
-
-    Activations are recomputed block by block in the backward pass. Construct it with ``open_slice_model``.
+    """Forward and backward passes of one batch through blocks and head. Construct it with ``open_slice_model``.
 
     Args:
-        blocks: model, on its device.
-        weights: nested weights by layer name, on the same device.
+        reader: of the model, on its device.
         inputs: inputs of block 0, batch by batch.
         windows: int64 [sequences, length], on the same device.
+        graphs: capture the passes as CUDA graphs on a GPU, which copy the trained tensors.
     """
 
-    def __init__(
-        self, blocks: BlockModel, weights: Mapping[str, NestedWeight], inputs: BlockInputs, windows: Tensor
-    ) -> None:
-        self.blocks, self.weights, self.inputs, self.windows = blocks, weights, inputs, windows
-        self._forward: LayerForward | None = None  # None: full precision
+    def __init__(self, reader: SliceReader, inputs: BlockInputs, windows: Tensor, graphs: bool = True) -> None:
+        self.reader, self.inputs, self.windows = reader, inputs, windows
+        self._passes: dict[tuple, Passes] = {}
+        self._captures = graphs and windows.is_cuda
+        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
 
-    def with_scales(self, bits: int, scales: Mapping[str, Tensor]) -> LayerForward:
-        """Forward that reads the slice of ``bits`` bits with these scales, float32 [out_features, groups] by layer."""
-        return lambda name, x, bias: scaled_linear(x, scales[name], self.weights[name], bits, bias)
-
-    @contextlib.contextmanager
-    def reading(self, forward: LayerForward | None) -> Iterator[None]:
-        """Compute quantized layers by ``forward`` inside the context; None: by the full-precision weights."""
-        before, self._forward = self._forward, forward
-        try:
-            yield
-        finally:
-            self._forward = before
-
+    @torch.no_grad()
     def hidden(self, batch: int) -> Tensor:
-        """Hidden states after the last block for one batch: [sequences, length, hidden]."""
-        rows = self.inputs.rows[batch]
-        hidden = self.inputs.hidden[rows]
+        """Hidden states of the full-precision model after the last block for one batch: [sequences, length, hidden]."""
+        hidden = self.inputs.hidden[self.inputs.rows[batch]]
         for index, kwargs in enumerate(self.inputs.kwargs[batch]):
-            if torch.is_grad_enabled():
-                hidden = checkpoint(self.blocks.run_block, index, hidden, kwargs, use_reentrant=False)
-            else:
-                hidden = self.blocks.run_block(index, hidden, kwargs)
+            hidden = self.reader.blocks.run_block(index, hidden, kwargs)
         return hidden
 
-    def divergence(self, batch: int, full: Tensor, backward: bool = False) -> float:
+    @torch.no_grad()
+    def divergence(self, batch: int, full: Tensor, bits: int, trained: Trained) -> float:
         """Mean KL(full precision || slice) over the predicted tokens of one batch, in nats per token.
 
         Args:
-            full: ``hidden`` of the full-precision model.
-            backward: compute the gradients of what the present forward reads.
+            full: ``hidden`` of the batch.
+            trained: tensors that the slice of ``bits`` bits is made of.
         """
-        return self.mean_loss(batch, self.divergence_from(batch, full, None), backward)
-
-    def mean_loss(self, batch: int, row_loss: RowLoss, backward: bool = False) -> float:
-        """Mean of a loss over the predicted tokens of one batch. Logits of one sequence at a time are alive.
-
-        Call it inside ``reading``.
-
-        Args:
-            backward: compute the gradients of what the present forward reads.
-        """
-        with torch.set_grad_enabled(backward):
-            output = self.hidden(batch)
-        leaf = output.detach().requires_grad_(backward)
-        losses = []
-        for row, ids in enumerate(self.windows[self.inputs.rows[batch]]):
-            with torch.set_grad_enabled(backward):
-                found = self._log_probs(ids, leaf[row])
-                loss = row_loss(row, found) / (len(output) * len(found))
-            if backward:
-                loss.backward()  # to the leaf, and to the weight of a quantized head
-            losses.append(loss.detach())
-        if backward:
-            output.backward(leaf.grad)
+        output, loss = self.slice_hidden(batch, bits, trained), self.divergence_from(batch, full)
+        losses = [self._share(batch, rows, output[rows], loss, bits, trained) for rows in self._parts(output)]
         return float(torch.stack(losses).sum())
 
-    def divergence_from(self, batch: int, hidden: Tensor, forward: LayerForward | None) -> RowLoss:
-        """KL divergence from the model whose layers ``forward`` computes, in nats.
+    @torch.no_grad()
+    def slice_hidden(self, batch: int, bits: int, trained: Trained) -> Tensor:
+        """Hidden states of a slice after the last block for one batch: [sequences, length, hidden]."""
+        passes = BlockPasses(self.reader, bits, self.inputs.kwargs[batch])
+        return passes.forward(self.inputs.hidden[self.inputs.rows[batch]], trained)
+
+    def divergence_from(self, batch: int, hidden: Tensor, read: tuple[int, Trained] | None = None) -> Loss:
+        """KL divergence from another model, in nats.
 
         Args:
-            hidden: ``hidden`` of that model for the batch.
+            hidden: of that model after the last block, for the batch.
+            read: bit-width and tensors of that model's slice; None: the full-precision model.
         """
-        windows = self.windows[self.inputs.rows[batch]]
 
-        def loss(row: int, found: Tensor) -> Tensor:
-            with torch.no_grad(), self.reading(forward):
-                expected = self._log_probs(windows[row], hidden[row])
-            return F.kl_div(found, expected, reduction="sum", log_target=True)
+        @torch.no_grad()
+        def expected(rows: slice) -> Tensor:
+            with self.reader.reading(*read) if read else contextlib.nullcontext():
+                return self._log_probs(self._ids(batch)[rows], hidden[rows])
 
-        return loss
+        return lambda rows, found: F.kl_div(found, expected(rows), reduction="sum", log_target=True)
 
-    def cross_entropy(self, batch: int) -> RowLoss:
+    def cross_entropy(self, batch: int) -> Loss:
         """Cross-entropy of the text, in nats."""
-        windows = self.windows[self.inputs.rows[batch]]
-        return lambda row, found: F.nll_loss(found, windows[row, 1:], reduction="sum")
+        ids = self._ids(batch)
+        return lambda rows, found: F.nll_loss(found.flatten(0, 1), ids[rows, 1:].flatten(), reduction="sum")
+
+    def gradients(self, batch: int, full: Tensor, bits: int, trained: Trained) -> tuple[float, dict[str, Tensor]]:
+        """``divergence``, and its gradients by layer for ``trained``, which require gradients."""
+        return self.loss_and_gradients(batch, self.divergence_from(batch, full), bits, trained)
+
+    def loss_and_gradients(
+        self, batch: int, loss: Loss, bits: int, trained: Trained
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Mean of a loss over the predicted tokens of one batch, and its gradients by layer for ``trained``.
+
+        An expert without tokens has no gradient.
+        """
+        hidden = self.inputs.hidden[self.inputs.rows[batch]]
+        passes = self._passes_of(batch, bits, hidden, trained)
+        output = passes.forward(hidden, trained)
+        total = torch.zeros((), device=output.device)
+        gradient = torch.empty_like(output)
+        found: dict[str, Tensor] = {}
+        others = [name for name in self.reader.other_layers if name in trained]
+        for rows in self._parts(output):
+            part = output[rows].detach().requires_grad_()
+            share = self._share(batch, rows, part, loss, bits, trained)
+            gradient[rows], *own = torch.autograd.grad(share, [part, *(trained[name] for name in others)])
+            found = {name: found[name] + one if name in found else one for name, one in zip(others, own, strict=True)}
+            total += share.detach()
+        return float(total), passes.backward(gradient) | found
+
+    def _parts(self, hidden: Tensor) -> list[slice]:
+        """Sequences whose logits are alive at the same time."""
+        sequences, length = hidden.shape[:2]
+        step = sequences_at_a_time(length, self.reader.blocks.vocab_size)
+        return [slice(first, min(first + step, sequences)) for first in range(0, sequences, step)]
+
+    def _share(self, batch: int, rows: slice, hidden: Tensor, loss: Loss, bits: int, trained: Trained) -> Tensor:
+        """Share of some sequences in the mean loss of a batch.
+
+        Args:
+            rows: of the batch.
+            hidden: after the last block, of these sequences.
+        """
+        ids = self._ids(batch)
+        with self.reader.reading(bits, trained):
+            found = self._log_probs(ids[rows], hidden)
+        return loss(rows, found) / (len(ids) * (ids.shape[1] - 1))
+
+    def _ids(self, batch: int) -> Tensor:
+        """Tokens of a batch: int64 [sequences, length]."""
+        return self.windows[self.inputs.rows[batch]]
 
     def _log_probs(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Log-probabilities of the next tokens of one sequence: float32 [length - 1, vocabulary]."""
-        return self.blocks.head(ids[None], hidden[None])[0, :-1].float().log_softmax(-1)
+        """Log-probabilities of the next tokens: float32 [sequences, length - 1, vocabulary]."""
+        logits: Tensor = self.reader.blocks.head(ids, hidden)[:, :-1]
+        return logits.float().log_softmax(-1)
 
-    def _forward_of(self, name: str, layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-        def forward(x: Tensor) -> Tensor:
-            if self._forward is None:
-                return F.linear(x, layer.weight, layer.bias)
-            return self._forward(name, x, layer.bias)
+    def _passes_of(self, batch: int, bits: int, hidden: Tensor, trained: Trained) -> Passes:
+        """Passes of a batch: captured ones for all batches of its shape with the same other arguments, where that works."""
+        kwargs = self.inputs.kwargs[batch]
+        if not self._captures:
+            return BlockPasses(self.reader, bits, kwargs)
+        leaves = tree_leaves([(one.args, dict(one.kwargs)) for one in kwargs])
+        same = tuple(id(leaf) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+        key = (bits, hidden.shape, same)
+        if key not in self._passes:
+            try:
+                passes = BlockPasses(self.reader, bits, kwargs)
+                self._passes[key] = GraphedPasses(passes, hidden, trained, self._pool)
+            except RuntimeError as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                logger.warning("Training runs without CUDA graphs, which this model does not allow (%s).", reason)
+                self._captures = False
+                return BlockPasses(self.reader, bits, kwargs)
+        return self._passes[key]
 
-        return forward
 
-    def patched(self) -> Any:
-        """Context in which the layers of the model read what ``reading`` says."""
-        layers = [self.blocks.model.get_submodule(name) for name in self.weights]
-        forwards = [self._forward_of(name, layer) for name, layer in zip(self.weights, layers, strict=True)]
-        return patched_forwards(layers, forwards)
+def sequences_at_a_time(length: int, vocabulary: int) -> int:
+    """Sequences whose float32 logits take at most ``LOGIT_BYTES``; at least one."""
+    return max(1, LOGIT_BYTES // (4 * length * vocabulary))
 
 
 @contextlib.contextmanager
@@ -142,12 +171,14 @@ def open_slice_model(
     batch_size: int,
     device: torch.device,
     dtype: torch.dtype,
+    linear: LayerFunction | None = None,
 ) -> Iterator[SliceModel]:
     """Put the whole model on ``device`` in ``dtype`` while the context is open.
 
     Args:
         weights: nested weights by layer name; copied to the device.
         windows: int64 [sequences, length].
+        linear: layers of a slice, see ``SliceReader``; passes of other layers than the default are not captured as graphs.
     """
     inputs = blocks.capture_block_inputs(windows, batch_size, device, dtype)
     on_device = {name: weight.to(device) for name, weight in weights.items()}
@@ -155,6 +186,6 @@ def open_slice_model(
         stack.enter_context(blocks.head_on_device(device, dtype))
         for index in range(len(blocks)):
             stack.enter_context(blocks.on_device(index, device, dtype))
-        model = SliceModel(blocks, on_device, inputs, windows.to(device))
-        stack.enter_context(model.patched())
-        yield model
+        reader = SliceReader(blocks, on_device, linear)
+        stack.enter_context(reader.patched())
+        yield SliceModel(reader, inputs, windows.to(device), graphs=linear is None)

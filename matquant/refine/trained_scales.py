@@ -52,17 +52,16 @@ class TrainedScales:
         """Present scales by layer: float32 [out_features, groups], rounded to the stored dtype; they require gradients."""
         return {name: self._exact(name).to(self._dtype[name]).float().requires_grad_() for name in self._ratio}
 
-    def take_step(self, scales: Mapping[str, Tensor], loss: float) -> None:
-        """Take an optimizer step with the gradients of ``scales``, from the present state, and the loss that they are of.
+    def take_step(self, gradients: Mapping[str, Tensor], loss: float) -> None:
+        """Take an optimizer step with the gradients of ``scales`` by layer, and the loss that they are of.
 
         The gradients pass the rounding of the scales unchanged, are divided by the running mean of the losses, and clipped.
         """
         first = self.step == 0
         self._mean_loss = loss if first else _MEAN_DECAY * self._mean_loss + (1 - _MEAN_DECAY) * loss
         for name, ratio in self._ratio.items():
-            gradient = scales[name].grad
-            if gradient is not None:  # else an expert without tokens
-                ratio.grad = gradient * self._exact(name) / self._mean_loss
+            if name in gradients:  # else an expert without tokens
+                ratio.grad = gradients[name] * self._exact(name) / self._mean_loss
         torch.nn.utils.clip_grad_norm_(self.parameters, _MAX_GRADIENT_NORM)
         for group in self._optimizer.param_groups:
             group["lr"] = self.config.learning_rate * rate_at(self.step, self.config)

@@ -34,11 +34,26 @@ from matquant.stages.runtime import Runtime
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RefinementText:
-    """Text of the stage refine: int64 [sequences, length] to train on and to judge by, and sequences of one step."""
+    """Text of the stage refine.
 
-    training: Tensor
-    validation: Tensor
+    Attributes:
+        sequences, length: number and tokens of the sequences, held-out ones included.
+        held_out: number of sequences to judge by.
+        batch_size: sequences of one step.
+        windows: int64 [sequences, length]; None for text that the model writes itself in the stage.
+    """
+
+    sequences: int
+    length: int
+    held_out: int
     batch_size: int
+    windows: Tensor | None
+
+    def split(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Sequences to train on, and evenly spaced ones among them that are held out."""
+        chosen = torch.zeros(self.sequences, dtype=torch.bool)
+        chosen[(torch.arange(self.held_out) * self.sequences) // self.held_out] = True
+        return windows[~chosen], windows[chosen]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,7 +262,7 @@ def _search_text(config: Config) -> TextConfig:
 
 
 def _refinement_text(config: Config, model: LoadedModel, runtime: Runtime) -> RefinementText:
-    """Sequences to train on, and evenly spaced ones among them that are held out."""
+    """Sequences of the refinement, unless the model writes them."""
     text, held_out = config.refine.text, config.refine.validation_sequences
     assert text is not None
     if text.batch_size % runtime.process_group.world_size:
@@ -256,10 +271,13 @@ def _refinement_text(config: Config, model: LoadedModel, runtime: Runtime) -> Re
             "processes. Make it a multiple of their number."
         )
     wanted = dataclasses.replace(text, sequences=text.sequences + held_out)
-    sequences = _read("refine.text", wanted, "train", model, runtime)
-    chosen = torch.zeros(len(sequences), dtype=torch.bool)
-    chosen[(torch.arange(held_out) * len(sequences)) // held_out] = True
-    return RefinementText(training=sequences[~chosen], validation=sequences[chosen], batch_size=text.batch_size)
+    return RefinementText(
+        sequences=wanted.sequences,
+        length=text.sequence_length,
+        held_out=held_out,
+        batch_size=text.batch_size,
+        windows=None if text.dataset == texts.SELF else _read("refine.text", wanted, "train", model, runtime),
+    )
 
 
 def _evaluation_texts(config: Config, model: LoadedModel, runtime: Runtime) -> dict[str, Tensor]:
@@ -268,7 +286,7 @@ def _evaluation_texts(config: Config, model: LoadedModel, runtime: Runtime) -> d
         return {}
     if config.method.uses_calibration:
         texts.check_apart(config.calibration, dict(config.eval.datasets))
-    if config.refine.wanted and config.refine.text is not None:
+    if config.refine.wanted and config.refine.text is not None and config.refine.text.dataset != texts.SELF:
         texts.check_apart(config.refine.text, dict(config.eval.datasets), "refine.text")
     return {
         name: _read(f"eval.datasets.{name}", text, "evaluation", model, runtime)

@@ -55,7 +55,7 @@ def _later_stages(job: LoadedJob, runtime: Runtime) -> tuple[list[MemoryEstimate
     slices = len(config.slice_bits) + len(job.allocations)
     if job.refinement is not None:
         estimates.append(_refine_estimate(job, runtime))
-        tokens = job.refinement.batch_size * job.refinement.training.shape[1] // runtime.process_group.world_size
+        tokens = job.refinement.batch_size * job.refinement.length // runtime.process_group.world_size
         operations += refine_operations(job.sizes, config.refine.steps, len(config.refine.bits), tokens)
     for name, sequences in job.evaluation.items():
         tokens, batch = own_tokens(runtime, sequences), config.eval.datasets[name].batch_size
@@ -88,8 +88,8 @@ def _refine_estimate(job: LoadedJob, runtime: Runtime) -> MemoryEstimate:
         job.sizes,
         trained,
         parent=job.parent_bytes,
-        windows=(len(text.training) + len(text.validation)) // processes,
-        length=text.training.shape[1],
+        windows=text.sequences // processes,
+        length=text.length,
         batch=text.batch_size // processes,
         on_gpu=runtime.on_gpu,
         offload=runtime.device,

@@ -5,6 +5,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from matquant import number_format
 from matquant.data import texts
 from matquant.errors import UserError
@@ -14,13 +16,15 @@ from matquant.refine.config import RefineConfig
 from matquant.refine.quantization_aware import QuantizationAwareTraining
 from matquant.refine.refinement import RefineContext, Refinement
 from matquant.refine.scale_refinement import ScaleRefinement
-from matquant.stages.load import LoadedJob
-from matquant.stages.quantize import QuantizedJob
+from matquant.refine.self_text import sample_windows
+from matquant.stages.load import LoadedJob, RefinementText
+from matquant.stages.quantize import QuantizedJob, transform_entry
 from matquant.stages.runtime import Runtime
+from matquant.store import Draft
 from matquant.store.distributed_store import DraftLike, open_or_build
 
 # Part of the key of refined parents: raised when the same settings give other scales than before.
-_VERSION = 1
+_VERSION = 2
 _REFINEMENTS: dict[str, type[Refinement]] = {"scales": ScaleRefinement, "qat": QuantizationAwareTraining}
 _ONLY_QAT = ("distilled_bits", "distill_only")  # settings that keys of other refinements lack
 
@@ -40,17 +44,18 @@ def refine(job: LoadedJob, quantized: QuantizedJob, runtime: Runtime) -> tuple[Q
     if job.refinement is None or quantized.parent is None:
         return quantized, None
     parent = quantized.parent
+    training, validation = job.refinement.split(_windows(job, job.refinement, runtime))
 
     def build(draft: DraftLike) -> dict[str, Any]:
         if "quantize" not in job.config.stages:
             raise UserError("The store has no such refinement yet; add quantize to stages, or check the settings.")
-        return _train(job, parent, runtime, draft)
+        return _train(job, parent, training, validation, runtime, draft)
 
     inputs = {
         "parent": parent.artifact.sha256,
         "refine": _key_of(config),
-        "text": texts.fingerprint(job.refinement.training),
-        "validation": texts.fingerprint(job.refinement.validation),
+        "text": texts.fingerprint(training),
+        "validation": texts.fingerprint(validation),
         "batch_size": job.refinement.batch_size,
         "dtype": str(job.dtype),
         "version": _VERSION,
@@ -68,7 +73,7 @@ def refine(job: LoadedJob, quantized: QuantizedJob, runtime: Runtime) -> tuple[Q
 
 def _key_of(config: RefineConfig) -> dict[str, Any]:
     """Settings that determine a refinement beside its text, for its key in the store."""
-    dropped = ("name", "text") if config.method == "qat" else ("name", "text", *_ONLY_QAT)
+    dropped = ("name", "text", "top_k", *(() if config.method == "qat" else _ONLY_QAT))
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in dropped}
 
 
@@ -77,7 +82,39 @@ def _lambdas(job: LoadedJob) -> dict[int, float]:
     return normalized(job.config.objective.lambdas)
 
 
-def _train(job: LoadedJob, parent: Parent, runtime: Runtime, draft: DraftLike) -> dict[str, Any]:
+def _windows(job: LoadedJob, text: RefinementText, runtime: Runtime) -> Tensor:
+    """Sequences of the text, int64 [sequences, length]; those that the model writes are kept in the store."""
+    config = job.config.refine.text
+    if text.windows is not None or config is None:
+        assert text.windows is not None
+        return text.windows
+    wanted = dataclasses.replace(config, sequences=text.sequences)
+
+    def build(draft: Draft) -> dict[str, Any]:
+        if "quantize" not in job.config.stages:
+            raise UserError("The store has no such refinement yet; add quantize to stages, or check the settings.")
+        with runtime.bars.bar("text of the model", text.sequences) as progress:
+            windows = sample_windows(
+                job.blocks, job.model.tokenizer, wanted, job.config.refine.top_k, runtime.device, job.dtype, progress
+            )
+        draft.write_tensors("windows.safetensors", {"windows": windows})
+        return {"label": f"{job.model.label} text of the model itself"}
+
+    inputs = {
+        "model": job.model.fingerprint,
+        "text": {"sequences": text.sequences, "sequence_length": text.length, "seed": config.seed},
+        "top_k": job.config.refine.top_k,
+        "dtype": str(job.dtype),
+        "version": _VERSION,
+        **transform_entry(job),
+    }
+    artifact = runtime.process_group.rank0_first(lambda: runtime.store.open_or_build("windows", inputs, build))
+    return artifact.read_tensors("windows.safetensors")[0]["windows"].clone()
+
+
+def _train(
+    job: LoadedJob, parent: Parent, training: Tensor, validation: Tensor, runtime: Runtime, draft: DraftLike
+) -> dict[str, Any]:
     """Train into the draft; return the facts for the manifest."""
     config, text = job.config.refine, job.refinement
     assert text is not None
@@ -93,8 +130,8 @@ def _train(job: LoadedJob, parent: Parent, runtime: Runtime, draft: DraftLike) -
         context = RefineContext(
             blocks=job.blocks,
             parent=parent,
-            windows=text.training,
-            validation=text.validation,
+            windows=training,
+            validation=validation,
             batch_size=text.batch_size,
             device=runtime.device,
             dtype=job.dtype,

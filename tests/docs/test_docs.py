@@ -63,6 +63,12 @@ def test_every_command_composes(page, command, monkeypatch):
         check_config(config)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_stand_in_blocks_of_code(page):
+    lines = page.read_text().splitlines()
+    assert not [line for line in lines if re.match(r"(python (run\.py|-m|\S+/\S+\.py)|torchrun) ", line)]
+
+
 def test_links_of_the_pages_reach_files():
     for page in [*PAGES, *(ROOT / "experiments").rglob("*.md"), ROOT / "kernels" / "README.md"]:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):

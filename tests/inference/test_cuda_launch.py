@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import logging
+import threading
 import types
 
 import pytest
@@ -317,9 +318,12 @@ def test_wrong_calls_are_refused_before_anything_is_planned(device):
 @pytest.fixture
 def streams(monkeypatch):
     """A device whose stream and whose state of capture the test sets; its memory is the CPU's."""
-    state = types.SimpleNamespace(stream=1, capturing=False)
+    state = types.SimpleNamespace(stream=1, capturing=False, threads=set(), used_by=[])
 
     class Stream(contextlib.nullcontext):
+        def __enter__(self):
+            state.threads.add(threading.get_ident())
+
         def synchronize(self):
             pass
 
@@ -327,6 +331,8 @@ def streams(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: state.stream, raising=False)
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: state.stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: state.used_by.append(stream))
     monkeypatch.setattr(workspace, "_SLAB", 100)
     return state
 
@@ -362,6 +368,10 @@ def test_a_stream_keeps_its_counters_and_captured_launches_share_none(streams):
     streams.capturing = False
     take(20, new=False)
     take(200, new=True)
+    # The pool of a graph collects what the thread of its warm-up allocates, and what is allocated on its stream.
+    assert streams.threads
+    assert threading.get_ident() not in streams.threads
+    assert streams.used_by == [1, 1, 2, 1, 1, 1]  # slab, workspaces of both streams, larger ones, another slab
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,12 @@ def test_a_refined_parent_is_stored_searched_packed_and_found_again(job, tmp_pat
         (["method=gptq"], "refine=scales trains one parent, but method=gptq makes one model per bit-width"),
         (["refine.text.batch_size=13"], "refine.text.sequences=12 do not fill one batch of refine.text.batch_size=13"),
         (["refine.text.dataset=nothing"], "refine.text.dataset must be one of"),
+        (["refine.text.dataset=self", "refine.top_k=0"], "refine.top_k must be at least 1; found 0"),
+        (["refine.text.dataset=self", "refine.text.sequences=0"], "refine.text.sequences must be at least 1; found 0"),
+        (
+            ["calibration.dataset=self"],
+            "calibration.dataset=self: only a refinement can be trained on text that the model",
+        ),
         (["refine.text.sequence_length=100000"], "refine.text.sequence_length=100000 is longer than the context"),
         (["refine.bits=[2,9]"], "refine.bits names 9"),
     ],
@@ -79,3 +85,17 @@ def test_a_refinement_is_not_made_without_the_stage_quantize(matquant, small_mod
     status, _, err = matquant(*SMALL, f"model.path={small_model}", *REFINE, "stages=[evaluate]")
     assert status not in (0, None)
     assert "add quantize to stages" in err
+
+
+@pytest.mark.slow
+def test_a_refinement_on_the_models_own_text_is_found_again(job, matquant, small_model):
+    settings = (*REFINE, "refine.text.dataset=self", "bits=[2]")
+    refined = job(*settings)
+    history = refined["refine"]["history"]
+    assert min(row["kl"]["2"] for row in history) < history[0]["kl"]["2"]
+    again = job(*settings, "stages=[evaluate]")
+    assert again["refine"]["reused"]
+    assert again["parent"]["sha256"] == refined["parent"]["sha256"]
+    status, _, err = matquant(*SMALL, f"model.path={small_model}", *settings, "refine.top_k=3", "stages=[evaluate]")
+    assert status not in (0, None)
+    assert "no such" in err

@@ -1,0 +1,146 @@
+"""Tables and plots of the records of real models.
+
+python experiments/real/summary.py      # writes README.md and a plot of each model into experiments/real/results
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+BITS = (2, 3, 4, 6, 8)
+FLOORS = {"bf16": "bfloat16", "fp16": "float16"}
+NAMES = {
+    "rtn": "`rtn`, a model per bit-width",
+    "gptq": "`gptq`, a model per bit-width",
+    "matgptq_v1": "`matgptq_v1`, one parent",
+    "matgptq": "**`matgptq`, one parent**",
+}
+SETTINGS = {"none": "", "scales": ", **`refine=scales`**"}
+INTRODUCTION = """# Real models
+
+KL(full precision ‖ slice) in nats a token, over 64 windows of 512 tokens that nothing was calibrated or trained on, computed in
+float32: Python source, English manuals (prose), and requests with answers in the model's chat template (chat). Groups of 64,
+calibrated on 128 windows of 512 tokens of source. With several calibration seeds a figure is their mean, and ± half of their
+range.
+
+`matgptq` and `matgptq_v1` are one parent, of which each column is a slice; all other rows are a model for each bit-width. With
+`refine=scales` (600 steps on source, the default) only the scales of 2, 3 and 4 bits change. Rows of other packages are
+AutoRound (200 iterations, zero points at 2 bits) and the GPTQ of llm-compressor, quantized by these packages on the same
+windows, each with its default settings. The KL of the unquantized model in bfloat16 and float16 is a floor: what is below it
+cannot be seen in that dtype.
+
+    python experiments/real/prepare.py
+    python experiments/real/benchmark.py MODEL.gguf --methods rtn gptq matgptq_v1 matgptq --seeds 0
+    python experiments/real/benchmark.py MODEL.gguf --methods matgptq --seeds 1 2
+    python experiments/real/benchmark.py MODEL.gguf --methods matgptq --seeds 0 --refine scales --overrides refine=scales
+    python experiments/real/peers.py MODEL.gguf --peers auto_round llmcompressor
+    python experiments/real/summary.py
+
+Each record of the JSON files has its commit, machine and date. Seconds are of quantizing and refining, on a GPU that several
+jobs shared, so that they compare only roughly.
+"""
+
+
+def rows_of(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Method and refinement of each row, in the order of the tables."""
+    found = dict.fromkeys((record["method"], record["refine"]) for record in records if record["bits"] in BITS)
+    order = ["rtn", "gptq", "matgptq_v1", None, "matgptq"]  # None: other packages
+    return sorted(found, key=lambda row: (order.index(row[0] if row[0] in NAMES else None), row[1] != "none", row))
+
+
+def label(method: str, refine: str) -> str:
+    """Name of a row."""
+    return NAMES.get(method, f"{method}, a model per bit-width") + SETTINGS.get(refine, f", `refine={refine}`")
+
+
+def figure(values: Sequence[float | None]) -> str:
+    """Mean of the seeds, with half of their range."""
+    finite = [value for value in values if value is not None]
+    if not finite:
+        return "not finite" if values else ""
+    text = f"{statistics.mean(finite):.3g}"
+    return text if len(finite) == 1 else f"{text} ± {(max(finite) - min(finite)) / 2:.1g}"
+
+
+def floors(records: Sequence[dict[str, Any]]) -> str:
+    """Sentence on the full-precision model, for one model and text."""
+    (full,) = (r for r in records if r["method"] == "fp32")
+    of_dtypes = {name: [r["kl"] for r in records if r["method"] == method] for method, name in FLOORS.items()}
+    listed = ", ".join(f"{figure(values)} in {name}" for name, values in of_dtypes.items())
+    return f"Full precision: perplexity {full['perplexity']:.4g}; its own KL {listed}."
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """KL of every row and bit-width, the perplexity at 2 to 4 bits, and seconds, for one model and text."""
+    lines = [
+        "| KL | " + " | ".join(f"{bits} bits" for bits in BITS) + " | perplexity at 2, 3, 4 bits | seconds |",
+        "|---" * (len(BITS) + 3) + "|",
+    ]
+    for method, refine in rows_of(records):
+        mine = [r for r in records if (r["method"], r["refine"]) == (method, refine)]
+        first = {r["bits"]: r for r in mine if r["seed"] == 0}
+        cells = [figure([r["kl"] for r in mine if r["bits"] == bits]) for bits in BITS]
+        perplexities = ", ".join(f"{first[bits]['perplexity']:.4g}" for bits in (2, 3, 4) if bits in first)
+        seconds = f"{sum({r['seconds'] for r in first.values()}):.0f}"
+        lines.append(f"| {label(method, refine)} | " + " | ".join([*cells, perplexities, seconds]) + " |")
+    return "\n".join(lines)
+
+
+def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """KL against bits for each text, a line for each row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    texts = list(dict.fromkeys(record["text"] for record in records))
+    panels, axes = plt.subplots(1, len(texts), figsize=(3.4 * len(texts) + 1, 4), sharey=True, squeeze=False)
+    for axis, text in zip(axes[0], texts, strict=True):
+        for method, refine in rows_of(records):
+            mine = [r for r in records if (r["text"], r["method"], r["refine"], r["seed"]) == (text, method, refine, 0)]
+            points = sorted((r["bits"], r["kl"]) for r in mine if r["kl"] is not None)
+            style = "-" if method == "matgptq" else "--"
+            name = label(method, refine).replace("`", "").replace("*", "")
+            axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name) if points else None
+        floor = [r["kl"] for r in records if (r["text"], r["method"]) == (text, "bf16")]
+        axis.axhline(floor[0], color="gray", linewidth=0.8, linestyle=":", label="full precision in bfloat16")
+        axis.set(title=text, xlabel="bits", yscale="log")
+    axes[0][0].set_ylabel("KL, nats a token")
+    handles, names = axes[0][0].get_legend_handles_labels()
+    panels.tight_layout(rect=(0, 0.16, 1, 1))
+    panels.legend(handles, names, loc="lower center", ncols=len(texts), fontsize=8, frameon=False)
+    panels.savefig(path, dpi=130)
+
+
+def page(models: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown of the records of each model."""
+    parts = [INTRODUCTION]
+    for name, records in models.items():
+        parts.append(f"## {name}\n\n![KL against bits]({name}.png)\n")
+        for text in dict.fromkeys(record["text"] for record in records):
+            mine = [r for r in records if r["text"] == text]
+            parts.append(f"### {text}\n\n{table(mine)}\n\n{floors(mine)}\n")
+    return "\n".join(parts)
+
+
+def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Records of each model in a folder."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"), reverse=True)}
+
+
+def main() -> None:
+    """Write the page and the plots."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("experiments/real/results"))
+    folder = parser.parse_args().folder
+    models = read(folder)
+    for name, records in models.items():
+        draw(records, folder / f"{name}.png")
+    (folder / "README.md").write_text(page(models))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Recorded results on real models: the pages say what the records say."""
+
+import re
+import sys
+
+import pytest
+from shared import ROOT
+
+RESULTS = ROOT / "experiments" / "real" / "results"
+IDENTITY = ("model", "method", "refine", "seed", "text", "group_size", "bits")
+KEYS = {*IDENTITY, "kl", "perplexity", "evaluation_dtype", "seconds", "commit"}
+ROWS = {
+    "`method=matgptq`, one parent": ("matgptq", "none", "kl"),
+    "with `refine=scales`": ("matgptq", "scales", "kl"),
+    "its perplexity (full precision 7.69)": ("matgptq", "scales", "perplexity"),
+    "AutoRound 0.16.1, a model per bit-width": ("auto-round 0.16.1", "none", "kl"),
+    "GPTQ of llm-compressor 0.14.0.1, a model per bit-width": ("llmcompressor 0.14.0.1", "none", "kl"),
+    "`method=gptq`, a model per bit-width": ("gptq", "none", "kl"),
+}
+
+
+@pytest.fixture
+def summary(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "real"))
+    import summary
+
+    yield summary
+    sys.modules.pop("summary")
+
+
+def test_records_have_all_keys_and_each_stands_once(summary):
+    for name, records in summary.read(RESULTS).items():
+        assert all(set(record) >= KEYS and record["model"] == name for record in records)
+        assert len({tuple(record[key] for key in IDENTITY) for record in records}) == len(records)
+
+
+def test_the_page_is_made_of_the_records(summary):
+    assert (RESULTS / "README.md").read_text() == summary.page(summary.read(RESULTS))
+
+
+@pytest.mark.parametrize("title", ROWS)
+def test_the_front_page_shows_the_records(title, summary):
+    (line,) = (line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {title} |"))
+    shown = dict(zip((2, 3, 4, 6, 8), (cell.strip() for cell in line.split("|")[2:-1]), strict=True))
+    method, refine, figure = ROWS[title]
+    records = summary.read(RESULTS)["smollm2-135m-instruct"]
+    mine = [r for r in records if (r["method"], r["refine"], r["seed"], r["text"]) == (method, refine, 0, "source")]
+    digits = 4 if figure == "perplexity" else 3
+    assert shown == dict.fromkeys(shown, "") | {r["bits"]: f"{r[figure]:.{digits}g}" for r in mine}
+    if "full precision" in title:
+        (full,) = (r["perplexity"] for r in records if r["method"] == "fp32" and r["text"] == "source")
+        assert re.search(r"full precision ([\d.]+)", title)[1] == f"{full:.3g}"

@@ -61,7 +61,7 @@ void nested_dequantize(const uint4* planes, u64 plane_stride, const u16* scales,
                        u16* out,            // [rows, depth], 16-byte aligned; row 0 is the first row of first_row_block
                        int first_row_block, // of the whole matrix
                        int rows, int depth, // of out
-                       int row_blocks,      // of the whole matrix
+                       int row_blocks,      // of the stored weight, between the scales of two groups
                        float offset, float zero_step, float gain) {
     SHARED_MEMORY(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, units = (depth + 63) / 64;

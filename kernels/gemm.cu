@@ -70,7 +70,7 @@ DEVICE void sync_ring(const WarpCoord& coord) {
 
 KERNEL LAUNCH_BOUNDS(kThreads, BLOCKS_PER_SM)
 void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words]; N and K rounded up to multiples of 64
-                 u64 plane_stride,     // between planes, in units of 16 bytes: row_blocks * units * 32
+                 u64 plane_stride,     // between planes, in units of 16 bytes: row_blocks * units * 32, or more for a part of a weight
                  const u16* scales,    // [groups, N / 64, 8, 4, 2]; 0 for rows beyond N and groups beyond K
                  const u8* zeros,      // same layout; read if ZEROS
 #if WGMMA
@@ -82,6 +82,7 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words];
                  u16* y,               // [M, N]
                  float4* workspace, u32* tile_semaphores,
                  int tokens, int rows, int depth, // M, N, K
+                 int scale_row_blocks, // N / 64, rounded up, of the stored weight that W is a part of
                  float offset,    // offset / 2^(8 - BITS)
                  float zero_step, // zero point of a code, per unit of the stored zero point: 2^(8 - master bits) / 2^(8 - BITS)
                  float gain) {    // gain * 2^(8 - BITS)
@@ -92,7 +93,7 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words];
     GemmSharedStorage& shared = *(GemmSharedStorage*)memory;
     const int warp = threadIdx.x / 32;
     const WarpCoord coord = {(int)threadIdx.x % 32, warp % ROW_WARPS, warp / ROW_WARPS % TILE_WARPS, K_WARPS > 1 ? warp / kWarpsN : 0};
-    GemmArgs args = {planes, plane_stride, scales, zeros, x, tokens, rows, depth, (rows + 63) / 64, (depth + 63) / 64, 0};
+    GemmArgs args = {planes, plane_stride, scales, zeros, x, tokens, rows, depth, (rows + 63) / 64, scale_row_blocks, (depth + 63) / 64, 0};
     args.k_tiles = (args.units + UNITS * K_WARPS - 1) / (UNITS * K_WARPS);
     const Output out = {y, bias, tokens, rows};
 

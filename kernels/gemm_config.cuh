@@ -40,6 +40,7 @@ struct GemmArgs {
     const Activations* x;
     int tokens, rows, depth; // M, N, K
     int row_blocks;          // 64-row blocks of W
+    int scale_row_blocks;    // those between the scales of two groups: more than W has if W is a part of a stored weight
     int units;               // 64-column units of W
     int k_tiles;             // of an output tile
 };

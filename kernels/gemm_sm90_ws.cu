@@ -160,7 +160,7 @@ void nested_gemm_sm90_ws(const GRID_CONSTANT TensorMap planes, // box: all plane
 #else
     const TmaDescriptors from = {&planes, &scales, nullptr, &x};
 #endif
-    GemmArgs args = {nullptr, 0, nullptr, nullptr, nullptr, tokens, rows, depth, (rows + 63) / 64, (depth + 63) / 64, 0};
+    GemmArgs args = {nullptr, 0, nullptr, nullptr, nullptr, tokens, rows, depth, (rows + 63) / 64, 0, (depth + 63) / 64, 0};
     args.k_tiles = (args.units + UNITS - 1) / UNITS;
     const u32 token_tiles = (tokens + kBlockM - 1) / kBlockM;
     const Output out = {y, bias, tokens, rows};

@@ -41,7 +41,7 @@ DEVICE void load_scales(const GemmArgs& args, const WarpCoord& coord, SharedAddr
     for (int i = coord.lane / 8; i < kGroups; i += 4) {
         const int column = unit * 64 + i * kGroupK;
         const bool inside = !GROUP || column < args.units * 64; // zero-filled beyond: a NaN scale would propagate through x = 0
-        const u32 index = inside ? (GROUP ? column / max(GROUP, 1) : 0) * args.row_blocks + row_block : 0; /*bug:scale-group*/
+        const u32 index = inside ? (GROUP ? column / max(GROUP, 1) : 0) * args.scale_row_blocks + row_block : 0; /*bug:scale-group*/
         cp_async(scales + i * 128 + part * 16, args.scales + (u64)index * 64 + part * 8, inside ? 16 : 0);
 #if ZEROS
         if (part < 4) cp_async(scales + kGroups * 128 + i * 64 + part * 16, args.zeros + (u64)index * 64 + part * 16, inside ? 16 : 0);
@@ -80,6 +80,6 @@ DEVICE void prefetch_weights(const GemmArgs& args, const WarpCoord& coord, const
         for (int plane = 0; plane < kPlanes; plane++)
             if (TILE_WARPS == 1 || plane % TILE_WARPS == coord.tile_warp) prefetch_l2(line + plane * args.plane_stride);
         const int group = GROUP ? unit * 64 / max(GROUP, 1) : 0;
-        if (coord.tile_warp == 0) prefetch_l2(args.scales + ((u64)group * args.row_blocks + row_block) * 64);
+        if (coord.tile_warp == 0) prefetch_l2(args.scales + ((u64)group * args.scale_row_blocks + row_block) * 64);
     }
 }

@@ -103,10 +103,12 @@ template <int registers> static inline void warpgroup_reg_alloc() {}
 
 constexpr int kSwizzleAlignment = 1024;
 
-// TMA descriptor. sizes and box: layers, rows, columns. swizzled: 128-byte swizzle.
+// TMA descriptor. sizes and box: layers, rows, columns. strides: of a layer and of a row, in elements. swizzled: 128-byte swizzle.
 struct alignas(64) TensorMap {
     const char* elements;
-    u32 element_bytes, sizes[3], box[3], swizzled, unused[22];
+    u32 element_bytes, sizes[3], box[3], swizzled;
+    u64 strides[2];
+    u32 unused[18];
 };
 void mbarrier_init(SharedAddress barrier, u32 arrivals);
 void mbarrier_arrive(SharedAddress barrier);

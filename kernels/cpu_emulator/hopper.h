@@ -129,7 +129,7 @@ static void copy_box(SharedAddress to, const TensorMap& from, const int (&first)
                 u64 index = 0;
                 for (int d = 0; d < 3; d++) {
                     inside = inside && first[d] + i[d] < from.sizes[d];
-                    index = index * from.sizes[d] + first[d] + i[d];
+                    index += (u64)(first[d] + i[d]) * (d < 2 ? from.strides[d] : 1);
                 }
                 char* element = from.swizzled ? swizzle_128b(to) : (char*)to;
                 if (inside) memcpy(element, from.elements + index * size, size);

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -33,7 +34,8 @@ def encode_tma_descriptor(array: Tensor, spec: TmaDescriptor) -> bytes:
     """Encode the TMA descriptor of an array as a kernel argument.
 
     Args:
-        array: contiguous, at an address that is a multiple of 16 bytes; its torch dtype has no effect.
+        array: at an address that is a multiple of 16 bytes; contiguous but for its first dimension. Its torch dtype has no
+            effect.
 
     Returns:
         128 bytes that hold the address of the array. They do not keep the array alive.
@@ -41,18 +43,23 @@ def encode_tma_descriptor(array: Tensor, spec: TmaDescriptor) -> bytes:
     Raises:
         RuntimeError: the driver refuses it.
     """
-    return _encode(array.data_ptr(), spec)
+    return _encode(array.data_ptr(), spec, outer_stride(array, spec))
+
+
+def outer_stride(array: Tensor, spec: TmaDescriptor) -> int:
+    """Bytes between two elements of the first dimension of an array."""
+    if array.is_contiguous():
+        return spec.element_bytes * math.prod(spec.sizes[1:])
+    return array.stride(0) * array.element_size()
 
 
 @functools.lru_cache(maxsize=4096)
-def _encode(address: int, spec: TmaDescriptor) -> bytes:
+def _encode(address: int, spec: TmaDescriptor, outer: int) -> bytes:
     room = ctypes.create_string_buffer(_BYTES + _ALIGNMENT)
     start = ctypes.addressof(room) + -ctypes.addressof(room) % _ALIGNMENT
     sizes, box = spec.sizes[::-1], spec.box[::-1]  # the driver's order begins with the contiguous dimension
-    rank, strides, stride = len(sizes), [], spec.element_bytes
-    for size in sizes[:-1]:
-        stride *= size
-        strides.append(stride)
+    rank = len(sizes)
+    strides = [spec.element_bytes * math.prod(sizes[: i + 1]) for i in range(rank - 2)] + [outer]
     status = _driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(start),
         _TYPES[spec.element_bytes],

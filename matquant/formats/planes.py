@@ -178,21 +178,29 @@ class NestedPlanes:
 def check_layout(
     planes: Tensor, scales: Tensor, zeros: Tensor | None, out_features: int, in_features: int, fmt: WeightFormat
 ) -> None:
-    """Check shapes, dtypes and devices of the tensors of a packed weight [out_features, in_features]. Raises UserError."""
+    """Check shapes, dtypes and devices of the tensors of a packed weight [out_features, in_features]. Raises UserError.
+
+    The weight may be a range of row tiles of a larger one, so that only the first dimension is not contiguous.
+    """
     size = fmt.group_size
     if not 1 <= size <= in_features:
         raise UserError(f"The group size of {in_features} input features must lie in 1..{in_features}; found {size}.")
     grid, side = plane_shape(out_features, in_features), group_shape(out_features, in_features, size)
-    if planes.dtype != torch.int32 or planes.ndim != 5 or planes.shape[1:] != grid or not planes.is_contiguous():
+    if planes.dtype != torch.int32 or planes.ndim != 5 or planes.shape[1:] != grid or not holds_row_tiles(planes):
         wanted = f"contiguous int32 [planes, {', '.join(map(str, grid))}]"
         raise UserError(f"Planes of [{out_features}, {in_features}] must be {wanted}; found {_describe(planes)}.")
-    if scales.dtype not in SCALE_DTYPES.values() or scales.shape != side or not scales.is_contiguous():
+    if scales.dtype not in SCALE_DTYPES.values() or scales.shape != side or not holds_row_tiles(scales):
         wanted = f"contiguous {', '.join(SCALE_DTYPES)} {list(side)}"
         raise UserError(f"Scales of groups of {size} must be {wanted}; found {_describe(scales)}.")
-    if zeros is not None and (zeros.dtype != torch.uint8 or zeros.shape != side or not zeros.is_contiguous()):
+    if zeros is not None and (zeros.dtype != torch.uint8 or zeros.shape != side or not holds_row_tiles(zeros)):
         raise UserError(f"Zero points must be contiguous uint8 {list(side)}; found {_describe(zeros)}.")
     if scales.device != planes.device or (zeros is not None and zeros.device != planes.device):
         raise UserError("Planes, scales and zero points must be on one device.")
+
+
+def holds_row_tiles(tensor: Tensor) -> bool:
+    """True if planes, scales or zero points are contiguous, or a range of row tiles of contiguous ones."""
+    return tensor.is_contiguous() or (len(tensor) > 0 and tensor[0].is_contiguous())
 
 
 def _describe(tensor: Tensor) -> str:

@@ -4,7 +4,6 @@ Everything that follows from shapes, dtypes and settings alone is checked and pl
 launch.
 """
 
-import ctypes
 import functools
 import logging
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from torch import Tensor
 from matquant.cuda import Kernel, load
 from matquant.errors import UserError
 from matquant.formats.nested import Slicing, WeightFormat
-from matquant.formats.planes import NestedPlanes
+from matquant.formats.planes import NestedPlanes, holds_row_tiles
 from matquant.formats.tile_layout import TILE
 from matquant.inference import torch_reference
 from matquant.inference.argument_checks import check_no_gradient, check_x
@@ -29,7 +28,9 @@ from matquant.inference.launch_config import (
     dequantize_launch,
     make_launch_config,
     max_tokens,
+    plane_stride,
     prefers_two_launches,
+    scale_row_tiles,
 )
 from matquant.inference.workspace import Workspace
 
@@ -101,8 +102,8 @@ def linear(
         settings,
     )
     launch = launch_cache.get(key)
-    contiguous = planes.is_contiguous() and scales.is_contiguous() and (zeros is None or zeros.is_contiguous())
-    if launch is None or not contiguous:
+    readable = holds_row_tiles(planes) and holds_row_tiles(scales) and (zeros is None or holds_row_tiles(zeros))
+    if launch is None or not readable:
         launch = launch_cache[key] = _plan_launch(x, planes, scales, zeros, bias, tokens, settings)
     if launch.two_launches:
         parts = x.reshape(tokens, -1).split(-(-tokens // 2))
@@ -244,11 +245,11 @@ def _dequantize_rows(weight: NestedPlanes, bits: int, first_tile: int, out: Tens
     """Dequantize the rows from a tile of 64 rows on, as many as ``out`` has."""
     shape = _gemm_shape(weight, bits, out.dtype, 1)
     kernel = _load_dequantize(shape, out.get_device())
-    grid, block, shared_bytes, numbers = dequantize_launch(shape, out.shape[0], first_tile)
-    planes = weight.planes.contiguous()
-    stride = ctypes.c_uint64(planes.stride(0) * planes.element_size() // _ALIGNMENT)
-    zeros = None if weight.zeros is None else weight.zeros.contiguous()
-    kernel.launch(grid, block, (planes, stride, weight.scales.contiguous(), zeros, out, *numbers), shared_bytes)
+    grid, block, shared_bytes, numbers = dequantize_launch(
+        shape, out.shape[0], first_tile, scale_row_tiles(weight.scales)
+    )
+    arrays = (weight.planes, plane_stride(weight.planes), weight.scales, weight.zeros, out)
+    kernel.launch(grid, block, (*arrays, *numbers), shared_bytes)
 
 
 def _dense_strips(weight: NestedPlanes, bits: int, dtype: torch.dtype, size: int) -> Iterator[tuple[slice, Tensor]]:

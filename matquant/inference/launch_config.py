@@ -11,7 +11,7 @@ from matquant.cuda.tma import encode_tma_descriptor
 from matquant.formats.tile_layout import TILE, tiles
 from matquant.inference.gemm_shape import DeviceLimits, GemmShape, folds_zero_point_exactly
 from matquant.inference.kernel_families import FAMILIES, choose_tile_config
-from matquant.inference.kernel_families.base import WARP, TileConfig, TmaDescriptors
+from matquant.inference.kernel_families.base import LOAD_BYTES, WARP, TileConfig, TmaDescriptors
 from matquant.inference.kernel_families.mma import GEMM_MAX_M
 
 MAX_M = 1024  # tokens of one launch with WGMMA; strips of the dense weight are faster for more (H200)
@@ -39,14 +39,29 @@ def prefers_two_launches(tokens: int, rows: int, depth: int) -> bool:
     return GEMM_MAX_M < tokens <= 2 * GEMM_MAX_M and rows * depth >= _MIN_WEIGHTS_TWO_LAUNCHES
 
 
-def dequantize_launch(shape: GemmShape, rows: int, first_tile: int) -> tuple[int, int, int, tuple[Any, ...]]:
+def plane_stride(planes: Tensor) -> ctypes.c_uint64:
+    """Distance of two planes in units of 16 bytes."""
+    return ctypes.c_uint64(planes.stride(0) * planes.element_size() // LOAD_BYTES)
+
+
+def scale_row_tiles(scales: Tensor) -> int:
+    """Number of row tiles between the scales of two groups."""
+    return scales.stride(0) // TILE
+
+
+def dequantize_launch(
+    shape: GemmShape, rows: int, first_tile: int, row_tiles: int
+) -> tuple[int, int, int, tuple[Any, ...]]:
     """Launch of ``kernels/dequant.cu`` for ``rows`` rows, from a tile of 64 rows on.
+
+    Args:
+        row_tiles: see ``scale_row_tiles``.
 
     Returns:
         Grid, block, bytes of shared memory, and the arguments after the output.
     """
     grid = -(-tiles(rows) * tiles(shape.depth) // _DEQUANT_WARPS)
-    numbers = (first_tile, rows, shape.depth, tiles(shape.rows), *shape.affine())
+    numbers = (first_tile, rows, shape.depth, row_tiles, *shape.affine())
     return grid, WARP * _DEQUANT_WARPS, _DEQUANT_WARPS * TILE * _DEQUANT_ROW_BYTES, numbers
 
 
@@ -61,8 +76,9 @@ class LaunchConfig:
         workspace: float32 numbers for partial sums; not initialized.
         tile_semaphores: uint32 numbers; 0 before and after the launch.
         descriptors: TMA descriptors of planes, scales, zero points and x; None without TMA.
-        numbers: scalar arguments after the number of tokens.
-        plane_stride: argument after the planes, of kernels that need it.
+        sizes: rows, and columns rounded up to a multiple of 8: arguments after the number of tokens.
+        affine: last arguments, see ``GemmShape.affine``.
+        takes_strides: True if the kernel takes the strides of planes and scales as arguments; else descriptors hold them.
     """
 
     shape: GemmShape
@@ -75,8 +91,9 @@ class LaunchConfig:
     workspace: int
     tile_semaphores: int
     descriptors: TmaDescriptors | None
-    numbers: tuple[Any, ...]
-    plane_stride: tuple[ctypes.c_uint64, ...]
+    sizes: tuple[int, int]
+    affine: tuple[float, float, float]
+    takes_strides: bool
 
     def arguments(
         self,
@@ -90,12 +107,15 @@ class LaunchConfig:
         tile_semaphores: Tensor,
         tokens: int,
     ) -> tuple[Any, ...]:
-        """Arguments of the kernel, in its order."""
+        """Arguments of the kernel, in its order. The weight may be a range of row tiles of a larger one."""
         arrays: Sequence[Any] = (planes, scales, zeros, x)
         if self.descriptors is not None:
             pairs = zip(arrays, self.descriptors, strict=True)
             arrays = [a if a is None or spec is None else encode_tma_descriptor(a, spec) for a, spec in pairs]
-        return (arrays[0], *self.plane_stride, *arrays[1:], bias, y, workspace, tile_semaphores, tokens, *self.numbers)
+        common = (*arrays[1:], bias, y, workspace, tile_semaphores, tokens, *self.sizes)
+        if not self.takes_strides:
+            return (arrays[0], *common, *self.affine)
+        return (arrays[0], plane_stride(planes), *common, scale_row_tiles(scales), *self.affine)
 
 
 def make_launch_config(shape: GemmShape, device: DeviceLimits, tile: TileConfig | None = None) -> LaunchConfig:
@@ -111,7 +131,6 @@ def make_launch_config(shape: GemmShape, device: DeviceLimits, tile: TileConfig 
     k_tiles = -(-tiles(shape.depth) // (tile.k_units * tile.warps_k))
     grid = _grid(device.multiprocessors * tile.ctas_per_sm, output_tiles, k_tiles)
     split_tiles = output_tiles % grid if family.persistent else output_tiles
-    stride = () if family.persistent else (ctypes.c_uint64(tiles(shape.rows) * tiles(shape.depth) * WARP),)
     return LaunchConfig(
         shape=shape,
         source=family.source,
@@ -123,8 +142,9 @@ def make_launch_config(shape: GemmShape, device: DeviceLimits, tile: TileConfig 
         workspace=(grid + split_tiles) * tile.block_n * tile.block_m,
         tile_semaphores=split_tiles * tile.mma_warps,
         descriptors=family.tma_descriptors(shape, tile),
-        numbers=(shape.rows, -(-shape.depth // 8) * 8, *shape.affine()),
-        plane_stride=stride,
+        sizes=(shape.rows, -(-shape.depth // 8) * 8),
+        affine=shape.affine(),
+        takes_strides=not family.persistent,
     )
 
 

@@ -1,7 +1,7 @@
 """Linear layers in vLLM: the stored layers and shards that one layer of vLLM consists of, and their matmuls.
 
 vLLM fuses layers that share an input (q, k and v; gate and up) and shards them for tensor parallelism. Here each stored layer
-stays separate with its own bit-width, so that an allocation may give q, k and v different ones.
+keeps its own bit-width, so that an allocation may give q, k and v different ones; those of equal bit-width share a launch.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from matquant.errors import UserError
 from matquant.inference.shard import WeightShard
+from matquant.vllm.fused_linears import fuse
 from matquant.vllm.sharded_linear import ShardedDenseLinear, ShardedLinear, ShardedNestedLinear, finish_loading
 
 _SHARD_IDS = {"q": 0, "k": 1, "v": 2}
@@ -52,6 +53,7 @@ class NestedLinearMethod(LinearMethodBase):
             for name, shard in zip(self.names, shards, strict=True)
         ]
         layer.sharded_linears = nn.ModuleList(linears)
+        layer.fused_linears = fuse(linears)
         for kind in sorted({kind for linear in linears for kind in linear.stored}):
             # vLLM looks up a parameter by the name of the stored tensor, and passes the tensor to its weight_loader. Planes
             # that are dropped need a placeholder too.
@@ -63,6 +65,8 @@ class NestedLinearMethod(LinearMethodBase):
         finish_loading(list(layer.sharded_linears), self.is_dummy)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if layer.fused_linears is not None:
+            return layer.fused_linears(x, bias)
         outputs, start = [], 0
         for linear in layer.sharded_linears:
             rows = linear.shard.shape[0]

@@ -70,6 +70,7 @@ class ShardedNestedLinear(nn.Module):
         format: meaning of the codes, with the group size of the shard.
         expected: names of stored tensors that have not been loaded yet.
         is_reader: True if the tensors are those of another layer, see ``reader``.
+        fused: holds the tensors, of which those of this layer are ranges; None if they stand alone.
     """
 
     planes: Tensor
@@ -92,6 +93,7 @@ class ShardedNestedLinear(nn.Module):
         super().__init__()
         self.name, self.spec, self.stored, self.shard = name, spec, stored, shard
         self.is_reader = False
+        self.__dict__["fused"] = None  # no submodule: it stands beside this layer
         self.format = dataclasses.replace(spec.format, group_size=shard.group_size(spec.format.group_size))
         grid = (num_planes, *plane_shape(*shard.shape))
         side = group_shape(*shard.shape, self.format.group_size)
@@ -119,6 +121,10 @@ class ShardedNestedLinear(nn.Module):
         other.step_bits = vllm_ops.new_step_bits(bits, bits, int(self.step_bits[2]))
         other.is_reader, other.expected = True, set()
         return other
+
+    def share(self, fused: nn.Module, memory: PlaneMemory) -> None:
+        """Take the tensors as ranges of those of ``fused``, whose planes ``memory`` holds."""
+        self.__dict__["fused"], self._memory = fused, memory
 
     def load(self, kind: str, tensor: Tensor) -> None:
         """Load a stored tensor of the whole layer, for example ``plane0``.

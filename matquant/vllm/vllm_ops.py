@@ -5,6 +5,7 @@ Here it is a tensor in host memory and an input of the operator, so that one com
 CUDA graph keeps the bit-widths of its capture, see ``vllm.cuda_graphs``.
 """
 
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from matquant.errors import UserError
+from matquant.formats.tile_layout import TILE, tiles
 from matquant.inference import ops  # noqa: F401 - defines nested_linear
 from matquant.inference.argument_checks import check_x
 
@@ -20,6 +22,11 @@ _library = torch.library.Library("matquant", "FRAGMENT")
 _library.define(
     "nested_linear_runtime_bits(Tensor x, Tensor planes, Tensor[] scales, int[] scale_bits, Tensor? zeros, Tensor? bias, "
     "Tensor step_bits, int out_features, int in_features, int group_size, int master_bits, str slicing, float offset, "
+    "float stretch) -> Tensor"
+)
+_library.define(
+    "nested_linears_runtime_bits(Tensor x, Tensor planes, Tensor[] scales, int[] scale_bits, Tensor? zeros, Tensor? bias, "
+    "Tensor[] step_bits, int[] out_features, int in_features, int group_size, int master_bits, str slicing, float offset, "
     "float stretch) -> Tensor"
 )
 
@@ -101,6 +108,59 @@ def _linear_runtime_bits(
     )
 
 
+def _linears_runtime_bits(
+    x: Tensor,
+    planes: Tensor,
+    scales: Sequence[Tensor],
+    scale_bits: Sequence[int],
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    step_bits: Sequence[Tensor],
+    out_features: Sequence[int],
+    in_features: int,
+    *op_args: Any,
+) -> Tensor:
+    """Outputs of several weights, which are ranges of row tiles of one; each but the last has a multiple of 64 rows."""
+    outputs, first = [], 0
+    for bits, run in itertools.groupby(
+        zip(map(current_bits, step_bits), out_features, strict=True), lambda one: one[0]
+    ):
+        rows = sum(count for _, count in run)
+        part = slice(first // TILE, tiles(first + rows))
+        own = scale_bits.index(bits) + 1 if bits in scale_bits else 0
+        outputs.append(
+            torch.ops.matquant.nested_linear.default(
+                x,
+                planes[:, part],
+                scales[own][:, part],
+                None if zeros is None else zeros[:, part],
+                None if bias is None else bias[first : first + rows],
+                bits,
+                rows,
+                in_features,
+                *op_args,
+            )
+        )
+        first += rows
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+def _fake_linears_runtime_bits(
+    x: Tensor,
+    planes: Tensor,
+    scales: Sequence[Tensor],
+    scale_bits: Sequence[int],
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    step_bits: Sequence[Tensor],
+    out_features: Sequence[int],
+    in_features: int,
+    *op_args: Any,
+) -> Tensor:
+    check_x(x, planes, bias, sum(out_features), in_features)
+    return x.new_empty(*x.shape[:-1], sum(out_features))
+
+
 def _fake_linear_runtime_bits(
     x: Tensor,
     planes: Tensor,
@@ -119,4 +179,6 @@ def _fake_linear_runtime_bits(
 
 for _key in ("CPU", "CUDA"):
     _library.impl("nested_linear_runtime_bits", _linear_runtime_bits, _key)
+    _library.impl("nested_linears_runtime_bits", _linears_runtime_bits, _key)
 torch.library.register_fake("matquant::nested_linear_runtime_bits", _fake_linear_runtime_bits, lib=_library)
+torch.library.register_fake("matquant::nested_linears_runtime_bits", _fake_linears_runtime_bits, lib=_library)

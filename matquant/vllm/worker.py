@@ -122,7 +122,10 @@ class LayerWidths:
 
     def plane_bytes(self) -> dict[str, int]:
         """Bytes of planes in the device's memory, and of all planes."""
-        memories = [(shard.memory, len(shard.planes)) for group in self.layers.values() for shard in group]
+        shards = [shard for group in self.layers.values() for shard in group]
+        memories = {
+            id(shard.memory): (shard.memory, len(shard.planes)) for shard in shards
+        }.values()  # fused ones share it
         resident = sum(memory.resident * memory.plane_bytes for memory, _ in memories)
         return {"resident": resident, "total": sum(count * memory.plane_bytes for memory, count in memories)}
 

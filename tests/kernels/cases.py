@@ -132,6 +132,7 @@ class GemmCase:
         offset: zero-point offset of the weight format.
         mean: mean of x.
         seed: of the inputs, and by default of the schedule.
+        before, after: row tiles of a larger stored weight that this one is a part of.
     """
 
     tokens: int = 1
@@ -143,6 +144,8 @@ class GemmCase:
     offset: float = 8.0
     mean: float = 0.5
     seed: int = 0
+    before: int = 0
+    after: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +203,22 @@ def pack(config: GemmConfig, case: GemmCase, weight: NestedWeight) -> tuple[Tens
     return planes, pack_groups(weight.scales, groups), zeros
 
 
+def within_larger(
+    case: GemmCase, planes: Tensor, scales: Tensor, zeros: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The weight as a range of row tiles of a larger one, whose other tiles are poisoned."""
+    if not case.before and not case.after:
+        return planes, scales, zeros
+
+    def part(tensor: Tensor, poison: float) -> Tensor:
+        padding = [
+            tensor.new_full((len(tensor), count, *tensor.shape[2:]), poison) for count in (case.before, case.after)
+        ]
+        return torch.cat([padding[0], tensor, padding[1]], 1)[:, case.before : case.before + tensor.shape[1]]
+
+    return part(planes, POISON), part(scales, torch.nan), None if zeros is None else part(zeros, 255)
+
+
 def make_inputs(config: GemmConfig, case: GemmCase) -> tuple[Tensor, Tensor | None]:
     """Activations with a nonzero mean and outliers, and the bias."""
     g = torch.Generator().manual_seed(case.seed + 1)
@@ -254,8 +273,9 @@ def run(
     y = torch.full((case.tokens, case.rows), torch.nan).to(config.dtype)
     workspace = torch.full(((blocks + stream_k_tiles) * config.block_n * config.block_m,), torch.nan)
     semaphores = torch.zeros(stream_k_tiles * config.warps, dtype=torch.int32)
+    arguments_of_weight = within_larger(case, *pack(config, case, weight))
     arguments = [
-        *input_arguments(config, *pack(config, case, weight), x),
+        *input_arguments(config, *arguments_of_weight, x),
         None if bias is None else bias.view(torch.int16),
         y.view(torch.int16),
         workspace,
@@ -263,6 +283,7 @@ def run(
         case.tokens,
         case.rows,
         case.depth,
+        *([] if config.family == "wgmma_ws" else [arguments_of_weight[1].stride(0) // 64]),
         *affine(config, case, code_bits=8),
     ]
     kernel = compile_kernel(
@@ -291,7 +312,7 @@ def input_arguments(
     x_map = TensorMap(x, TmaDescriptor(2, tuple(x.shape), (config.block_m, 64), swizzle_128b=True))
     if config.family == "wgmma_ws":
         return [*weight_maps(config, planes, scales, zeros), x_map]
-    stride = ctypes.c_uint64(planes[0].numel() // 4)
+    stride = ctypes.c_uint64(planes.stride(0) // 4)
     return [planes, stride, scales.view(torch.int16), zeros, x_map if config.family == "wgmma" else x.view(torch.int16)]
 
 

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from matquant.cuda.tma import TmaDescriptor
+from matquant.cuda.tma import TmaDescriptor, outer_stride
+from matquant.formats.planes import holds_row_tiles
 from matquant.paths import resource_root
 
 KERNELS = resource_root() / "kernels"
@@ -53,7 +54,10 @@ class TensorMap:
     def encode(self, address: int) -> bytes:
         """Bytes of ``TensorMap`` in ``emulator.h``, for elements at ``address``."""
         sizes, box = ((1, 1, *shape)[-3:] for shape in (self.tiling.sizes, self.tiling.box))
-        return struct.pack("<Q8I88x", address, self.tiling.element_bytes, *sizes, *box, self.tiling.swizzle_128b)
+        outer = outer_stride(self.array, self.tiling) // self.tiling.element_bytes
+        strides = (outer, sizes[2]) if len(self.tiling.sizes) == 3 else (0, outer)
+        whole = (address, self.tiling.element_bytes, *sizes, *box, self.tiling.swizzle_128b, *strides)
+        return struct.pack("<Q8I2Q72x", *whole)
 
 
 Argument = Tensor | TensorMap | int | float | ctypes._SimpleCData | None
@@ -107,7 +111,7 @@ class EmulatedKernel:
         Args:
             grid: number of blocks in x, y, z; missing ones are 1.
             block: number of threads in x, y, z; missing ones are 1.
-            args: one per kernel parameter: a contiguous CPU tensor or None for a pointer, an int for an int, a float for a
+            args: one per kernel parameter: a CPU tensor or None for a pointer, an int for an int, a float for a
                 float, a ctypes value for any other type.
             shared_bytes: dynamic shared memory of a block.
             seed: 0 runs threads and blocks in order, any other number shuffles them.
@@ -169,8 +173,8 @@ def _value(argument: Argument) -> ctypes._SimpleCData | ctypes.Array:
         case None:
             return ctypes.c_void_p(0)
         case Tensor():
-            if argument.device.type != "cpu" or not argument.is_contiguous():
-                raise TypeError("the emulator takes contiguous CPU tensors")
+            if argument.device.type != "cpu" or not holds_row_tiles(argument):
+                raise TypeError("the emulator takes CPU tensors that are contiguous but for the first dimension")
             return ctypes.c_void_p(argument.data_ptr())
         case int():
             return ctypes.c_int32(argument)

@@ -264,3 +264,23 @@ def test_ws_result_is_independent_of_the_schedule() -> None:
 def test_ws_no_access_outside_buffers() -> None:
     config = ws_config(bits=3, group_size=32, has_zero_points=True)
     check(config, GemmCase(tokens=130, rows=131, depth=352, blocks=3, bias=True, seed=1), sanitize=True)
+
+
+PARTS = [
+    GemmConfig(bits=3, group_size=32, has_zero_points=True),
+    GemmConfig(bits=8, group_size=64, stretch=1.25, row_warps=2),
+    GemmConfig(bits=4, group_size=-1),
+    wgmma_config(bits=5, has_zero_points=True),
+    wgmma_config(bits=8, group_size=-1),
+    ws_config(bits=2, group_size=32),
+    ws_config(bits=6, has_zero_points=True),
+]
+
+
+@pytest.mark.parametrize("config", PARTS)
+def test_part_of_a_larger_weight(config: GemmConfig) -> None:
+    """Row tiles before and after the part are not read; the last tile of the part is ragged."""
+    tokens = {"mma": 5, "wgmma": 31, "wgmma_ws": 130}[config.family]
+    for before, after in ((3, 0), (1, 4)):
+        case = GemmCase(tokens=tokens, rows=200, depth=352, blocks=2, bias=True, before=before, after=after)
+        check(config, case)

@@ -15,6 +15,7 @@ from matquant.models.config import ModelConfig
 from matquant.pack.config import PackConfig
 from matquant.quantize.config import ObjectiveConfig
 from matquant.quantize.gptq.config import GptqConfig
+from matquant.quantize.omniquant.config import OmniQuantConfig
 from matquant.quantize.rtn.config import RtnConfig
 from matquant.refine.config import RefineConfig
 from matquant.report.config import TrackingConfig
@@ -30,7 +31,8 @@ GROUPS: dict[str, type] = {
     "calibration": TextConfig,
     "objective": ObjectiveConfig,
     "method (matgptq, matgptq_v1, gptq)": GptqConfig,
-    "method (rtn)": RtnConfig,
+    "method (rtn, matquant_qat)": RtnConfig,
+    "method (matquant_omniquant)": OmniQuantConfig,
     "transform": TransformConfig,
     "refine": RefineConfig,
     "search": SearchConfig,

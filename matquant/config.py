@@ -14,6 +14,7 @@ from matquant.pack import config as packing
 from matquant.pack.config import PackConfig
 from matquant.quantize.config import MethodConfig, ObjectiveConfig
 from matquant.quantize.gptq.config import GptqConfig
+from matquant.quantize.omniquant.config import OmniQuantConfig
 from matquant.quantize.rtn.config import RtnConfig
 from matquant.refine.config import RefineConfig
 from matquant.report.config import TrackingConfig
@@ -115,7 +116,7 @@ def schemas() -> dict[str, dict[str, Any]]:
         "runtime": RuntimeConfig,
         "transform": TransformConfig,
     }
-    methods = {"gptq": GptqConfig, "rtn": RtnConfig}
+    methods = {"gptq": GptqConfig, "omniquant": OmniQuantConfig, "rtn": RtnConfig}
     found = {name: defaults_of(kind) for name, kind in nodes.items()}
     for name, kind in methods.items():
         found[name] = {TARGET: f"{kind.__module__}.{kind.__qualname__}", **defaults_of(kind)}

@@ -14,6 +14,8 @@ from matquant.pack.check import check_pack
 from matquant.quantize.config import check_bits, check_method, check_objective
 from matquant.search.config import check_search
 
+_QAT = "matquant_qat"  # preset of a method that refine=qat completes
+
 
 def check_config(config: Config) -> None:
     """Raise UserError if a value is out of range, or values contradict each other."""
@@ -53,17 +55,38 @@ def _check_packages(config: Config) -> None:
 def _check_refine(config: Config) -> None:
     """Refuse a refinement without a parent or with too little text."""
     text = config.refine.text
+    if config.method.name == _QAT and config.refine.method != "qat":
+        raise UserError(
+            f"method={_QAT} is round to nearest until refine=qat trains it; found refine={config.refine.name}. Leave out what "
+            "sets refine (refine=, quality=), or use method=rtn."
+        )
     if not config.refine.wanted or text is None:
         return
+    if config.refine.method == "qat":
+        _check_qat(config)
     if config.method.per_bit_models:
         raise UserError(
-            f"refine={config.refine.name} trains scales of one parent, but method={config.method.name} makes one model per "
+            f"refine={config.refine.name} trains one parent, but method={config.method.name} makes one model per "
             "bit-width. Use method=matgptq, or refine=none."
         )
     (check_sizes if text.dataset == SELF else check_text)(text, "refine.text")
     if text.sequences < text.batch_size:
         raise UserError(
             f"refine.text.sequences={text.sequences} do not fill one batch of refine.text.batch_size={text.batch_size}."
+        )
+
+
+def _check_qat(config: Config) -> None:
+    """Refuse training of the weights whose parent would be made by another method, or whose objective lacks a bit-width."""
+    method, weighted = config.method, {bits for bits, weight in config.objective.lambdas.items() if weight > 0}
+    if method.uses_calibration or method.slicing != "round" or method.symmetric:
+        raise UserError(
+            f"refine={config.refine.name} trains weights with min-max codes, zero points and round slices from the "
+            f"full-precision model, so nothing of method={method.name} would be left. Use method={_QAT}."
+        )
+    if missing := set(config.refine.bits) - weighted:
+        raise UserError(
+            f"refine.bits names {min(missing)}, which has no weight in the objective; it weighs {sorted(weighted)}."
         )
 
 

@@ -19,6 +19,8 @@ def test_every_preset_composes(choice, monkeypatch, tmp_path):
     overrides = [choice]
     if choice == "calibration=local":
         overrides.append(f"calibration.path={tmp_path}")
+    if choice == "refine=qat":
+        overrides.append("method=matquant_qat")
     if choice.startswith("search=") and choice not in ("search=none", "search=pareto"):
         overrides.append("search.average_bits=3.0")
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -26,6 +28,25 @@ def test_every_preset_composes(choice, monkeypatch, tmp_path):
     check_config(config)
     assert config.search.wanted == (choice.startswith("search=") and choice != "search=none")
     assert config.slice_bits == config.objective.bits
+
+
+def composed(*overrides: str):
+    """Typed config of a command line."""
+    cli.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return from_hydra(compose("config", list(overrides)))
+
+
+@pytest.mark.parametrize("method", ["matquant_omniquant", "matquant_qat"])
+def test_a_published_method_brings_its_objective_which_the_command_line_replaces(method):
+    published = composed(f"method={method}")
+    assert (published.objective.name, published.slice_bits) == ("matquant", (2, 3, 4, 6, 8))
+    assert {bits: weight for bits, weight in published.objective.lambdas.items() if weight} == {2: 1, 4: 0.1, 8: 0.1}
+    assert published.refine.method == ("qat" if method == "matquant_qat" else "none")
+    assert composed(f"method={method}", "objective=low_bit").objective.name == "low_bit"
+    assert composed("objective=low_bit", f"method={method}").objective.name == "low_bit"
+    assert composed(f"method={method}", "calibration.batch_size=2").calibration.batch_size == 2
+    assert composed("method=matgptq").objective.name == "balanced"
 
 
 def test_bits_may_be_one_width_or_a_list():

@@ -119,9 +119,16 @@ def test_two_processes_give_the_results_of_one(start_two, run_one, small_model, 
 
 
 @pytest.mark.slow
-def test_two_processes_refine_the_scales_of_one(start_two, run_one, small_model, tmp_path):
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("method=rtn", "method.per_bit_models=false", "method.slicing=msb", "refine=scales"),
+        ("method=matquant_qat", "refine.learning_rate=1e-3", "refine.warmup_steps=1", "objective.weights.2=10"),
+    ],
+    ids=["scales", "qat"],
+)
+def test_two_processes_refine_the_parent_of_one(method, start_two, run_one, small_model, tmp_path):
     refine = (
-        "refine=scales",
         "refine.steps=4",
         "refine.validate_every=2",
         "refine.text.seed=null",
@@ -130,8 +137,7 @@ def test_two_processes_refine_the_scales_of_one(start_two, run_one, small_model,
         "refine.text.batch_size=4",
         "refine.validation_sequences=2",
     )
-    parent = ("method=rtn", "method.per_bit_models=false", "method.slicing=msb")
-    job = (*JOB, f"model.path={small_model}", *parent, *refine)
+    job = (*JOB, f"model.path={small_model}", *method, *refine)
     process = start_two(*job)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -139,7 +145,9 @@ def test_two_processes_refine_the_scales_of_one(start_two, run_one, small_model,
     one = run_one(*job, f"store.path={tmp_path}/other")
     for a, b in zip(one["refine"]["history"], two["refine"]["history"], strict=True):
         assert a["kl"] == pytest.approx(b["kl"], rel=1e-3)
-    assert one["refine"]["history"][-1]["kl"]["2"] < one["refine"]["history"][0]["kl"]["2"]
+    first, last = (one["refine"]["history"][k]["kl"]["2"] for k in (0, -1))
+    # The weights learn the text, which takes a random model away from its full-precision predictions.
+    assert last < first if "refine=scales" in method else last > 2 * first
 
 
 @pytest.mark.slow

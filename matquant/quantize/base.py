@@ -208,10 +208,12 @@ class BlockQuantizer(abc.ABC):
 
     Attributes:
         calibration: activations to propagate; None for a method that needs no calibration text.
+        depends_on_batch_size: True if calibration batches of another size give other codes.
         version: part of a parent's key; raise it when the same settings give other codes than before.
     """
 
     version: ClassVar[int] = 1
+    depends_on_batch_size: ClassVar[bool] = False
     calibration: CalibrationNeeds | None = None
 
     @abc.abstractmethod

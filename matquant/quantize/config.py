@@ -110,6 +110,23 @@ def check_bits(bits: int, where: str, master_bits: int) -> None:
         raise UserError(f"{where}: {bits} bits are more than the parent's method.master_bits={master_bits}.")
 
 
+def check_distillation(distilled_bits: tuple[int, ...], distill_only: bool, group: str, master_bits: int) -> None:
+    """Raise UserError for bit-widths that cannot be distilled from the slice of ``master_bits``.
+
+    Args:
+        group: of the settings, for the message.
+    """
+    for bits in distilled_bits:
+        check_bits(bits, f"{group}.distilled_bits", master_bits)
+    if len(set(distilled_bits)) != len(distilled_bits) or master_bits in distilled_bits:
+        raise UserError(
+            f"{group}.distilled_bits names each bit-width once, and only those below {master_bits}, whose slice is the "
+            f"target; found {list(distilled_bits)}."
+        )
+    if distill_only and not distilled_bits:
+        raise UserError(f"{group}.distill_only=true needs {group}.distilled_bits, for example [2].")
+
+
 def check_objective(objective: ObjectiveConfig, master_bits: int) -> None:
     """Raise UserError for an objective without a positive weight, or with a weight or bit-width out of range."""
     if not objective.weights:

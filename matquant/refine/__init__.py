@@ -1,1 +1,1 @@
-"""Refinement: scales of single bit-widths, trained end to end on the full-precision model's outputs."""
+"""Refinement: training of the whole model after quantizing, of the scales of single bit-widths or of the weights."""

@@ -13,17 +13,17 @@ from torch import Tensor
 from matquant.models.block_kwargs import PerBlockKwargs
 from matquant.refine.slice_reader import SliceReader
 
-Scales = Mapping[str, Tensor]  # by layer: float32 [out_features, groups], which require gradients
+Trained = Mapping[str, Tensor]  # by layer: float32 scales [out_features, groups] or weights, which require gradients
 
 
 class Passes(Protocol):
     """Both passes of one batch; ``backward`` belongs to the last ``forward``."""
 
-    def forward(self, hidden: Tensor, scales: Scales) -> Tensor:
+    def forward(self, hidden: Tensor, trained: Trained) -> Tensor:
         """Hidden states after the last block, [sequences, length, hidden], for those in front of block 0."""
 
     def backward(self, gradient: Tensor) -> dict[str, Tensor]:
-        """Gradients of the scales of the blocks by layer, for the gradient of the output of ``forward``."""
+        """Gradients of the trained tensors of the blocks by layer, for the gradient of the output of ``forward``."""
 
 
 class BlockPasses:
@@ -38,27 +38,27 @@ class BlockPasses:
     def __init__(self, reader: SliceReader, bits: int, kwargs: PerBlockKwargs) -> None:
         self._reader, self._bits, self._kwargs = reader, bits, kwargs
         self._states: list[Tensor] = []
-        self._scales: Scales = {}
+        self._trained: Trained = {}
 
     @torch.no_grad()
-    def forward(self, hidden: Tensor, scales: Scales) -> Tensor:
-        self._states, self._scales = [hidden], scales
-        with self._reader.reading(self._bits, scales):
+    def forward(self, hidden: Tensor, trained: Trained) -> Tensor:
+        self._states, self._trained = [hidden], trained
+        with self._reader.reading(self._bits, trained):
             for index, kwargs in enumerate(self._kwargs):
                 self._states.append(self._reader.blocks.run_block(index, self._states[-1], kwargs))
         return self._states[-1]
 
     def backward(self, gradient: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        layers, scales = self._reader.layers_of_blocks, self._scales
+        layers, trained = self._reader.layers_of_blocks, self._trained
         for index in reversed(range(len(self._kwargs))):
             below = any(layers[:index])
             if not below and not layers[index]:
                 break
-            with torch.enable_grad(), self._reader.reading(self._bits, scales):
+            with torch.enable_grad(), self._reader.reading(self._bits, trained):
                 hidden = self._states[index].detach().requires_grad_(below)
                 output = self._reader.blocks.run_block(index, hidden, self._kwargs[index])
-                wanted = [*(scales[name] for name in layers[index]), *([hidden] if below else [])]
+                wanted = [*(trained[name] for name in layers[index]), *([hidden] if below else [])]
                 gradients = torch.autograd.grad(output, wanted, gradient, allow_unused=True)
             for name, one in zip(layers[index], gradients, strict=False):
                 if one is not None:  # else an expert without tokens
@@ -72,32 +72,32 @@ class GraphedPasses:
 
     Args:
         passes: what is captured; used by nothing else, since it holds the hidden states between the two graphs.
-        hidden, scales: of any such batch.
+        hidden, trained: of any such batch.
         pool: handle of a memory pool, which graphs share that never run at the same time.
 
     Raises:
         RuntimeError: a block does what no graph can hold, such as to route tokens to experts.
     """
 
-    def __init__(self, passes: BlockPasses, hidden: Tensor, scales: Scales, pool: Any) -> None:
+    def __init__(self, passes: BlockPasses, hidden: Tensor, trained: Trained, pool: Any) -> None:
         self._passes, self._hidden = passes, hidden.clone()
-        self._scales = {name: one.detach().clone().requires_grad_() for name, one in scales.items()}
+        self._trained = {name: one.detach().clone().requires_grad_() for name, one in trained.items()}
         side = torch.cuda.Stream(hidden.device)
         side.wait_stream(torch.cuda.current_stream(hidden.device))
         with torch.cuda.stream(side):  # first calls load kernels and allocate workspaces
-            self._gradient = torch.zeros_like(passes.forward(self._hidden, self._scales))
+            self._gradient = torch.zeros_like(passes.forward(self._hidden, self._trained))
             passes.backward(self._gradient)
         torch.cuda.current_stream(hidden.device).wait_stream(side)
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._forward, pool=pool):
-            self._output = passes.forward(self._hidden, self._scales)
+            self._output = passes.forward(self._hidden, self._trained)
         with torch.cuda.graph(self._backward, pool=pool):
             self._gradients = passes.backward(self._gradient)
 
     @torch.no_grad()
-    def forward(self, hidden: Tensor, scales: Scales) -> Tensor:
+    def forward(self, hidden: Tensor, trained: Trained) -> Tensor:
         self._hidden.copy_(hidden)
-        torch._foreach_copy_(list(self._scales.values()), [scales[name] for name in self._scales])
+        torch._foreach_copy_(list(self._trained.values()), [trained[name] for name in self._trained])
         self._forward.replay()
         return self._output
 

@@ -6,30 +6,38 @@ from typing import Literal
 from matquant.data.config import TextConfig
 from matquant.errors import UserError
 from matquant.formats.bits import MAX_BITS, MIN_BITS
+from matquant.quantize.config import check_distillation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RefineConfig:
-    """Training of scales after quantizing. Codes, and the base set of scales, do not change.
+    """Training of the whole model after quantizing: of scales, or (a published baseline) of the weights.
 
     Attributes:
         name: name of the preset.
         method: ``none``, or ``scales``: each of ``bits`` gets a set of scales of its own, trained so that the slice predicts
-            like the full-precision model (KL divergence, temperature 1).
-        bits: bit-widths to refine; all others read what they read before.
+            like the full-precision model (KL divergence, temperature 1); codes, and the base set of scales, do not change. Or
+            ``qat``, for method=matquant_qat: the weights are trained on the cross-entropy of the text, weighted over ``bits``
+            by the objective, and quantized anew.
+        bits: bit-widths to refine; with ``scales`` all others read what they read before.
         text: training text. A window of each step's batch is read at every bit-width. The dataset ``self`` is text that the
             full-precision model writes itself.
         top_k: of the dataset ``self``: number of the most likely tokens that each token is drawn from.
-        validation_sequences: further windows of the text, on which the best state of each bit-width is chosen.
+        validation_sequences: further windows of the text, for the held-out KL; with ``scales`` it chooses the best state of
+            each bit-width.
         steps: optimizer steps of each bit-width.
-        learning_rate: highest learning rate of the log-scales (AdamW, linear warm-up, cosine decay to a twentieth).
+        learning_rate: highest learning rate, of the log-scales or the weights (AdamW without weight decay, linear warm-up,
+            cosine decay to a twentieth, with ``qat`` to 0).
         warmup_steps: steps of the warm-up.
         validate_every: steps between two validations; the state is saved at each, so that a killed job goes on from there.
         seed: of the order of the batches.
+        distilled_bits: with ``qat``: bit-widths that aim at the predictions of the slice of all bits too, with equal weight
+            (co-distillation; [2] is the published 8→2).
+        distill_only: with ``qat``: let distilled_bits aim at these predictions alone.
     """
 
     name: str = "none"
-    method: Literal["none", "scales"] = "none"
+    method: Literal["none", "scales", "qat"] = "none"
     bits: tuple[int, ...] = (2, 3, 4)
     text: TextConfig | None = None
     top_k: int = 50
@@ -39,6 +47,8 @@ class RefineConfig:
     warmup_steps: int = 20
     validate_every: int = 50
     seed: int = 0
+    distilled_bits: tuple[int, ...] = ()
+    distill_only: bool = False
 
     @property
     def wanted(self) -> bool:
@@ -63,6 +73,16 @@ class RefineConfig:
             raise UserError(
                 "refine.warmup_steps cannot be negative, and refine.learning_rate lies between 0 and 1; found "
                 f"{self.warmup_steps} and {self.learning_rate}."
+            )
+        if self.method == "qat":
+            check_distillation(self.distilled_bits, self.distill_only, "refine", master_bits)
+            if unread := set(self.distilled_bits) - set(self.bits):
+                raise UserError(
+                    f"refine.distilled_bits names {min(unread)}, which refine.bits={list(self.bits)} does not."
+                )
+        elif self.distilled_bits or self.distill_only:
+            raise UserError(
+                f"refine.distilled_bits and refine.distill_only are for refine.method=qat; found refine.method={self.method}."
             )
         if self.text is None:
             raise UserError(f"refine.method={self.method} needs a text: choose the preset refine={self.method}.")

@@ -1,6 +1,6 @@
-"""Memory estimate of a refinement: the whole model is on the device."""
+"""Memory and operations of a refinement: the whole model is on the device."""
 
-from collections.abc import Sequence
+import dataclasses
 
 from matquant.memory import FLOAT32_BYTES, MemoryEstimate, Offload, estimate
 from matquant.models.model_sizes import ModelSizes
@@ -8,14 +8,47 @@ from matquant.refine.slice_model import sequences_at_a_time
 
 _SETS = 5  # of scales per bit-width: start, ratio, two moments, best
 _LOGIT_ARRAYS = 6  # of the sequences at a time: two logits, two log-probabilities, two gradients
+_LATENTS = 4  # of a trained weight: latent weight, gradient, two moments
+_SLICE_ARRAYS = 6  # float32 arrays of a block's weights while a slice of trained weights is made, with its gradient
 _GRADIENTS = 3  # activations of a block with their gradients, over the activations alone
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedBytes:
+    """Bytes that depend on what is trained.
+
+    Attributes:
+        state: trained tensors, their gradients, moments and copies, on the device.
+        saved: of the state in the store.
+        reading: peak while the layers of a block read a slice.
+    """
+
+    state: int
+    saved: int
+    reading: int
+
+
+def trained_scales_bytes(sizes: ModelSizes, bits: int, groups: int) -> TrainedBytes:
+    """Bytes of training scales of so many bit-widths; ``groups``: of all quantized layers."""
+    scales = bits * _SETS * groups * FLOAT32_BYTES
+    dense = 3 * max((layer.rows * layer.columns for layer in sizes.layers), default=0) * FLOAT32_BYTES
+    return TrainedBytes(state=scales, saved=scales, reading=dense)
+
+
+def trained_weights_bytes(sizes: ModelSizes) -> TrainedBytes:
+    """Bytes of training the weights of all quantized layers."""
+    block = sum(layer.rows * layer.columns for layer in sizes.layers)
+    return TrainedBytes(
+        state=_LATENTS * sizes.quantized * FLOAT32_BYTES,
+        saved=(_LATENTS - 1) * sizes.quantized * FLOAT32_BYTES,
+        reading=_SLICE_ARRAYS * block * FLOAT32_BYTES,
+    )
 
 
 def refine_memory(
     sizes: ModelSizes,
-    bits: Sequence[int],
+    trained: TrainedBytes,
     *,
-    groups: int,
     parent: int,
     windows: int,
     length: int,
@@ -23,29 +56,27 @@ def refine_memory(
     on_gpu: bool,
     offload: Offload,
 ) -> MemoryEstimate:
-    """Peak memory of training the scales of some bit-widths.
+    """Peak memory of a refinement.
 
     Args:
-        groups: of all quantized layers.
         parent: bytes of the parent.
         windows: of training and validation on this process.
         length: tokens of a window.
         batch: windows of one step on this process.
     """
     cached = windows * length * sizes.hidden * sizes.computing
-    scales = len(bits) * _SETS * groups * FLOAT32_BYTES
     boundaries = sizes.blocks * batch * length * sizes.hidden * sizes.computing
     inside = _GRADIENTS * sizes.activation_bytes(batch * length)
     sequences = min(batch, sequences_at_a_time(length, sizes.vocabulary))
     logits = _LOGIT_ARRAYS * sequences * length * sizes.vocabulary * FLOAT32_BYTES
-    dense = 3 * max((layer.rows * layer.columns for layer in sizes.layers), default=0) * FLOAT32_BYTES
-    running = sizes.parameters * sizes.computing + parent + scales + boundaries + max(inside + dense, logits)
+    running = sizes.parameters * sizes.computing + parent + trained.state + boundaries
+    running += max(inside + trained.reading, logits)
     return estimate(
         "refine",
         running=running,
         cached=cached,
-        on_host=2 * parent,
-        disk=2 * parent + scales,
+        on_host=2 * parent + trained.saved,
+        disk=2 * parent + trained.saved,
         on_gpu=on_gpu,
         offload=offload,
     )

@@ -1,8 +1,8 @@
-"""KL divergence of the slices of a whole model from its full precision, and the gradients of their scales."""
+"""Losses of the slices of a whole model, and the gradients of the tensors that they are made of."""
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,10 +11,14 @@ from torch.utils._pytree import tree_leaves
 
 from matquant.formats.nested import NestedWeight
 from matquant.models.blocks import BlockInputs, BlockModel
-from matquant.refine.block_passes import BlockPasses, GraphedPasses, Passes, Scales
-from matquant.refine.slice_reader import SliceReader
+from matquant.refine.block_passes import BlockPasses, GraphedPasses, Passes, Trained
+from matquant.refine.slice_reader import LayerFunction, SliceReader
 
 LOGIT_BYTES = 2**29  # of the float32 logits of as many sequences as are alive at a time, if more than one
+
+# Loss summed over the predicted tokens of some sequences of a batch, of float32 log-probabilities [sequences, length - 1,
+# vocabulary].
+Loss = Callable[[slice, Tensor], Tensor]
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +30,13 @@ class SliceModel:
         reader: of the model, on its device.
         inputs: inputs of block 0, batch by batch.
         windows: int64 [sequences, length], on the same device.
+        graphs: capture the passes as CUDA graphs on a GPU, which copy the trained tensors.
     """
 
-    def __init__(self, reader: SliceReader, inputs: BlockInputs, windows: Tensor) -> None:
+    def __init__(self, reader: SliceReader, inputs: BlockInputs, windows: Tensor, graphs: bool = True) -> None:
         self.reader, self.inputs, self.windows = reader, inputs, windows
         self._passes: dict[tuple, Passes] = {}
-        self._captures = windows.is_cuda
+        self._captures = graphs and windows.is_cuda
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
 
     @torch.no_grad()
@@ -43,36 +48,67 @@ class SliceModel:
         return hidden
 
     @torch.no_grad()
-    def divergence(self, batch: int, full: Tensor, bits: int, scales: Scales) -> float:
+    def divergence(self, batch: int, full: Tensor, bits: int, trained: Trained) -> float:
         """Mean KL(full precision || slice) over the predicted tokens of one batch, in nats per token.
 
         Args:
             full: ``hidden`` of the batch.
-            scales: float32 [out_features, groups] of each layer.
+            trained: tensors that the slice of ``bits`` bits is made of.
         """
-        passes = BlockPasses(self.reader, bits, self.inputs.kwargs[batch])
-        output = passes.forward(self.inputs.hidden[self.inputs.rows[batch]], scales)
-        losses = [self._loss(batch, rows, output, full, bits, scales) for rows in self._parts(output)]
+        output, loss = self.slice_hidden(batch, bits, trained), self.divergence_from(batch, full)
+        losses = [self._share(batch, rows, output[rows], loss, bits, trained) for rows in self._parts(output)]
         return float(torch.stack(losses).sum())
 
-    def gradients(self, batch: int, full: Tensor, bits: int, scales: Scales) -> tuple[float, dict[str, Tensor]]:
-        """``divergence``, and its gradients by layer for ``scales``, which require gradients.
+    @torch.no_grad()
+    def slice_hidden(self, batch: int, bits: int, trained: Trained) -> Tensor:
+        """Hidden states of a slice after the last block for one batch: [sequences, length, hidden]."""
+        passes = BlockPasses(self.reader, bits, self.inputs.kwargs[batch])
+        return passes.forward(self.inputs.hidden[self.inputs.rows[batch]], trained)
+
+    def divergence_from(self, batch: int, hidden: Tensor, read: tuple[int, Trained] | None = None) -> Loss:
+        """KL divergence from another model, in nats.
+
+        Args:
+            hidden: of that model after the last block, for the batch.
+            read: bit-width and tensors of that model's slice; None: the full-precision model.
+        """
+
+        @torch.no_grad()
+        def expected(rows: slice) -> Tensor:
+            with self.reader.reading(*read) if read else contextlib.nullcontext():
+                return self._log_probs(self._ids(batch)[rows], hidden[rows])
+
+        return lambda rows, found: F.kl_div(found, expected(rows), reduction="sum", log_target=True)
+
+    def cross_entropy(self, batch: int) -> Loss:
+        """Cross-entropy of the text, in nats."""
+        ids = self._ids(batch)
+        return lambda rows, found: F.nll_loss(found.flatten(0, 1), ids[rows, 1:].flatten(), reduction="sum")
+
+    def gradients(self, batch: int, full: Tensor, bits: int, trained: Trained) -> tuple[float, dict[str, Tensor]]:
+        """``divergence``, and its gradients by layer for ``trained``, which require gradients."""
+        return self.loss_and_gradients(batch, self.divergence_from(batch, full), bits, trained)
+
+    def loss_and_gradients(
+        self, batch: int, loss: Loss, bits: int, trained: Trained
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Mean of a loss over the predicted tokens of one batch, and its gradients by layer for ``trained``.
 
         An expert without tokens has no gradient.
         """
         hidden = self.inputs.hidden[self.inputs.rows[batch]]
-        passes = self._passes_of(batch, bits, hidden, scales)
-        output = passes.forward(hidden, scales)
+        passes = self._passes_of(batch, bits, hidden, trained)
+        output = passes.forward(hidden, trained)
         total = torch.zeros((), device=output.device)
         gradient = torch.empty_like(output)
         found: dict[str, Tensor] = {}
-        others = [name for name in self.reader.other_layers if name in scales]
+        others = [name for name in self.reader.other_layers if name in trained]
         for rows in self._parts(output):
             part = output[rows].detach().requires_grad_()
-            loss = self._loss(batch, rows, part, full, bits, scales)
-            gradient[rows], *own = torch.autograd.grad(loss, [part, *(scales[name] for name in others)])
+            share = self._share(batch, rows, part, loss, bits, trained)
+            gradient[rows], *own = torch.autograd.grad(share, [part, *(trained[name] for name in others)])
             found = {name: found[name] + one if name in found else one for name, one in zip(others, own, strict=True)}
-            total += loss.detach()
+            total += share.detach()
         return float(total), passes.backward(gradient) | found
 
     def _parts(self, hidden: Tensor) -> list[slice]:
@@ -81,28 +117,28 @@ class SliceModel:
         step = sequences_at_a_time(length, self.reader.blocks.vocab_size)
         return [slice(first, min(first + step, sequences)) for first in range(0, sequences, step)]
 
-    def _loss(self, batch: int, rows: slice, hidden: Tensor, full: Tensor, bits: int, scales: Scales) -> Tensor:
-        """Share of some sequences in the mean divergence of a batch.
+    def _share(self, batch: int, rows: slice, hidden: Tensor, loss: Loss, bits: int, trained: Trained) -> Tensor:
+        """Share of some sequences in the mean loss of a batch.
 
         Args:
             rows: of the batch.
-            hidden: after the last block, of these sequences or of the whole batch.
+            hidden: after the last block, of these sequences.
         """
-        ids = self.windows[self.inputs.rows[batch]]
-        mine = hidden if len(hidden) == rows.stop - rows.start else hidden[rows]
-        with torch.no_grad():
-            expected = self._log_probs(ids[rows], full[rows])
-        with self.reader.reading(bits, scales):
-            found = self._log_probs(ids[rows], mine)
-        tokens = len(ids) * (ids.shape[1] - 1)
-        return F.kl_div(found, expected, reduction="sum", log_target=True) / tokens
+        ids = self._ids(batch)
+        with self.reader.reading(bits, trained):
+            found = self._log_probs(ids[rows], hidden)
+        return loss(rows, found) / (len(ids) * (ids.shape[1] - 1))
+
+    def _ids(self, batch: int) -> Tensor:
+        """Tokens of a batch: int64 [sequences, length]."""
+        return self.windows[self.inputs.rows[batch]]
 
     def _log_probs(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Log-probabilities of the next tokens: float32 [sequences, length - 1, vocabulary]."""
         logits: Tensor = self.reader.blocks.head(ids, hidden)[:, :-1]
         return logits.float().log_softmax(-1)
 
-    def _passes_of(self, batch: int, bits: int, hidden: Tensor, scales: Scales) -> Passes:
+    def _passes_of(self, batch: int, bits: int, hidden: Tensor, trained: Trained) -> Passes:
         """Passes of a batch: captured ones for all batches of its shape with the same other arguments, where that works."""
         kwargs = self.inputs.kwargs[batch]
         if not self._captures:
@@ -113,7 +149,7 @@ class SliceModel:
         if key not in self._passes:
             try:
                 passes = BlockPasses(self.reader, bits, kwargs)
-                self._passes[key] = GraphedPasses(passes, hidden, scales, self._pool)
+                self._passes[key] = GraphedPasses(passes, hidden, trained, self._pool)
             except RuntimeError as error:
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 logger.warning("Training runs without CUDA graphs, which this model does not allow (%s).", reason)
@@ -135,12 +171,14 @@ def open_slice_model(
     batch_size: int,
     device: torch.device,
     dtype: torch.dtype,
+    linear: LayerFunction | None = None,
 ) -> Iterator[SliceModel]:
     """Put the whole model on ``device`` in ``dtype`` while the context is open.
 
     Args:
         weights: nested weights by layer name; copied to the device.
         windows: int64 [sequences, length].
+        linear: layers of a slice, see ``SliceReader``; passes of other layers than the default are not captured as graphs.
     """
     inputs = blocks.capture_block_inputs(windows, batch_size, device, dtype)
     on_device = {name: weight.to(device) for name, weight in weights.items()}
@@ -148,6 +186,6 @@ def open_slice_model(
         stack.enter_context(blocks.head_on_device(device, dtype))
         for index in range(len(blocks)):
             stack.enter_context(blocks.on_device(index, device, dtype))
-        reader = SliceReader(blocks, on_device)
+        reader = SliceReader(blocks, on_device, linear)
         stack.enter_context(reader.patched())
-        yield SliceModel(reader, inputs, windows.to(device))
+        yield SliceModel(reader, inputs, windows.to(device), graphs=linear is None)

@@ -138,7 +138,7 @@ class JobResults:
     """Results of one job; ``to_json`` is the content of results.json.
 
     Attributes:
-        refine: record of the refinement: ``bits``, ``steps``, and ``history`` of the held-out KL; None without one.
+        refine: record of the refinement: ``method``, ``bits``, ``steps``, and ``history`` of the held-out KL; None without one.
         search: record of the search; None without one.
         seconds: wall time by stage.
         resources: memory plan, peaks, and seconds of quantizing by phase.
@@ -314,6 +314,8 @@ def refine_sentence(refine: Mapping[str, Any] | None) -> str:
     if refine is None:
         return ""
     bits = ", ".join(map(str, refine.get("bits", ())))
+    if refine.get("method") == "qat":
+        return f" Weights trained at {bits} bits in {refine.get('steps')} steps."
     return f" Scales of {bits} bits refined in {refine.get('steps')} steps."
 
 

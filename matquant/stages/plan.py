@@ -9,7 +9,7 @@ from matquant.formats.nested import planes_read
 from matquant.memory import MemoryEstimate, MemoryPlan, Offload, make_plan
 from matquant.quantize.base import BlockQuantizer, CalibrationTokens
 from matquant.quantize.memory import quantize_memory
-from matquant.refine.memory import refine_memory, refine_operations
+from matquant.refine.memory import refine_memory, refine_operations, trained_scales_bytes, trained_weights_bytes
 from matquant.stages.generate import generate_memory
 from matquant.stages.load import LoadedJob, own_tokens
 from matquant.stages.runtime import Runtime
@@ -76,13 +76,17 @@ def _later_stages(job: LoadedJob, runtime: Runtime) -> tuple[list[MemoryEstimate
 def _refine_estimate(job: LoadedJob, runtime: Runtime) -> MemoryEstimate:
     text, processes = job.refinement, runtime.process_group.world_size
     assert text is not None
-    return refine_memory(
-        job.sizes,
-        job.config.refine.bits,
-        groups=sum(
+    if job.config.refine.method == "qat":
+        trained = trained_weights_bytes(job.sizes)
+    else:
+        groups = sum(
             layer.out_features * group_count(layer.in_features, layer.format.group_size)
             for layer in job.layer_specs.values()
-        ),
+        )
+        trained = trained_scales_bytes(job.sizes, len(job.config.refine.bits), groups)
+    return refine_memory(
+        job.sizes,
+        trained,
         parent=job.parent_bytes,
         windows=text.sequences // processes,
         length=text.length,

@@ -89,6 +89,7 @@ def _inputs(job: LoadedJob, quantizer: BlockQuantizer) -> dict[str, Any]:
         "calibration": None if job.calibration is None else texts.fingerprint(job.calibration),
         "layers": list(job.layer_names),
         **quantizer.cache_key(),
+        **({"batch_size": job.config.calibration.batch_size} if quantizer.depends_on_batch_size else {}),
         **transform_entry(job),
     }
 

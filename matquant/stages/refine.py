@@ -1,4 +1,4 @@
-"""Stage refine: a parent with trained scales from the parent of a job, from the store or made now."""
+"""Stage refine: a trained parent from the parent of a job, from the store or made now."""
 
 import dataclasses
 import logging
@@ -11,7 +11,11 @@ from matquant import number_format
 from matquant.data import texts
 from matquant.errors import UserError
 from matquant.formats.parent import Parent
-from matquant.refine.scale_refinement import RefineContext, ScaleRefinement
+from matquant.quantize.base import normalized
+from matquant.refine.config import RefineConfig
+from matquant.refine.quantization_aware import QuantizationAwareTraining
+from matquant.refine.refinement import RefineContext, Refinement
+from matquant.refine.scale_refinement import ScaleRefinement
 from matquant.refine.self_text import sample_windows
 from matquant.stages.load import LoadedJob, RefinementText
 from matquant.stages.quantize import QuantizedJob, transform_entry
@@ -21,6 +25,8 @@ from matquant.store.distributed_store import DraftLike, open_or_build
 
 # Part of the key of refined parents: raised when the same settings give other scales than before.
 _VERSION = 2
+_REFINEMENTS: dict[str, type[Refinement]] = {"scales": ScaleRefinement, "qat": QuantizationAwareTraining}
+_ONLY_QAT = ("distilled_bits", "distill_only")  # settings that keys of other refinements lack
 
 logger = logging.getLogger(__name__)
 
@@ -47,19 +53,33 @@ def refine(job: LoadedJob, quantized: QuantizedJob, runtime: Runtime) -> tuple[Q
 
     inputs = {
         "parent": parent.artifact.sha256,
-        "refine": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("name", "text", "top_k")},
+        "refine": _key_of(config),
         "text": texts.fingerprint(training),
         "validation": texts.fingerprint(validation),
         "batch_size": job.refinement.batch_size,
         "dtype": str(job.dtype),
         "version": _VERSION,
     }
+    if config.method == "qat":
+        inputs |= {"model": job.model.fingerprint, "lambdas": {str(bits): _lambdas(job)[bits] for bits in config.bits}}
     artifact = open_or_build(runtime.store, runtime.process_group, "refined", inputs, build)
     runtime.log.warnings.extend(artifact.notes)
     refined = Parent(artifact)
+    runtime.log.warnings.extend(note for note in refined.notes() if note not in parent.notes())
     slices = [dataclasses.replace(one, parent=refined) for one in quantized.slices]
     record = artifact.about["refine"] | {"sha256": artifact.sha256, "reused": artifact.reused}
     return QuantizedJob(slices=slices, parent=refined), record
+
+
+def _key_of(config: RefineConfig) -> dict[str, Any]:
+    """Settings that determine a refinement beside its text, for its key in the store."""
+    dropped = ("name", "text", "top_k", *(() if config.method == "qat" else _ONLY_QAT))
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in dropped}
+
+
+def _lambdas(job: LoadedJob) -> dict[int, float]:
+    """Weight of each bit-width in the objective; the largest is 1."""
+    return normalized(job.config.objective.lambdas)
 
 
 def _windows(job: LoadedJob, text: RefinementText, runtime: Runtime) -> Tensor:
@@ -115,14 +135,15 @@ def _train(
             batch_size=text.batch_size,
             device=runtime.device,
             dtype=job.dtype,
+            lambdas=_lambdas(job),
             process_group=runtime.process_group,
             progress=progress,
             validated=validated,
         )
-        refinement = ScaleRefinement(config, context)
+        refinement = _REFINEMENTS[config.method](config, context)
         blocks = refinement.run(draft)
     label = f"{parent.artifact.about.get('label', 'parent')} refine={config.name}"
-    facts = {"bits": list(config.bits), "steps": config.steps, "history": refinement.history}
+    facts = {"method": config.method, "bits": list(config.bits), "steps": config.steps, "history": refinement.history}
     return {k: v for k, v in parent.artifact.about.items() if k != "blocks"} | {
         "label": label,
         "blocks": blocks,

@@ -16,7 +16,8 @@ from matquant.formats.parent import Parent
 from matquant.formats.slice_spec import SliceSpec
 from matquant.models.blocks import BlockModel
 from matquant.refine.config import RefineConfig
-from matquant.refine.scale_refinement import RefineContext, ScaleRefinement
+from matquant.refine.refinement import RefineContext
+from matquant.refine.scale_refinement import ScaleRefinement
 from matquant.refine.slice_model import open_slice_model
 from matquant.store import Store
 

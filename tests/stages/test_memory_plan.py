@@ -18,7 +18,7 @@ from matquant.quantize.base import CalibrationTokens, QuantizerTask
 from matquant.quantize.gptq.config import GptqConfig
 from matquant.quantize.memory import quantize_memory
 from matquant.quantize.rtn.config import RtnConfig
-from matquant.refine.memory import refine_memory
+from matquant.refine.memory import refine_memory, trained_scales_bytes, trained_weights_bytes
 from matquant.stages.generate import generate_memory
 
 CPU = torch.device("cpu")
@@ -122,9 +122,11 @@ def test_generating_holds_the_dense_parameters_and_the_planes_that_are_read() ->
 
 
 def refined(blocks: int = 4, **changes: Any) -> MemoryEstimate:
-    fields: dict[str, Any] = {"bits": (2, 3, 4), "groups": 10**6, "parent": model_sizes(blocks).quantized}
+    sizes = model_sizes(blocks)
+    trained = trained_scales_bytes(sizes, len(changes.pop("bits", (2, 3, 4))), groups=10**6)
+    fields: dict[str, Any] = {"trained": trained, "parent": sizes.quantized}
     fields |= {"windows": 1000, "length": 512, "batch": 8, "on_gpu": True, "offload": torch.device("cuda")}
-    return refine_memory(model_sizes(blocks), **fields | changes)
+    return refine_memory(sizes, **fields | changes)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +145,14 @@ def test_a_refinement_holds_the_model_its_codes_and_its_optimizer() -> None:
     assert refined().device > held + cached
     with pytest.raises(UserError, match="A refinement holds the whole model. Lower refine.text.batch_size"):
         dataclasses.replace(plan_of([refined(on_gpu=False, offload=CPU)]), host_free=0).refuse()
+
+
+def test_training_of_the_weights_holds_a_latent_weight_its_gradient_and_two_moments() -> None:
+    sizes = model_sizes()
+    weights = refined(trained=trained_weights_bytes(sizes), windows=0, batch=1, length=1)
+    scales = refined(trained=trained_scales_bytes(sizes, 1, groups=1), windows=0, batch=1, length=1)
+    assert weights.device > scales.device + 3 * sizes.quantized * 4
+    assert weights.disk >= 3 * sizes.quantized * 4
 
 
 def plan_of(estimates: list[MemoryEstimate], offload: torch.device | None = CPU) -> MemoryPlan:

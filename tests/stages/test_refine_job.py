@@ -61,7 +61,7 @@ def test_a_refined_parent_is_stored_searched_packed_and_found_again(job, tmp_pat
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["method=gptq"], "refine=scales trains scales of one parent, but method=gptq makes one model per bit-width"),
+        (["method=gptq"], "refine=scales trains one parent, but method=gptq makes one model per bit-width"),
         (["refine.text.batch_size=13"], "refine.text.sequences=12 do not fill one batch of refine.text.batch_size=13"),
         (["refine.text.dataset=nothing"], "refine.text.dataset must be one of"),
         (["refine.text.dataset=self", "refine.top_k=0"], "refine.top_k must be at least 1; found 0"),

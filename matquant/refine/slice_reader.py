@@ -27,14 +27,12 @@ class SliceReader:
     Attributes:
         layers_of_blocks: names of the quantized layers of each block.
         other_layers: names of the quantized layers outside of blocks, such as the head.
-        trains_scales: True if the trained tensors are scales.
     """
 
     def __init__(
         self, blocks: BlockModel, weights: Mapping[str, NestedWeight], linear: LayerFunction | None = None
     ) -> None:
         self.blocks, self.weights, self._linear = blocks, weights, linear or self._scaled_linear
-        self.trains_scales = linear is None
         # Bit-width and trained tensors; None: full precision.
         self._read: tuple[int, Mapping[str, Tensor]] | None = None
         self._layers: dict[str, Any] = {name: blocks.model.get_submodule(name) for name in weights}

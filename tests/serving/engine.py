@@ -43,24 +43,28 @@ def main(job: dict) -> None:
         print("DRAFTS " + json.dumps(drafts(llm)), flush=True)
 
 
-def nested_layers(worker: Any) -> list[Any]:
-    """Nested layers of the target and of the draft model."""
+def nested_layers(worker: Any) -> tuple[list[Any], int]:
+    """Nested layers of the target and of the draft model, and the number of layers of vLLM that fuse some of them."""
+    from matquant.vllm.fused_linears import FusedLinears
     from matquant.vllm.sharded_linear import ShardedNestedLinear
 
     models = (worker.model_runner.model, worker.model_runner.drafter.model)
-    return [module for model in models for module in model.modules() if isinstance(module, ShardedNestedLinear)]
+    modules = [module for model in models for module in model.modules()]
+    layers = [module for module in modules if isinstance(module, ShardedNestedLinear)]
+    return layers, sum(isinstance(module, FusedLinears) for module in modules)
 
 
 def drafts(llm: Any) -> dict[str, int]:
     """Drafted and accepted tokens, and the number of layers that read planes of others, and of such whose planes those are."""
     counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    (layers,) = llm.collective_rpc(nested_layers)
+    ((layers, fused),) = llm.collective_rpc(nested_layers)
     return {
         "drafted": counters["vllm:spec_decode_num_draft_tokens"],
         "accepted": counters["vllm:spec_decode_num_accepted_tokens"],
         "readers": sum(layer.is_reader for layer in layers),
         "owners": len({layer.planes.data_ptr() for layer in layers if not layer.is_reader}),
-        "storages": len({layer.planes.data_ptr() for layer in layers}),
+        "storages": len({layer.planes.untyped_storage().data_ptr() for layer in layers}),
+        "fused": fused,
         "draft_bits": max((layer.bits[0] for layer in layers if layer.is_reader), default=0),
     }
 

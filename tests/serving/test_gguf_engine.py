@@ -164,7 +164,7 @@ def test_slices_are_as_close_to_transformers_as_a_file_of_llama_cpp(
     assert slices.found[name]["greedy"].shape == (2, TOKENS)
     assert slices.kl_float[name] < 1e-3
     if name in ("4", "8", "allocation"):  # at 2 and 3 bits SmolLM2 has activations that 8 bits do not hold
-        assert slices.kl[name] < 4 * slices.kl["Q8_0"]
+        assert slices.kl[name] < 2 * slices.kl["Q8_0"]
 
 
 @pytest.mark.parametrize("model", ["tiny", "smollm2"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import re
 import shlex
 
@@ -64,9 +65,13 @@ def test_every_command_composes(page, command, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_stand_in_blocks_of_code(page):
-    lines = page.read_text().splitlines()
-    assert not [line for line in lines if re.match(r"(python (run\.py|-m|\S+/\S+\.py)|torchrun) ", line)]
+def test_blocks_of_code_begin_with_their_first_line(page):
+    """In Markdown an indented line does not begin a block of code right after a paragraph."""
+    fenced = False
+    for before, line in itertools.pairwise(page.read_text().splitlines()):
+        fenced ^= before.startswith("```")
+        in_list = re.match(r"\s*([-*]|\d+\.) |  ", before)
+        assert fenced or in_list or not before.strip() or not re.match(r"    \S", line), f"{before}\n{line}"
 
 
 def test_links_of_the_pages_reach_files():

@@ -44,7 +44,10 @@ def test_refitted_scales_are_the_least_squares_solution(columns, group_size, wei
             costs = [
                 (root @ (target[row].double() - design @ one)).square().sum() for one in (found[row].double(), best)
             ]
-            assert costs[0] <= costs[1] * (1 + 1e-4) + 1e-12
+            # Normal equations in float32: the solution is off by about epsilon times their condition number.
+            off = torch.finfo(torch.float32).eps * torch.linalg.cond((root @ design).T @ (root @ design))
+            energy = (root @ target[row].double()).square().sum()
+            assert costs[0] <= costs[1] * (1 + 1e-4) + 1e-12 + off**2 * energy
         else:
             assert (found[row] > 0).all()
 

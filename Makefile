@@ -11,7 +11,7 @@ run: $(VENV)/.ready
 	$(BIN)/python run.py
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2
 
 # Under two minutes on 2 cores: no whole jobs, no compilation of kernels.
 test-fast: $(VENV)/.ready

@@ -37,9 +37,6 @@ def sample_windows(
 
     Returns:
         int64 [sequences, sequence_length], on the CPU.
-
-    Raises:
-        UserError: the model cannot generate.
     """
     devices = [device] if device.type == "cuda" else []
     found = []
@@ -50,6 +47,15 @@ def sample_windows(
             found.append(_continue(blocks.model, prompts, text.sequence_length, top_k).cpu())
             progress(len(prompts))
     return torch.cat(found)
+
+
+def check_generates(model: Any) -> None:
+    """Raise UserError for a model without generation."""
+    if not model.can_generate():
+        raise UserError(
+            f"refine.text.dataset=self needs a model that generates text, and {type(model).__name__} does not. Choose another "
+            "text, such as refine.text.dataset=stdlib."
+        )
 
 
 def _first_tokens(blocks: BlockModel, tokenizer: Any, count: int) -> Tensor:
@@ -67,15 +73,8 @@ def _continue(model: Any, prompts: Tensor, length: int, top_k: int) -> Tensor:
     """Sequences of ``length`` tokens that begin with the prompts, int64 [count, length]."""
     settings: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": top_k, "top_p": 1.0, "use_cache": True}
     settings |= {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": length - prompts.shape[1]}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_plain_generation(model))
-        try:
-            found: Tensor = model.generate(prompts, attention_mask=torch.ones_like(prompts), **settings)
-        except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
-            raise UserError(
-                f"refine.text.dataset=self needs a model that generates text, and {type(model).__name__} does not "
-                f"({str(error).splitlines()[0]}). Choose another text, such as refine.text.dataset=stdlib."
-            ) from error
+    with _plain_generation(model):
+        found: Tensor = model.generate(prompts, attention_mask=torch.ones_like(prompts), **settings)
     return found[:, :length]
 
 

@@ -28,6 +28,7 @@ from matquant.models.tracing import check_blockwise_forward
 from matquant.models.vocabulary import check_token_ids, embedded_tokens
 from matquant.quantize.base import BlockQuantizer, QuantizerTask
 from matquant.quantize.layers import check_layers, check_weight_range, layers_to_quantize
+from matquant.refine.self_text import check_generates
 from matquant.search.stage import check_budgets
 from matquant.stages.runtime import Runtime
 
@@ -270,6 +271,8 @@ def _refinement_text(config: Config, model: LoadedModel, runtime: Runtime) -> Re
             f"refine.text.batch_size={text.batch_size} cannot be shared equally by {runtime.process_group.world_size} "
             "processes. Make it a multiple of their number."
         )
+    if text.dataset == texts.SELF:
+        check_generates(model.model)
     wanted = dataclasses.replace(text, sequences=text.sequences + held_out)
     return RefinementText(
         sequences=wanted.sequences,

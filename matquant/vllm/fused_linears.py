@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from matquant.formats.tile_layout import TILE, tiles
 from matquant.inference.linear import scale_buffers
-from matquant.vllm import vllm_ops  # noqa: F401 - defines nested_linears_runtime_bits
 from matquant.vllm.plane_memory import PlaneMemory
-from matquant.vllm.sharded_linear import ShardedLinear, ShardedNestedLinear
+from matquant.vllm.sharded_linear import ShardedLinear, ShardedNestedLinear, multiply
 
 
 class FusedLinears(nn.Module):
@@ -58,18 +57,7 @@ class FusedLinears(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Map [..., columns] to [..., rows of all members] at the bit-widths of the current step."""
-        return torch.ops.matquant.nested_linears_runtime_bits.default(
-            x,
-            self.planes,
-            [self.scales, *(getattr(self, f"scales{bits}") for bits in self.scale_bits)],
-            list(self.scale_bits),
-            self.zeros,
-            bias,
-            self._step_bits,
-            self.rows,
-            self.columns,
-            *self.format.op_args,
-        )
+        return multiply(self, x, bias, self._step_bits, self.rows, self.columns)
 
 
 def fuse(linears: Sequence[ShardedLinear]) -> FusedLinears | None:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -198,17 +199,36 @@ class ShardedNestedLinear(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Map [..., columns] to [..., rows] at the bit-width of the current step."""
-        return torch.ops.matquant.nested_linear_runtime_bits.default(
-            x,
-            self.planes,
-            [self.scales, *(getattr(self, f"scales{bits}") for bits in self.scale_bits)],
-            list(self.scale_bits),
-            self.zeros,
-            bias,
-            self.step_bits,
-            *self.shard.shape,
-            *self.format.op_args,
-        )
+        return multiply(self, x, bias, [self.step_bits], [self.shard.shape[0]], self.shard.shape[1])
+
+
+def multiply(
+    layer: Any, x: Tensor, bias: Tensor | None, step_bits: Sequence[Tensor], rows: Sequence[int], columns: int
+) -> Tensor:
+    """Product with the planes of a layer at the bit-widths of the current step.
+
+    Args:
+        layer: module with ``planes``, sets of scales, ``zeros`` and ``format``.
+        x: [..., in_features].
+        step_bits: bit-widths of each range of rows, see ``vllm_ops.new_step_bits``.
+        rows: rows of each range.
+        columns: in_features.
+
+    Returns:
+        [..., rows of all ranges].
+    """
+    return torch.ops.matquant.nested_linear_runtime_bits.default(
+        x,
+        layer.planes,
+        [layer.scales, *(getattr(layer, f"scales{bits}") for bits in layer.scale_bits)],
+        list(layer.scale_bits),
+        layer.zeros,
+        bias,
+        step_bits,
+        rows,
+        columns,
+        *layer.format.op_args,
+    )
 
 
 ShardedLinear = ShardedNestedLinear | ShardedDenseLinear

@@ -21,11 +21,6 @@ from matquant.inference.argument_checks import check_x
 _library = torch.library.Library("matquant", "FRAGMENT")
 _library.define(
     "nested_linear_runtime_bits(Tensor x, Tensor planes, Tensor[] scales, int[] scale_bits, Tensor? zeros, Tensor? bias, "
-    "Tensor step_bits, int out_features, int in_features, int group_size, int master_bits, str slicing, float offset, "
-    "float stretch) -> Tensor"
-)
-_library.define(
-    "nested_linears_runtime_bits(Tensor x, Tensor planes, Tensor[] scales, int[] scale_bits, Tensor? zeros, Tensor? bias, "
     "Tensor[] step_bits, int[] out_features, int in_features, int group_size, int master_bits, str slicing, float offset, "
     "float stretch) -> Tensor"
 )
@@ -96,56 +91,33 @@ def _linear_runtime_bits(
     scale_bits: Sequence[int],
     zeros: Tensor | None,
     bias: Tensor | None,
-    step_bits: Tensor,
-    out_features: int,
-    in_features: int,
-    *op_args: Any,
-) -> Tensor:
-    bits = current_bits(step_bits)
-    own = scale_bits.index(bits) + 1 if bits in scale_bits else 0  # the base set is the first
-    return torch.ops.matquant.nested_linear.default(
-        x, planes, scales[own], zeros, bias, bits, out_features, in_features, *op_args
-    )
-
-
-def _linears_runtime_bits(
-    x: Tensor,
-    planes: Tensor,
-    scales: Sequence[Tensor],
-    scale_bits: Sequence[int],
-    zeros: Tensor | None,
-    bias: Tensor | None,
     step_bits: Sequence[Tensor],
     out_features: Sequence[int],
     in_features: int,
     *op_args: Any,
 ) -> Tensor:
-    """Outputs of several weights, which are ranges of row tiles of one; each but the last has a multiple of 64 rows."""
+    """Outputs of one or more layers, which are ranges of row tiles of one weight; each but the last has a multiple of 64 rows.
+
+    Neighbours of equal bit-width share a launch.
+    """
     outputs, first = [], 0
-    for bits, run in itertools.groupby(
-        zip(map(current_bits, step_bits), out_features, strict=True), lambda one: one[0]
-    ):
+    widths = zip(map(current_bits, step_bits), out_features, strict=True)
+    for bits, run in itertools.groupby(widths, lambda one: one[0]):
         rows = sum(count for _, count in run)
-        part = slice(first // TILE, tiles(first + rows))
-        own = scale_bits.index(bits) + 1 if bits in scale_bits else 0
+        own = scale_bits.index(bits) + 1 if bits in scale_bits else 0  # the base set is the first
+        weight = (planes, scales[own], zeros)
+        if rows < sum(out_features):
+            part = slice(first // TILE, tiles(first + rows))
+            weight = (planes[:, part], scales[own][:, part], None if zeros is None else zeros[:, part])
+        own_bias = None if bias is None else bias[first : first + rows]
         outputs.append(
-            torch.ops.matquant.nested_linear.default(
-                x,
-                planes[:, part],
-                scales[own][:, part],
-                None if zeros is None else zeros[:, part],
-                None if bias is None else bias[first : first + rows],
-                bits,
-                rows,
-                in_features,
-                *op_args,
-            )
+            torch.ops.matquant.nested_linear.default(x, *weight, own_bias, bits, rows, in_features, *op_args)
         )
         first += rows
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
-def _fake_linears_runtime_bits(
+def _fake_linear_runtime_bits(
     x: Tensor,
     planes: Tensor,
     scales: Sequence[Tensor],
@@ -161,24 +133,6 @@ def _fake_linears_runtime_bits(
     return x.new_empty(*x.shape[:-1], sum(out_features))
 
 
-def _fake_linear_runtime_bits(
-    x: Tensor,
-    planes: Tensor,
-    scales: Sequence[Tensor],
-    scale_bits: Sequence[int],
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    step_bits: Tensor,
-    out_features: int,
-    in_features: int,
-    *op_args: Any,
-) -> Tensor:
-    check_x(x, planes, bias, out_features, in_features)
-    return x.new_empty(*x.shape[:-1], out_features)
-
-
 for _key in ("CPU", "CUDA"):
     _library.impl("nested_linear_runtime_bits", _linear_runtime_bits, _key)
-    _library.impl("nested_linears_runtime_bits", _linears_runtime_bits, _key)
 torch.library.register_fake("matquant::nested_linear_runtime_bits", _fake_linear_runtime_bits, lib=_library)
-torch.library.register_fake("matquant::nested_linears_runtime_bits", _fake_linears_runtime_bits, lib=_library)

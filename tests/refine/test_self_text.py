@@ -9,7 +9,7 @@ from packing import Opened
 
 from matquant.data.config import TextConfig
 from matquant.errors import UserError
-from matquant.refine.self_text import sample_windows
+from matquant.refine.self_text import check_generates, sample_windows
 
 CPU = torch.device("cpu")
 TEXT = TextConfig(dataset="self", sequences=5, sequence_length=9, seed=3)
@@ -86,11 +86,8 @@ def test_settings_of_the_checkpoint_do_not_shape_the_text(opened):
 
 
 def test_a_model_that_cannot_generate_is_refused_in_a_sentence(opened, monkeypatch):
-    def refuse(*_, **__):
-        raise ValueError("no cache")
-
-    monkeypatch.setattr(type(opened.blocks.model), "generate", refuse)
-    with pytest.raises(
-        UserError, match=r"needs a model that generates text, and LlamaForCausalLM does not \(no cache\)"
-    ):
-        sample(opened)
+    model = opened.blocks.model
+    check_generates(model)
+    monkeypatch.setattr(type(model), "can_generate", classmethod(lambda _: False))
+    with pytest.raises(UserError, match="needs a model that generates text, and LlamaForCausalLM does not"):
+        check_generates(model)

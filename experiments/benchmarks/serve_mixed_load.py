@@ -21,6 +21,7 @@ all processes of the server, so that pages which they share count in each of the
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -39,7 +40,10 @@ import aiohttp
 import psutil
 from load_summary import distance, nearest, slope_per_minute, summarize_phases
 
+from matquant.errors import UserError
+from matquant.formats.bits import MAX_BITS
 from matquant.report.provenance import provenance
+from matquant.vllm.width_settings import SECTION, PolicySettings, WidthSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -184,6 +188,10 @@ class Load:
         failed = [request["error"] for request in self.requests if request["error"] is not None]
         if failed:
             sys.exit(f"error: the first request failed: {failed[0]}")
+        if self.arguments.policy is not None:  # the warm-up may have lowered the bit-width, and a later step raises it
+            settings = read_policy(self.arguments.policy)
+            await asyncio.sleep(1 + settings.hold_seconds * len(settings.bits))
+            await self.complete({})
         self.requests.clear()
 
     def body(self) -> dict[str, Any]:
@@ -379,6 +387,13 @@ class Load:
         }
 
 
+def read_policy(content: dict[str, Any]) -> PolicySettings:
+    """Checked settings of the load policy. Raises UserError."""
+    policy = WidthSettings.from_config({SECTION: {"policy": content}}, MAX_BITS).policy
+    assert policy is not None
+    return policy
+
+
 def used_device_memory() -> float:
     """Used memory of all devices in MB, by nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
@@ -437,6 +452,13 @@ def parse() -> argparse.Namespace:
         setattr(arguments, name, value if getattr(arguments, name) is None else getattr(arguments, name))
     if min(arguments.rates) <= 0:
         parser.error(f"--rates must be more than 0; found {arguments.rates}")
+    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib. Leave it out, and draw the record elsewhere with load_summary.py.")
+    try:
+        if arguments.policy is not None:
+            read_policy(arguments.policy)
+    except UserError as error:
+        parser.error(str(error))
     arguments.server = server
     arguments.log = arguments.log or arguments.out.with_suffix(".log")
     return arguments

@@ -23,6 +23,7 @@ TRIAL_SHARE = 0.01  # largest share of trials in the steps, after the first ones
 FIRST_STEPS = 24  # steps before a trial while a kind is not measured
 MIN_STEPS = 3  # measured steps of each kind before a decision
 MARGIN = 1.03  # the other kind must be faster by this factor
+RECENT_STEPS = 3 * FIRST_STEPS  # age of the oldest measurement that a decision depends on
 
 _KEPT_STEPS = 9  # a trial measures more than half of them
 _KEPT_ACCEPTANCE = 64
@@ -32,7 +33,7 @@ _KEPT_ACCEPTANCE = 64
 class _Range:
     """Measurements at one bit-width and range of batch sizes, and the decision."""
 
-    rates: dict[bool, collections.deque[float]]
+    rates: dict[bool, collections.deque[tuple[int, float]]]  # of each kind: number of the step, requests a second
     on: bool = True
     trial: int = 0  # steps of the present trial that are left
     wait: int = FIRST_STEPS  # steps before the next trial
@@ -88,7 +89,7 @@ class DraftPolicy:
         if drafts and tokens is not None:
             self._acceptance(width).append((tokens, batch))
         if drafts in found.seen and seconds > 0:  # the first step of each kind also compiles or captures graphs
-            found.rates[drafts].append(batch / seconds)
+            found.rates[drafts].append((found.steps, batch / seconds))
         found.seen.add(drafts)
         self._decide(width, batch, found)
 
@@ -126,17 +127,17 @@ class DraftPolicy:
         counts = self._acceptance(width)
         return sum(tokens for tokens, _ in counts) / sum(batch for _, batch in counts) if counts else None
 
-    def _speed(self, width: str, found: _Range, drafts: bool) -> float | None:
-        """Tokens a second with or without drafts; None if not measured."""
+    def _speed(self, width: str, found: _Range, drafts: bool, since: int = 0) -> float | None:
+        """Tokens a second with or without drafts, from steps since one on; None if not measured."""
         tokens = self._tokens_per_request(width) if drafts else 1.0
-        rates = found.rates[drafts]
+        rates = [rate for step, rate in found.rates[drafts] if step >= since]
         return None if tokens is None or len(rates) < MIN_STEPS else tokens * statistics.median(rates)
 
     def _speeds(self, width: str, found: _Range) -> Mapping[str, float | None]:
         return {"drafts": self._speed(width, found, True), "plain": self._speed(width, found, False)}
 
     def _decide(self, width: str, batch: int, found: _Range) -> None:
-        used, other = self._speed(width, found, found.on), self._speed(width, found, not found.on)
+        used, other = (self._speed(width, found, kind, found.steps - RECENT_STEPS) for kind in (found.on, not found.on))
         if used is None or other is None or other <= MARGIN * used:
             return
         found.on, found.trial, found.wait = not found.on, 0, _PAUSE

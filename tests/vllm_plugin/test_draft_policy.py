@@ -92,10 +92,10 @@ def test_drafting_stops_and_resumes_when_the_costs_change(ahead):
     engine.run(["a"], 300, new=1)
     assert engine.policy.to_json()["changes"] == 0
     engine.drafting = 5.0
-    engine.run(["a"], 30)
+    engine.run(["a"], PAUSE)
     assert engine.run(["a"], 300) <= 2 * TRIAL_STEPS / 300
     engine.drafting = 1.1
-    engine.run(["a"], 2 * PAUSE)
+    engine.run(["a"], PAUSE)
     assert engine.policy.to_json()["ranges"][0]["drafts"]
     assert engine.run(["a"], 300) == 0.0  # its tokens are missing in the draft model's cache
     assert engine.run(["b"], 300, new=1) > 0.95  # those of a new request are not
@@ -168,6 +168,16 @@ def test_a_slow_step_changes_nothing():
         engine.drafting, engine.plain = (40.0, 25.0) if index % 9 == 8 else (1.5, 1.0)
         engine.step(["a"])
     assert engine.policy.to_json()["changes"] == 0
+
+
+def test_a_decision_depends_on_both_kinds_in_the_same_load():
+    """Plain decoding becomes slower after drafts were found to be slower; only a new trial compares the two."""
+    engine = Engine()
+    engine.drafting, engine.accepted = 2.5, 1
+    engine.run(["a"], 10 * FIRST_STEPS, new=1)
+    engine.plain, engine.drafting = 3.0, 7.0
+    assert engine.run(["a"], 2 * PAUSE) <= 1.1 * TRIAL_SHARE
+    assert engine.policy.to_json()["changes"] == 1
 
 
 def test_outputs_of_empty_and_unknown_steps_are_ignored():

@@ -466,14 +466,13 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     """Run one load. Returns 1 after errors or wrong bit-widths."""
-    arguments = parse()
+    arguments, origin = parse(), provenance()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         model = pack_shipped_model(Path(folder)) if arguments.model is None else arguments.model
         vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
         port = free_port()
         command = server_command(arguments, model, port)
-        origin = provenance()
         with running_server(command, port, arguments.log, arguments.start_seconds) as process:
             load = Load(arguments, vocabulary, port, process)
             try:

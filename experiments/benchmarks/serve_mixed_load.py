@@ -26,6 +26,7 @@ import json
 import os
 import random
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -467,6 +468,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Run one load. Returns 1 after errors or wrong bit-widths."""
     arguments, origin = parse(), provenance()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the server too
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         model = pack_shipped_model(Path(folder)) if arguments.model is None else arguments.model

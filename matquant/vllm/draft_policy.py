@@ -19,8 +19,7 @@ from typing import Any
 logger = logging.getLogger("vllm.matquant")  # vLLM shows what is below its own logger
 
 TRIAL_STEPS = 6  # steps of a trial of the kind that is not used
-TRIAL_SHARE = 0.01  # largest share of trials in the steps, after the first ones
-FIRST_STEPS = 24  # steps before a trial while a kind is not measured
+TRIAL_SHARE, FIRST_STEPS = 0.01, 24  # see DraftPolicy
 MIN_STEPS = 3  # measured steps of each kind before a decision
 MARGIN = 1.03  # the other kind must be faster by this factor
 RECENT_STEPS = 3 * FIRST_STEPS  # age of the oldest measurement that a decision depends on
@@ -34,9 +33,9 @@ class _Range:
     """Measurements at one bit-width and range of batch sizes, and the decision."""
 
     rates: dict[bool, collections.deque[tuple[int, float]]]  # of each kind: number of the step, requests a second
-    on: bool = True
+    rest: int = 0  # steps since the last trial
     trial: int = 0  # steps of the present trial that are left
-    wait: int = FIRST_STEPS  # steps before the next trial
+    on: bool = True
     steps: int = 0
     seen: set[bool] = dataclasses.field(default_factory=set)
 
@@ -44,12 +43,17 @@ class _Range:
 class DraftPolicy:
     """Decision for each step whether requests have drafts.
 
+    Args:
+        first_steps: number of steps before a trial while a kind is not measured.
+        trial_share: largest share of trials in the steps, after the first ones.
+
     Attributes:
         changes: number of decisions that changed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first_steps: int = FIRST_STEPS, trial_share: float = TRIAL_SHARE) -> None:
         self.changes = 0
+        self._first, self._pause = first_steps, round(TRIAL_STEPS / trial_share)
         self._ranges: dict[tuple[str, int], _Range] = {}
         self._tokens: dict[str, collections.deque[tuple[int, int]]] = {}
 
@@ -67,10 +71,10 @@ class DraftPolicy:
             return found.on and complete > 0
         found.steps += 1
         if found.trial == 0:
-            found.wait -= 1
-            if found.wait <= 0:
-                found.trial = TRIAL_STEPS
-                found.wait = FIRST_STEPS if self._speed(width, found, not found.on) is None else _PAUSE
+            found.rest += 1
+            unknown = found.rest >= self._first and self._speed(width, found, not found.on) is None
+            if unknown or found.rest >= self._pause:
+                found.trial, found.rest = TRIAL_STEPS, 0
         if found.trial > 0:
             found.trial -= 1
             return not found.on
@@ -116,7 +120,8 @@ class DraftPolicy:
     def _range(self, width: str, batch: int) -> _Range:
         key = (width, _range_end(batch))
         if key not in self._ranges:
-            self._ranges[key] = _Range({kind: collections.deque(maxlen=_KEPT_STEPS) for kind in (True, False)})
+            rates = {kind: collections.deque[tuple[int, float]](maxlen=_KEPT_STEPS) for kind in (True, False)}
+            self._ranges[key] = _Range(rates)
         return self._ranges[key]
 
     def _acceptance(self, width: str) -> collections.deque[tuple[int, int]]:
@@ -140,21 +145,17 @@ class DraftPolicy:
         used, other = (self._speed(width, found, kind, found.steps - RECENT_STEPS) for kind in (found.on, not found.on))
         if used is None or other is None or other <= MARGIN * used:
             return
-        found.on, found.trial, found.wait = not found.on, 0, _PAUSE
+        found.on, found.trial, found.rest = not found.on, 0, 0
         self.changes += 1
         speeds = self._speeds(width, found)
         logger.info(
-            "Drafts %s for %d to %d requests at %s bits: %.4g tokens a second with drafts, %.4g without.",
+            "Drafts %s for %s requests in a step (bits: %s): %.4g tokens a second with drafts, %.4g without.",
             "on" if found.on else "off",
-            _lowest(_range_end(batch)),
-            _range_end(batch),
+            _range_name(_range_end(batch)),
             width,
             speeds["drafts"],
             speeds["plain"],
         )
-
-
-_PAUSE = round(TRIAL_STEPS / TRIAL_SHARE)  # steps from one trial to the next
 
 
 def _range_end(batch: int) -> int:
@@ -164,3 +165,7 @@ def _range_end(batch: int) -> int:
 
 def _lowest(end: int) -> int:
     return end // 2 + 1
+
+
+def _range_name(end: int) -> str:
+    return str(end) if _lowest(end) == end else f"{_lowest(end)} to {end}"

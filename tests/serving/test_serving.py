@@ -84,10 +84,10 @@ def read(folder: Path, **bits: int) -> Any:
     return tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **bits)
 
 
-def generate(model: Any) -> list[list[int]]:
+def generate(model: Any, tokens: int = TOKENS) -> list[list[int]]:
     found = []
     for prompt in PROMPTS:
-        out = model.generate(torch.tensor([prompt]), max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
         found.append(out[0, len(prompt) :].tolist())
     return found
 
@@ -142,9 +142,9 @@ def report(output: str, kind: str) -> Any:
     return json.loads(line.removeprefix(f"{kind} "))
 
 
-def run_engine_process(folder: Path, tmp_path: Path, steps: list[Any], **engine: Any) -> str:
+def run_engine_process(folder: Path, tmp_path: Path, steps: list[Any], tokens: int = TOKENS, **engine: Any) -> str:
     """Output of ``engine.py``."""
-    job = {"model": str(folder), "prompts": PROMPTS, "tokens": TOKENS, "steps": steps}
+    job = {"model": str(folder), "prompts": PROMPTS, "tokens": tokens, "steps": steps}
     (tmp_path / "job.json").write_text(json.dumps(job | {"engine": {"dtype": "float32"} | engine}))
     command = [sys.executable, Path(__file__).with_name("engine.py"), tmp_path / "job.json"]
     done = subprocess.run(command, text=True, capture_output=True)
@@ -190,6 +190,34 @@ def test_a_low_slice_drafts_for_a_high_one(tiny, tmp_path):
     assert drafts["storages"] == 4 * blocks  # q, k and v have one, gate and up too
     assert drafts["fused"] == 2 * 2 * blocks  # in both models
     assert drafts["draft_bits"] == 3
+
+
+def test_drafting_stops_where_it_costs_more(tiny, tmp_path):
+    """Drafts on, off and on again, by costs that the test sets. The tokens are those of plain decoding all the time."""
+    draft = {"method": "draft_model", "model": str(tiny.folder), "num_speculative_tokens": 3}
+    cheap, dear = [0.5, 1.0], [50.0, 1.0]
+    output = run_engine_process(
+        tiny.folder,
+        tmp_path,
+        [[8], *({"costs": costs} for costs in (cheap, cheap, dear, cheap))],
+        tokens=80,
+        enforce_eager=True,
+        speculative_config=draft,
+        additional_config={"matquant": {"draft_bits": 3}},
+        scheduler_cls="matquant.vllm.scheduler.WidthScheduler",
+        disable_log_stats=False,
+    )
+    expected = generate(read(tiny.folder, bits=8), 80)
+    assert report(output, "TOKENS") == [expected] * 5
+    states = [json.loads(line.removeprefix("COSTS ")) for line in output.splitlines() if line.startswith("COSTS ")]
+    decisions = [[found["drafts"] for found in state["ranges"] if found["requests"] == [3, 4]] for state, _ in states]
+    assert decisions == [[True], [True], [False], [True]]
+    assert [state["changes"] > 0 for state, _ in states] == [False, False, True, False]
+    (_, first), (_, on), (_, off), (_, again) = states
+    assert first == [0, 0]  # counted from here on
+    assert on[0] > on[1]  # three calls for each step with drafts, and some steps without
+    assert off[0] < 0.6 * off[1]
+    assert again[0] > again[1]
 
 
 @pytest.mark.parametrize("random_model", ["qwen3", "qwen3, short groups"], indirect=True)

@@ -83,7 +83,7 @@ def test_drafts_are_made_where_they_are_faster(ahead, drafting, accepted, pays, 
     assert found["tokens_per_second"]["drafts"] == pytest.approx(3 * (1 + accepted) / drafting, rel=0.01)
     assert engine.policy.to_json()["changes"] == len(caplog.records) == (0 if pays else 1)
     if not pays:
-        assert "Drafts off for 3 to 4 requests at 8 bits" in caplog.text
+        assert "Drafts off for 3 to 4 requests in a step (bits: 8)" in caplog.text
 
 
 @pytest.mark.parametrize("ahead", [0, 1])

@@ -36,6 +36,7 @@ def main(job: dict) -> None:
         content = step if isinstance(step, dict) else {}
         if "costs" in content:
             set_costs(llm.llm_engine.engine_core.engine_core.scheduler, *content["costs"])
+            llm.collective_rpc(count_calls)
         requested = content.get("bits", [None] * len(prompts))
         parameters = [
             SamplingParams(**length, extra_args=None if bits is None else {"bits": bits}) for bits in requested
@@ -44,7 +45,7 @@ def main(job: dict) -> None:
         found.append([list(output.outputs[0].token_ids) for output in outputs])
         if "costs" in content:
             state = llm.collective_rpc("get_step_state")[0]["speculation"]
-            print("COSTS " + json.dumps([state, llm.collective_rpc(draft_calls)[0]]), flush=True)
+            print("COSTS " + json.dumps([state, *llm.collective_rpc(count_calls)[0]]), flush=True)
     print("TOKENS " + json.dumps(found), flush=True)
     if "speculative_config" in job["engine"]:
         print("DRAFTS " + json.dumps(drafts(llm)), flush=True)
@@ -66,7 +67,7 @@ def set_costs(scheduler: Any, drafts: float, plain: float) -> None:
     scheduler._drafts = StepDrafts(DraftPolicy(first_steps=4), lambda: now[0])
 
 
-def draft_calls(worker: Any) -> list[int]:
+def count_calls(worker: Any) -> list[int]:
     """Number of forward passes of the draft model and of the target since the last call."""
     models = (worker.model_runner.drafter.model, worker.model_runner.model)
     counts = []

@@ -199,25 +199,22 @@ def test_drafting_stops_where_it_costs_more(tiny, tmp_path):
     output = run_engine_process(
         tiny.folder,
         tmp_path,
-        [[8], *({"costs": costs} for costs in (cheap, cheap, dear, cheap))],
-        tokens=80,
+        [{"costs": costs} for costs in (cheap, dear, cheap)],
+        tokens=40,
         enforce_eager=True,
+        hf_overrides={"bits": 8},
         speculative_config=draft,
         additional_config={"matquant": {"draft_bits": 3}},
         scheduler_cls="matquant.vllm.scheduler.WidthScheduler",
         disable_log_stats=False,
     )
-    expected = generate(read(tiny.folder, bits=8), 80)
-    assert report(output, "TOKENS") == [expected] * 5
-    states = [json.loads(line.removeprefix("COSTS ")) for line in output.splitlines() if line.startswith("COSTS ")]
-    decisions = [[found["drafts"] for found in state["ranges"] if found["requests"] == [3, 4]] for state, _ in states]
-    assert decisions == [[True], [True], [False], [True]]
-    assert [state["changes"] > 0 for state, _ in states] == [False, False, True, False]
-    (_, first), (_, on), (_, off), (_, again) = states
-    assert first == [0, 0]  # counted from here on
-    assert on[0] > on[1]  # three calls for each step with drafts, and some steps without
-    assert off[0] < 0.6 * off[1]
-    assert again[0] > again[1]
+    assert report(output, "TOKENS") == [generate(read(tiny.folder, bits=8), 40)] * 3
+    found = [json.loads(line.removeprefix("COSTS ")) for line in output.splitlines() if line.startswith("COSTS ")]
+    decisions = [[r["drafts"] for r in state["ranges"] if r["requests"] == [3, 4]] for state, _, _ in found]
+    assert decisions == [[True], [False], [True]]
+    assert [state["changes"] for state, _, _ in found] == [0, 1, 0]
+    for (_, draft_calls, target_calls), has_drafts in zip(found, (True, False, True), strict=True):
+        assert (draft_calls > target_calls) == has_drafts  # three calls for each step with drafts, and none without
 
 
 @pytest.mark.parametrize("random_model", ["qwen3", "qwen3, short groups"], indirect=True)

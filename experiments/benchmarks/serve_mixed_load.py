@@ -359,7 +359,7 @@ class Load:
             "disconnected": sum(request["disconnected"] for request in self.requests),
             "errors": len(errors),
             "tokens": sum(request["tokens"] for request in self.requests),
-            "seconds": self.now(),
+            "seconds": self.memory[-1]["time"],
             "posted_switches": self.switches,
             "probes": self.probes,
             "wrong_bit_widths": len(self.wrong),

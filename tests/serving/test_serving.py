@@ -64,7 +64,7 @@ class Packed:
         self.names = [name for index in range(len(self.parent.blocks)) for name in self.parent.block(index)]
         self.mixed = {name: MIXED.get(name.rpartition(".")[2], 5) for name in self.names}
 
-    def greedy(self, bits: int | dict[str, int]) -> list[list[int]]:
+    def greedy(self, bits: int | dict[str, int], tokens: int = TOKENS) -> list[list[int]]:
         """Tokens that stock Transformers generates with the dequantized weights of a slice."""
         model = tf.AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32)
         for index in range(len(self.parent.blocks)):
@@ -76,7 +76,7 @@ class Packed:
                     getattr(model.get_submodule(stack), last).data[int(expert)].copy_(dense)
                 else:
                     model.get_submodule(name).weight.data.copy_(dense)
-        return generate(model)
+        return generate(model, tokens)
 
 
 def read(folder: Path, **bits: int) -> Any:
@@ -208,7 +208,7 @@ def test_drafting_stops_where_it_costs_more(tiny, tmp_path):
         scheduler_cls="matquant.vllm.scheduler.WidthScheduler",
         disable_log_stats=False,
     )
-    assert report(output, "TOKENS") == [generate(read(tiny.folder, bits=8), 40)] * 3
+    assert report(output, "TOKENS") == [tiny.greedy(8, 40)] * 3
     found = [json.loads(line.removeprefix("COSTS ")) for line in output.splitlines() if line.startswith("COSTS ")]
     decisions = [[r["drafts"] for r in state["ranges"] if r["requests"] == [3, 4]] for state, _, _ in found]
     assert decisions == [[True], [False], [True]]

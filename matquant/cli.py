@@ -34,7 +34,7 @@ _COMMANDS = {
     "generate": ["stages=[quantize,generate]"],
 }
 
-_OTHER_COMMANDS = ["completion", "serve", "store"]
+_OTHER_COMMANDS = ["serve", "store", "completion"]
 
 # Options of vLLM's server that ``matquant serve`` adds: the endpoint that changes the bit-width while serving.
 _SERVER_OPTIONS = {

@@ -17,6 +17,7 @@ import numpy as np
 
 PERCENTILES = (50, 95, 99)
 BIN_SECONDS = 2.0  # of the drawing
+_ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}  # place of a legend
 
 Answer = Sequence[
     Mapping[str, float]
@@ -124,24 +125,27 @@ def _draw_rate(axes: Any, record: Mapping[str, Any]) -> None:
             rates, [phases[0]["start"], *(phase["end"] for phase in phases)], color=MUTED, ls=":", label="set rate"
         )
     axes.set_ylabel("requests a second")
-    axes.legend(loc="upper left")
+    axes.legend(**_ABOVE, ncols=3)
 
 
 def _draw_width(axes: Any, states: Sequence[Mapping[str, Any]]) -> None:
     from matquant.report.drawing import MUTED, SERIES
 
     known = [state for state in states if state["server_bits"] is not None]
-    axes.step([s["time"] for s in known], [s["server_bits"] for s in known], where="post", color=SERIES[1])
+    axes.step(
+        [s["time"] for s in known], [s["server_bits"] for s in known], where="post", color=SERIES[1], label="bits"
+    )
     axes.set_ylabel("bits of the server")
     axes.set_ylim(0, 9)
     queue = axes.twinx()
-    queue.plot([s["time"] for s in states], [s["waiting"] for s in states], color=MUTED, lw=1)
+    queue.plot([s["time"] for s in states], [s["waiting"] for s in states], color=MUTED, lw=1, label="waiting")
     queue.set_ylabel("waiting requests")
     queue.grid(visible=False)
+    axes.legend(handles=[*axes.lines, *queue.lines], **_ABOVE, ncols=2)
 
 
 def _draw_latency(axes: Any, requests: Sequence[Mapping[str, Any]]) -> None:
-    from matquant.report.drawing import SERIES
+    from matquant.report.drawing import SERIES, log_ticks
 
     done = [request for request in requests if request["error"] is None and request["end"] is not None]
     edges = _edges([request["arrival"] for request in done])
@@ -154,7 +158,9 @@ def _draw_latency(axes: Any, requests: Sequence[Mapping[str, Any]]) -> None:
             axes.plot(*zip(*points, strict=True) if points else ((), ()), style, color=colour, label=f"{name}, p{q}")
     axes.set_ylabel("seconds from arrival")
     axes.set_yscale("log")
-    axes.legend(loc="upper left", ncols=2)
+    if values := [r[key] - r["arrival"] for r in done for key in ("first", "end")]:
+        log_ticks(axes.yaxis, max(min(values), 1e-4), max(*values, 2 * min(values)))
+    axes.legend(**_ABOVE, ncols=4)
 
 
 def _edges(times: Sequence[float]) -> np.ndarray:

@@ -21,10 +21,12 @@ all processes of the server, so that pages which they share count in each of the
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import random
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -39,7 +41,10 @@ import aiohttp
 import psutil
 from load_summary import distance, nearest, slope_per_minute, summarize_phases
 
+from matquant.errors import UserError
+from matquant.formats.bits import MAX_BITS
 from matquant.report.provenance import provenance
+from matquant.vllm.width_settings import SECTION, PolicySettings, WidthSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -184,6 +189,10 @@ class Load:
         failed = [request["error"] for request in self.requests if request["error"] is not None]
         if failed:
             sys.exit(f"error: the first request failed: {failed[0]}")
+        if self.arguments.policy is not None:  # the warm-up may have lowered the bit-width, and a later step raises it
+            settings = read_policy(self.arguments.policy)
+            await asyncio.sleep(1 + settings.hold_seconds * len(settings.bits))
+            await self.complete({})
         self.requests.clear()
 
     def body(self) -> dict[str, Any]:
@@ -350,7 +359,7 @@ class Load:
             "disconnected": sum(request["disconnected"] for request in self.requests),
             "errors": len(errors),
             "tokens": sum(request["tokens"] for request in self.requests),
-            "seconds": self.now(),
+            "seconds": self.memory[-1]["time"],
             "posted_switches": self.switches,
             "probes": self.probes,
             "wrong_bit_widths": len(self.wrong),
@@ -377,6 +386,13 @@ class Load:
             "states": self.states,
             "requests": self.requests,
         }
+
+
+def read_policy(content: dict[str, Any]) -> PolicySettings:
+    """Checked settings of the load policy. Raises UserError."""
+    policy = WidthSettings.from_config({SECTION: {"policy": content}}, MAX_BITS).policy
+    assert policy is not None
+    return policy
 
 
 def used_device_memory() -> float:
@@ -437,6 +453,13 @@ def parse() -> argparse.Namespace:
         setattr(arguments, name, value if getattr(arguments, name) is None else getattr(arguments, name))
     if min(arguments.rates) <= 0:
         parser.error(f"--rates must be more than 0; found {arguments.rates}")
+    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib. Leave it out, and draw the record elsewhere with load_summary.py.")
+    try:
+        if arguments.policy is not None:
+            read_policy(arguments.policy)
+    except UserError as error:
+        parser.error(str(error))
     arguments.server = server
     arguments.log = arguments.log or arguments.out.with_suffix(".log")
     return arguments
@@ -444,14 +467,14 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     """Run one load. Returns 1 after errors or wrong bit-widths."""
-    arguments = parse()
+    arguments, origin = parse(), provenance()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the server too
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         model = pack_shipped_model(Path(folder)) if arguments.model is None else arguments.model
         vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
         port = free_port()
         command = server_command(arguments, model, port)
-        origin = provenance()
         with running_server(command, port, arguments.log, arguments.start_seconds) as process:
             load = Load(arguments, vocabulary, port, process)
             try:

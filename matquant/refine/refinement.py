@@ -208,7 +208,7 @@ def _tf32_products(device: torch.device) -> Iterator[None]:
 
 def _own_rows(windows: Tensor, batch_size: int, rows: slice) -> Tensor:
     """Rows of every whole batch that belong to one process: int64 [batches * rows, length]."""
-    whole = windows[: len(windows) // batch_size * batch_size].unflatten(0, (-1, batch_size))
+    whole: Tensor = windows[: len(windows) // batch_size * batch_size].unflatten(0, (-1, batch_size))
     return whole[:, rows].flatten(0, 1)
 
 

@@ -35,7 +35,7 @@ class SliceModel:
 
     def __init__(self, reader: SliceReader, inputs: BlockInputs, windows: Tensor, graphs: bool = True) -> None:
         self.reader, self.inputs, self.windows = reader, inputs, windows
-        self._passes: dict[tuple, Passes] = {}
+        self._passes: dict[tuple[object, ...], Passes] = {}
         self._captures = graphs and windows.is_cuda
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
 

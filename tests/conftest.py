@@ -51,6 +51,8 @@ def matquant(tmp_path, monkeypatch, capfd):
 
     monkeypatch.setenv("MATQUANT_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    # Hydra composes each config twice, first only to read hydra.mode, which neither conf/ nor a test sets.
+    monkeypatch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda *_, **__: None)
 
     def call(*overrides: str):
         folders = (f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep")

@@ -3,7 +3,6 @@
 import csv
 import itertools
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -21,6 +20,9 @@ QUICK = (
     "eval.datasets.stdlib.sequence_length=256",
     "tracking=none",
 )
+
+# A small job whose blocks take long enough to be interrupted; sums do not depend on the number of threads with one.
+RESUMED = (*SMALL, "method.group_size=64", "bits=2", "calibration.sequences=16", "runtime.threads=1")
 
 
 def load(folder: Path) -> dict:
@@ -171,37 +173,44 @@ def wait_for_block(index: int, store: Path, process) -> None:
         time.sleep(0.005)
 
 
-def test_killed_three_times_it_ends_with_the_same_bytes(run_py, tmp_path):
-    overrides = (*QUICK, "bits=2", "method.calibration_bits=[2,8]", "++objective.weights={2:1,8:100}")
-    for block in (0, 2, 4):
-        process = run_py(*overrides)
-        wait_for_block(block, tmp_path / "store", process)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-    out, err = run_py(*overrides).communicate(timeout=300)
+def resumed_and_undisturbed(fork_job, job, overrides, folder: Path) -> tuple[str, str]:
+    """Hashes of the parent that the next run resumes, and of one made at once."""
+    out, err = fork_job(*overrides).communicate(timeout=300)
     assert "resuming" in out + err
-    resumed = load(tmp_path / "run")["parent"]["sha256"]
-    _, err = run_py(*overrides, f"store.path={tmp_path}/undisturbed").communicate(timeout=300)
-    undisturbed = load(tmp_path / "run")["parent"]
+    resumed = load(folder / "run")["parent"]["sha256"]
+    undisturbed = job(*overrides, f"store.path={folder}/undisturbed")["parent"]
     assert undisturbed["reused"] is False
-    assert resumed == undisturbed["sha256"]
+    return resumed, undisturbed["sha256"]
 
 
-def test_a_stopped_run_says_so_and_resumes_to_the_same_bytes(run_py, tmp_path, small_model):
-    small = (*SMALL, f"model.path={small_model}", "method.group_size=64", "bits=2", "calibration.sequences=16")
+def test_killed_three_times_it_ends_with_the_same_bytes(fork_job, job, tmp_path, small_model):
+    overrides = (
+        *RESUMED,
+        f"model.path={small_model}",
+        "method.calibration_bits=[2,8]",
+        "++objective.weights={2:1,8:100}",
+    )
+    for block in (0, 1, 2):
+        process = fork_job(*overrides)
+        wait_for_block(block, tmp_path / "store", process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    resumed, undisturbed = resumed_and_undisturbed(fork_job, job, overrides, tmp_path)
+    assert resumed == undisturbed
+
+
+def test_a_stopped_run_says_so_and_resumes_to_the_same_bytes(fork_job, job, tmp_path, small_model):
+    overrides = (*RESUMED, f"model.path={small_model}")
     for block, stop in ((1, signal.SIGTERM), (2, signal.SIGINT)):
-        process = run_py(*small)
+        process = fork_job(*overrides)
         wait_for_block(block, tmp_path / "store", process)  # the one before it then stands in the journal
         process.send_signal(stop)
         _, err = process.communicate(timeout=120)
         assert process.returncode == 130
         assert "finished blocks are kept" in err
         assert "Traceback" not in err
-    out, err = run_py(*small).communicate(timeout=300)
-    assert "resuming" in out + err
-    resumed = load(tmp_path / "run")["parent"]["sha256"]
-    run_py(*small, f"store.path={tmp_path}/undisturbed").communicate(timeout=300)
-    assert load(tmp_path / "run")["parent"]["sha256"] == resumed
+    resumed, undisturbed = resumed_and_undisturbed(fork_job, job, overrides, tmp_path)
+    assert resumed == undisturbed
 
 
 def test_weights_loaded_in_another_dtype_are_another_parent(job, small_model):

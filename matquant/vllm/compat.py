@@ -102,7 +102,8 @@ def register_refusal(version: str, quant_methods: Sequence[str], error: ImportEr
 
 def map_name(mapper: Any, name: str) -> str | None:
     """Map the name of a stored tensor with a ``WeightsMapper``; None for a tensor that vLLM ignores."""
-    return mapper.map_name(name) if hasattr(mapper, "map_name") else mapper._map_name(name)
+    mapped: str | None = mapper.map_name(name) if hasattr(mapper, "map_name") else mapper._map_name(name)
+    return mapped
 
 
 def renaming_mapper(mapper_class: Any, renamings: list[Any]) -> Any:

@@ -277,7 +277,7 @@ def _has_work(request: Request) -> bool:
         request.num_computed_tokens + 2 - placeholders >= request.num_prompt_tokens + request.max_tokens
     ):
         return False  # its last token is being computed
-    return request.num_tokens_with_spec + placeholders > request.num_computed_tokens
+    return bool(request.num_tokens_with_spec + placeholders > request.num_computed_tokens)
 
 
 def _computed(request: Request) -> tuple[int, int]:

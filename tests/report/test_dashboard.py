@@ -54,7 +54,13 @@ def test_it_has_the_views_of_the_report():
     workspace = dashboard.build("me", "matquant")
     assert [section.name for section in workspace.sections] == SECTIONS
     titles = " ".join(panel.title for panel in panels(workspace))
-    for view in ("KL to full precision over bits", "over bytes", "Perplexity", "Error of each layer", "Bit-width of each"):
+    for view in (
+        "KL to full precision over bits",
+        "over bytes",
+        "Perplexity",
+        "Error of each layer",
+        "Bit-width of each",
+    ):
         assert view in titles
     assert not workspace.runset_settings.filters
 

@@ -2,11 +2,10 @@ import json
 import logging
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 import wandb
-from offline_runs import items, read_run, records
+from offline_runs import read_run, records
 from shared import SMALL
 
 from matquant.config import TrackingConfig

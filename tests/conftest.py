@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import ForkedJob
 from shared import ROOT, TINY
 
 from matquant import machine
@@ -51,6 +52,8 @@ def matquant(tmp_path, monkeypatch, capfd):
 
     monkeypatch.setenv("MATQUANT_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    # Hydra composes each config twice, first only to read hydra.mode, which neither conf/ nor a test sets.
+    monkeypatch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda *_, **__: None)
 
     def call(*overrides: str):
         folders = (f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep")
@@ -84,16 +87,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def job_arguments(folder: Path, overrides: tuple[str, ...]) -> list[str]:
+    """Arguments of ``run.py`` with all folders inside ``folder``, unless the overrides name others."""
+    folders = [f"hydra.run.dir={folder}/run", f"hydra.sweep.dir={folder}/sweep", f"store.path={folder}/store"]
+    flags = [o for o in overrides if o.startswith("-")]
+    values = [o for o in overrides if not o.startswith("-")]  # the last of two values for one key applies
+    return [*flags, *folders, *values]
+
+
 @pytest.fixture
 def run_py(tmp_path):
     """Function that starts ``python run.py`` as a process, with a store in the test's folder; returns the Popen object."""
 
     def start(*overrides: str, **environment: str) -> subprocess.Popen:
-        folders = [f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep", f"store.path={tmp_path}/store"]
-        flags = [o for o in overrides if o.startswith("-")]
-        values = [o for o in overrides if not o.startswith("-")]  # the last of two values for one key applies
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *flags, *folders, *values],
+            [sys.executable, str(ROOT / "run.py"), *job_arguments(tmp_path, overrides)],
             cwd=tmp_path,
             text=True,
             stdout=subprocess.PIPE,
@@ -102,5 +110,15 @@ def run_py(tmp_path):
             # Background jobs of a shell ignore SIGINT, and their child processes inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
+
+    return start
+
+
+@pytest.fixture
+def fork_job(tmp_path):
+    """As ``run_py``, without the seconds in which a new interpreter imports the packages; see ``forked``."""
+
+    def start(*overrides: str, **environment: str) -> ForkedJob:
+        return ForkedJob(job_arguments(tmp_path, overrides), tmp_path, **environment)
 
     return start

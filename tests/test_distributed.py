@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +29,22 @@ JOB = (
     "bits=[2,8]",
     "runtime.threads=1",
 )
+
+
+@pytest.fixture
+def fork_two(fork_job):
+    """Function that runs a job in two processes, with the environment that torchrun sets."""
+
+    def run(*overrides: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        processes = [fork_job(*overrides, **place, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], errors
+
+    return run
 
 
 @pytest.fixture
@@ -91,7 +108,7 @@ def test_collectives_of_one_process_return_their_argument():
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_results_of_one(start_two, run_one, small_model, tmp_path):
+def test_two_processes_give_the_results_of_one(fork_two, run_one, small_model, tmp_path):
     search = (
         "search.average_bits=3",
         "search.sequences=2",
@@ -103,9 +120,7 @@ def test_two_processes_give_the_results_of_one(start_two, run_one, small_model, 
         "search.survivors=[2,1]",
     )
     job = (*JOB, f"model.path={small_model}", *search)
-    process = start_two(*job)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    fork_two(*job)
     two = json.loads((tmp_path / "run" / "results.json").read_text())
     one = run_one(*job, f"store.path={tmp_path}/other")
     assert one["parent"]["reused"] is two["parent"]["reused"] is False
@@ -127,7 +142,7 @@ def test_two_processes_give_the_results_of_one(start_two, run_one, small_model, 
     ],
     ids=["scales", "qat"],
 )
-def test_two_processes_refine_the_parent_of_one(method, start_two, run_one, small_model, tmp_path):
+def test_two_processes_refine_the_parent_of_one(method, fork_two, run_one, small_model, tmp_path):
     refine = (
         "refine.steps=4",
         "refine.validate_every=2",
@@ -138,9 +153,7 @@ def test_two_processes_refine_the_parent_of_one(method, start_two, run_one, smal
         "refine.validation_sequences=2",
     )
     job = (*JOB, f"model.path={small_model}", *method, *refine)
-    process = start_two(*job)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    fork_two(*job)
     two = json.loads((tmp_path / "run" / "results.json").read_text())
     one = run_one(*job, f"store.path={tmp_path}/other")
     for a, b in zip(one["refine"]["history"], two["refine"]["history"], strict=True):

@@ -69,7 +69,7 @@ def test_a_setting_names_the_extra_that_it_needs(matquant, monkeypatch, package,
     assert f"needs the package {package}, which is not installed: {sentence}" in err
 
 
-def test_commands_are_names_for_overrides():
+def test_commands_are_names_for_overrides(monkeypatch, capsys):
     for command, expected in {
         ("quantize",): ["stages:\n- quantize\n"],
         ("pack", "pack=gptq"): ["stages:\n- quantize\n", "name: gptq"],
@@ -77,8 +77,9 @@ def test_commands_are_names_for_overrides():
         ("generate", "prompt=a"): ["- quantize\n- generate\n"],
         ("evaluate", "stages=[evaluate]"): ["stages:\n- evaluate\n"],
     }.items():
-        run = [sys.executable, "run.py", *command, "--cfg", "job"]
-        out = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        monkeypatch.setattr(sys, "argv", ["run.py", *command, "--cfg", "job"])
+        cli.main()
+        out = capsys.readouterr().out
         assert all(part in out for part in expected), (command, out)
 
 

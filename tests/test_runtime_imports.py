@@ -31,14 +31,33 @@ MODULES = (
 )
 
 
+# Each module in a process of its own, forked from one that has imported packages that all of them may.
+IMPORT_EACH = """
+import importlib, os, sys
+import torch, transformers
+for module in sys.argv[1:]:
+    if os.fork() == 0:
+        importlib.import_module(module)
+        print(module, *sys.modules, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, set[str]]:
+    """Names of all modules that are loaded after the import of each of ``MODULES``."""
+    command = [sys.executable, "-c", IMPORT_EACH, *MODULES]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {name: set(names) for name, *names in map(str.split, lines)}
+
+
 @pytest.mark.parametrize("module", MODULES)
-def test_runtime_imports_no_quantization(module):
-    program = f"import sys, {module}; print(*sys.modules)"
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = set(run.stdout.split())
-    assert module in loaded
-    assert not loaded & QUANTIZATION_PACKAGES
-    assert not {name for name in loaded if name.startswith(tuple(f"matquant.{layer}" for layer in UPPER_LAYERS))}
+def test_runtime_imports_no_quantization(module, loaded):
+    assert module in loaded[module]
+    assert not loaded[module] & QUANTIZATION_PACKAGES
+    upper = tuple(f"matquant.{layer}" for layer in UPPER_LAYERS)
+    assert not {name for name in loaded[module] if name.startswith(upper)}
 
 
 def test_transformers_registers_the_formats_when_it_is_imported_after_matquant():

@@ -67,6 +67,7 @@ def refine(job: LoadedJob, quantized: QuantizedJob, runtime: Runtime) -> tuple[Q
     refined = Parent(artifact)
     runtime.log.warnings.extend(note for note in refined.notes() if note not in parent.notes())
     slices = [dataclasses.replace(one, parent=refined) for one in quantized.slices]
+    runtime.log.warnings.extend(artifact.about["refine"].get("warnings", []))  # parents of older versions have none
     record = artifact.about["refine"] | {"sha256": artifact.sha256, "reused": artifact.reused}
     return QuantizedJob(slices=slices, parent=refined), record
 
@@ -144,6 +145,7 @@ def _train(
         blocks = refinement.run(draft)
     label = f"{parent.artifact.about.get('label', 'parent')} refine={config.name}"
     facts = {"method": config.method, "bits": list(config.bits), "steps": config.steps, "history": refinement.history}
+    facts["warnings"] = refinement.warnings
     return {k: v for k, v in parent.artifact.about.items() if k != "blocks"} | {
         "label": label,
         "blocks": blocks,

@@ -1,3 +1,4 @@
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,7 +104,11 @@ def test_other_seeds_draw_other_windows(monkeypatch: pytest.MonkeyPatch) -> None
     assert not torch.equal(*drawn)
 
 
-def test_only_as_many_documents_as_needed_are_read_without_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sequences", [1, 2, 50, 500])
+def test_only_as_many_documents_as_needed_are_read_without_a_seed(
+    monkeypatch: pytest.MonkeyPatch, sequences: int
+) -> None:
+    """Less than twice as many, and less than a batch more."""
     read = []
 
     class Endless(TextSource):
@@ -115,8 +120,11 @@ def test_only_as_many_documents_as_needed_are_read_without_a_seed(monkeypatch: p
                 yield "text"
 
     monkeypatch.setitem(SOURCES, "endless", Endless())
-    assert texts.windows(config(dataset="endless"), "train", Characters()).shape == (2, 4)
-    assert len(read) <= DOCUMENTS_PER_BATCH
+    found = texts.windows(config(dataset="endless", sequences=sequences), "train", Characters())
+    assert found.shape == (sequences, 4)
+    assert found.flatten().tolist() == ([*map(ord, "text"), END] * sequences)[: 4 * sequences]
+    needed = math.ceil(4 * sequences / 5)
+    assert len(read) < min(2 * needed, needed + DOCUMENTS_PER_BATCH)
 
 
 def test_the_standard_library_with_a_real_tokenizer_warns_of_nothing(

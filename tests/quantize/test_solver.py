@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from matquant.errors import UserError
 from matquant.formats.nested import levels
-from matquant.quantize.gptq import solver
+from matquant.quantize.gptq import column_solver_cpu, solver
 from matquant.quantize.gptq.hessians import HessianStats, prepare_hessians, relative_error
 from matquant.quantize.gptq.options import SolverOptions
 from matquant.quantize.gptq.solver import solve as nested_solve
@@ -496,6 +496,27 @@ def test_a_matrix_in_parts_of_its_rows_is_the_same(monkeypatch, symmetric):
 
 
 # Threads
+
+
+@pytest.mark.parametrize("strided", ["transposed", "every other column", "every other row"])
+@pytest.mark.parametrize(("feedback", "calibrated"), [("per_bit", True), ("mean", True), ("per_bit", False)])
+def test_the_layout_of_a_weight_changes_nothing_and_compiles_nothing(strided, feedback, calibrated):
+    """Weights of GPT-2 and of fused experts are transposed; the compiled solver would be compiled anew for them."""
+    weight, hessian = layer()
+    view = {
+        "transposed": weight.T.contiguous().T,
+        "every other column": weight.repeat_interleave(2, 1)[:, ::2],
+        "every other row": weight.repeat_interleave(2, 0)[::2],
+    }[strided]
+    options = SolverOptions(lambdas={8: 1.0} if feedback == "per_bit" else BALANCED, error_feedback=feedback)
+    hessian = hessian if calibrated else None
+    expected = solve(weight, hessian, options)
+    compiled = [column_solver_cpu.choose_scales, column_solver_cpu.solve_columns, column_solver_cpu.descend_columns]
+    before = [len(function.signatures) for function in compiled]
+    found = solve(view, hessian, options)
+    assert [len(function.signatures) for function in compiled] == before
+    torch.testing.assert_close(found.scales, expected.scales)
+    assert (found.codes == expected.codes).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("feedback", ["per_bit", "mean"])

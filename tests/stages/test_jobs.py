@@ -3,13 +3,12 @@
 import csv
 import itertools
 import json
-import os
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from shared import SMALL
+from shared import SMALL, TINY
 
 pytestmark = pytest.mark.slow
 
@@ -22,6 +21,9 @@ QUICK = (
     "tracking=none",
 )
 
+# A small job whose blocks take long enough to be interrupted; sums do not depend on the number of threads with one.
+RESUMED = (*SMALL, "method.group_size=64", "bits=2", "calibration.sequences=16", "runtime.threads=1")
+
 
 def load(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
@@ -29,6 +31,18 @@ def load(folder: Path) -> dict:
 
 def divergences(results: dict) -> list[float]:
     return [entry["kl"]["stdlib"] for entry in results["slices"]]
+
+
+@pytest.fixture(scope="module")
+def shallow_model(tmp_path_factory) -> Path:
+    """First two of the six blocks of the shipped model, whose weights are trained."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("shallow")
+    model = AutoModelForCausalLM.from_pretrained(TINY, num_hidden_layers=2)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -60,15 +74,17 @@ def test_the_default_job_on_less_text(matquant, tmp_path):
     assert out.count("next, ") == 3
 
 
-def test_ours_beats_the_published_algorithm_and_bit_widths_that_the_objective_does_not_name_lie_between(job):
-    bits = [2, 3, 4, 5, 6, 7, 8]
-    ours, published = (divergences(job(*QUICK, f"bits={bits}", f"method={name}")) for name in ("matgptq", "matgptq_v1"))
+def test_ours_beats_the_published_algorithm_and_bit_widths_that_the_objective_does_not_name_lie_between(
+    job, shallow_model
+):
+    quick = (*QUICK, f"model.path={shallow_model}", "bits=[2,3,4,5,6,7,8]")
+    ours, published = (divergences(job(*quick, f"method={name}")) for name in ("matgptq", "matgptq_v1"))
     assert all(a < b for a, b in zip(ours, published, strict=True))
     assert all(more > less for more, less in itertools.pairwise(ours))
 
 
-def test_dedicated_methods_make_one_model_per_width(job):
-    enough = (*QUICK, "calibration.sequences=32", "bits=[3,4]")
+def test_dedicated_methods_make_one_model_per_width(job, shallow_model):
+    enough = (*QUICK, f"model.path={shallow_model}", "calibration.sequences=32", "bits=[3,4]")
     results = job(*enough, "method=gptq")
     assert results["parent"]["models"].keys() == {"3", "4"}
     rounded = job(*enough, "method=rtn")
@@ -101,7 +117,7 @@ def test_round_slices_say_that_they_read_one_bit_more(job, small_model):
     ],
 )
 def test_options_compose(job, small_model, overrides):
-    results = job(*SMALL, f"model.path={small_model}", "method.group_size=64", *overrides)
+    results = job(*SMALL, f"model.path={small_model}", "method.group_size=64", "bits=[2,6]", *overrides)
     kl = divergences(results)
     assert kl[0] > kl[-1] >= 0
     names = [row["name"] for row in results["layers"]]
@@ -137,19 +153,30 @@ def test_some_layers_have_options_of_their_own(job, small_model):
     assert all(len(error) > 1 for name, error in errors.items() if not name.endswith("o_proj"))
 
 
-@pytest.mark.parametrize("launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]])
-def test_a_sweep_over_bits_quantizes_once(run_py, tmp_path, small_model, launcher):
-    process = run_py("-m", "bits=2,3,4,8", f"model.path={small_model}", "method.group_size=64", *SMALL, *launcher)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    jobs = [load(tmp_path / "sweep" / str(number)) for number in range(4)]
-    assert sorted(job["parent"]["reused"] for job in jobs) == [False, True, True, True]
+def check_sweep(folder: Path, widths: list[int], out: str) -> None:
+    """Assert that one of the jobs of a sweep over bit-widths made the parent of all, and that they are summarized."""
+    jobs = [load(folder / str(number)) for number in range(len(widths))]
+    assert sorted(job["parent"]["reused"] for job in jobs) == [False] + [True] * (len(widths) - 1)
     assert len({job["parent"]["sha256"] for job in jobs}) == 1
-    assert [job["slices"][0]["bits"] for job in jobs] == [2, 3, 4, 8]
-    with (tmp_path / "sweep" / "summary.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 4
+    assert [job["slices"][0]["bits"] for job in jobs] == widths
+    with (folder / "summary.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(widths)
     assert "summary.html" in out
     assert "next, " not in out
+
+
+def test_a_sweep_over_bits_quantizes_once(matquant, tmp_path, small_model):
+    status, out, err = matquant("-m", "bits=2,3,4,8", f"model.path={small_model}", "method.group_size=64", *SMALL)
+    assert status == 0, err
+    check_sweep(tmp_path / "sweep", [2, 3, 4, 8], out)
+
+
+def test_a_sweep_in_several_processes_quantizes_once(run_py, tmp_path, small_model):
+    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    process = run_py("-m", "bits=2,3,8", f"model.path={small_model}", "method.group_size=64", *SMALL, *launcher)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    check_sweep(tmp_path / "sweep", [2, 3, 8], out)
 
 
 def test_a_failed_job_does_not_lose_the_others(run_py, tmp_path, small_model):
@@ -171,37 +198,44 @@ def wait_for_block(index: int, store: Path, process) -> None:
         time.sleep(0.005)
 
 
-def test_killed_three_times_it_ends_with_the_same_bytes(run_py, tmp_path):
-    overrides = (*QUICK, "bits=2", "method.calibration_bits=[2,8]", "++objective.weights={2:1,8:100}")
-    for block in (0, 2, 4):
-        process = run_py(*overrides)
-        wait_for_block(block, tmp_path / "store", process)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-    out, err = run_py(*overrides).communicate(timeout=300)
+def resumed_and_undisturbed(fork_job, job, overrides, folder: Path) -> tuple[str, str]:
+    """Hashes of the parent that the next run resumes, and of one made at once."""
+    out, err = fork_job(*overrides).communicate(timeout=300)
     assert "resuming" in out + err
-    resumed = load(tmp_path / "run")["parent"]["sha256"]
-    _, err = run_py(*overrides, f"store.path={tmp_path}/undisturbed").communicate(timeout=300)
-    undisturbed = load(tmp_path / "run")["parent"]
+    resumed = load(folder / "run")["parent"]["sha256"]
+    undisturbed = job(*overrides, f"store.path={folder}/undisturbed")["parent"]
     assert undisturbed["reused"] is False
-    assert resumed == undisturbed["sha256"]
+    return resumed, undisturbed["sha256"]
 
 
-def test_a_stopped_run_says_so_and_resumes_to_the_same_bytes(run_py, tmp_path, small_model):
-    small = (*SMALL, f"model.path={small_model}", "method.group_size=64", "bits=2", "calibration.sequences=16")
+def test_killed_three_times_it_ends_with_the_same_bytes(fork_job, job, tmp_path, small_model):
+    overrides = (
+        *RESUMED,
+        f"model.path={small_model}",
+        "method.calibration_bits=[2,8]",
+        "++objective.weights={2:1,8:100}",
+    )
+    for block in (0, 1, 2):
+        process = fork_job(*overrides)
+        wait_for_block(block, tmp_path / "store", process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    resumed, undisturbed = resumed_and_undisturbed(fork_job, job, overrides, tmp_path)
+    assert resumed == undisturbed
+
+
+def test_a_stopped_run_says_so_and_resumes_to_the_same_bytes(fork_job, job, tmp_path, small_model):
+    overrides = (*RESUMED, f"model.path={small_model}")
     for block, stop in ((1, signal.SIGTERM), (2, signal.SIGINT)):
-        process = run_py(*small)
+        process = fork_job(*overrides)
         wait_for_block(block, tmp_path / "store", process)  # the one before it then stands in the journal
         process.send_signal(stop)
         _, err = process.communicate(timeout=120)
         assert process.returncode == 130
         assert "finished blocks are kept" in err
         assert "Traceback" not in err
-    out, err = run_py(*small).communicate(timeout=300)
-    assert "resuming" in out + err
-    resumed = load(tmp_path / "run")["parent"]["sha256"]
-    run_py(*small, f"store.path={tmp_path}/undisturbed").communicate(timeout=300)
-    assert load(tmp_path / "run")["parent"]["sha256"] == resumed
+    resumed, undisturbed = resumed_and_undisturbed(fork_job, job, overrides, tmp_path)
+    assert resumed == undisturbed
 
 
 def test_weights_loaded_in_another_dtype_are_another_parent(job, small_model):

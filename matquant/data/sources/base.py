@@ -11,7 +11,7 @@ from torch import Tensor
 from matquant.data.config import TextConfig
 from matquant.errors import UserError
 
-# Documents that are tokenized in one call: enough for the threads of a fast tokenizer, with little memory for their ids.
+# Most documents that are tokenized in one call: enough for the threads of a fast tokenizer, with little memory for their ids.
 DOCUMENTS_PER_BATCH = 64
 
 
@@ -116,17 +116,20 @@ def token_row(documents: Iterable[str], tokenizer: Any, min_tokens: int | None) 
     """Token ids of documents in one row, int64 [tokens].
 
     Args:
-        min_tokens: stop after the batch of documents with which the row has so many tokens; None reads all documents.
+        min_tokens: stop after the batch of documents with which the row has so many tokens, where each batch is twice as
+            large as the one before it, up to DOCUMENTS_PER_BATCH; None reads all documents.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces: list[Tensor] = []
     tokens = 0
     iterator = iter(documents)
-    while (min_tokens is None or tokens < min_tokens) and (batch := list(islice(iterator, DOCUMENTS_PER_BATCH))):
+    size = 1 if min_tokens else DOCUMENTS_PER_BATCH
+    while (min_tokens is None or tokens < min_tokens) and (batch := list(islice(iterator, size))):
         # Not verbose: no warning about a text that is longer than the model's context.
         encoded = tokenizer(
             batch, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )["input_ids"]
         pieces += [torch.tensor([*ids, *end], dtype=torch.int64) for ids in encoded]
         tokens += sum(len(ids) + len(end) for ids in encoded)
+        size = min(2 * size, DOCUMENTS_PER_BATCH)
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)

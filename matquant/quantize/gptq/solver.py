@@ -148,7 +148,7 @@ class _ColumnSolve:
         groups, device = group_count(columns, group_size), targets.device
         valued = bits + tuple(b for b in options.own_scale_bits if b not in bits)
         return cls(
-            targets=targets.expand(count, -1, -1).clone(),
+            targets=targets.expand(count, -1, -1).clone(memory_format=torch.contiguous_format),
             codes=torch.zeros(out_features, columns, dtype=torch.uint8, device=device),
             scales=torch.zeros(len(valued), out_features, groups, device=device),
             zeros=torch.zeros(out_features, groups, device=device),

@@ -20,7 +20,7 @@ from PIL import Image
 IMAGES = Path(__file__).resolve().parent / "images"
 WIDTH = 1000  # pixels
 # Page of a screenshot, and its first and last row of pixels.
-SHOTS = {"report": ("report", 0, 1180), "allocation": ("report", 1172, 2130), "sweep": ("summary", 0, 1180)}
+SHOTS = {"report": ("report", 0, 1180), "allocation": ("report", 1172, 2130), "sweep": ("summary", 0, 925)}
 COLOURS = 64  # of its palette, which keeps a file small
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

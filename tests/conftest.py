@@ -116,7 +116,7 @@ def run_py(tmp_path):
 
 @pytest.fixture
 def fork_job(tmp_path):
-    """As ``run_py``, without the seconds in which a new interpreter imports the packages; see ``forked``."""
+    """Run a job like ``run_py``, without the seconds in which a new interpreter imports the packages; see ``forked``."""
 
     def start(*overrides: str, **environment: str) -> ForkedJob:
         return ForkedJob(job_arguments(tmp_path, overrides), tmp_path, **environment)

@@ -6,17 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mkdocs.structure.files import File, Files
 
-from matquant.config import Config, RuntimeConfig, schemas
+from matquant.config import METHODS, Config, RuntimeConfig
 from matquant.data.config import TextConfig
 from matquant.evaluate.config import EvalConfig
 from matquant.models.config import ModelConfig
 from matquant.pack.config import PackConfig
 from matquant.quantize.config import ObjectiveConfig
-from matquant.quantize.gptq.config import GptqConfig
-from matquant.quantize.omniquant.config import OmniQuantConfig
-from matquant.quantize.rtn.config import RtnConfig
 from matquant.refine.config import RefineConfig
 from matquant.report.config import TrackingConfig
 from matquant.search.config import SearchConfig
@@ -26,13 +24,33 @@ from matquant.transforms.config import TransformConfig
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = "reference/settings.md"
 REAL = REPOSITORY / "experiments" / "real"
+_ATTRIBUTE = re.compile(r"^ {4}(\w[\w, ]*): ((?:.|\n)*?)(?=^ {4}\w|\Z)", re.MULTILINE)
+
+
+def _schema_of(preset: str) -> str:
+    """Name in ``METHODS`` of a preset of ``conf/method``, which its defaults name, or those of the preset that it extends."""
+    tree = yaml.safe_load((REPOSITORY / "conf" / "method" / f"{preset}.yaml").read_text())
+    for entry in tree["defaults"]:
+        if isinstance(entry, dict):
+            schema = entry.get("/schema@_here_") or entry.get("/schema@method")
+            if schema in METHODS:
+                return str(schema)
+    return _schema_of(next(entry for entry in tree["defaults"] if isinstance(entry, str) and entry != "_self_"))
+
+
+def _method_groups() -> dict[str, type]:
+    """Config of each method by a title with the presets that use it."""
+    presets: dict[str, list[str]] = {name: [] for name in METHODS}
+    for path in sorted((REPOSITORY / "conf" / "method").glob("*.yaml")):
+        presets[_schema_of(path.stem)].append(path.stem)
+    return {f"method ({', '.join(presets[name])})": kind for name, kind in METHODS.items()}
+
+
 GROUPS: dict[str, type] = {
     "model": ModelConfig,
     "calibration": TextConfig,
     "objective": ObjectiveConfig,
-    "method (matgptq, matgptq_v1, gptq)": GptqConfig,
-    "method (rtn, matquant_qat)": RtnConfig,
-    "method (matquant_omniquant)": OmniQuantConfig,
+    **_method_groups(),
     "transform": TransformConfig,
     "refine": RefineConfig,
     "search": SearchConfig,
@@ -42,7 +60,6 @@ GROUPS: dict[str, type] = {
     "runtime": RuntimeConfig,
     "store": StoreConfig,
 }
-_ATTRIBUTE = re.compile(r"^ {4}(\w[\w, ]*): ((?:.|\n)*?)(?=^ {4}\w|\Z)", re.MULTILINE)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -67,7 +84,6 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def settings_page() -> str:
     """Every setting with its default and meaning, as Markdown."""
-    assert len(GROUPS) >= len(schemas()) - 1
     parts = ["# Settings\n", "Any of these is an override: `python run.py GROUP.NAME=VALUE`.\n", _table("", Config)]
     for title, kind in GROUPS.items():
         parts.append(f"\n## {title}\n\n{_table(title.split()[0] + '.', kind)}")

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from matquant.version import __version__ as __version__
-
 if TYPE_CHECKING:
+    __version__: str
+
     from matquant.transformers.speculation import speculate as speculate
 
 
@@ -19,7 +19,11 @@ def _register(_module: object) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """Public functions that need Transformers, which takes seconds to import."""
+    """Public names that take time: Transformers is imported in seconds, and git may be asked for the version."""
+    if name == "__version__":
+        from matquant.version import version
+
+        return version()
     if name == "speculate":
         from matquant.transformers.speculation import speculate
 

@@ -1,7 +1,8 @@
 """Command line: composes the config with Hydra, and turns errors into sentences and exit statuses.
 
 ``python run.py`` and the console script ``matquant`` are the same. Commands are names for overrides, see ``_COMMANDS``;
-``matquant store ls`` is ``matquant store=ls``, and ``matquant serve FOLDER OPTION...`` starts vLLM's server.
+``matquant store ls`` is ``matquant store=ls``, ``matquant serve FOLDER OPTION...`` starts vLLM's server, and
+``matquant completion SHELL`` prints a script that completes all of these.
 """
 
 import os
@@ -18,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from matquant import completion
 from matquant.config import RENAMED, Config, from_hydra, schemas
 from matquant.errors import UserError
 from matquant.optional_packages import check_installed
@@ -31,6 +33,8 @@ _COMMANDS = {
     "pack": ["stages=[quantize]", "pack=nested"],
     "generate": ["stages=[quantize,generate]"],
 }
+
+_OTHER_COMMANDS = ["serve", "store", "completion"]
 
 # Options of vLLM's server that ``matquant serve`` adds: the endpoint that changes the bit-width while serving.
 _SERVER_OPTIONS = {
@@ -120,7 +124,7 @@ def _translate(arguments: list[str]) -> list[str]:
         arguments = [o for o in _COMMANDS[command] if o.partition("=")[0] not in own] + rest
     elif command.isidentifier():
         raise UserError(
-            f"{command!r} is no command; there are {', '.join([*_COMMANDS, 'serve', 'store'])}. A setting is name=value."
+            f"{command!r} is no command; there are {', '.join([*_COMMANDS, *_OTHER_COMMANDS])}. A setting is name=value."
         )
     for argument in arguments:
         name = argument.lstrip("+~").partition("=")[0]
@@ -173,6 +177,10 @@ def main() -> None:
     try:
         if sys.argv[1:2] == ["serve"]:
             _serve(sys.argv[2:])
+        if sys.argv[1:2] == ["completion"]:
+            words = completion.Completion([*_COMMANDS, *_OTHER_COMMANDS], _translate, run)
+            print(completion.command(sys.argv[2:], words), end="")
+            return
         sys.argv[1:] = _translate(sys.argv[1:])
         if rank > 0:  # the main process alone has the output folder and the terminal
             sys.argv += _SILENT

@@ -24,6 +24,8 @@ from matquant.store.config import StoreConfig
 from matquant.transforms.config import TransformConfig
 from matquant.typed_config import TARGET, build, defaults_of
 
+METHODS: dict[str, type[MethodConfig]] = {"gptq": GptqConfig, "omniquant": OmniQuantConfig, "rtn": RtnConfig}
+
 STAGES = ("quantize", "evaluate", "pack", "generate")
 
 _TOKENS_AT_ONCE = 4096  # tokens of one forward pass with batch_size=auto: they keep a GPU busy and need little memory
@@ -116,9 +118,8 @@ def schemas() -> dict[str, dict[str, Any]]:
         "runtime": RuntimeConfig,
         "transform": TransformConfig,
     }
-    methods = {"gptq": GptqConfig, "omniquant": OmniQuantConfig, "rtn": RtnConfig}
     found = {name: defaults_of(kind) for name, kind in nodes.items()}
-    for name, kind in methods.items():
+    for name, kind in METHODS.items():
         found[name] = {TARGET: f"{kind.__module__}.{kind.__qualname__}", **defaults_of(kind)}
     return found
 

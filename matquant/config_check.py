@@ -5,7 +5,7 @@ loaded.
 """
 
 from matquant.config import STAGES, Config
-from matquant.data.texts import SELF, check_sizes, check_text
+from matquant.data.texts import check_refinement_text, check_text
 from matquant.errors import UserError
 from matquant.evaluate.check import check_evaluation
 from matquant.models import config as loading
@@ -69,7 +69,7 @@ def _check_refine(config: Config) -> None:
             f"refine={config.refine.name} trains one parent, but method={config.method.name} makes one model per "
             "bit-width. Use method=matgptq, or refine=none."
         )
-    (check_sizes if text.dataset == SELF else check_text)(text, "refine.text")
+    check_refinement_text(text, "refine.text")
     if text.sequences < text.batch_size:
         raise UserError(
             f"refine.text.sequences={text.sequences} do not fill one batch of refine.text.batch_size={text.batch_size}."

@@ -69,7 +69,7 @@ def host_free() -> int:
             free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
         except (OSError, ValueError):  # no container, or one without a limit ("max")
             continue
-    return max(free, 0) // _processes()
+    return int(max(free, 0) // _processes())
 
 
 def device_free(device: torch.device) -> int:

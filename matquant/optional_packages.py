@@ -14,6 +14,7 @@ EXTRA_OF = {  # extra that installs a package, by the name that it is imported b
     "scipy": "search",
     "lm_eval": "eval",
     "wandb": "track",
+    "wandb_workspaces": "dashboard",
     "gguf": "gguf",
     "vllm": "vllm",
 }

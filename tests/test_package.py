@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from shared import ROOT, SMALL
 
+from matquant.version import version
+
 
 @pytest.fixture(scope="module")
 def unpacked_wheel(tmp_path_factory):
@@ -62,3 +64,26 @@ def test_the_installed_command_runs_the_shipped_model(unpacked_wheel, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def versions(site):
+    """Version in the metadata of an unpacked wheel, and the one that its package says."""
+    (metadata,) = site.glob("matquant-*.dist-info")
+    program = "import matquant; print(matquant.__version__)"
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    run = subprocess.run([sys.executable, "-c", program], cwd=site, capture_output=True, text=True, env=environment)
+    return metadata.name.removeprefix("matquant-").removesuffix(".dist-info"), run.stdout.strip()
+
+
+def test_the_wheel_has_the_version_of_the_checkout(unpacked_wheel):
+    assert versions(unpacked_wheel) == (version(), version())
+
+
+@pytest.mark.slow
+def test_a_wheel_of_the_source_distribution_has_it_too(tmp_path):
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True, text=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    assert versions(tmp_path / "site") == (version(), version())

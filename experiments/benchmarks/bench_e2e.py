@@ -36,6 +36,7 @@ from matquant.transformers.layers import place_layers
 TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"
 REPEATS = 5
 GROUP_SIZE = 128
+STRETCH = 1.25  # of the planes 5 to 8, as method=matgptq has by default
 COPY_BYTES = 2**31  # of the copy that measures the bandwidth
 
 
@@ -56,29 +57,28 @@ def config_of(name: str) -> Any:
     )
 
 
+def nested_spec(config: Any, dtype: torch.dtype) -> NestedSpec:
+    """Description of a nested checkpoint of all linear layers but the head, in the default format."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    scale_dtype = torch.float16 if dtype == torch.float32 else dtype
+    form = WeightFormat(
+        group_size=GROUP_SIZE, zero_point_offset=8.0, scale_dtype=scale_dtype, has_zero_points=False, stretch=STRETCH
+    )
+    layers = {
+        name: LayerSpec(out_features=module.out_features, in_features=module.in_features, format=form)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+    }
+    return NestedSpec(layers=layers, bits=8, max_bits=8, modules_to_not_convert=["lm_head"])
+
+
 def make_model(config: Any, dtype: torch.dtype, device: torch.device, nested: bool) -> Any:
     """Model with random weights; with ``nested`` all linear layers but the head have 8-bit nested weights."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    scale_dtype = torch.float16 if dtype == torch.float32 else dtype
     if nested:
-        layers = {
-            name: LayerSpec(
-                out_features=module.out_features,
-                in_features=module.in_features,
-                format=WeightFormat(
-                    group_size=GROUP_SIZE,
-                    master_bits=8,
-                    slicing="msb",
-                    zero_point_offset=0.0,
-                    scale_dtype=scale_dtype,
-                    has_zero_points=False,
-                ),
-            )
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
-        }
-        place_layers(model, NestedSpec(layers=layers, bits=8, max_bits=8))
+        place_layers(model, nested_spec(config, dtype))
     model.to_empty(device=device)
     for module in model.modules():
         module._is_hf_initialized = False

@@ -85,7 +85,8 @@ def _form(type_: type) -> str:
     if issubclass(type_, np.generic) and np.dtype(type_).char in _SCALARS:
         return np.dtype(type_).char
     if issubclass(type_, ctypes._SimpleCData) and type_._type_ in _SCALARS:  # type: ignore[attr-defined]
-        return type_._type_  # type: ignore[attr-defined]
+        character: str = type_._type_  # type: ignore[attr-defined]
+        return character
     raise TypeError(
         f"A kernel takes tensors, None, int, float, bytes, and ctypes or numpy scalars as arguments, not {type_.__name__}."
     )

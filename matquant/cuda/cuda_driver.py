@@ -40,11 +40,11 @@ class CudaDriver:
     def load(self, cubin: bytes, device: int) -> int:
         """Load a cubin for the life of the process; return the module handle."""
         self.use(device)
-        return self._driver.moduleLoadData(cubin)
+        return int(self._driver.moduleLoadData(cubin))
 
     def function(self, module: int, name: str) -> int:
         """Handle of a kernel of a loaded module."""
-        return self._driver.moduleGetFunction(module, name)
+        return int(self._driver.moduleGetFunction(module, name))
 
     def prefer_shared(self, function: int) -> None:
         """Set the largest shared-memory carveout: by default the driver makes room for one CTA of a kernel only."""
@@ -85,15 +85,15 @@ class CudaDriver:
 
     def registers(self, function: int) -> int:
         """Registers of a thread."""
-        return self._driver.funcGetAttribute(self._driver.CU_FUNC_ATTRIBUTE_NUM_REGS, function)
+        return int(self._driver.funcGetAttribute(self._driver.CU_FUNC_ATTRIBUTE_NUM_REGS, function))
 
     def local_bytes(self, function: int) -> int:
         """Local memory of a thread in bytes; more than 0 usually means spilled registers."""
-        return self._driver.funcGetAttribute(self._driver.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function)
+        return int(self._driver.funcGetAttribute(self._driver.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function))
 
     def blocks_per_multiprocessor(self, function: int, threads: int, shared_bytes: int) -> int:
         """Number of CTAs of a kernel that a multiprocessor runs at once."""
-        return self._driver.occupancyMaxActiveBlocksPerMultiprocessor(function, threads, shared_bytes)
+        return int(self._driver.occupancyMaxActiveBlocksPerMultiprocessor(function, threads, shared_bytes))
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -133,7 +133,8 @@ def nvrtc_compile(name: str, text: str, headers: Mapping[str, str], options: Seq
     try:
         nvrtc.compileProgram(program, tuple(options))
         # CuPy drops the last byte, a 0 that tools for ELF files expect.
-        return nvrtc.getCUBIN(program) + b"\0"
+        cubin: bytes = nvrtc.getCUBIN(program) + b"\0"
+        return cubin
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program)
         raise RuntimeError(f"{name} does not compile with {' '.join(options)}: {error}\n{log}") from error

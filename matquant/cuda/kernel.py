@@ -14,8 +14,8 @@ from matquant.errors import UserError
 
 DEFAULT_SHARED_BYTES = 48 * 1024  # dynamic shared memory of a kernel without opt-in
 
-_modules: dict[tuple, int] = {}
-_kernels: dict[tuple, "Kernel"] = {}
+_modules: dict[tuple[Any, ...], int] = {}
+_kernels: dict[tuple[Any, ...], "Kernel"] = {}
 _load_lock = threading.Lock()
 
 
@@ -136,8 +136,8 @@ class Kernel:
     def _new_frame(self, args: Sequence[Any]) -> Frame:
         if self._signature is None:
             self._signature = Signature(args)
-        self._thread.frame = Frame(self._signature)
-        return self._thread.frame
+        frame = self._thread.frame = Frame(self._signature)
+        return frame
 
     def _allow_shared(self, shared_bytes: int) -> None:
         try:

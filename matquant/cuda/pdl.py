@@ -52,11 +52,12 @@ class PdlLauncher:
         config.grid[:] = launch[:3]
         config.block[:] = launch[3:6]
         config.shared_bytes, config.stream = launch[6], launch[7]
-        return self._call(address, function, launch[8], None)
+        status: int = self._call(address, function, launch[8], None)
+        return status
 
     def _new_config(self) -> tuple[_Config, int]:
         """Configuration of this thread; it keeps the attribute alive."""
         allow = _Attribute(id=_ALLOW, value=1)
         config = _Config(attributes=ctypes.pointer(allow), count=1)
-        self._thread.config = config, ctypes.addressof(config)
-        return self._thread.config
+        found = self._thread.config = config, ctypes.addressof(config)
+        return found

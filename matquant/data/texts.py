@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from matquant.errors import UserError
 from matquant.store import Store
 
 MIX = "mix"  # value of ``dataset`` that combines several sources
-SELF = "self"  # value of ``refine.text.dataset``: the model writes the text
+SELF = "self"  # dataset of a refinement, alone or in a mix: the model writes the text
 
 # Part of the key of stored windows: raised when the same settings give other windows than before.
 _VERSION = 2
@@ -36,13 +36,7 @@ def check_text(text: TextConfig, where: str) -> None:
         raise UserError(f"{where}.dataset=self: only a refinement can be trained on text that the model writes itself.")
     if text.dataset not in (*SOURCES, MIX):
         raise UserError(f"{where}.dataset must be one of {', '.join((*SOURCES, MIX))}; found {text.dataset!r}.")
-    if (text.dataset == MIX) != bool(text.mix):
-        raise UserError(
-            f"{where}.mix gives each dataset a weight, and goes with {where}.dataset=mix; found {dict(text.mix)}."
-        )
-    for name, weight in text.mix.items():
-        if name not in SOURCES or not 0 < weight < math.inf:
-            raise UserError(f"{where}.mix.{name}={weight}: a mix is of {', '.join(SOURCES)}, with weights above 0.")
+    _check_mix(text, where, tuple(SOURCES))
     sources = [SOURCES[name] for name in _source_names(text)]
     for setting in ("path", "field"):
         value = getattr(text, setting)
@@ -53,6 +47,31 @@ def check_text(text: TextConfig, where: str) -> None:
             )
     for source in sources:
         source.check(text, where)
+
+
+def check_refinement_text(text: TextConfig, where: str) -> None:
+    """Check the settings of a text that the model may write itself, in part or as a whole; ``where`` is its place.
+
+    Raises:
+        UserError: see ``check_text``.
+    """
+    check_sizes(text, where)
+    _check_mix(text, where, (*SOURCES, SELF))
+    if (read := split_self(text)[0]) is not None:
+        check_text(read, where)
+
+
+def split_self(text: TextConfig) -> tuple[TextConfig | None, int]:
+    """Part of a text that is read (None for nothing), and the number of sequences that the model writes itself."""
+    if text.dataset == SELF:
+        return None, text.sequences
+    if text.dataset != MIX or SELF not in text.mix:
+        return text, 0
+    written = sum(part.sequences for part in shares(text) if part.dataset == SELF)
+    if written == text.sequences:
+        return None, written
+    others = {name: weight for name, weight in text.mix.items() if name != SELF}
+    return dataclasses.replace(text, mix=others, sequences=text.sequences - written), written
 
 
 def check_sizes(text: TextConfig, where: str) -> None:
@@ -139,6 +158,17 @@ def _cut(text: TextConfig, split: str, tokenizer: Any) -> Tensor:
     if text.dataset == MIX:
         return torch.cat([_cut(part, split, tokenizer) for part in shares(text)])
     return SOURCES[text.dataset].windows(text, split, tokenizer)
+
+
+def _check_mix(text: TextConfig, where: str, names: Sequence[str]) -> None:
+    """Check the weights of a mix of these datasets, and that nothing else has any."""
+    if (text.dataset == MIX) != bool(text.mix):
+        raise UserError(
+            f"{where}.mix gives each dataset a weight, and goes with {where}.dataset=mix; found {dict(text.mix)}."
+        )
+    for name, weight in text.mix.items():
+        if name not in names or not 0 < weight < math.inf:
+            raise UserError(f"{where}.mix.{name}={weight}: a mix is of {', '.join(names)}, with weights above 0.")
 
 
 def _source_names(text: TextConfig) -> tuple[str, ...]:

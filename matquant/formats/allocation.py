@@ -50,7 +50,8 @@ def to_yaml(allocation: Allocation) -> str:
     """Content of the YAML file of an allocation."""
     tree = {"kind": "allocation", **allocation.about}
     tree |= {"average_bits": allocation.average_bits, "bytes": allocation.bytes, _KEY: dict(allocation.bits)}
-    return _HEADER + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=200)
+    text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=200)
+    return _HEADER + text
 
 
 def to_text(allocation: Allocation) -> str:

@@ -61,7 +61,7 @@ def levels(bits: int, master_bits: int, slicing: Slicing, stretch: float = 1.0) 
     if bits <= STRICT_BITS or stretch == 1:
         return values
     cell = 2 ** (master_bits - STRICT_BITS)
-    centres = codes // cell * cell + cell / 2
+    centres: Tensor = codes // cell * cell + cell / 2
     return centres + stretch * (values - centres)
 
 

@@ -43,5 +43,6 @@ class SliceSpec:
     def average_bits(self) -> float:
         """Mean bit-width, weighted by parameters."""
         rows = self.parent.layer_errors()
-        total = sum(row["parameters"] for row in rows)
-        return sum(row["parameters"] * self.bits_of(row["name"]) for row in rows) / total
+        total: int = sum(row["parameters"] for row in rows)
+        bits: float = sum(row["parameters"] * self.bits_of(row["name"]) for row in rows)
+        return bits / total

@@ -7,7 +7,7 @@ launch.
 import functools
 import logging
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class CachedLaunch(NamedTuple):
 
 
 launch_cache: dict[
-    tuple, CachedLaunch
+    tuple[Any, ...], CachedLaunch
 ] = {}  # by everything that a launch depends on; clear() to plan all launches again
 workspaces: dict[int, Workspace] = {}  # by device index
 

@@ -105,5 +105,5 @@ def _new_tokens(arguments: Mapping[str, Any]) -> int | None:
         return length
     for name in ("input_ids", "inputs_embeds"):
         if (tensor := arguments.get(name)) is not None:
-            return tensor.shape[1]
+            return int(tensor.shape[1])
     return None

@@ -40,7 +40,7 @@ class GemmShape:
     @property
     def nibble(self) -> int:
         """Codes of ``bits`` bits that share their first four bits; 1 for up to four bits."""
-        return 2 ** max(self.bits - STRICT_BITS, 0)
+        return 1 << max(self.bits - STRICT_BITS, 0)
 
     @property
     def multiplies_nibbles(self) -> bool:
@@ -109,4 +109,4 @@ def folds_zero_point_exactly(shape: GemmShape) -> bool:
     else:
         largest = max(abs(offset - zero), abs(offset + 2**shape.bits - shape.nibble + top))
     steps = max(number.as_integer_ratio()[1] for number in (offset, stretch, zero_step if has_zeros else 1.0))
-    return largest * steps <= 2**digits
+    return bool(largest * steps <= 2**digits)

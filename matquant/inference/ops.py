@@ -19,6 +19,7 @@ Raises:
         CUDA device, a tensor that requires a gradient. Nothing has been launched then.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,8 +79,10 @@ def differentiable_linear(
     """
     arguments = (x, planes, scales, zeros, bias, bits, out_features, in_features, *op_args)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _DifferentiableLinear.apply(*arguments)
-    return torch.ops.matquant.nested_linear.default(*arguments)
+        multiply: Callable[..., Tensor] = _DifferentiableLinear.apply
+    else:
+        multiply = torch.ops.matquant.nested_linear.default
+    return multiply(*arguments)
 
 
 class _DifferentiableLinear(torch.autograd.Function):
@@ -87,7 +90,8 @@ class _DifferentiableLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
-        return torch.ops.matquant.nested_linear.default(*arguments)
+        y: Tensor = torch.ops.matquant.nested_linear.default(*arguments)
+        return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -116,7 +120,7 @@ class _DifferentiableLinear(torch.autograd.Function):
 
 def dequantize(weight: NestedPlanes, bits: int, dtype: torch.dtype) -> Tensor:
     """Dense weight [out_features, in_features] at ``bits`` bits: ``nested_dequantize`` for a ``NestedPlanes``."""
-    return torch.ops.matquant.nested_dequantize.default(
+    dense: Tensor = torch.ops.matquant.nested_dequantize.default(
         weight.planes,
         weight.scales_at(bits),
         weight.zeros,
@@ -126,6 +130,7 @@ def dequantize(weight: NestedPlanes, bits: int, dtype: torch.dtype) -> Tensor:
         *weight.format.op_args,
         dtype,
     )
+    return dense
 
 
 def _nested_planes(

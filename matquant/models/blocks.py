@@ -114,7 +114,7 @@ class BlockModel:
     @property
     def vocab_size(self) -> int:
         """Number of logits of each token."""
-        return self.model.config.get_text_config().vocab_size
+        return int(self.model.config.get_text_config().vocab_size)
 
     @property
     def transform_description(self) -> dict[str, Any] | None:
@@ -328,7 +328,8 @@ class BlockModel:
             yield
 
     def _embedding(self) -> Tensor:
-        return self.model.get_input_embeddings().weight
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight
 
     @contextmanager
     def with_weights(self, index: int, weights: Mapping[str, Tensor]) -> Iterator[None]:

@@ -132,7 +132,7 @@ def _layers_that_share(blocks: BlockModel) -> list[str]:
 @torch.no_grad()
 def _layers_read_elsewhere(blocks: BlockModel, device: torch.device, dtype: torch.dtype, lm_head: bool) -> list[str]:
     """Layers whose weight is read outside of their forward, in the order of the model."""
-    by_kind: dict[tuple, set[str]] = {}  # names below the block
+    by_kind: dict[tuple[Any, ...], set[str]] = {}  # names below the block
     found = []
     for index, path in enumerate(blocks.block_names):
         kind = block_kind(blocks.blocks[index])

@@ -128,7 +128,8 @@ def _stored_dtype(folder: Path, headers: Mapping[str, StoredTensor]) -> torch.dt
 
 def _choose_dtype(setting: str, stored: torch.dtype, config: Any, warnings: list[str]) -> torch.dtype:
     if setting != "auto":
-        return getattr(torch, setting)
+        chosen: torch.dtype = getattr(torch, setting)
+        return chosen
     declared = getattr(config, "dtype", None)
     if isinstance(declared, torch.dtype) and declared != stored:
         warnings.append(

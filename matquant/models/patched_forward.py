@@ -157,7 +157,8 @@ class PatchedForward:
             )
 
         with patched_forwards(self.blocks, [passing(index) for index in range(len(self.blocks))]):
-            return self.model(input_ids=input_ids, use_cache=False, return_dict=True).logits
+            logits: Tensor = self.model(input_ids=input_ids, use_cache=False, return_dict=True).logits
+            return logits
 
     def _output(self, index: int, hidden: Tensor) -> Any:
         """Hidden states in the form of the output of block ``index``."""

@@ -31,11 +31,11 @@ class InputGroups:
 @torch.no_grad()
 def shared_input_groups(blocks: BlockModel, index: int) -> InputGroups:
     """Find the linear layers of a block that receive the same tensor, by one forward pass of a few tokens."""
-    seen: dict[str, list[tuple]] = {}
+    seen: dict[str, list[tuple[Any, ...]]] = {}
     alive: list[Tensor] = []  # a new tensor may get the address of a freed one
 
     def record_input(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             value = args[0] if args else next(iter(kwargs.values()))
             alive.append(value)
             seen.setdefault(name, []).append(tensor_identity(value))
@@ -54,19 +54,19 @@ def shared_input_groups(blocks: BlockModel, index: int) -> InputGroups:
             handle = layer.register_forward_pre_hook(record_input(name), with_kwargs=True)
             stack.callback(handle.remove)
         blocks.run_block(index, hidden, kwargs[index])
-    groups: dict[tuple, list[str]] = {}
+    groups: dict[tuple[Any, ...], list[str]] = {}
     for name, inputs in seen.items():  # in order of their first call
         groups.setdefault(tuple(inputs), []).append(name)
     return InputGroups(list(groups.values()), [name for name in names if name not in seen])
 
 
-def block_kind(block: nn.Module) -> tuple:
+def block_kind(block: nn.Module) -> tuple[Any, ...]:
     """Key that is equal for blocks with the same modules and shapes."""
     modules = tuple((name, type(module)) for name, module in block.named_modules())
     return modules, tuple((name, tuple(tensor.shape)) for name, tensor in block.named_parameters())
 
 
-def tensor_identity(tensor: Tensor) -> tuple:
+def tensor_identity(tensor: Tensor) -> tuple[Any, ...]:
     """Key that is equal for two tensors with the same storage, layout and number of in-place writes."""
     version = 0 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, version
@@ -184,7 +184,7 @@ def _whole_forward(blocks: BlockModel, device: torch.device, dtype: torch.dtype)
 
         outside.enter_context(blocks.embeddings_on_device(device, dtype))
         with patched_forwards(blocks.blocks, [placed(i) for i in range(len(originals))]):
-            logits = blocks.model(input_ids=blocks.probe_ids(device), use_cache=False).logits
+            logits: Tensor = blocks.model(input_ids=blocks.probe_ids(device), use_cache=False).logits
     if calls != list(range(len(originals))):
         raise block_order_error(blocks.model, blocks.name, f"{len(calls)} calls of {len(originals)} blocks")
     return logits

@@ -13,7 +13,7 @@ from matquant.models.loading import LoadedModel
 def embedded_tokens(model: Any) -> int:
     """Number of token ids that both the embeddings and the head of a causal language model have a row for."""
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
-    return min(module.weight.shape[0] for module in modules if getattr(module, "weight", None) is not None)
+    return min(int(module.weight.shape[0]) for module in modules if getattr(module, "weight", None) is not None)
 
 
 def has_foreign_tokens(loaded: LoadedModel) -> bool:

@@ -11,6 +11,7 @@ Several processes share the calibration sequences; a method may share its numeri
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class BlockwiseQuantizer:
         offload: OffloadTarget | None = None,
         process_group: ProcessGroup = SINGLE_PROCESS,
         progress: Callable[[int], None] = lambda _: None,
-        finished: Callable[[dict], None] = lambda _: None,
+        finished: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> None:
         self.model = model
         self.layers = layers
@@ -70,7 +71,7 @@ class BlockwiseQuantizer:
         self.finished = finished
         self.timer = PhaseTimer(device)
 
-    def run(self, draft: DraftLike, sequences: Tensor | None) -> list[dict]:
+    def run(self, draft: DraftLike, sequences: Tensor | None) -> list[dict[str, Any]]:
         """Quantize every block into ``draft``.
 
         Args:
@@ -97,7 +98,7 @@ class BlockwiseQuantizer:
                 self.model, own, needs.streams, self.batch_size, self.device, self.dtype, self.offload
             )
 
-    def _run_block(self, index: int, draft: DraftLike, streams: ActivationStreams | None) -> dict:
+    def _run_block(self, index: int, draft: DraftLike, streams: ActivationStreams | None) -> dict[str, Any]:
         name = block_file(index)
         committed = draft.has(name)
         last = index + 1 == len(self.layers)
@@ -132,7 +133,9 @@ class BlockwiseQuantizer:
             progress=self.progress,
         )
 
-    def _quantize(self, context: BlockContext, draft: DraftLike, name: str) -> tuple[dict[str, NestedWeight], dict]:
+    def _quantize(
+        self, context: BlockContext, draft: DraftLike, name: str
+    ) -> tuple[dict[str, NestedWeight], dict[str, Any]]:
         """Quantize a block and commit it."""
         result = self.quantizer.quantize_block(context)
         record = result.record()
@@ -140,7 +143,7 @@ class BlockwiseQuantizer:
             write_block(draft, name, result.weights, record)
         return result.weights, record | {"file": name}
 
-    def _read(self, draft: DraftLike, name: str) -> tuple[dict[str, NestedWeight], dict]:
+    def _read(self, draft: DraftLike, name: str) -> tuple[dict[str, NestedWeight], dict[str, Any]]:
         """Read a committed block."""
         weights, record = read_block(draft, name)
         self.progress(len(weights))

@@ -80,12 +80,13 @@ class MinMaxGrid:
             weight: float32 [rows, in_features].
         """
         positions = _grouped(weight, self.format.group_size) / _divisor(self.scales)[..., None] + self.zeros[..., None]
-        return _Round.apply(positions).clamp(0, 2**self.format.master_bits - 1)
+        codes: Tensor = _Round.apply(positions)
+        return codes.clamp(0, 2**self.format.master_bits - 1)
 
     def slice(self, codes: Tensor, bits: int, in_features: int) -> Tensor:
         """Dense weight of ``bits`` bits: float32 [rows, in_features], from ``codes``."""
         step = 2.0 ** (self.format.master_bits - bits)
-        kept = _Round.apply(codes / step).clamp(max=2**bits - 1) * step
+        kept: Tensor = _Round.apply(codes / step).clamp(max=2**bits - 1) * step
         dense = (kept - self.zeros[..., None]) * self.scales[..., None]
         return dense.flatten(1)[:, :in_features]
 
@@ -102,7 +103,8 @@ class MinMaxGrid:
 
 def _grouped(weight: Tensor, group_size: int) -> Tensor:
     """Weight by groups, the last one padded with zeros: [rows, in_features] to [rows, groups, group_size]."""
-    return F.pad(weight, (0, -weight.shape[1] % group_size)).unflatten(1, (-1, group_size))
+    padded = F.pad(weight, (0, -weight.shape[1] % group_size))
+    return padded.view(len(padded), -1, group_size)
 
 
 def _divisor(scales: Tensor) -> Tensor:

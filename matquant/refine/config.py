@@ -20,8 +20,8 @@ class RefineConfig:
             ``qat``, for method=matquant_qat: the weights are trained on the cross-entropy of the text, weighted over ``bits``
             by the objective, and quantized anew.
         bits: bit-widths to refine; with ``scales`` all others read what they read before.
-        text: training text. A window of each step's batch is read at every bit-width. The dataset ``self`` is text that the
-            full-precision model writes itself.
+        text: training text. A window of each step's batch is read at every bit-width. The dataset ``self``, alone or in a
+            mix, is text that the full-precision model writes itself.
         top_k: of the dataset ``self``: number of the most likely tokens that each token is drawn from.
         validation_sequences: further windows of the text, for the held-out KL; with ``scales`` it chooses the best state of
             each bit-width.

@@ -53,24 +53,29 @@ def refine_memory(
     windows: int,
     length: int,
     batch: int,
+    captured: int,
     on_gpu: bool,
     offload: Offload,
 ) -> MemoryEstimate:
     """Peak memory of a refinement.
+
+    CUDA graphs keep their memory between replays: the hidden states between blocks for each bit-width, and what a block needs
+    beside what the logits need.
 
     Args:
         parent: bytes of the parent.
         windows: of training and validation on this process.
         length: tokens of a window.
         batch: windows of one step on this process.
+        captured: bit-widths whose passes are captured as CUDA graphs.
     """
     cached = windows * length * sizes.hidden * sizes.computing
     boundaries = sizes.blocks * batch * length * sizes.hidden * sizes.computing
     inside = _GRADIENTS * sizes.activation_bytes(batch * length)
     sequences = min(batch, sequences_at_a_time(length, sizes.vocabulary))
     logits = _LOGIT_ARRAYS * sequences * length * sizes.vocabulary * FLOAT32_BYTES
-    running = sizes.parameters * sizes.computing + parent + trained.state + boundaries
-    running += max(inside + trained.reading, logits)
+    running = sizes.parameters * sizes.computing + parent + trained.state + max(captured, 1) * boundaries
+    running += inside + trained.reading + logits if captured else max(inside + trained.reading, logits)
     return estimate(
         "refine",
         running=running,

@@ -60,6 +60,7 @@ class Refinement(abc.ABC):
     Attributes:
         history: ``step`` and ``kl`` by bit-width, of each validation so far.
         notes: sentences that the user should read, by layer.
+        warnings: sentences on the training as a whole.
         linear: layers of a slice, see ``SliceReader``; None: of nested weights whose scales are trained.
     """
 
@@ -69,6 +70,7 @@ class Refinement(abc.ABC):
         self.config, self.context = config, context
         self.history: list[dict[str, Any]] = []
         self.notes: dict[str, list[str]] = {}
+        self.warnings: list[str] = []
         self._weights = {
             name: weight
             for index in range(len(context.parent.blocks))
@@ -127,6 +129,10 @@ class Refinement(abc.ABC):
         ):
             self.start(model)
             self._train(model, len(own), draft)
+            if reason := model.graphs_refused:
+                self.warnings.append(
+                    f"The refinement ran without CUDA graphs, which this model does not allow ({reason}); it took longer."
+                )
         self._weights = self.refined(self._weights)
         records = self._write(draft)
         draft.discard(_STATE_FILE)
@@ -208,7 +214,7 @@ def _tf32_products(device: torch.device) -> Iterator[None]:
 
 def _own_rows(windows: Tensor, batch_size: int, rows: slice) -> Tensor:
     """Rows of every whole batch that belong to one process: int64 [batches * rows, length]."""
-    whole = windows[: len(windows) // batch_size * batch_size].unflatten(0, (-1, batch_size))
+    whole: Tensor = windows[: len(windows) // batch_size * batch_size].unflatten(0, (-1, batch_size))
     return whole[:, rows].flatten(0, 1)
 
 

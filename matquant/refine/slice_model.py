@@ -1,7 +1,6 @@
 """Losses of the slices of a whole model, and the gradients of the tensors that they are made of."""
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -20,8 +19,6 @@ LOGIT_BYTES = 2**29  # of the float32 logits of as many sequences as are alive a
 # vocabulary].
 Loss = Callable[[slice, Tensor], Tensor]
 
-logger = logging.getLogger(__name__)
-
 
 class SliceModel:
     """Forward and backward passes of one batch through blocks and head. Construct it with ``open_slice_model``.
@@ -31,12 +28,16 @@ class SliceModel:
         inputs: inputs of block 0, batch by batch.
         windows: int64 [sequences, length], on the same device.
         graphs: capture the passes as CUDA graphs on a GPU, which copy the trained tensors.
+
+    Attributes:
+        graphs_refused: why passes that should be captured are not; empty if they are, or should not be.
     """
 
     def __init__(self, reader: SliceReader, inputs: BlockInputs, windows: Tensor, graphs: bool = True) -> None:
         self.reader, self.inputs, self.windows = reader, inputs, windows
-        self._passes: dict[tuple, Passes] = {}
+        self._passes: dict[tuple[object, ...], Passes] = {}
         self._captures = graphs and windows.is_cuda
+        self.graphs_refused = ""
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
 
     @torch.no_grad()
@@ -151,9 +152,7 @@ class SliceModel:
                 passes = BlockPasses(self.reader, bits, kwargs)
                 self._passes[key] = GraphedPasses(passes, hidden, trained, self._pool)
             except RuntimeError as error:
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                logger.warning("Training runs without CUDA graphs, which this model does not allow (%s).", reason)
-                self._captures = False
+                self._captures, self.graphs_refused = False, (str(error) or type(error).__name__).splitlines()[0]
                 return BlockPasses(self.reader, bits, kwargs)
         return self._passes[key]
 

@@ -11,17 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = (
-    "matquant",
-    "torch",
-    "transformers",
-    "numpy",
-    "numba",
-    "datasets",
-    "hydra-core",
-    "cupy-cuda12x",
-    "cupy-cuda13x",
-)
+from matquant.version import version
+
+_PACKAGES = ("torch", "transformers", "numpy", "numba", "datasets", "hydra-core", "cupy-cuda12x", "cupy-cuda13x")
 
 
 def provenance() -> dict[str, Any]:
@@ -43,8 +35,8 @@ def provenance() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that results depend on."""
-    found = {"python": platform.python_version()}
+    """Versions of Python, of this package and of the installed packages that results depend on."""
+    found = {"python": platform.python_version(), "matquant": version()}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

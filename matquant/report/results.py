@@ -342,7 +342,8 @@ def _parent_json(parent: ParentRecord) -> dict[str, Any]:
 
 def _parent(tree: Mapping[str, Any]) -> ParentRecord:
     models = {str(bits): _parent(model) for bits, model in (tree.get("models") or {}).items()}
-    return dataclasses.replace(_from_mapping(ParentRecord, {**tree, "models": {}}), models=models)
+    parent: ParentRecord = _from_mapping(ParentRecord, {**tree, "models": {}})
+    return dataclasses.replace(parent, models=models)
 
 
 def _from_mapping(kind: Any, tree: Mapping[str, Any]) -> Any:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_MAPS = 6  # bit-width maps of allocations
+MAPS = 6  # bit-width maps of allocations
 
 
 def track(results: JobResults, config: TrackingConfig, folder: Path, group: str | None, name: str) -> str | None:
@@ -188,7 +188,7 @@ def _media(results: JobResults) -> dict[str, Any]:
     if results.layers:
         media["layers"] = _layers_table(results)
     drawings = dict(job_figures(results))
-    for index, one in enumerate(results.allocations[:_MAPS]):
+    for index, one in enumerate(results.allocations[:MAPS]):
         drawing = bits_figure(one, results.layers)
         drawings |= {f"allocation_{index}": drawing} if drawing is not None else {}
     drawing = generations_figure(results.search or {})

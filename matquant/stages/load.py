@@ -41,14 +41,19 @@ class RefinementText:
         sequences, length: number and tokens of the sequences, held-out ones included.
         held_out: number of sequences to judge by.
         batch_size: sequences of one step.
-        windows: int64 [sequences, length]; None for text that the model writes itself in the stage.
+        read: int64 [sequences, length], those that are read from a text; the model writes the others itself in the stage.
     """
 
     sequences: int
     length: int
     held_out: int
     batch_size: int
-    windows: Tensor | None
+    read: Tensor
+
+    @property
+    def written(self) -> int:
+        """Number of sequences that the model writes itself."""
+        return self.sequences - len(self.read)
 
     def split(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """Sequences to train on, and evenly spaced ones among them that are held out."""
@@ -263,7 +268,7 @@ def _search_text(config: Config) -> TextConfig:
 
 
 def _refinement_text(config: Config, model: LoadedModel, runtime: Runtime) -> RefinementText:
-    """Sequences of the refinement, unless the model writes them."""
+    """Sequences of the refinement that the model does not write itself."""
     text, held_out = config.refine.text, config.refine.validation_sequences
     assert text is not None
     if text.batch_size % runtime.process_group.world_size:
@@ -271,15 +276,17 @@ def _refinement_text(config: Config, model: LoadedModel, runtime: Runtime) -> Re
             f"refine.text.batch_size={text.batch_size} cannot be shared equally by {runtime.process_group.world_size} "
             "processes. Make it a multiple of their number."
         )
-    if text.dataset == texts.SELF:
-        check_generates(model.model)
     wanted = dataclasses.replace(text, sequences=text.sequences + held_out)
+    read, written = texts.split_self(wanted)
+    if written:
+        check_generates(model.model)
+    empty = torch.empty(0, text.sequence_length, dtype=torch.int64)
     return RefinementText(
         sequences=wanted.sequences,
         length=text.sequence_length,
         held_out=held_out,
         batch_size=text.batch_size,
-        windows=None if text.dataset == texts.SELF else _read("refine.text", wanted, "train", model, runtime),
+        read=empty if read is None else _read("refine.text", read, "train", model, runtime),
     )
 
 
@@ -289,8 +296,10 @@ def _evaluation_texts(config: Config, model: LoadedModel, runtime: Runtime) -> d
         return {}
     if config.method.uses_calibration:
         texts.check_apart(config.calibration, dict(config.eval.datasets))
-    if config.refine.wanted and config.refine.text is not None and config.refine.text.dataset != texts.SELF:
-        texts.check_apart(config.refine.text, dict(config.eval.datasets), "refine.text")
+    if config.refine.wanted and config.refine.text is not None:
+        read, _ = texts.split_self(config.refine.text)
+        if read is not None:
+            texts.check_apart(read, dict(config.eval.datasets), "refine.text")
     return {
         name: _read(f"eval.datasets.{name}", text, "evaluation", model, runtime)
         for name, text in config.eval.datasets.items()

@@ -76,6 +76,7 @@ def _later_stages(job: LoadedJob, runtime: Runtime) -> tuple[list[MemoryEstimate
 def _refine_estimate(job: LoadedJob, runtime: Runtime) -> MemoryEstimate:
     text, processes = job.refinement, runtime.process_group.world_size
     assert text is not None
+    captured = 0
     if job.config.refine.method == "qat":
         trained = trained_weights_bytes(job.sizes)
     else:
@@ -84,6 +85,7 @@ def _refine_estimate(job: LoadedJob, runtime: Runtime) -> MemoryEstimate:
             for layer in job.layer_specs.values()
         )
         trained = trained_scales_bytes(job.sizes, len(job.config.refine.bits), groups)
+        captured = len(job.config.refine.bits) if runtime.on_gpu else 0
     return refine_memory(
         job.sizes,
         trained,
@@ -91,6 +93,7 @@ def _refine_estimate(job: LoadedJob, runtime: Runtime) -> MemoryEstimate:
         windows=text.sequences // processes,
         length=text.length,
         batch=text.batch_size // processes,
+        captured=captured,
         on_gpu=runtime.on_gpu,
         offload=runtime.device,
     )

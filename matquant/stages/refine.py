@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from matquant import number_format
@@ -67,6 +68,7 @@ def refine(job: LoadedJob, quantized: QuantizedJob, runtime: Runtime) -> tuple[Q
     refined = Parent(artifact)
     runtime.log.warnings.extend(note for note in refined.notes() if note not in parent.notes())
     slices = [dataclasses.replace(one, parent=refined) for one in quantized.slices]
+    runtime.log.warnings.extend(artifact.about["refine"].get("warnings", []))  # parents of older versions have none
     record = artifact.about["refine"] | {"sha256": artifact.sha256, "reused": artifact.reused}
     return QuantizedJob(slices=slices, parent=refined), record
 
@@ -85,10 +87,9 @@ def _lambdas(job: LoadedJob) -> dict[int, float]:
 def _windows(job: LoadedJob, text: RefinementText, runtime: Runtime) -> Tensor:
     """Sequences of the text, int64 [sequences, length]; those that the model writes are kept in the store."""
     config = job.config.refine.text
-    if text.windows is not None or config is None:
-        assert text.windows is not None
-        return text.windows
-    wanted = dataclasses.replace(config, sequences=text.sequences)
+    if not text.written or config is None:
+        return text.read
+    wanted = dataclasses.replace(config, sequences=text.written)
 
     def build(draft: Draft) -> dict[str, Any]:
         if "quantize" not in job.config.stages:
@@ -102,14 +103,14 @@ def _windows(job: LoadedJob, text: RefinementText, runtime: Runtime) -> Tensor:
 
     inputs = {
         "model": job.model.fingerprint,
-        "text": {"sequences": text.sequences, "sequence_length": text.length, "seed": config.seed},
+        "text": {"sequences": text.written, "sequence_length": text.length, "seed": config.seed},
         "top_k": job.config.refine.top_k,
         "dtype": str(job.dtype),
         "version": _VERSION,
         **transform_entry(job),
     }
     artifact = runtime.process_group.rank0_first(lambda: runtime.store.open_or_build("windows", inputs, build))
-    return artifact.read_tensors("windows.safetensors")[0]["windows"].clone()
+    return torch.cat([text.read, artifact.read_tensors("windows.safetensors")[0]["windows"]])
 
 
 def _train(
@@ -144,6 +145,7 @@ def _train(
         blocks = refinement.run(draft)
     label = f"{parent.artifact.about.get('label', 'parent')} refine={config.name}"
     facts = {"method": config.method, "bits": list(config.bits), "steps": config.steps, "history": refinement.history}
+    facts["warnings"] = refinement.warnings
     return {k: v for k, v in parent.artifact.about.items() if k != "blocks"} | {
         "label": label,
         "blocks": blocks,

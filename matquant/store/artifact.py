@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from matquant.store.files import DamageError, FileRecord, check_content, translate_os_errors
 from matquant.store.json_files import hash_json, read_json
 from matquant.store.tensor_files import read_tensors
-from matquant.version import __version__
+from matquant.version import version
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -215,7 +215,7 @@ def _content_hash(records: Mapping[str, FileRecord]) -> str:
 
 
 def _tool_versions() -> dict[str, str]:
-    versions = {"matquant": __version__}
+    versions = {"matquant": version()}
     for name in ("torch", "safetensors", "transformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)

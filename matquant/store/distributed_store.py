@@ -37,7 +37,8 @@ class DistributedDraft:
 
     def has(self, name: str) -> bool:
         """``Draft.has`` of rank 0."""
-        return self.process_group.broadcast_object(None if self.draft is None else self.draft.has(name))
+        found: bool = self.process_group.broadcast_object(None if self.draft is None else self.draft.has(name))
+        return found
 
     def read_tensors(self, name: str) -> tuple[dict[str, "Tensor"], dict[str, str]]:
         """``Draft.read_tensors``; every rank reads the file."""

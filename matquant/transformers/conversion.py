@@ -96,4 +96,5 @@ class PackScales(ConversionOps):
 
 def _single(tensors: Any) -> Tensor:
     """Only tensor of a pattern: Transformers passes it alone or in a list."""
-    return tensors[0] if isinstance(tensors, list) else tensors
+    tensor: Tensor = tensors[0] if isinstance(tensors, list) else tensors
+    return tensor

@@ -31,7 +31,7 @@ class ModelNames:
         self._base = getattr(model, name, None) if name else None
         config = model.config
         packed = list(getattr(config, "architectures", None) or [])
-        causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         self.same_model = not packed or type(model).__name__ in packed or type(model) is causal
 
     def of(self, name: str) -> str | None:

@@ -23,7 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig, GenerationMode
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from matquant.errors import UserError, shorten
 from matquant.formats.bit_choice import Bits, bits_by_layer

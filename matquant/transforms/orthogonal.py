@@ -26,7 +26,8 @@ def randomized_hadamard(size: int, seed: int) -> Tensor | None:
         return None
     generator = random.Random(seed)  # its sequence is the same on all platforms
     signs = torch.tensor([1.0 - 2.0 * generator.getrandbits(1) for _ in range(size)], dtype=torch.float64)
-    return (signs[:, None] * matrix / size**0.5).float()
+    rotation: Tensor = signs[:, None] * matrix / size**0.5
+    return rotation.float()
 
 
 def random_orthogonal(size: int, seed: int) -> Tensor:
@@ -37,7 +38,8 @@ def random_orthogonal(size: int, seed: int) -> Tensor:
     with _one_thread():  # the rounding of a decomposition depends on the number of threads
         gaussian = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         q, r = torch.linalg.qr(gaussian)
-        return (q * r.diagonal().sign()).float()
+        uniform: Tensor = q * r.diagonal().sign()
+        return uniform.float()
 
 
 ORTHOGONAL_MATRICES: dict[str, Callable[[int, int], Tensor | None]] = {

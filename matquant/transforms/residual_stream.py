@@ -65,7 +65,7 @@ class _Call:
     The tensors are kept, since a new tensor may get the address of a freed one.
     """
 
-    input_identity: tuple
+    input_identity: tuple[Any, ...]
     input: Tensor
     output: Any
 
@@ -80,7 +80,7 @@ def trace_residual_stream(model: BlockModel) -> ResidualStream:
     Raises:
         UserError: the structure is not supported; names the module that does not fit.
     """
-    kinds: dict[tuple, tuple[int, list[NormReaders], list[str]]] = {}
+    kinds: dict[tuple[Any, ...], tuple[int, list[NormReaders], list[str]]] = {}
     norms: list[NormReaders] = []
     writers: list[str] = []
     with torch.inference_mode(False):  # tensors count in-place writes only outside of it
@@ -110,7 +110,7 @@ def unsupported(model: BlockModel, reason: str) -> UserError:
 def _trace_embedding(model: BlockModel) -> str:
     """Full name of the embeddings, whose output must be the input of block 0 up to a constant factor."""
     module = model.model.get_input_embeddings()
-    name = next(n for n, m in model.model.named_modules() if m is module)
+    name: str = next(n for n, m in model.model.named_modules() if m is module)
     with model.embeddings_on_device(_CPU, torch.float32), _recorded({name: module}) as calls:
         hidden, _ = model.capture_batch(model.probe_ids(_CPU))
     embedded = calls[name][-1].output  # earlier calls may be those of a shorter batch
@@ -215,13 +215,13 @@ def _recorded(modules: Mapping[str, nn.Module], stop: nn.Module | None = None) -
     handles = []
     for name, module in modules.items():
 
-        def before(called: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
+        def before(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
             value = args[0] if args else next(iter(kwargs.values()))
             calls.setdefault(name, []).append(_Call(tensor_identity(value), value, None))
             if called is stop:
                 raise ForwardStopped
 
-        def after(_called: nn.Module, _args: tuple, output: Any, name: str = name) -> None:
+        def after(_called: nn.Module, _args: tuple[Any, ...], output: Any, name: str = name) -> None:
             last = calls[name][-1]
             calls[name][-1] = _Call(last.input_identity, last.input, output)
 

@@ -13,6 +13,8 @@ imports this one, and only this one needs vLLM.
     scheduler.py             steps of one bit-width each, by request and by load
     width_policy.py          bit-width by load, and turns of bit-widths (works without vLLM)
     width_settings.py        settings of these (works without vLLM)
+    step_drafts.py           steps with and without drafts of speculative decoding (works without vLLM)
+    draft_policy.py          drafts where they are measured to be faster (works without vLLM)
     block_keys.py            keys of cached KV blocks by bit-width (works without vLLM)
     step.py                  bit-width of a step, from scheduler to workers (works without vLLM)
     plane_memory.py          planes in host memory (works without vLLM)

@@ -30,6 +30,12 @@ DRAFT_PREFIX = "draft_model."  # of the names of a draft model's layers
 # Attributes of the scheduler that limit the number of running requests; releases have one or both.
 REQUEST_LIMITS = ("max_num_running_reqs", "max_num_active_reqs")
 
+# Classes that make drafts with a draft model, of vLLM's old and new model runner.
+_PROPOSERS = (
+    ("vllm.v1.spec_decode.draft_model", "DraftModelProposer"),
+    ("vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator", "StandaloneARSpeculator"),
+)
+
 logger = logging.getLogger(__name__)
 
 
@@ -96,7 +102,8 @@ def register_refusal(version: str, quant_methods: Sequence[str], error: ImportEr
 
 def map_name(mapper: Any, name: str) -> str | None:
     """Map the name of a stored tensor with a ``WeightsMapper``; None for a tensor that vLLM ignores."""
-    return mapper.map_name(name) if hasattr(mapper, "map_name") else mapper._map_name(name)
+    mapped: str | None = mapper.map_name(name) if hasattr(mapper, "map_name") else mapper._map_name(name)
+    return mapped
 
 
 def renaming_mapper(mapper_class: Any, renamings: list[Any]) -> Any:
@@ -154,23 +161,45 @@ def hook_draft_model(share: Callable[[Any, Any], None]) -> None:
     def after_v2(_: Any, draft: Any, target: Any, *__: Any, **___: Any) -> None:
         share(draft, target)
 
-    for module, owner, method, hook in (
-        ("vllm.v1.spec_decode.draft_model", "DraftModelProposer", "load_model", after),
-        (
-            "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator",
-            "StandaloneARSpeculator",
-            "load_draft_model",
-            after_v2,
-        ),
-    ):
+    hooks = (("load_model", after), ("load_draft_model", after_v2))
+    for (module, owner), (method, hook) in zip(_PROPOSERS, hooks, strict=True):
         with contextlib.suppress(ImportError):  # a release without it refuses draft models itself
             _hook(getattr(importlib.import_module(module), owner), method, after=hook)
 
 
+def hook_proposals() -> None:
+    """Make no drafts, and run no draft model, while the attribute ``matquant_skips`` of a proposer is true.
+
+    With no drafts requested vLLM still runs the draft model once, to keep its KV cache complete.
+    """
+
+    def instead(proposer: Any, *_: Any, next_token_ids: Any = None, **__: Any) -> Any:
+        if not getattr(proposer, "matquant_skips", False):
+            return None
+        proposer._last_draft_probs = None
+        return next_token_ids.new_empty(len(next_token_ids), 0)
+
+    def instead_v2(speculator: Any, input_batch: Any, *_: Any, dummy_run: bool = False, **__: Any) -> Any:
+        if dummy_run or not getattr(speculator, "matquant_skips", False):
+            return None
+        return speculator.draft_tokens[: input_batch.num_reqs]  # old ones, which nobody schedules
+
+    for (module, owner), hook in zip(_PROPOSERS, (instead, instead_v2), strict=True):
+        with contextlib.suppress(ImportError):
+            _hook(getattr(importlib.import_module(module), owner), "propose", instead=hook)
+
+
 def _hook(
-    owner: type, method: str, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None
+    owner: type,
+    method: str,
+    before: Callable[..., None] | None = None,
+    after: Callable[..., None] | None = None,
+    instead: Callable[..., Any] | None = None,
 ) -> None:
-    """Call functions before a method, with its arguments, or after it, with the result as second argument. Idempotent."""
+    """Call functions before a method, with its arguments, or after it, with the result as second argument. Idempotent.
+
+    What ``instead`` returns, if that is not None, is the result, and the method is not called.
+    """
     original: Any = getattr(owner, method)
     if getattr(original, "matquant_hook", False):
         return
@@ -179,7 +208,9 @@ def _hook(
     def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
         if before is not None:
             before(self, *args, **kwargs)
-        result = original(self, *args, **kwargs)
+        result = None if instead is None else instead(self, *args, **kwargs)
+        if result is None:
+            result = original(self, *args, **kwargs)
         if after is not None:
             after(self, result, *args, **kwargs)
         return result

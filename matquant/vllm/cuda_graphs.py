@@ -54,4 +54,5 @@ def recapture_cuda_graphs(runner: Any) -> None:
 
 
 def _has_graphs(runner: Any) -> bool:
-    return runner.compilation_config.cudagraph_mode.name != "NONE" and runner.device.type == "cuda"
+    mode: str = runner.compilation_config.cudagraph_mode.name
+    return mode != "NONE" and bool(runner.device.type == "cuda")

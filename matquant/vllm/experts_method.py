@@ -145,7 +145,8 @@ class NestedExpertsMethod(FusedMoEMethodBase):
         shared_experts: Any,
         shared_experts_input: Tensor | None,
     ) -> Tensor:
-        return torch.ops.matquant.nested_experts.default(x, topk_weights, topk_ids, layer.layer_name)
+        out: Tensor = torch.ops.matquant.nested_experts.default(x, topk_weights, topk_ids, layer.layer_name)
+        return out
 
     def compute(self, layer: RoutedExperts, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Compute the contribution of this device's experts: [tokens, hidden], in the dtype of ``x``.
@@ -168,7 +169,7 @@ class NestedExpertsMethod(FusedMoEMethodBase):
         weight_input = layer.apply_router_weight_on_input
         inner = [expert[kind](x * weight if weight_input else x, None) for kind in self.gate_up]
         gate, up = inner if len(inner) == 2 else inner[0].chunk(2, -1)
-        out = expert[self.down](_ACTIVATIONS[layer.activation.value](gate) * up, None)
+        out: Tensor = expert[self.down](_ACTIVATIONS[layer.activation.value](gate) * up, None)
         return out if weight_input else out * weight
 
 
@@ -183,7 +184,8 @@ def _load(layer: RoutedExperts, weights: Iterable[tuple[str, Tensor]]) -> Iterat
 
 def _nested_experts(x: Tensor, weights: Tensor, experts: Tensor, layer: str) -> Tensor:
     routed = get_forward_context().no_compile_layers[layer].routed_experts
-    return routed.quant_method.compute(routed, x, weights, experts)
+    out: Tensor = routed.quant_method.compute(routed, x, weights, experts)
+    return out
 
 
 for _key in ("CPU", "CUDA"):

@@ -66,7 +66,8 @@ class NestedLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if layer.fused_linears is not None:
-            return layer.fused_linears(x, bias)
+            out: Tensor = layer.fused_linears(x, bias)
+            return out
         outputs, start = [], 0
         for linear in layer.sharded_linears:
             rows = linear.shard.shape[0]

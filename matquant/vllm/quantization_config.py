@@ -40,6 +40,7 @@ from matquant.vllm.worker import begin_step
 
 compat.hook_steps(begin_step)  # in all processes, before a worker is made
 compat.hook_draft_model(share_equal_parameters)
+compat.hook_proposals()
 
 # Layers whose planes a draft model may read, by folder, name, shard and number of planes.
 _resident: weakref.WeakValueDictionary[tuple[object, ...], ShardedNestedLinear] = weakref.WeakValueDictionary()

@@ -23,6 +23,7 @@ from matquant.errors import UserError
 from matquant.vllm import compat
 from matquant.vllm.block_keys import WidthKeyedHasher
 from matquant.vllm.step import StepWidth
+from matquant.vllm.step_drafts import StepDrafts
 from matquant.vllm.width_policy import LoadPolicy, StepCounts, Turns, Width, logger, width_name
 from matquant.vllm.width_settings import WidthSettings
 
@@ -46,6 +47,7 @@ class SyncWidthScheduler(Scheduler):
         self._server_width: Width = None if self._policy is None else self._policy.bits
         self._turns = Turns(self._server_width)
         self._passed_over: str | None = None  # id of the oldest request that did not find room at its turn
+        self._drafts = self._step_drafts()
 
     def add_request(self, request: Request) -> None:
         """Add a request. One with a wrong bit-width ends with an error, which is logged."""
@@ -73,11 +75,15 @@ class SyncWidthScheduler(Scheduler):
             output = super().schedule(*args, **kwargs)
         self._note_passed_over([request for request in startable if self._width(request) == width])
         self._counts.add(width, output.total_num_scheduled_tokens)
-        output.matquant_step = StepWidth(width, self._state(width))
+        makes_drafts = self._drafts is None or self._drafts.last
+        output.matquant_step = StepWidth(width, self._state(width), makes_drafts)
         return output
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
         """Process the outputs of a step, and end refused requests."""
+        if self._drafts is not None:
+            scheduled, sampled = _step_outputs(*args, **kwargs)
+            self._drafts.record(scheduled, sampled)
         found: dict[int, EngineCoreOutputs] = super().update_from_output(*args, **kwargs)
         refused = {name: message for name, message in self._refused.items() if name in self.requests}
         self._refused = {}
@@ -88,6 +94,26 @@ class SyncWidthScheduler(Scheduler):
             outputs.outputs.append(compat.error_output(request, message))
         return found
 
+    def _update_after_schedule(self, scheduler_output: Any) -> None:
+        """Decide whether the step makes drafts, before vLLM's scheduler notes how many there will be."""
+        if self._drafts is not None:
+            self._drafts.plan(
+                scheduler_output, width_name(self._turns.last), lambda name: self.requests[name].num_computed_tokens
+            )
+        super()._update_after_schedule(scheduler_output)
+
+    def _step_drafts(self) -> StepDrafts | None:
+        """Decisions about drafts; None for an engine without speculative decoding, or where it is always on."""
+        speculative = self.vllm_config.speculative_config
+        if speculative is None or self.width_settings.speculation == "always":
+            return None
+        if reason := _always_drafts(self.vllm_config):
+            logger.warning("Speculative decoding is always on, whether it pays or not: %s.", reason)
+            return None
+        if self.dynamic_sd_lookup is None:  # its presence says that the number of drafts changes between steps
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
+        return StepDrafts()
+
     def _width(self, request: Request) -> Width:
         named = self._widths.get(request.request_id)
         return self._server_width if named is None else named
@@ -96,6 +122,8 @@ class SyncWidthScheduler(Scheduler):
         for name in self._widths.keys() - self.requests.keys():
             del self._widths[name]
             self._hashers.pop(name, None)
+        if self._drafts is not None:
+            self._drafts.forget(self.requests)
 
     def _follow_load(self) -> None:
         """Apply the load policy to all requests that do not name a bit-width."""
@@ -189,8 +217,17 @@ class SyncWidthScheduler(Scheduler):
             "running": len(self.running),
             "waiting": sum(len(queue) for _, queue in self._queues()),
             "kv_cache_usage": round(self.kv_cache_manager.usage, 4),
+            "speculation": self._speculation_state(),
             **self._counts.to_json(),
         }
+
+    def _speculation_state(self) -> dict[str, Any] | None:
+        """Part of the state about drafts; None without speculative decoding."""
+        if self.vllm_config.speculative_config is None:
+            return None
+        if self._drafts is None:
+            return {"mode": "always"}
+        return {"mode": "adaptive", "drafts": self._drafts.last, **self._drafts.policy.to_json()}
 
 
 class WidthScheduler(SyncWidthScheduler, AsyncScheduler):
@@ -213,6 +250,20 @@ def _settings(vllm_config: Any) -> WidthSettings:
     return WidthSettings.from_config(vllm_config.additional_config, choice.max_bits)
 
 
+def _always_drafts(vllm_config: Any) -> str | None:
+    """Reason why drafts cannot be left out of single steps; None if they can."""
+    if vllm_config.speculative_config.method != "draft_model":
+        return f"this is measured for the method draft_model only, and found {vllm_config.speculative_config.method}"
+    if vllm_config.parallel_config.data_parallel_size > 1:
+        return "data-parallel engines must agree on each step"
+    return None
+
+
+def _step_outputs(scheduler_output: Any, model_runner_output: Any) -> tuple[Any, Any]:
+    """What the scheduler returned for a step, and the tokens of each of its requests."""
+    return scheduler_output, model_runner_output.sampled_token_ids
+
+
 def _named_bits(request: Request) -> object:
     parameters = request.sampling_params
     return None if parameters is None else (parameters.extra_args or {}).get("bits")
@@ -225,7 +276,7 @@ def _has_work(request: Request) -> bool:
         request.num_computed_tokens + 2 - placeholders >= request.num_prompt_tokens + request.max_tokens
     ):
         return False  # its last token is being computed
-    return request.num_tokens_with_spec + placeholders > request.num_computed_tokens
+    return bool(request.num_tokens_with_spec + placeholders > request.num_computed_tokens)
 
 
 def _computed(request: Request) -> tuple[int, int]:

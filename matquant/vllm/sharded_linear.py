@@ -217,7 +217,7 @@ def multiply(
     Returns:
         [..., rows of all ranges].
     """
-    return torch.ops.matquant.nested_linear_runtime_bits.default(
+    out: Tensor = torch.ops.matquant.nested_linear_runtime_bits.default(
         x,
         layer.planes,
         [layer.scales, *(getattr(layer, f"scales{bits}") for bits in layer.scale_bits)],
@@ -229,6 +229,7 @@ def multiply(
         columns,
         *layer.format.op_args,
     )
+    return out
 
 
 ShardedLinear = ShardedNestedLinear | ShardedDenseLinear

@@ -14,7 +14,9 @@ class StepWidth:
     Attributes:
         bits: bit-width of all layers; None for those that ``WidthExtension.set_bits`` set.
         state: state of the scheduler before the step, for reports.
+        makes_drafts: False for a step in which no draft model runs.
     """
 
     bits: int | None
     state: Mapping[str, Any]
+    makes_drafts: bool = True

@@ -43,7 +43,7 @@ def current_bits(step_bits: Tensor) -> int:
     Raises:
         UserError: the bit-widths differ, and the attention backend does not say which kind of step this is.
     """
-    decode, prefill, decode_tokens = step_bits.tolist()
+    decode, prefill, decode_tokens = (int(value) for value in step_bits.tolist())
     return decode if decode == prefill or _is_decode_step(decode_tokens) else prefill
 
 
@@ -57,7 +57,7 @@ def _is_decode_step(decode_tokens: int) -> bool:
     if (
         mode != "NONE"
     ):  # full graphs are of decode steps, see cuda_graphs.check_graph_mode; piecewise graphs of all others
-        return mode == "FULL"
+        return bool(mode == "FULL")
     metadata = context.attn_metadata
     if not metadata:  # a run that only measures memory
         return False

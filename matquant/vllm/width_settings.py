@@ -11,6 +11,7 @@ from matquant.errors import UserError
 from matquant.formats.bits import MIN_BITS, check_bits
 
 SECTION = "matquant"
+SPECULATION = ("adaptive", "always")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,18 +43,20 @@ class WidthSettings:
         model_bits: bit-width of requests by the served model name that they ask for.
         policy: bit-widths by load; None if the server's choice changes only by ``/v1/matquant/bits``.
         draft_bits: bit-width of a draft model that is the same checkpoint.
+        speculation: ``adaptive`` leaves drafts out where that is measured to be faster, ``always`` does not.
     """
 
     max_bits: int
     model_bits: Mapping[str, int] = dataclasses.field(default_factory=dict)
     policy: PolicySettings | None = None
     draft_bits: int = MIN_BITS
+    speculation: str = SPECULATION[0]
 
     @classmethod
     def from_config(cls, additional_config: object, max_bits: int) -> "WidthSettings":
         """Checked settings from vLLM's ``additional_config``. Raises UserError."""
         section = additional_config.get(SECTION, {}) if isinstance(additional_config, Mapping) else {}
-        given = _fields(section, SECTION, ("model_bits", "policy", "draft_bits"))
+        given = _fields(section, SECTION, ("model_bits", "policy", "draft_bits", "speculation"))
         names = given.get("model_bits", {})
         if not isinstance(names, Mapping):
             raise UserError(f"{SECTION}.model_bits must be an object of model names and bit-widths; found {names!r}.")
@@ -63,6 +66,7 @@ class WidthSettings:
             max_bits=max_bits,
             model_bits=model_bits,
             policy=None if policy is None else _policy(policy, max_bits),
+            speculation=_speculation(given.get("speculation", SPECULATION[0])),
             draft_bits=check_bits(given.get("draft_bits", MIN_BITS), f"{SECTION}.draft_bits", max_bits),
         )
 
@@ -83,6 +87,12 @@ class WidthSettings:
         if bits is not None:
             return self.check_bits(bits)
         return self.model_bits.get(model) if isinstance(model, str) else None
+
+
+def _speculation(value: object) -> str:
+    if value not in SPECULATION:
+        raise UserError(f"{SECTION}.speculation must be one of {', '.join(SPECULATION)}; found {value!r}.")
+    return str(value)
 
 
 def _policy(content: object, max_bits: int) -> PolicySettings:

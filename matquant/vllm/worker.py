@@ -153,10 +153,15 @@ class LayerWidths:
 
 def draft_layers(runner: Any) -> list[ShardedNestedLinear]:
     """Nested layers of a model runner's draft model."""
-    owners: list[Any] = [getattr(runner, name, None) for name in ("drafter", "speculator")]  # of the old and new runner
-    models = [getattr(owner, "model", None) for owner in owners]
+    models = [getattr(owner, "model", None) for owner in _proposers(runner)]
     modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
     return [module for module in modules if isinstance(module, ShardedNestedLinear)]
+
+
+def _proposers(runner: Any) -> list[Any]:
+    """What makes drafts in a model runner, old or new."""
+    found = [getattr(runner, name, None) for name in ("drafter", "speculator")]
+    return [proposer for proposer in found if proposer is not None]
 
 
 def layer_widths(runner: Any) -> LayerWidths:
@@ -172,6 +177,8 @@ def begin_step(worker: Any, scheduler_output: Any) -> None:
     step = getattr(scheduler_output, ATTRIBUTE, None)
     if step is not None:
         layer_widths(worker.model_runner).begin_step(step)
+        for proposer in _proposers(worker.model_runner):
+            proposer.matquant_skips = not step.makes_drafts
 
 
 def _sharded_layers(model: nn.Module) -> dict[str, list[ShardedNestedLinear]]:

@@ -178,3 +178,27 @@ def test_the_fingerprint_knows_ids_and_shape() -> None:
 def test_an_unknown_dataset_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"calibration\.dataset must be one of stdlib, .*mix; found 'wiki'"):
         texts.check_text(config(dataset="wiki"), "calibration")
+
+
+@given(
+    sequences=st.integers(1, 40),
+    weights=st.dictionaries(st.sampled_from(["stdlib", "local", "self"]), st.floats(0.1, 9), min_size=1),
+)
+def test_sequences_that_a_model_writes_are_left_out_of_those_that_are_read(
+    sequences: int, weights: dict[str, float]
+) -> None:
+    text = TextConfig(dataset="mix", mix=weights, path="folder", sequences=sequences, sequence_length=8)
+    read, written = texts.split_self(text)
+    shares = {part.dataset: part.sequences for part in texts.shares(text)}
+    assert written == shares.get("self", 0)
+    assert (0 if read is None else read.sequences) == sequences - written
+    if read is not None:
+        assert set(read.mix) == set(weights) - {"self"}
+        for part in texts.shares(read):
+            assert abs(part.sequences - shares.get(part.dataset, 0)) <= 1
+
+
+@pytest.mark.parametrize(("dataset", "expected"), [("self", (None, 5)), ("stdlib", (5, 0))])
+def test_a_text_of_one_kind_is_read_or_written(dataset: str, expected: tuple[int | None, int]) -> None:
+    read, written = texts.split_self(TextConfig(dataset=dataset, sequences=5))
+    assert (read and read.sequences, written) == expected

@@ -75,11 +75,28 @@ def test_blocks_of_code_begin_with_their_first_line(page):
 
 
 def test_links_of_the_pages_reach_files():
-    for page in [*PAGES, *(ROOT / "experiments").rglob("*.md"), ROOT / "kernels" / "README.md"]:
+    for page in documents():
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
             if "://" in target or target.startswith("reference/"):
                 continue
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def documents():
+    """Pages, and the pages beside the code and the results."""
+    return [*PAGES, *(ROOT / "experiments").rglob("*.md"), ROOT / "kernels" / "README.md"]
+
+
+@pytest.mark.parametrize("page", documents(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_paths_in_the_pages_exist(page):
+    named = re.findall(r"`((?:\.github|conf|docs|experiments|kernels|matquant|tests)/[\w./-]+)`", page.read_text())
+    assert [path for path in named if "NAME" not in path and not (ROOT / path).exists()] == []
+
+
+def test_every_method_has_a_table_of_settings_with_its_presets():
+    titles = " ".join(title for title in hooks().GROUPS if title.startswith("method"))
+    presets = re.findall(r"[\w]+", titles.replace("method (", ""))
+    assert sorted(presets) == sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
 
 
 def test_every_setting_is_described():

@@ -15,10 +15,11 @@ from matquant.evaluate.slices import evaluate_slices
 from matquant.formats.parent import Parent
 from matquant.formats.slice_spec import SliceSpec
 from matquant.models.blocks import BlockModel
+from matquant.refine import slice_model
 from matquant.refine.config import RefineConfig
 from matquant.refine.refinement import RefineContext
 from matquant.refine.scale_refinement import ScaleRefinement
-from matquant.refine.slice_model import open_slice_model
+from matquant.refine.slice_model import SliceModel, open_slice_model
 from matquant.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,6 +92,28 @@ def test_divergence_and_gradients_are_those_of_a_dense_model(kind: str, head: bo
             assert name not in gradients or not gradients[name].any()  # an expert without tokens
             continue
         torch.testing.assert_close(gradients[name], own[name].grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("error", "reason"), [("a block\nwaits", "a block"), ("", "RuntimeError")])
+def test_a_refinement_says_that_it_ran_without_graphs(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: str, reason: str
+) -> None:
+    class Refusal:
+        def __init__(self, *_: Any) -> None:
+            raise RuntimeError(error)
+
+    class Capturing(SliceModel):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._captures = True  # as on a GPU
+
+    monkeypatch.setattr(slice_model, "GraphedPasses", Refusal)
+    monkeypatch.setattr(slice_model, "SliceModel", Capturing)
+    refinement = ScaleRefinement(CONFIG, context_of(opened))
+    parent = Parent(Store(tmp_path).open_or_build("refined", {}, lambda draft: {"blocks": refinement.run(draft)}))
+    (sentence,) = refinement.warnings
+    assert f"without CUDA graphs, which this model does not allow ({reason})" in sentence
+    assert parent.block(0).keys() == refine(opened, tmp_path / "other")[0].block(0).keys()
 
 
 def test_refined_bit_widths_get_better_and_the_others_stay(opened: Opened, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 The tests run ``python engine.py JOB`` with a JSON file: ``model``, ``engine`` (arguments of ``LLM``), ``prompts`` (token ids),
 ``tokens`` (number of new tokens), and ``steps``. Each step is a list of arguments of ``set_bits``, or null to change nothing,
-or an object with ``bits``, the bit-width of each prompt's request.
+or an object with ``bits``, the bit-width of each prompt's request, or with ``costs``, the seconds of a step with and of one
+without drafts, in place of those that are measured.
 """
 
 import json
@@ -32,15 +33,51 @@ def main(job: dict) -> None:
     for step in job["steps"]:
         if isinstance(step, list):
             set_bits(llm, *step)
-        requested = step["bits"] if isinstance(step, dict) else [None] * len(prompts)
+        content = step if isinstance(step, dict) else {}
+        if "costs" in content:
+            set_costs(llm.llm_engine.engine_core.engine_core.scheduler, *content["costs"])
+            llm.collective_rpc(count_calls)
+        requested = content.get("bits", [None] * len(prompts))
         parameters = [
             SamplingParams(**length, extra_args=None if bits is None else {"bits": bits}) for bits in requested
         ]
         outputs = llm.generate(prompts, parameters, use_tqdm=False)
         found.append([list(output.outputs[0].token_ids) for output in outputs])
+        if "costs" in content:
+            state = llm.collective_rpc("get_step_state")[0]["speculation"]
+            print("COSTS " + json.dumps([state, *llm.collective_rpc(count_calls)[0]]), flush=True)
     print("TOKENS " + json.dumps(found), flush=True)
     if "speculative_config" in job["engine"]:
         print("DRAFTS " + json.dumps(drafts(llm)), flush=True)
+
+
+def set_costs(scheduler: Any, drafts: float, plain: float) -> None:
+    """Let a clock move by the costs of each step, and decide anew by few steps."""
+    from matquant.vllm.draft_policy import DraftPolicy
+    from matquant.vllm.step_drafts import StepDrafts
+
+    now, schedule = [0.0], type(scheduler).schedule
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(scheduler, *args, **kwargs)
+        now[0] += drafts if output.matquant_step.makes_drafts else plain
+        return output
+
+    scheduler.schedule = timed
+    scheduler._drafts = StepDrafts(DraftPolicy(first_steps=4), lambda: now[0])
+
+
+def count_calls(worker: Any) -> list[int]:
+    """Number of forward passes of the draft model and of the target since the last call."""
+    models = (worker.model_runner.drafter.model, worker.model_runner.model)
+    counts = []
+    for model in models:
+        if not hasattr(model, "calls"):
+            model.calls = 0
+            model.register_forward_pre_hook(lambda module, _: setattr(module, "calls", module.calls + 1))
+        counts.append(model.calls)
+        model.calls = 0
+    return counts
 
 
 def nested_layers(worker: Any) -> tuple[list[Any], int]:

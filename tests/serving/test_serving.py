@@ -64,7 +64,7 @@ class Packed:
         self.names = [name for index in range(len(self.parent.blocks)) for name in self.parent.block(index)]
         self.mixed = {name: MIXED.get(name.rpartition(".")[2], 5) for name in self.names}
 
-    def greedy(self, bits: int | dict[str, int]) -> list[list[int]]:
+    def greedy(self, bits: int | dict[str, int], tokens: int = TOKENS) -> list[list[int]]:
         """Tokens that stock Transformers generates with the dequantized weights of a slice."""
         model = tf.AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32)
         for index in range(len(self.parent.blocks)):
@@ -76,7 +76,7 @@ class Packed:
                     getattr(model.get_submodule(stack), last).data[int(expert)].copy_(dense)
                 else:
                     model.get_submodule(name).weight.data.copy_(dense)
-        return generate(model)
+        return generate(model, tokens)
 
 
 def read(folder: Path, **bits: int) -> Any:
@@ -84,10 +84,10 @@ def read(folder: Path, **bits: int) -> Any:
     return tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **bits)
 
 
-def generate(model: Any) -> list[list[int]]:
+def generate(model: Any, tokens: int = TOKENS) -> list[list[int]]:
     found = []
     for prompt in PROMPTS:
-        out = model.generate(torch.tensor([prompt]), max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
         found.append(out[0, len(prompt) :].tolist())
     return found
 
@@ -142,9 +142,9 @@ def report(output: str, kind: str) -> Any:
     return json.loads(line.removeprefix(f"{kind} "))
 
 
-def run_engine_process(folder: Path, tmp_path: Path, steps: list[Any], **engine: Any) -> str:
+def run_engine_process(folder: Path, tmp_path: Path, steps: list[Any], tokens: int = TOKENS, **engine: Any) -> str:
     """Output of ``engine.py``."""
-    job = {"model": str(folder), "prompts": PROMPTS, "tokens": TOKENS, "steps": steps}
+    job = {"model": str(folder), "prompts": PROMPTS, "tokens": tokens, "steps": steps}
     (tmp_path / "job.json").write_text(json.dumps(job | {"engine": {"dtype": "float32"} | engine}))
     command = [sys.executable, Path(__file__).with_name("engine.py"), tmp_path / "job.json"]
     done = subprocess.run(command, text=True, capture_output=True)
@@ -190,6 +190,31 @@ def test_a_low_slice_drafts_for_a_high_one(tiny, tmp_path):
     assert drafts["storages"] == 4 * blocks  # q, k and v have one, gate and up too
     assert drafts["fused"] == 2 * 2 * blocks  # in both models
     assert drafts["draft_bits"] == 3
+
+
+def test_drafting_stops_where_it_costs_more(tiny, tmp_path):
+    """Drafts on, off and on again, by costs that the test sets. The tokens are those of plain decoding all the time."""
+    draft = {"method": "draft_model", "model": str(tiny.folder), "num_speculative_tokens": 3}
+    cheap, dear = [0.5, 1.0], [50.0, 1.0]
+    output = run_engine_process(
+        tiny.folder,
+        tmp_path,
+        [{"costs": costs} for costs in (cheap, dear, cheap)],
+        tokens=40,
+        enforce_eager=True,
+        hf_overrides={"bits": 8},
+        speculative_config=draft,
+        additional_config={"matquant": {"draft_bits": 3}},
+        scheduler_cls="matquant.vllm.scheduler.WidthScheduler",
+        disable_log_stats=False,
+    )
+    assert report(output, "TOKENS") == [tiny.greedy(8, 40)] * 3
+    found = [json.loads(line.removeprefix("COSTS ")) for line in output.splitlines() if line.startswith("COSTS ")]
+    decisions = [[r["drafts"] for r in state["ranges"] if r["requests"] == [3, 4]] for state, _, _ in found]
+    assert decisions == [[True], [False], [True]]
+    assert [state["changes"] for state, _, _ in found] == [0, 1, 0]
+    for (_, draft_calls, target_calls), has_drafts in zip(found, (True, False, True), strict=True):
+        assert (draft_calls > target_calls) == has_drafts  # three calls for each step with drafts, and none without
 
 
 @pytest.mark.parametrize("random_model", ["qwen3", "qwen3, short groups"], indirect=True)

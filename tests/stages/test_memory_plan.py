@@ -125,7 +125,14 @@ def refined(blocks: int = 4, **changes: Any) -> MemoryEstimate:
     sizes = model_sizes(blocks)
     trained = trained_scales_bytes(sizes, len(changes.pop("bits", (2, 3, 4))), groups=10**6)
     fields: dict[str, Any] = {"trained": trained, "parent": sizes.quantized}
-    fields |= {"windows": 1000, "length": 512, "batch": 8, "on_gpu": True, "offload": torch.device("cuda")}
+    fields |= {
+        "windows": 1000,
+        "length": 512,
+        "batch": 8,
+        "captured": 0,
+        "on_gpu": True,
+        "offload": torch.device("cuda"),
+    }
     return refine_memory(sizes, **fields | changes)
 
 
@@ -145,6 +152,14 @@ def test_a_refinement_holds_the_model_its_codes_and_its_optimizer() -> None:
     assert refined().device > held + cached
     with pytest.raises(UserError, match="A refinement holds the whole model. Lower refine.text.batch_size"):
         dataclasses.replace(plan_of([refined(on_gpu=False, offload=CPU)]), host_free=0).refuse()
+
+
+def test_captured_passes_keep_the_states_between_blocks_of_each_bit_width() -> None:
+    sizes = model_sizes()
+    states = sizes.blocks * 8 * 512 * sizes.hidden * sizes.computing
+    one, three = (refined(captured=count).device for count in (1, 3))
+    assert three - one == 2 * states
+    assert one > refined().device
 
 
 def test_training_of_the_weights_holds_a_latent_weight_its_gradient_and_two_moments() -> None:

@@ -67,6 +67,15 @@ def test_a_refined_parent_is_stored_searched_packed_and_found_again(job, tmp_pat
         (["refine.text.dataset=self", "refine.top_k=0"], "refine.top_k must be at least 1; found 0"),
         (["refine.text.dataset=self", "refine.text.sequences=0"], "refine.text.sequences must be at least 1; found 0"),
         (
+            ["refine.text.dataset=mix", "+refine.text.mix={stdlib:1,self:-1}"],
+            "refine.text.mix.self=-1.0: a mix is of stdlib",
+        ),
+        (
+            ["refine.text.dataset=mix", "+refine.text.mix={self:1,nothing:1}"],
+            "refine.text.mix.nothing=1.0: a mix is of",
+        ),
+        (["refine.text.dataset=self", "+refine.text.mix={self:1}"], "goes with refine.text.dataset=mix"),
+        (
             ["calibration.dataset=self"],
             "calibration.dataset=self: only a refinement can be trained on text that the model",
         ),
@@ -87,9 +96,13 @@ def test_a_refinement_is_not_made_without_the_stage_quantize(matquant, small_mod
     assert "add quantize to stages" in err
 
 
+OWN_TEXTS = [["refine.text.dataset=self"], ["refine.text.dataset=mix", "+refine.text.mix={stdlib:1,self:2}"]]
+
+
 @pytest.mark.slow
-def test_a_refinement_on_the_models_own_text_is_found_again(job, matquant, small_model):
-    settings = (*REFINE, "refine.text.dataset=self", "bits=[2]")
+@pytest.mark.parametrize("text", OWN_TEXTS, ids=["self", "mix"])
+def test_a_refinement_on_the_models_own_text_is_found_again(job, matquant, small_model, text):
+    settings = (*REFINE, *text, "bits=[2]")
     refined = job(*settings)
     history = refined["refine"]["history"]
     assert min(row["kl"]["2"] for row in history) < history[0]["kl"]["2"]

@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import matquant.vllm
 from matquant.errors import UserError
@@ -138,6 +139,49 @@ class Wrapper:
 
     def execute_model(self, scheduler_output: str) -> str:
         return f"executed {scheduler_output}"
+
+
+def test_no_draft_model_runs_while_proposals_are_skipped(monkeypatch):
+    """In both model runners, and with a release that has only one of them."""
+    calls: list[str] = []
+
+    class Proposer:
+        _last_draft_probs: Any = "old"
+
+        def propose(self, num_speculative_tokens: int, next_token_ids: torch.Tensor) -> torch.Tensor:
+            calls.append("old runner")
+            return torch.ones(len(next_token_ids), num_speculative_tokens)
+
+    class Speculator:
+        draft_tokens = torch.arange(12).view(4, 3)
+
+        def propose(self, input_batch: Any, dummy_run: bool = False) -> torch.Tensor:
+            calls.append("new runner")
+            return torch.ones(input_batch.num_reqs, 3)
+
+    old, new = "vllm.v1.spec_decode.draft_model", "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator"
+    monkeypatch.setitem(sys.modules, old, SimpleNamespace(DraftModelProposer=Proposer))
+    monkeypatch.setitem(sys.modules, new, None)
+    compat.hook_proposals()
+    monkeypatch.setitem(sys.modules, new, SimpleNamespace(StandaloneARSpeculator=Speculator))
+    compat.hook_proposals()
+    first: Any = Proposer()
+    second: Any = Speculator()
+    batch, tokens = SimpleNamespace(num_reqs=2), torch.tensor([5, 6])
+
+    def shapes() -> list[tuple[int, ...]]:
+        return [tuple(first.propose(3, next_token_ids=tokens).shape), tuple(second.propose(batch).shape)]
+
+    assert shapes() == [(2, 3), (2, 3)]
+    assert calls == ["old runner", "new runner"]
+    first.matquant_skips = second.matquant_skips = True
+    assert shapes() == [(2, 0), (2, 3)]
+    assert first._last_draft_probs is None
+    assert len(calls) == 2
+    second.propose(batch, dummy_run=True)  # the profiling run before the first step
+    first.matquant_skips = second.matquant_skips = False
+    assert shapes() == [(2, 3), (2, 3)]
+    assert len(calls) == 5
 
 
 def test_steps_and_draft_models_are_hooked_once(monkeypatch):

@@ -28,7 +28,7 @@ from matquant.pack.gguf.type_choice import SliceLayer
 from matquant.pack.gguf.vocabulary import Vocabulary, vocabulary_of
 from matquant.quantize.config import MethodConfig
 from matquant.store.files import translate_os_errors
-from matquant.version import __version__
+from matquant.version import version
 
 _WEIGHT = ".weight"
 _ROUTER = "ffn_gate_inp"  # part of the names of tensors that llama.cpp reads in F32 only
@@ -263,7 +263,7 @@ class _Writing:
         writer.add_size_label(gguf.size_label(*writer.get_total_parameter_count()))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(int(getattr(gguf.LlamaFileType, self._file_type())))
-        writer.add_string("general.quantized_by", f"matquant {__version__}")
+        writer.add_string("general.quantized_by", f"matquant {version()}")
         for key, value in hyperparameters(self.config, self.architecture).items():
             add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool, str: writer.add_string}
             add[type(value)](f"{self.architecture.name}.{key}", value)

@@ -19,7 +19,7 @@ from matquant.pack.formats.integer_format import IntegerFormat, group_size, name
 from matquant.pack.integer_grid import Grid, IntegerWeight, pack_bits
 from matquant.pack.pack_input import PackInput
 from matquant.quantize.config import MethodConfig
-from matquant.version import __version__
+from matquant.version import version
 
 _BITS = (2, 3, 4, 8)
 _WORD = 32
@@ -79,7 +79,7 @@ class GptqFormat(IntegerFormat):
             "lm_head": "lm_head" in grids,
             "checkpoint_format": "gptq",
             "pack_dtype": "int32",
-            "meta": {"quantizer": [f"matquant:{__version__}"]},
+            "meta": {"quantizer": [f"matquant:{version()}"]},
         } | ({"dynamic": dynamic} if dynamic else {})
 
 

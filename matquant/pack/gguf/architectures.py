@@ -91,7 +91,7 @@ def context_length(config: Any, architecture: Architecture) -> int:
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None) or ["sliding_attention"]
     slides = window is not None and "sliding_attention" in layers and not architecture.windowed
-    return min(config.max_position_embeddings, window) if slides else config.max_position_embeddings
+    return int(min(config.max_position_embeddings, window) if slides else config.max_position_embeddings)
 
 
 def rope_tensors(config: Any) -> dict[str, Tensor]:
@@ -143,7 +143,8 @@ def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     smooth = (rope["original_max_position_embeddings"] / wavelength - low) / (high - low)
     smooth = smooth.clamp(0, 1)
-    return (1 / ((1 - smooth) / rope["factor"] + smooth)).float()
+    divisors: Tensor = 1 / ((1 - smooth) / rope["factor"] + smooth)
+    return divisors.float()
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:
@@ -154,12 +155,12 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
 
 def _full_rope(config: Any) -> dict[str, Any]:
     """Parameters of the rotary embeddings of layers with full attention."""
-    found = config.rope_parameters
-    return found if "rope_type" in found else found["full_attention"]
+    found: dict[str, Any] = config.rope_parameters
+    return found if "rope_type" in found else dict(found["full_attention"])
 
 
 def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _unsupported(config: Any, what: str) -> UserError:

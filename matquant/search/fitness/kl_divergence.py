@@ -45,5 +45,5 @@ def summed_kl(logits: Tensor, probabilities: Tensor, negative_entropy: Tensor) -
         negative_entropy: sum of p log p.
     """
     logits = logits.float()
-    cross = torch.linalg.vecdot(probabilities, logits).sum(dtype=torch.float64)
+    cross: Tensor = torch.linalg.vecdot(probabilities, logits).sum(dtype=torch.float64)
     return negative_entropy - cross + logits.logsumexp(-1).sum(dtype=torch.float64)

@@ -122,7 +122,7 @@ def run_py(tmp_path):
 
 @pytest.fixture
 def fork_job(tmp_path):
-    """As ``run_py``, without the seconds in which a new interpreter imports the packages; see ``forked``."""
+    """Function that starts a job as ``run_py`` does, in a process that has imported the packages; see ``forked``."""
 
     def start(*overrides: str, **environment: str) -> ForkedJob:
         return ForkedJob(job_arguments(tmp_path, overrides), tmp_path, **environment)

@@ -36,7 +36,6 @@ class SyncWidthScheduler(Scheduler):
     dynamic_sd_lookup: list[int] | None  # of vLLM's scheduler: drafts by number of running requests
 
     running: list[Request]
-    dynamic_sd_lookup: list[int] | None  # number of drafts by batch size
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

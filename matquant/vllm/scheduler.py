@@ -33,9 +33,8 @@ _STARTABLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 class SyncWidthScheduler(Scheduler):
     """Scheduler for engines without asynchronous scheduling."""
 
-    dynamic_sd_lookup: list[int] | None  # of vLLM's scheduler: drafts by number of running requests
-
     running: list[Request]
+    dynamic_sd_lookup: list[int] | None  # of vLLM's scheduler: drafts by number of running requests
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -10,8 +10,9 @@ GGUF := .venv-gguf
 run: $(VENV)/.ready
 	$(BIN)/python run.py
 
+# A worker gets a few tests at a time, so that neither keeps long ones for the end.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --maxschedchunk 16
 
 # Under two minutes on 2 cores: no whole jobs, no compilation of kernels.
 test-fast: $(VENV)/.ready

@@ -23,6 +23,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run files with slow tests first: the short tests at the end keep all workers busy to the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory) -> Path:
     """Random Llama of 4 blocks with the shipped tokenizer. Its hidden size is 64, half a group of 128."""
@@ -116,7 +122,7 @@ def run_py(tmp_path):
 
 @pytest.fixture
 def fork_job(tmp_path):
-    """Run a job like ``run_py``, without the seconds in which a new interpreter imports the packages; see ``forked``."""
+    """Function that starts a job as ``run_py`` does, in a process that has imported the packages; see ``forked``."""
 
     def start(*overrides: str, **environment: str) -> ForkedJob:
         return ForkedJob(job_arguments(tmp_path, overrides), tmp_path, **environment)

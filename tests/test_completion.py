@@ -4,12 +4,13 @@ import os
 import pty
 import select
 import shutil
-import subprocess
 import sys
 import time
 
 import pytest
 from shared import ROOT
+
+from matquant import cli
 
 # Options that keep a shell from reading the user's settings.
 SHELLS = {"bash": ["--norc", "--noprofile"], "zsh": ["-f"], "fish": ["--no-config"]}
@@ -17,11 +18,22 @@ LOAD = {"bash": "source <(matquant completion bash)", "zsh": "source <(matquant 
 LOAD["fish"] = "matquant completion fish | source"
 
 
-def query(line):
-    run = subprocess.run(
-        [sys.executable, "run.py", "completion", "query", line], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    return run.returncode, run.stdout.split(), run.stderr
+@pytest.fixture
+def complete(monkeypatch, capsys):
+    """Function that calls ``matquant completion`` in this process; returns exit status, standard output and standard error."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COMP_LINE", "")  # restored afterwards
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run.py", "completion", *arguments])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return call
 
 
 @pytest.mark.parametrize(
@@ -41,24 +53,22 @@ def query(line):
         ("matquant pack=", {f"pack={path.stem}" for path in (ROOT / "conf" / "pack").glob("*.yaml")}),
     ],
 )
-def test_words_at_the_cursor(line, words):
-    status, found, _ = query(line)
-    assert (status, set(found)) == (0, words)
+def test_words_at_the_cursor(line, words, complete):
+    status, found, _ = complete("query", line)
+    assert (status, set(found.split())) == (0, words)
 
 
-def test_an_unknown_command_gives_no_words():
-    status, found, said = query("matquant quantise method=")
-    assert (status, found) == (2, [])
+def test_an_unknown_command_gives_no_words(complete):
+    status, found, said = complete("query", "matquant quantise method=")
+    assert (status, found) == (2, "")
     assert "'quantise' is no command" in said
 
 
 @pytest.mark.parametrize("arguments", [[], ["csh"], ["bash", "zsh"]])
-def test_another_shell_is_refused(arguments):
-    run = subprocess.run(
-        [sys.executable, "run.py", "completion", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert run.returncode == 2
-    assert "one of bash, zsh, fish" in run.stderr
+def test_another_shell_is_refused(arguments, complete):
+    status, _, said = complete(*arguments)
+    assert status == 2
+    assert "one of bash, zsh, fish" in said
 
 
 # Keys that are typed, and the command that then runs.

@@ -26,12 +26,16 @@ def unpacked_wheel(tmp_path_factory):
 
 
 def copy_compiled(site: Path) -> None:
-    """Copy numba's cache of the checkout, whose source is the same: compiling takes most of a minute."""
-    for index in (ROOT / "matquant").rglob("__pycache__/*.nbi"):
-        folder = index.parent.relative_to(ROOT)
-        shutil.copytree(index.parent, site / folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.pyc"))
-    for source in (ROOT / "matquant").rglob("*.py"):  # the cache is valid for the source's time of change
+    """Copy numba's cache of the checkout to the same sources in ``site``: compiling them takes most of a minute.
+
+    An entry is valid for the source's time of change.
+    """
+    for source in (ROOT / "matquant").rglob("*.py"):
         shutil.copystat(source, site / source.relative_to(ROOT))
+    for entry in (ROOT / "matquant").rglob("__pycache__/*.nb[ic]"):
+        copy = site / entry.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(entry, copy)
 
 
 def test_the_wheel_contains_configs_kernels_and_the_shipped_model(unpacked_wheel):

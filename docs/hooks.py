@@ -21,7 +21,8 @@ from matquant.search.config import SearchConfig
 from matquant.store.config import StoreConfig
 from matquant.transforms.config import TransformConfig
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+DOCS = Path(__file__).resolve().parent
+REPOSITORY = DOCS.parent
 PAGE = "reference/settings.md"
 REAL = REPOSITORY / "experiments" / "real"
 _ATTRIBUTE = re.compile(r"^ {4}(\w[\w, ]*): ((?:.|\n)*?)(?=^ {4}\w|\Z)", re.MULTILINE)
@@ -65,16 +66,23 @@ GROUPS: dict[str, type] = {
 def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages and their pictures."""
     files.append(File.generated(config, PAGE, content=settings_page()))
-    spec = importlib.util.spec_from_file_location("summary", REAL / "summary.py")
-    assert spec is not None
-    assert spec.loader is not None
-    summary = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(summary)
+    files.append(File.generated(config, "reference/api.md", content=_module(DOCS / "api_page.py").api_page()))
+    summary = _module(REAL / "summary.py")
     models = summary.read(REAL / "results")
     files.append(File.generated(config, "real_models.md", content=summary.page(models)))
     for name in models:
         files.append(File.generated(config, f"{name}.png", abs_src_path=str(REAL / "results" / f"{name}.png")))
     return files
+
+
+def _module(path: Path) -> Any:
+    """Module of a file that is in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -10,6 +10,9 @@ import pytest
 from packaging.version import Version
 from shared import ROOT
 
+from matquant import version as matquant_version
+from matquant.errors import UserError
+from matquant.stages import job
 from matquant.version import UNKNOWN, from_description
 
 
@@ -119,3 +122,25 @@ def test_the_command_line_runs_in_a_copy_without_a_repository(tmp_path):
     assert run.stdout.split() == [UNKNOWN, str(tmp_path / "matquant" / "__init__.py")]
     run = subprocess.run([sys.executable, "run.py", "--cfg", "job"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_job_names_the_commit_that_it_began_with(matquant, small_model, tmp_path, monkeypatch):
+    calls = []
+
+    def described() -> str:
+        calls.append(1)
+        return f"{len(calls):040x}"
+
+    def load(*_: object) -> None:
+        assert calls == [1]
+        raise UserError("after the version was read")
+
+    monkeypatch.setattr(matquant_version, "_described", described)
+    monkeypatch.setattr(job, "load_job", load)
+    matquant_version.version.cache_clear()
+    try:
+        _, _, err = matquant(f"model.path={small_model}")
+        assert "after the version was read" in err
+        assert matquant_version.version() == f"0+g{1:040x}"
+    finally:
+        matquant_version.version.cache_clear()

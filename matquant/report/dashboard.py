@@ -2,8 +2,8 @@
 
     python -m matquant.report.dashboard ENTITY PROJECT [--group GROUP] [--dataset DATASET]
 
-It needs ``pip install 'matquant[dashboard]'`` and a login (``wandb login``), and prints the workspace's address. Without a network, ``summary.html``
-of a sweep shows the same comparisons, and ``wandb sync`` uploads offline runs later.
+It needs ``pip install 'matquant[dashboard]'`` and a login (``wandb login``), and prints the workspace's address. Without a
+network, ``summary.html`` of a sweep shows the same comparisons, and ``wandb sync`` uploads offline runs later.
 """
 
 import argparse

@@ -29,6 +29,7 @@ from matquant.stages.results import StageOutputs, assemble, failure_record, mean
 from matquant.stages.runtime import Runtime
 from matquant.stages.search import search
 from matquant.store.files import translate_os_errors, try_writing
+from matquant.version import version
 
 _RUN_FOLDER = "hydra.run.dir"  # setting of the output folder
 
@@ -98,6 +99,7 @@ def compute(
     Raises:
         UserError: something in the config, model or texts cannot be used, or an output cannot be written.
     """
+    version()  # reads it now: the commit may move while the job runs
     machine.use_threads(config.runtime.threads)
     machine.tune_malloc()
     device = machine.device(config.runtime.device)

@@ -144,7 +144,12 @@ def _train(
         refinement = _REFINEMENTS[config.method](config, context)
         blocks = refinement.run(draft)
     label = f"{parent.artifact.about.get('label', 'parent')} refine={config.name}"
-    facts = {"method": config.method, "bits": list(config.bits), "steps": config.steps, "history": refinement.history}
+    facts: dict[str, Any] = {
+        "method": config.method,
+        "bits": list(config.bits),
+        "steps": config.steps,
+        "history": refinement.history,
+    }
     facts["warnings"] = refinement.warnings
     return {k: v for k, v in parent.artifact.about.items() if k != "blocks"} | {
         "label": label,

@@ -184,7 +184,8 @@ def hook_proposals() -> None:
             return None
         return speculator.draft_tokens[: input_batch.num_reqs]  # old ones, which nobody schedules
 
-    for (module, owner), hook in zip(_PROPOSERS, (instead, instead_v2), strict=True):
+    hooks: tuple[Callable[..., Any], ...] = (instead, instead_v2)
+    for (module, owner), hook in zip(_PROPOSERS, hooks, strict=True):
         with contextlib.suppress(ImportError):
             _hook(getattr(importlib.import_module(module), owner), "propose", instead=hook)
 

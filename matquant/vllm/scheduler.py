@@ -34,6 +34,7 @@ class SyncWidthScheduler(Scheduler):
     """Scheduler for engines without asynchronous scheduling."""
 
     running: list[Request]
+    dynamic_sd_lookup: list[int] | None  # of vLLM's scheduler: drafts by number of running requests
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -260,7 +261,7 @@ def _always_drafts(vllm_config: Any) -> str | None:
 
 
 def _step_outputs(scheduler_output: Any, model_runner_output: Any) -> tuple[Any, Any]:
-    """What the scheduler returned for a step, and the tokens of each of its requests."""
+    """Return what the scheduler returned for a step, and the tokens of each of its requests."""
     return scheduler_output, model_runner_output.sampled_token_ids
 
 

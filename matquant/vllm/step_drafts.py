@@ -14,14 +14,12 @@ from typing import Any
 
 from matquant.vllm.draft_policy import TRIAL_STEPS, DraftPolicy
 
-MISSED_TOKENS, MISSED_SHARE = (
-    2 * TRIAL_STEPS,
-    0.1,
-)  # a complete request lacks no more tokens than these, and this share of all
+# A complete request lacks no more tokens than these, and this share of all.
+MISSED_TOKENS, MISSED_SHARE = 2 * TRIAL_STEPS, 0.1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Step:
+class _PlannedStep:
     """Step whose outputs have not arrived.
 
     Attributes:
@@ -57,7 +55,7 @@ class StepDrafts:
         self.last = True
         self._clock = clock
         self._end = float("-inf")
-        self._steps: collections.deque[_Step] = collections.deque()
+        self._steps: collections.deque[_PlannedStep] = collections.deque()
         self._missed: dict[str, int] = {}  # number of tokens by request that the draft model has not read
 
     def plan(self, output: Any, width: str, computed: Callable[[str], int]) -> None:
@@ -82,7 +80,7 @@ class StepDrafts:
         has = sum(bool(drafts.get(name)) for name in tokens)
         is_measured = decodes and has == (len(tokens) if self.last else 0)
         kind = self.last if is_measured and makes == self.last else None
-        self._steps.append(_Step(output, width, len(tokens), kind, not incomplete, self._clock()))
+        self._steps.append(_PlannedStep(output, width, len(tokens), kind, not incomplete, self._clock()))
 
     def record(self, output: Any, sampled: Sequence[Sequence[int]]) -> None:
         """Record the tokens of a step, one sequence for each request."""

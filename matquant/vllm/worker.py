@@ -159,7 +159,7 @@ def draft_layers(runner: Any) -> list[ShardedNestedLinear]:
 
 
 def _proposers(runner: Any) -> list[Any]:
-    """What makes drafts in a model runner, old or new."""
+    """Proposer of drafts of a model runner, old or new; none without speculative decoding."""
     found = [getattr(runner, name, None) for name in ("drafter", "speculator")]
     return [proposer for proposer in found if proposer is not None]
 

@@ -5,43 +5,60 @@ import importlib.util
 import itertools
 import re
 import shlex
+import tomllib
 
 import pytest
 from hydra import compose, initialize_config_dir
 from shared import ROOT
 
-from matquant import cli
+from matquant import cli, completion
 from matquant.config import from_hydra
 from matquant.config_check import check_config
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PLACEHOLDERS = {"FOLDER": "experiments/models/tiny", "FILE.gguf": "model.gguf", "FILE": "text.txt"}
+PLACEHOLDERS = {"NAME": "wikitext2", "FOLDER": "experiments/models/tiny", "FILE.gguf": "model.gguf", "FILE": "text.txt"}
+
+
+START = re.compile(r"(?:\S*python|torchrun|make|matquant|pip)\s")
+
+
+def all_commands() -> list[tuple[str, str]]:
+    """Page and command line of every command in a block of code or in a line of text."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        blocks = [line for line in text.splitlines() if line.startswith("    ")]
+        lines = [re.split("  #| # ", line)[0].strip() for line in blocks]
+        lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+        for line in lines:
+            line = re.sub(r"source <\((.*)\)", r"\1", line)
+            found += [(page.name, part.strip()) for part in re.split(r" && | \| ", line) if START.match(part.strip())]
+    return list(dict.fromkeys(found))
 
 
 def commands() -> list[tuple[str, str]]:
-    """Page and command line of every job in a code block."""
-    found = []
-    for page in PAGES:
-        for line in page.read_text().splitlines():
-            command = line.split("  #")[0].split(" # ")[0].strip()
-            if line.startswith("    ") and re.match(
-                r"(\S*python|torchrun .*) run\.py|matquant (quantize|evaluate|pack)\b", command
-            ):
-                found.append((page.name, command))
-    return found
+    """Page and command line of every job."""
+    job = re.compile(r"(\S*python|torchrun .*) run\.py|matquant (quantize|evaluate|pack|generate|store)\b")
+    return [(page, command) for page, command in all_commands() if job.match(command)]
 
 
-def hooks():
-    """Module ``docs/hooks.py``."""
+def other_commands() -> list[tuple[str, str]]:
+    jobs = commands()
+    return [found for found in all_commands() if found not in jobs]
+
+
+def hooks(name="hooks"):
+    """Module of ``docs``."""
     pytest.importorskip("mkdocs")
-    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_the_pages_have_commands():
-    assert len(commands()) > 30
+    assert len(commands()) > 60
+    assert {shlex.split(command)[0] for _, command in other_commands()} >= {"make", "pip", "matquant", "python"}
 
 
 @pytest.mark.parametrize(("page", "command"), commands())
@@ -64,6 +81,49 @@ def test_every_command_composes(page, command, monkeypatch):
         check_config(config)
 
 
+def check_script(name, rest):
+    """A script, or with -m a module, exists and knows the options."""
+    module = name == "-m"
+    name, rest = (rest[0], rest[1:]) if module else (name, rest)
+    if module and not name.startswith("matquant"):
+        return
+    path = ROOT / (name.replace(".", "/") + ".py" if module else name)
+    assert path.is_file(), name
+    text = path.read_text()
+    for option in (word.partition("=")[0] for word in rest if word.startswith("--")):
+        assert f'"{option}"' in text, f"{name} has no option {option}"
+
+
+def check_make(*words):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for word in (word for word in words if "=" not in word):
+        assert word in targets, word
+
+
+def check_pip(_, *words):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra in re.findall(r"(?:matquant|\.)\[(\w+)\]", " ".join(words)):
+        assert extra in (*extras, "EXTRA"), extra
+
+
+def check_matquant(command, *words):
+    assert command in (*cli._COMMANDS, *cli._OTHER_COMMANDS), command
+    if command == "completion":
+        assert completion.command(list(words), None)
+    elif words:
+        assert cli.server_command(list(words))
+
+
+@pytest.mark.parametrize(("page", "command"), other_commands())
+def test_every_other_command_names_what_exists(page, command):
+    program, *words = shlex.split(command)
+    checks = {"make": check_make, "pip": check_pip, "matquant": check_matquant}
+    if program in checks:
+        checks[program](*words)
+    elif words[0] != "-c":
+        check_script(words[0], words[1:])
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_of_code_begin_with_their_first_line(page):
     """In Markdown an indented line does not begin a block of code right after a paragraph."""
@@ -77,7 +137,7 @@ def test_blocks_of_code_begin_with_their_first_line(page):
 def test_links_of_the_pages_reach_files():
     for page in documents():
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
-            if "://" in target or target.startswith("reference/"):
+            if "://" in target or target.startswith(("reference/", "real_models.md")):
                 continue
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
@@ -109,6 +169,16 @@ def test_every_setting_is_described():
         assert not missing, f"{kind.__name__}: {missing}"
 
 
+def test_the_interface_lists_every_function_with_what_it_does():
+    page = hooks("api_page").api_page()
+    entries = re.split("^### ", page, flags=re.MULTILINE)[1:]
+    names = [entry.split("\n")[0] for entry in entries]
+    assert {"matquant.inference.NestedLinear", "matquant.quantize.base.BlockQuantizer"} <= set(names)
+    for entry in entries:
+        _, _, text = entry.partition("```\n\n")
+        assert re.match(r"[A-Z]", text), entry[:80]
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     from mkdocs.commands.build import build
@@ -116,5 +186,5 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
     config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"), strict=True)
     build(config)
-    page = (tmp_path / "site" / "reference" / "settings" / "index.html").read_text()
-    assert "method.stretch" in page
+    for page, words in {"settings": "method.stretch", "api": "Make <code>model.generate</code> speculative"}.items():
+        assert words in (tmp_path / "site" / "reference" / page / "index.html").read_text()

@@ -111,7 +111,7 @@ def test_round_slices_say_that_they_read_one_bit_more(job, small_model):
         ["method=gptq", "method.per_bit_models=false", "method.slicing=msb"],
         ["method.slicing=round", "method.zero_point_offset=0", "method.stretch=1", "method.calibration_bits=[4]"],
         ["method.true_sequential=false", "method.asymmetric_calibration=false"],
-        ["method.master_bits=6", "++objective.weights={2:1,4:1,6:1}", "method.calibration_bits=[2,6]"],
+        ["method.master_bits=6", "++objective.weights={2:1,4:1,6:1}", "method.calibration_bits=[2,6]", "bits=null"],
         ["method.skip=['*.down_proj']"],
         ["method.quantize_lm_head=true"],
     ],

@@ -149,7 +149,7 @@ class Load:
 
     async def run(self) -> None:
         """Run the load, and the measurements beside it."""
-        limits = aiohttp.TCPConnector(limit=0)
+        limits = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)  # vLLM closes idle connections after 5 seconds
         timeout = aiohttp.ClientTimeout(total=self.arguments.timeout)
         async with aiohttp.ClientSession(self.url, connector=limits, timeout=timeout) as self.session:
             await self.warm_up()

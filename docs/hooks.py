@@ -25,6 +25,7 @@ DOCS = Path(__file__).resolve().parent
 REPOSITORY = DOCS.parent
 PAGE = "reference/settings.md"
 REAL = REPOSITORY / "experiments" / "real"
+RESULTS = REPOSITORY / "experiments" / "results"
 _ATTRIBUTE = re.compile(r"^ {4}(\w[\w, ]*): ((?:.|\n)*?)(?=^ {4}\w|\Z)", re.MULTILINE)
 
 
@@ -72,7 +73,22 @@ def on_files(files: Files, config: Any) -> Files:
     files.append(File.generated(config, "real_models.md", content=summary.page(models)))
     for name in models:
         files.append(File.generated(config, f"{name}.png", abs_src_path=str(REAL / "results" / f"{name}.png")))
+    for readme in sorted(RESULTS.glob("*/README.md")):
+        name = readme.parent.name
+        files.append(File.generated(config, f"measured/{name}/index.md", content=results_page(readme)))
+        for picture in readme.parent.glob("*.png"):
+            files.append(File.generated(config, f"measured/{name}/{picture.name}", abs_src_path=str(picture)))
     return files
+
+
+def results_page(readme: Path) -> str:
+    """Page of recorded results, without its links to files beside it, which the site does not have."""
+
+    def replace(link: re.Match[str]) -> str:
+        path = (readme.parent / link[2]).resolve().relative_to(REPOSITORY)
+        return f"{link[1]} (`{path}`)"
+
+    return re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:)([^)#]+)\)", replace, readme.read_text())
 
 
 def _module(path: Path) -> Any:
@@ -86,7 +102,12 @@ def _module(path: Path) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace links to files outside of the docs by their paths, which a reader finds in the repository."""
+    """Replace links to files outside of the docs by their paths, which a reader finds in the repository.
+
+    Pictures and pages of recorded results are in the site.
+    """
+    markdown = re.sub(r"\]\(\.\./experiments/results/([\w/]+\.png)\)", r"](measured/\1)", markdown)
+    markdown = re.sub(r"\]\(\.\./experiments/results/(\w+)/README\.md\)", r"](measured/\1/index.md)", markdown)
     return re.sub(r"\[([^\]]+)\]\(\.\./([^)]+)\)", r"\1 (`\2`)", markdown)
 
 

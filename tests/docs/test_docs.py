@@ -188,3 +188,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     build(config)
     for page, words in {"settings": "method.stretch", "api": "Make <code>model.generate</code> speculative"}.items():
         assert words in (tmp_path / "site" / "reference" / page / "index.html").read_text()
+    for page, link in {"serving": "load_wave.png", "limits": ""}.items():  # recorded results are pages too
+        assert f'="../measured/serving/{link}"' in (tmp_path / "site" / page / "index.html").read_text()
+    assert 'src="load_wave.png"' in (tmp_path / "site" / "measured" / "serving" / "index.html").read_text()
+    assert (tmp_path / "site" / "measured" / "serving" / "load_wave.png").stat().st_size > 10_000

@@ -5,7 +5,7 @@ VLLM := .venv-vllm
 STOCK := .venv-stock
 GGUF := .venv-gguf
 
-.PHONY: run test test-fast test-architectures architectures docs lint sweep format bench-solver bench-solver-gpu bench-kernels bench-e2e test-vllm test-exports test-gguf clean
+.PHONY: run test test-fast test-docs test-architectures architectures docs lint sweep format bench-solver bench-solver-gpu bench-kernels bench-e2e test-vllm test-exports test-gguf clean
 
 run: $(VENV)/.ready
 	$(BIN)/python run.py
@@ -17,6 +17,10 @@ test: $(VENV)/.ready
 # Under two minutes on 2 cores: no whole jobs, no compilation of kernels.
 test-fast: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not vllm and not compiler"
+
+# Every command, link and figure of README and docs.
+test-docs: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/docs
 
 # Every decoder family of Transformers from end to end, against docs/architectures.md. make test does not run it.
 test-architectures: $(VENV)/.ready

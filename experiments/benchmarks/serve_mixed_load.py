@@ -481,7 +481,8 @@ def main() -> int:
                 asyncio.run(load.run())
             except RuntimeError as error:
                 sys.exit(f"error: {error}; the end of {arguments.log}:\n{arguments.log.read_text()[-3000:]}")
-    record = {"provenance": origin, "server": shlex.join(["python", *command[1:]]), **load.record()}
+    words = ["python", *(model.name if word == str(model) else word for word in command[1:])]
+    record = {"provenance": origin, "server": shlex.join(words), **load.record()}
     arguments.out.write_text(dump(record))
     print(json.dumps(record["summary"], indent=1))
     for phase in record["phases"]:

@@ -1,13 +1,12 @@
 """Optuna script: failed trials are reported, and a second call runs only the missing ones."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from shared import ROOT
+from shared import ROOT, load_script
 
 pytest.importorskip("optuna")
 
@@ -15,11 +14,7 @@ pytest.importorskip("optuna")
 @pytest.fixture
 def script(monkeypatch, tmp_path):
     """Function that calls the script with stubbed jobs, and the weights of the jobs; the second job fails."""
-    spec = importlib.util.spec_from_file_location(
-        "lambda_search", ROOT / "experiments" / "benchmarks" / "lambda_search.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(ROOT / "experiments" / "benchmarks" / "lambda_search.py")
     weights = []
 
     def run(command, **_):

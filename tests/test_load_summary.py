@@ -1,6 +1,5 @@
 """Figures of a load on a server: growth of memory, wrong bit-widths, latency by phase, and the drawing."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,19 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shared import ROOT
+from shared import ROOT, load_script
 
 SCRIPT = ROOT / "experiments" / "benchmarks" / "load_summary.py"
 
 
 @pytest.fixture(scope="module")
 def summary() -> Any:
-    spec = importlib.util.spec_from_file_location("load_summary", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def request(
@@ -45,9 +39,7 @@ PHASES = [{"start": 0.0, "end": 10.0, "rate": 1.0}, {"start": 10.0, "end": 20.0,
 
 @given(st.floats(-50, 50), st.floats(-1e3, 1e3), st.integers(4, 40))
 def test_the_slope_is_that_of_the_second_half(slope, offset, count):
-    spec = importlib.util.spec_from_file_location("load_summary", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(SCRIPT)
     times = np.arange(count) * 5.0
     middle = times[-1] / 2
     values = np.where(times < middle, 1e6 * np.sin(times), offset + slope * times)

@@ -2,13 +2,12 @@
 
 import argparse
 import asyncio
-import importlib.util
 import sys
 from typing import Any
 
 import psutil
 import pytest
-from shared import ROOT
+from shared import ROOT, load_script
 
 aiohttp = pytest.importorskip("aiohttp")
 FOLDER = ROOT / "experiments" / "benchmarks"
@@ -19,12 +18,7 @@ FAST = ["--warm-up", "1", "--probe-seconds", "0.3", "--sample-seconds", "0.2", "
 @pytest.fixture
 def script(monkeypatch) -> Any:
     monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("serve_mixed_load", FOLDER / "serve_mixed_load.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(FOLDER / "serve_mixed_load.py")
 
 
 class Server:

@@ -1,6 +1,5 @@
 """Version of the package: that of the git tag in a checkout, in an archive, in a wheel and in a source distribution."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -8,7 +7,7 @@ import sys
 
 import pytest
 from packaging.version import Version
-from shared import ROOT
+from shared import ROOT, load_script
 
 from matquant import version as matquant_version
 from matquant.errors import UserError
@@ -18,10 +17,7 @@ from matquant.version import UNKNOWN, from_description
 
 def version_in(folder):
     """Version that the module says in a checkout at a folder."""
-    spec = importlib.util.spec_from_file_location("copied_version", folder / "matquant" / "version.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.version()
+    return load_script(folder / "matquant" / "version.py", "copied_version").version()
 
 
 def git(folder, *arguments):

@@ -20,6 +20,7 @@ switch_seconds.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument(
         "--switch", type=int, nargs="*", default=[2, 3, 8], help="bit-widths that the first one switches to"
     )
-    parser.add_argument("--batch", default="1,16,64", help="numbers of sequences")
+    parser.add_argument("--batch", type=_numbers, default=[1, 16, 64], help="numbers of sequences, such as 1,16,64")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompts that time prefill")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens")
     parser.add_argument(
@@ -66,6 +67,10 @@ def main() -> None:
         for row in run_engine(given.job):
             print("ROW " + json.dumps(row), flush=True)
         return
+    if importlib.util.find_spec("vllm") is None:
+        parser.error("vLLM is not installed in this environment")
+    if given.draft and not given.start:
+        parser.error("--draft needs a bit-width of the target in --start")
     with tempfile.TemporaryDirectory() as scratch:
         rows: list[dict[str, Any]] = []
         for job in jobs(given, Path(scratch)):
@@ -82,6 +87,10 @@ def main() -> None:
     print_table(rows)
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
 def jobs(given: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Any]]:
     """Jobs of all engines: name, bit-width (None for the dense model), arguments of ``LLM``, switches and measurements."""
     nested, dense = Path(given.model), given.dense
@@ -91,8 +100,7 @@ def jobs(given: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Any]]:
 
         nested, dense = write_shape(scratch / "nested", True), write_shape(scratch / "dense", False)
         engine |= {"load_format": "dummy", "skip_tokenizer_init": True, "max_model_len": 2048}
-    measured = {name: getattr(given, name) for name in ("prompt", "tokens")}
-    measured["batch"] = [int(size) for size in given.batch.split(",")]
+    measured = {name: getattr(given, name) for name in ("prompt", "tokens", "batch")}
     if dense and not given.no_dense:
         yield measured | {"name": "fp16", "bits": None, "engine": engine | {"model": str(dense)}, "switch": []}
     for place, bits in enumerate(given.start):
@@ -154,14 +162,16 @@ def measure(llm: Any, job: dict[str, Any], bits: int | None, switched: bool) -> 
         short, long = prompts_of(job, batch)
         generate(llm, short, job["tokens"])  # warms up
         before = rounds(llm) if "draft_bits" in job else None
-        seconds = median([generate(llm, short, job["tokens"]) - generate(llm, short, 1) for _ in range(REPEATS)])
+        seconds = statistics.median(
+            [generate(llm, short, job["tokens"]) - generate(llm, short, 1) for _ in range(REPEATS)]
+        )
         row = {"engine": job["name"], "bits": bits or "float16", "switched": switched, "batch": batch}
         row["decode_tokens_per_second"] = round(batch * (job["tokens"] - 1) / seconds, 1)
         if before is not None:
             drafted, accepted = (after - was for after, was in zip(rounds(llm), before, strict=True))
             row |= {"draft_bits": job["draft_bits"], "tokens_per_round": round(1 + accepted / drafted, 3)}
         generate(llm, long, 1)
-        seconds = median([generate(llm, long, 1) for _ in range(REPEATS)])
+        seconds = statistics.median([generate(llm, long, 1) for _ in range(REPEATS)])
         row["prompt_tokens_per_second"] = round(sum(len(p["prompt_token_ids"]) for p in long) / seconds)
         yield row
 
@@ -202,11 +212,6 @@ def rounds(llm: Any) -> tuple[float, float]:
     """Rounds of speculation, and accepted drafts, since the engine started."""
     counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     return counters["vllm:spec_decode_num_drafts"], counters["vllm:spec_decode_num_accepted_tokens"]
-
-
-def median(values: Sequence[float]) -> float:
-    """Median, for which a typical call stands."""
-    return statistics.median(values)
 
 
 def add_speedups(rows: list[dict[str, Any]]) -> None:

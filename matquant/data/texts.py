@@ -34,9 +34,7 @@ def check_text(text: TextConfig, where: str) -> None:
     check_sizes(text, where)
     if text.dataset == SELF:
         raise UserError(f"{where}.dataset=self: only a refinement can be trained on text that the model writes itself.")
-    if text.dataset not in (*SOURCES, MIX):
-        raise UserError(f"{where}.dataset must be one of {', '.join((*SOURCES, MIX))}; found {text.dataset!r}.")
-    _check_mix(text, where, tuple(SOURCES))
+    _check_dataset(text, where, tuple(SOURCES))
     sources = [SOURCES[name] for name in _source_names(text)]
     for setting in ("path", "field"):
         value = getattr(text, setting)
@@ -56,7 +54,7 @@ def check_refinement_text(text: TextConfig, where: str) -> None:
         UserError: see ``check_text``.
     """
     check_sizes(text, where)
-    _check_mix(text, where, (*SOURCES, SELF))
+    _check_dataset(text, where, (*SOURCES, SELF))
     if (read := split_self(text)[0]) is not None:
         check_text(read, where)
 
@@ -160,8 +158,10 @@ def _cut(text: TextConfig, split: str, tokenizer: Any) -> Tensor:
     return SOURCES[text.dataset].windows(text, split, tokenizer)
 
 
-def _check_mix(text: TextConfig, where: str, names: Sequence[str]) -> None:
-    """Check the weights of a mix of these datasets, and that nothing else has any."""
+def _check_dataset(text: TextConfig, where: str, names: Sequence[str]) -> None:
+    """Check that a text is one of these datasets or a mix of them, and the weights of a mix. Raises UserError."""
+    if text.dataset not in (*names, MIX):
+        raise UserError(f"{where}.dataset must be one of {', '.join((*names, MIX))}; found {text.dataset!r}.")
     if (text.dataset == MIX) != bool(text.mix):
         raise UserError(
             f"{where}.mix gives each dataset a weight, and goes with {where}.dataset=mix; found {dict(text.mix)}."

@@ -67,7 +67,7 @@ def refine_memory(
         windows: of training and validation on this process.
         length: tokens of a window.
         batch: windows of one step on this process.
-        captured: bit-widths whose passes are captured as CUDA graphs.
+        captured: number of bit-widths whose passes are captured as CUDA graphs.
     """
     cached = windows * length * sizes.hidden * sizes.computing
     boundaries = sizes.blocks * batch * length * sizes.hidden * sizes.computing

@@ -53,8 +53,8 @@ def check_generates(model: Any) -> None:
     """Raise UserError for a model without generation."""
     if not model.can_generate():
         raise UserError(
-            f"refine.text.dataset=self needs a model that generates text, and {type(model).__name__} does not. Choose another "
-            "text, such as refine.text.dataset=stdlib."
+            "refine.text asks for text that the model writes itself (self), which needs a model that generates text, and "
+            f"{type(model).__name__} does not. Choose another text, such as refine.text.dataset=stdlib."
         )
 
 

@@ -1,6 +1,7 @@
 """Losses of the slices of a whole model, and the gradients of the tensors that they are made of."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -18,6 +19,8 @@ LOGIT_BYTES = 2**29  # of the float32 logits of as many sequences as are alive a
 # Loss summed over the predicted tokens of some sequences of a batch, of float32 log-probabilities [sequences, length - 1,
 # vocabulary].
 Loss = Callable[[slice, Tensor], Tensor]
+
+logger = logging.getLogger(__name__)
 
 
 class SliceModel:
@@ -153,6 +156,7 @@ class SliceModel:
                 self._passes[key] = GraphedPasses(passes, hidden, trained, self._pool)
             except RuntimeError as error:
                 self._captures, self.graphs_refused = False, (str(error) or type(error).__name__).splitlines()[0]
+                logger.warning("Training runs without CUDA graphs (%s) and takes longer.", self.graphs_refused)
                 return BlockPasses(self.reader, bits, kwargs)
         return self._passes[key]
 

@@ -86,9 +86,10 @@ def _lambdas(job: LoadedJob) -> dict[int, float]:
 
 def _windows(job: LoadedJob, text: RefinementText, runtime: Runtime) -> Tensor:
     """Sequences of the text, int64 [sequences, length]; those that the model writes are kept in the store."""
-    config = job.config.refine.text
-    if not text.written or config is None:
+    if not text.written:
         return text.read
+    config = job.config.refine.text
+    assert config is not None
     wanted = dataclasses.replace(config, sequences=text.written)
 
     def build(draft: Draft) -> dict[str, Any]:

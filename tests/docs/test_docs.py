@@ -1,7 +1,6 @@
 """The documentation: its site builds, its links and commands hold, and every setting is described."""
 
 import dataclasses
-import importlib.util
 import itertools
 import re
 import shlex
@@ -9,7 +8,7 @@ import tomllib
 
 import pytest
 from hydra import compose, initialize_config_dir
-from shared import ROOT
+from shared import ROOT, load_script
 
 from matquant import cli, completion
 from matquant.config import from_hydra
@@ -50,10 +49,7 @@ def other_commands() -> list[tuple[str, str]]:
 def hooks(name="hooks"):
     """Module of ``docs``."""
     pytest.importorskip("mkdocs")
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "docs" / f"{name}.py", f"docs_{name}")
 
 
 def test_the_pages_have_commands():

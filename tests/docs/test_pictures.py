@@ -1,23 +1,19 @@
 """Pictures of the documentation: small, up to date where nothing was measured, and really taken from a page."""
 
-import importlib.util
 import itertools
 import re
 import shutil
 
 import pytest
 from PIL import Image
-from shared import ROOT
+from shared import ROOT, load_script
 
 IMAGES = ROOT / "docs" / "images"
 
 
 @pytest.fixture(scope="module")
 def pictures():
-    spec = importlib.util.spec_from_file_location("docs_pictures", ROOT / "docs" / "pictures.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "docs" / "pictures.py", "docs_pictures")
 
 
 def test_the_diagram_is_what_the_script_draws(pictures):

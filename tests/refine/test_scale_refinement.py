@@ -96,7 +96,12 @@ def test_divergence_and_gradients_are_those_of_a_dense_model(kind: str, head: bo
 
 @pytest.mark.parametrize(("error", "reason"), [("a block\nwaits", "a block"), ("", "RuntimeError")])
 def test_a_refinement_says_that_it_ran_without_graphs(
-    opened: Opened, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: str, reason: str
+    opened: Opened,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    error: str,
+    reason: str,
 ) -> None:
     class Refusal:
         def __init__(self, *_: Any) -> None:
@@ -111,6 +116,7 @@ def test_a_refinement_says_that_it_ran_without_graphs(
     monkeypatch.setattr(slice_model, "SliceModel", Capturing)
     refinement = ScaleRefinement(CONFIG, context_of(opened))
     parent = Parent(Store(tmp_path).open_or_build("refined", {}, lambda draft: {"blocks": refinement.run(draft)}))
+    assert f"Training runs without CUDA graphs ({reason})" in caplog.text  # at once, not only at the end
     (sentence,) = refinement.warnings
     assert f"without CUDA graphs, which this model does not allow ({reason})" in sentence
     assert parent.block(0).keys() == refine(opened, tmp_path / "other")[0].block(0).keys()

@@ -1,14 +1,12 @@
 """Script that compares searches: stopped searches resume, finished ones are not repeated."""
 
-import importlib.util
 import json
 import math
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from shared import ROOT
+from shared import ROOT, load_script
 
 FOLDER = ROOT / "experiments" / "benchmarks"
 
@@ -17,11 +15,7 @@ FOLDER = ROOT / "experiments" / "benchmarks"
 def script(monkeypatch):
     """Module of ``compare.py``."""
     monkeypatch.syspath_prepend(FOLDER)
-    spec = importlib.util.spec_from_file_location("compare_searches", FOLDER / "compare_searches.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "compare_searches", module)  # its dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script(FOLDER / "compare_searches.py")
 
 
 def test_search_past_its_deadline_resumes_after_its_last_generation(script, tmp_path, capsys):

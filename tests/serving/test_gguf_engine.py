@@ -5,11 +5,9 @@ Its own Q8_0 file of the unquantized model, read by both, shows how much. Files 
 that error, and show that weights and hyperparameters are right.
 """
 
-import importlib.util
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import transformers as tf
 from architectures import make_model, save
 from packing import Opened
 from sentencepiece_like import sentencepiece_like
-from shared import ROOT, TINY
+from shared import ROOT, TINY, load_script
 from torch import Tensor
 
 from matquant.inference import set_bits
@@ -48,13 +46,7 @@ OWN_BITS = {"q_proj": 2, "k_proj": 4, "v_proj": 3, "down_proj": 5}  # allocation
 @pytest.fixture(scope="module")
 def bench() -> Any:
     """Script whose functions run the engine and compare its logits."""
-    spec = importlib.util.spec_from_file_location("bench_gguf", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_gguf"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def engine(bench: Any, folder: Path, files: list[Path], **job: Any) -> list[Any]:

@@ -64,6 +64,7 @@ def test_a_refined_parent_is_stored_searched_packed_and_found_again(job, tmp_pat
         (["method=gptq"], "refine=scales trains one parent, but method=gptq makes one model per bit-width"),
         (["refine.text.batch_size=13"], "refine.text.sequences=12 do not fill one batch of refine.text.batch_size=13"),
         (["refine.text.dataset=nothing"], "refine.text.dataset must be one of"),
+        (["refine.text.dataset=slef"], "self, mix; found 'slef'"),
         (["refine.text.dataset=self", "refine.top_k=0"], "refine.top_k must be at least 1; found 0"),
         (["refine.text.dataset=self", "refine.text.sequences=0"], "refine.text.sequences must be at least 1; found 0"),
         (

@@ -1,0 +1,70 @@
+"""Engines that the benchmark of vLLM starts, and its speedups; the engines themselves need a GPU."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shared import ROOT, load_script
+
+FOLDER = ROOT / "experiments" / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return load_script(FOLDER / "bench_vllm.py")
+
+
+def given(**changes: Any) -> argparse.Namespace:
+    fields: dict[str, Any] = {"model": "packed", "dense": None, "no_dense": False, "start": [4, 8], "switch": [2, 4]}
+    fields |= {"batch": [1, 16], "prompt": 512, "tokens": 128, "draft": [], "draft_tokens": 3, "engine": {}}
+    return argparse.Namespace(**fields | {"acceptance_length": None} | changes)
+
+
+def test_the_first_engine_alone_switches_to_other_bit_widths(script: Any, tmp_path: Path) -> None:
+    first, second = script.jobs(given(), tmp_path)
+    assert (first["bits"], first["switch"], second["bits"], second["switch"]) == (4, [2], 8, [])
+    assert first["engine"]["hf_overrides"] == {"bits": 4}
+    assert first["batch"] == [1, 16]
+
+
+def test_the_dense_engine_comes_first_and_can_be_left_out(script: Any, tmp_path: Path) -> None:
+    dense, *nested = script.jobs(given(dense="source"), tmp_path)
+    assert (dense["bits"], dense["engine"]["model"], len(nested)) == (None, "source", 2)
+    assert len(list(script.jobs(given(dense="source", no_dense=True), tmp_path))) == 2
+
+
+@pytest.mark.parametrize("length", [None, 2.5])
+def test_an_engine_that_drafts_reads_the_same_folder(script: Any, tmp_path: Path, length: float | None) -> None:
+    *_, drafting = script.jobs(given(draft=[2], acceptance_length=length), tmp_path)
+    speculative = drafting["engine"]["speculative_config"]
+    assert (speculative["model"], drafting["bits"], drafting["draft_bits"]) == ("packed", 4, 2)
+    assert speculative.get("synthetic_acceptance_length") == length
+
+
+def test_a_shape_has_dummy_weights_and_a_description_of_its_layers(script: Any, tmp_path: Path) -> None:
+    dense, first, _ = script.jobs(given(model="llama-8b"), tmp_path)
+    assert dense["engine"]["load_format"] == first["engine"]["load_format"] == "dummy"
+    assert "quantization_config" in Path(first["engine"]["model"], "config.json").read_text()
+    assert "quantization_config" not in Path(dense["engine"]["model"], "config.json").read_text()
+
+
+def test_speedups_are_those_over_the_dense_engine_at_the_same_batch_size(script: Any) -> None:
+    rows: list[dict[str, Any]] = [
+        {"bits": bits, "batch": batch, "decode_tokens_per_second": speed}
+        for bits, batch, speed in [("float16", 1, 200.0), ("float16", 16, 3000.0), (2, 1, 300.0), (2, 16, 1500.0)]
+    ]
+    script.add_speedups([*rows, {"bits": 2, "switch_seconds": 1.0}])
+    assert [row["speedup"] for row in rows] == [1.0, 1.0, 1.5, 0.5]
+
+
+def test_an_environment_without_vllm_is_refused_before_any_work(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("sys.argv", ["bench_vllm.py", "--out", str(tmp_path / "out" / "x.json")])
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert "vLLM is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

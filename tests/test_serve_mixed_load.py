@@ -107,6 +107,15 @@ def test_a_steady_load_without_faults(script, monkeypatch):
     assert len(record["memory"]) > 3
 
 
+def test_with_a_policy_nothing_is_switched_and_the_warm_up_ends_with_a_plain_request(script, monkeypatch):
+    server = Server()
+    policy = '{"bits": [8, 3], "hold_seconds": 0.1}'
+    record = run(script, monkeypatch, server, "--policy", policy)
+    assert record["summary"]["posted_switches"] == record["summary"]["errors"] == 0
+    assert server.posted == []
+    assert record["requests"][0]["arrival"] >= 0  # that of the warm-up is left out
+
+
 @pytest.mark.parametrize("computed", [{3: 8}, {8: 3}])
 def test_a_wrong_bit_width_is_found(script, monkeypatch, computed):
     record = run(script, monkeypatch, Server(computed))

@@ -21,6 +21,8 @@ typedef unsigned long long u64;
 #define DEVICE_CONSTANT __host__ __device__
 #define KERNEL extern "C" __global__
 #define LAUNCH_BOUNDS(threads, blocks_per_sm) __launch_bounds__(threads, blocks_per_sm)
+// Blocks of a thread block cluster, from sm_90 on.
+#define CLUSTER_DIMS(blocks) __cluster_dims__(blocks, 1, 1)
 // Dynamic shared memory of the block. No kernel uses static shared memory.
 #define SHARED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
 // For kernel parameters whose address is taken, for example TMA descriptors.
@@ -157,6 +159,25 @@ DEVICE float4 load_cg(const float4* p) {
 
 // Prefetch the cache line of an address into L2. Valid before pdl_wait(), because no value is read.
 DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// ---- thread block clusters, from sm_90 on
+
+// Barrier of all threads of the cluster. Shared memory that was written before is visible to the cluster after it. No block exits
+// before the cluster has read its shared memory: it needs a barrier after the last load_cluster().
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Load from the shared memory of block `rank` of the cluster, at an address of this block's.
+DEVICE float4 load_cluster(SharedAddress address, u32 rank) {
+    float4 v;
+    asm volatile("{ .reg .u32 remote; mapa.shared::cluster.u32 remote, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote]; }"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address), "r"(rank)
+                 : "memory");
+    return v;
+}
 
 // ---- programmatic dependent launch (PDL; matquant/cuda/pdl.py), from sm_90 on. No-ops elsewhere: there a launch starts after the
 // previous kernel has ended.

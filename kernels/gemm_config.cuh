@@ -7,6 +7,12 @@
 #include "hopper.cuh"
 #include "plane_words.cuh"
 
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
+
+static_assert(CLUSTER == 1 || !WGMMA, "clusters are for mma.sync");
+
 constexpr int kBlockM = 8 * TOKEN_TILES;   // tokens of an output tile
 constexpr int kBlockN = 64 * ROW_WARPS;    // rows of an output tile
 constexpr int kBlockK = 64 * UNITS;        // columns of a k-tile, per warp along K
@@ -48,4 +54,7 @@ struct GemmArgs {
 // Lane, and warp along N (the 64-row block, then the part of it) and along K.
 struct WarpCoord {
     int lane, row_warp, tile_warp, k_warp;
+
+    // Index among the warps along N.
+    DEVICE_MEMBER int n_warp() const { return row_warp * TILE_WARPS + tile_warp; }
 };

@@ -29,10 +29,20 @@ struct WeightStage {
 };
 
 struct GemmSharedStorage {
+#if CLUSTER > 1
+    union { // the one output tile of a block is reduced after its last k-tile
+        struct {
+            alignas(16) u8 x[kXStages][kXStageTiles][kXTileBytes];
+            WeightStage ring[K_WARPS][ROW_WARPS][kNumStages];
+        };
+        float4 partial_sums[K_WARPS][kWarpsN][kAccumulators][32];
+    };
+#else
     alignas(16) u8 x[kXStages][kXStageTiles][kXTileBytes]; // first: the swizzled tiles of TMA need an alignment of 1024 bytes
     WeightStage ring[K_WARPS][ROW_WARPS][kNumStages];
 #if K_WARPS > 1
     float4 partial_sums[K_WARPS][kWarpsN][kAccumulators][32];
+#endif
 #endif
 #if WGMMA
     u64 x_full_barriers[kXStages];

@@ -105,9 +105,18 @@ struct Warp {
     u32 period = 1; // runs in one of so many scheduling rounds
 };
 
+// Blocks that can read each other's shared memory.
+struct Cluster {
+    std::vector<Block*> blocks;
+    Barrier barrier;
+
+    u32 alive() const;
+};
+
 struct Block {
     uint3 index;
     u32 alive = 0;
+    std::shared_ptr<Cluster> cluster;
     Barrier barriers[16];  // 0 is __syncthreads
     Barrier warpgroups[8]; // wgmma_fence synchronizes the four warps of a warpgroup
     std::unordered_map<SharedAddress, Mbarrier> mbarriers;
@@ -115,6 +124,12 @@ struct Block {
     std::vector<Warp> warps;
     std::vector<std::unique_ptr<Fiber>> fibers;
 };
+
+inline u32 Cluster::alive() const {
+    u32 threads = 0;
+    for (const Block* b : blocks) threads += b->alive;
+    return threads;
+}
 
 static Fiber* current; // the running thread
 

@@ -25,6 +25,7 @@ class TileCandidate:
 
     Attributes:
         min_stages: fewest pipeline stages for which the configuration pays.
+        cluster: as in ``TileConfig``.
     """
 
     block_n: int
@@ -35,6 +36,7 @@ class TileCandidate:
     x_panel: int = 1
     ctas_per_sm: int = 1
     min_stages: int = 2
+    cluster: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +52,7 @@ class TileConfig:
         stages: pipeline stages of weights in shared memory.
         x_panel: k-tiles of activations that are copied together.
         ctas_per_sm: CTAs that are resident on a multiprocessor.
+        cluster: CTAs that share a tile and reduce it through distributed shared memory; 1 for stream-K.
     """
 
     family: str
@@ -61,6 +64,7 @@ class TileConfig:
     stages: int
     x_panel: int
     ctas_per_sm: int
+    cluster: int = 1
 
     @property
     def warps_n(self) -> int:
@@ -135,6 +139,7 @@ class KernelFamily(abc.ABC):
             "PANEL": tile.x_panel,
             "BLOCKS_PER_SM": tile.ctas_per_sm,
             "WGMMA": int(self.wgmma),
+            "CLUSTER": tile.cluster,
         }
 
     def choose(self, shape: GemmShape, device: DeviceLimits) -> TileConfig:
@@ -144,7 +149,7 @@ class KernelFamily(abc.ABC):
             ValueError: no candidate fits.
         """
         for tile in self.candidates(shape, device):
-            if self.spills(shape, tile) or _divides_a_group(shape, tile):
+            if self.spills(shape, tile) or _divides_a_group(shape, tile) or (tile.cluster > 1 and not device.clusters):
                 continue
             for stages in range(_MAX_STAGES, tile.min_stages - 1, -1):
                 config = self._with_stages(tile, stages)

@@ -116,7 +116,7 @@ class MmaFamily(KernelFamily):
         groups = tile.block_k // (shape.group if 0 < shape.group < tile.block_k else tile.block_k)
         ring, x, exchange = ring_bytes(shape, tile), x_panel_bytes(tile, padding=8), exchange_bytes(tile)
         x_sums = tile.x_panel * tile.warps_k * groups * tile.block_m * 4
-        return x + ring + exchange + x_sums
+        return (max(x + ring, exchange) if tile.cluster > 1 else x + ring + exchange) + x_sums
 
     def tma_descriptors(self, shape: GemmShape, tile: TileConfig) -> TmaDescriptors | None:
         return None
@@ -156,7 +156,7 @@ def x_panel_bytes(tile: TileConfig, padding: int) -> int:
 
 
 def exchange_bytes(tile: TileConfig) -> int:
-    """Bytes through which K warps reduce their accumulators."""
-    if tile.warps_k == 1:
+    """Bytes through which K warps, and the CTAs of a cluster, reduce their accumulators."""
+    if tile.warps_k == tile.cluster == 1:
         return 0
     return tile.warps_k * tile.warps_n * 4 * tile.token_tiles * WARP * LOAD_BYTES

@@ -162,21 +162,18 @@ DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];"
 
 // ---- thread block clusters, from sm_90 on
 
-// Barrier of all threads of the cluster. Shared memory that was written before is visible to the cluster after it. No block exits
-// before the cluster has read its shared memory: it needs a barrier after the last load_cluster().
-DEVICE void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+// Arrive at the barrier of all threads of the cluster, with all earlier writes to shared memory; each arrival needs a wait.
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 
-// Load from the shared memory of block `rank` of the cluster, at an address of this block's.
-DEVICE float4 load_cluster(SharedAddress address, u32 rank) {
-    float4 v;
-    asm volatile("{ .reg .u32 remote; mapa.shared::cluster.u32 remote, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote]; }"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(address), "r"(rank)
+// Wait until all threads of the cluster have arrived; their earlier writes to shared memory are visible then.
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Store to the shared memory of block `rank` of the cluster, at an address of this block's. The block must have begun, and not have
+// ended: both need a barrier of the cluster in between.
+DEVICE void store_cluster(SharedAddress address, u32 rank, float4 v) {
+    asm volatile("{ .reg .u32 remote; mapa.shared::cluster.u32 remote, %0, %1; st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5}; }" ::"r"(address),
+                 "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                  : "memory");
-    return v;
 }
 
 // ---- programmatic dependent launch (PDL; matquant/cuda/pdl.py), from sm_90 on. No-ops elsewhere: there a launch starts after the

@@ -144,28 +144,32 @@ DEVICE void epilogue(const GemmArgs& args, const Output& out, Shared& shared, co
 }
 
 #if CLUSTER > 1
-// Store an output tile that the blocks of a cluster share, each with a part of the columns. Block `rank` sums every CLUSTER-th
-// accumulator over all blocks and their warps along K, in this order, so that the result is deterministic.
+// Store an output tile that the blocks of a cluster share, each with a part of the columns. Block `rank` adds up every CLUSTER-th
+// accumulator in the order of the blocks, so that the result is deterministic. The cluster has arrived at its barrier once before.
 template <class Shared>
 DEVICE void cluster_epilogue(const GemmArgs& args, const Output& out, Shared& shared, const WarpCoord& coord, u32 row_tile, u32 rank,
                              const Accumulator& accumulator) {
-    __syncthreads(); /*bug:cluster-overlap*/ // x and weights, which the partial sums overwrite, are no longer read
-    share_accumulators(shared, coord, accumulator);
-    cluster_sync(); /*bug:cluster-written*/
+    float4 sums[kShares];
+    reduce_k_warps(shared, coord, accumulator, sums);
+    cluster_wait(); /*bug:cluster-begun*/ // all blocks have begun
+    UNROLL
+    for (int i = 0; i < kShares; i++) {
+        const int j = coord.k_warp + i * K_WARPS;
+        if (j >= kAccumulators) continue;
+        store_cluster(shared_address(&shared.cluster_sums[rank][coord.n_warp()][j / CLUSTER][coord.lane]), j % CLUSTER, sums[i]); /*bug:cluster-rank*/
+    }
+    cluster_arrive();
+    cluster_wait(); /*bug:cluster-written*/
     const int row_block = (int)row_tile * ROW_WARPS + coord.row_warp;
     UNROLL
-    for (int i = 0; i * CLUSTER * K_WARPS < kAccumulators; i++) {
-        const int j = (i * K_WARPS + coord.k_warp) * CLUSTER + (int)rank;
-        if (j >= kAccumulators || row_block >= args.row_blocks) continue;
+    for (int i = 0; i * K_WARPS < kClusterShares; i++) {
+        const int share = coord.k_warp + i * K_WARPS, j = share * CLUSTER + (int)rank;
+        if (share >= kClusterShares || j >= kAccumulators || row_block >= args.row_blocks) continue;
         float4 sum = make_float4(0, 0, 0, 0);
         UNROLL
-        for (int block = 0; block < CLUSTER; block++)
-            UNROLL
-            for (int k = 0; k < K_WARPS; k++)
-                sum = add(sum, load_cluster(shared_address(&shared.partial_sums[k][coord.n_warp()][j][coord.lane]), block)); /*bug:cluster-rank*/
+        for (int block = 0; block < CLUSTER; block++) sum = add(sum, shared.cluster_sums[block][coord.n_warp()][share][coord.lane]);
         const int row = row_block * 64 + (coord.tile_warp * kRowTiles + j / TOKEN_TILES) * 16;
         store_output(out, row, j % TOKEN_TILES * 8, coord.lane, sum);
     }
-    cluster_sync(); /*bug:cluster-read*/ // the other blocks have read this one's partial sums
 }
 #endif

@@ -41,6 +41,7 @@
 //   PANEL         >= 1: k-tiles per x stage
 //   BLOCKS_PER_SM resident blocks per multiprocessor, the second number of __launch_bounds__
 //   CLUSTER       2..8: blocks that share an output tile, on sm_90 and later, without WGMMA; 1 for stream-K
+//   X_ROWS        optional: tokens of x in shared memory, 1 or BLOCK_M (the default); fewer leave room for weights. 1 for one token
 //   WGMMA         1 for WGMMA, on sm_90a with TOKEN_TILES 2, 4 or 8 and ROW_WARPS * TILE_WARPS a multiple of 4; 0 for mma.sync
 //   SHARED_BYTES  optional: sizeof(GemmSharedStorage) as computed by the launcher, checked at compile time
 // Launch
@@ -127,12 +128,17 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words];
     LoadCursor next = {nullptr, tile, k_tile, 0, shared_address(ring)};
     seek_tile(args, coord, next);
     prefetch_weights(args, coord, next, (int)min(count, (u32)(kNumStages - 1)));
+    if (count) load_weights(args, coord, next); // no earlier kernel writes weights
+    cp_async_commit();
+#if CLUSTER > 1
+    cluster_arrive();
+#endif
     pdl_wait();
     pdl_launch_dependents();
     XPipeline x_pipeline;
     x_pipeline.start(args, shared, k_tile, count);
     cp_async_commit();
-    _Pragma("unroll 1") for (u32 i = 0; i < kNumStages - 1; i++) {
+    _Pragma("unroll 1") for (u32 i = 1; i < kNumStages - 1; i++) {
         if (i < count) load_weights(args, coord, next);
         cp_async_commit(); // possibly an empty group, so that every iteration commits exactly one
     }

@@ -10,6 +10,9 @@
 #ifndef CLUSTER
 #define CLUSTER 1
 #endif
+#ifndef X_ROWS
+#define X_ROWS (8 * TOKEN_TILES)
+#endif
 
 static_assert(CLUSTER == 1 || !WGMMA, "clusters are for mma.sync");
 
@@ -24,6 +27,8 @@ constexpr int kWarps = kWarpsN * K_WARPS;  // warps that execute MMAs
 constexpr int kThreads = 32 * kWarps;
 constexpr int kRowTiles = 4 / TILE_WARPS;  // 16-row tiles of a warp
 constexpr int kAccumulators = kRowTiles * TOKEN_TILES; // 16x8 accumulators of a warp, 4 floats per lane each
+constexpr int kClusterShares = (kAccumulators + CLUSTER - 1) / CLUSTER; // of a warp's accumulators: those that one block of a cluster adds up
+constexpr int kXRows = X_ROWS;             // tokens of x in shared memory
 
 constexpr int kGroupK = GROUP && GROUP < kBlockK ? GROUP : kBlockK; // columns of a k-tile that share a scale
 constexpr int kGroups = kBlockK / kGroupK;

@@ -3,7 +3,7 @@
 #include "gemm_config.cuh"
 
 constexpr int kXStride = kTileK + 8; // elements per row of x for mma.sync: 16 bytes of padding make ldmatrix free of bank conflicts
-constexpr int kXTileBytes = (WGMMA ? kTileK : kXStride) * kBlockM * 2; // x of one k-tile
+constexpr int kXTileBytes = (WGMMA ? kTileK : kXStride) * kXRows * 2; // x of one k-tile
 constexpr int kXStageTiles = PANEL;                                    // k-tiles per x stage
 constexpr int kXStagesAhead = (kNumStages - 1 + kXStageTiles - 1) / kXStageTiles; // as far ahead as the weights
 constexpr int kXStages = kXStagesAhead + 1;
@@ -29,20 +29,13 @@ struct WeightStage {
 };
 
 struct GemmSharedStorage {
-#if CLUSTER > 1
-    union { // the one output tile of a block is reduced after its last k-tile
-        struct {
-            alignas(16) u8 x[kXStages][kXStageTiles][kXTileBytes];
-            WeightStage ring[K_WARPS][ROW_WARPS][kNumStages];
-        };
-        float4 partial_sums[K_WARPS][kWarpsN][kAccumulators][32];
-    };
-#else
     alignas(16) u8 x[kXStages][kXStageTiles][kXTileBytes]; // first: the swizzled tiles of TMA need an alignment of 1024 bytes
     WeightStage ring[K_WARPS][ROW_WARPS][kNumStages];
 #if K_WARPS > 1
     float4 partial_sums[K_WARPS][kWarpsN][kAccumulators][32];
 #endif
+#if CLUSTER > 1
+    float4 cluster_sums[CLUSTER][kWarpsN][kClusterShares][32]; // from each block of the cluster, those that this block adds up
 #endif
 #if WGMMA
     u64 x_full_barriers[kXStages];

@@ -8,8 +8,8 @@ DEVICE constexpr int x_offset(int token, int column) { return (token * kXStride 
 // Load x of `count` k-tiles from `k_tile` on; the last k-tile of an output tile is followed by the first one of the next tile.
 DEVICE void load_x(const GemmArgs& args, SharedAddress to, int k_tile, int count) {
     constexpr int kVectors = kTileK / 8; // 16-byte vectors per row
-    for (int i = threadIdx.x; i < kBlockM * count * kVectors; i += kThreads) {
-        const int token = i / kVectors % kBlockM, slot = i / kVectors / kBlockM, column = i % kVectors * 8;
+    for (int i = threadIdx.x; i < kXRows * count * kVectors; i += kThreads) {
+        const int token = i / kVectors % kXRows, slot = i / kVectors / kXRows, column = i % kVectors * 8;
         if (token >= args.tokens) continue; // this row only contributes to rows of y that are not stored
         int from_k_tile = k_tile + slot;
         while (from_k_tile >= args.k_tiles) from_k_tile -= args.k_tiles;
@@ -25,8 +25,9 @@ DEVICE void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const flo
     else mma_f16(d, a, b0, b1, c);
 }
 
-// B fragments of 32 columns (two k-steps) and one token tile.
-DEVICE void load_two_steps(SharedAddress x, int lane, u32 (&b)[4]) { ldmatrix_x4(b, x + x_offset(lane % 8, lane / 8 * 8)); }
+// B fragments of 32 columns (two k-steps) and one token tile. Of less than 8 rows, each stands for several tokens, all but one of which
+// only contribute to rows of y that are not stored.
+DEVICE void load_two_steps(SharedAddress x, int lane, u32 (&b)[4]) { ldmatrix_x4(b, x + x_offset(lane % min(kXRows, 8), lane / 8 * 8)); }
 
 // B fragments of 16 columns and two token tiles. x: address of the first token.
 DEVICE void load_two_tiles(SharedAddress x, int lane, u32 (&b)[4]) {

@@ -135,6 +135,8 @@ def tile_configs(shape: GemmShape, device: DeviceLimits, *, candidates: bool) ->
                 x_panel=x_panel,
                 ctas_per_sm=ctas_per_sm,
                 cluster=cluster,
+                whole_tiles=cluster == 0,
+                x_rows=1 if shape.tokens == 1 and family == "mma" else 8 * token_tiles,
             )
             needed = FAMILIES[family].shared_bytes(shape, tile) + _RESERVED_BYTES
             if ctas_per_sm * needed <= device.shared_bytes:

@@ -84,6 +84,9 @@ struct Fiber {
     u32 blocked_value = 0;
     const char* blocked_at = "";
     u64 last_fence = 0;  // of this thread, or of one that it synchronized with: stores published before are visible
+    bool in_cluster_barrier = false; // has arrived and not waited
+    u32 cluster_generation = 0;      // of the barrier at that arrival
+    bool cluster_begun = false;      // has waited once
     u64 last_atomic = 0; // likewise; data learned through the atomic requires a later fence
     std::vector<PendingStore> stores;
     std::vector<PendingCopy> open_copies;

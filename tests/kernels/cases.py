@@ -41,6 +41,7 @@ class GemmConfig:
     stages: int = 3
     panel: int = 2
     cluster: int = 1
+    x_rows: int = 0
     family: Family = "mma"
 
     def format_defines(self) -> dict[str, int]:
@@ -67,6 +68,7 @@ class GemmConfig:
             "PANEL": self.panel,
             "WGMMA": int(self.family != "mma"),
             "CLUSTER": self.cluster,
+            **({"X_ROWS": self.x_rows} if self.x_rows else {}),
             "SHARED_BYTES": self.shared_bytes(),
             "BLOCKS_PER_SM": 1,
         }
@@ -115,14 +117,14 @@ class GemmConfig:
             return -(-total // 1024) * 1024
         wgmma = self.family == "wgmma"
         x_stages = 1 + -(-(self.stages - 1) // self.panel)
-        x = x_stages * self.panel * self.block_m * (self.block_k * self.k_warps + 8 * (not wgmma)) * 2
+        x = x_stages * self.panel * (self.x_rows or self.block_m) * (self.block_k * self.k_warps + 8 * (not wgmma)) * 2
         x_sums = self.panel * self.k_warps * groups * self.block_m * 4
         total = self.k_warps * self.row_warps * self.stages * weights + x
-        exchange = self.warps * 4 // self.tile_warps * self.token_tiles * 512
+        if self.k_warps > 1:
+            total += self.warps * 4 // self.tile_warps * self.token_tiles * 512
         if self.cluster > 1:
-            total = max(total, exchange)
-        elif self.k_warps > 1:
-            total += exchange
+            shares = -(-4 // self.tile_warps * self.token_tiles // self.cluster)
+            total += self.cluster * self.row_warps * self.tile_warps * shares * 512
         return total + (-(-8 * x_stages // 16) * 16 if wgmma else x_sums)
 
 

@@ -25,7 +25,7 @@ class TileCandidate:
 
     Attributes:
         min_stages: fewest pipeline stages for which the configuration pays.
-        cluster: as in ``TileConfig``.
+        cluster, whole_tiles, x_rows: as in ``TileConfig``.
     """
 
     block_n: int
@@ -37,6 +37,8 @@ class TileCandidate:
     ctas_per_sm: int = 1
     min_stages: int = 2
     cluster: int = 1
+    whole_tiles: bool = False
+    x_rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +55,8 @@ class TileConfig:
         x_panel: k-tiles of activations that are copied together.
         ctas_per_sm: CTAs that are resident on a multiprocessor.
         cluster: CTAs that share a tile and reduce it through distributed shared memory; 1 for stream-K.
+        whole_tiles: a CTA computes a whole tile: there are as many CTAs as tiles.
+        x_rows: tokens of activations in shared memory: 1, or block_m.
     """
 
     family: str
@@ -65,6 +69,12 @@ class TileConfig:
     x_panel: int
     ctas_per_sm: int
     cluster: int = 1
+    whole_tiles: bool = False
+    x_rows: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.x_rows:
+            object.__setattr__(self, "x_rows", self.block_m)
 
     @property
     def warps_n(self) -> int:
@@ -140,6 +150,7 @@ class KernelFamily(abc.ABC):
             "BLOCKS_PER_SM": tile.ctas_per_sm,
             "WGMMA": int(self.wgmma),
             "CLUSTER": tile.cluster,
+            "X_ROWS": tile.x_rows,
         }
 
     def choose(self, shape: GemmShape, device: DeviceLimits) -> TileConfig:

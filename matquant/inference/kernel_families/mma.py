@@ -116,7 +116,7 @@ class MmaFamily(KernelFamily):
         groups = tile.block_k // (shape.group if 0 < shape.group < tile.block_k else tile.block_k)
         ring, x, exchange = ring_bytes(shape, tile), x_panel_bytes(tile, padding=8), exchange_bytes(tile)
         x_sums = tile.x_panel * tile.warps_k * groups * tile.block_m * 4
-        return (max(x + ring, exchange) if tile.cluster > 1 else x + ring + exchange) + x_sums
+        return x + ring + exchange + cluster_bytes(tile) + x_sums
 
     def tma_descriptors(self, shape: GemmShape, tile: TileConfig) -> TmaDescriptors | None:
         return None
@@ -137,7 +137,8 @@ def by_matrix_size(
     else:
         table = wide
     block_m = next(m for m in table if shape.tokens <= m)
-    return [dataclasses.replace(tile, block_m=block_m) for tile in table[block_m]]
+    x_rows = 1 if shape.tokens == 1 else block_m
+    return [dataclasses.replace(tile, block_m=block_m, x_rows=x_rows) for tile in table[block_m]]
 
 
 def ring_bytes(shape: GemmShape, tile: TileConfig) -> int:
@@ -152,11 +153,19 @@ def x_panels(tile: TileConfig) -> int:
 
 def x_panel_bytes(tile: TileConfig, padding: int) -> int:
     """Bytes of all panels of activations; rows are padded by ``padding`` elements."""
-    return x_panels(tile) * tile.x_panel * tile.block_m * (tile.block_k * tile.warps_k + padding) * 2
+    return x_panels(tile) * tile.x_panel * tile.x_rows * (tile.block_k * tile.warps_k + padding) * 2
 
 
 def exchange_bytes(tile: TileConfig) -> int:
-    """Bytes through which K warps, and the CTAs of a cluster, reduce their accumulators."""
-    if tile.warps_k == tile.cluster == 1:
+    """Bytes through which K warps reduce their accumulators."""
+    if tile.warps_k == 1:
         return 0
     return tile.warps_k * tile.warps_n * 4 * tile.token_tiles * WARP * LOAD_BYTES
+
+
+def cluster_bytes(tile: TileConfig) -> int:
+    """Bytes through which the CTAs of a cluster reduce their accumulators."""
+    if tile.cluster == 1:
+        return 0
+    shares = -(-4 // tile.warps_m * tile.token_tiles // tile.cluster)
+    return tile.cluster * tile.warps_n * tile.warps_m * shares * WARP * LOAD_BYTES

@@ -10,6 +10,8 @@
 #ifndef CLUSTER
 #define CLUSTER 1
 #endif
+// 1 if each warp of mma.sync adds up x itself: 1 MMA more for each 4 / TILE_WARPS, and no barrier.
+#define OWN_SUMS (!WGMMA && TOKEN_TILES * TILE_WARPS <= 2)
 #ifndef X_ROWS
 #define X_ROWS (8 * TOKEN_TILES)
 #endif
@@ -28,6 +30,7 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kRowTiles = 4 / TILE_WARPS;  // 16-row tiles of a warp
 constexpr int kAccumulators = kRowTiles * TOKEN_TILES; // 16x8 accumulators of a warp, 4 floats per lane each
 constexpr int kClusterShares = (kAccumulators + CLUSTER - 1) / CLUSTER; // of a warp's accumulators: those that one block of a cluster adds up
+constexpr bool kOwnSums = OWN_SUMS;
 constexpr int kXRows = X_ROWS;             // tokens of x in shared memory
 
 constexpr int kGroupK = GROUP && GROUP < kBlockK ? GROUP : kBlockK; // columns of a k-tile that share a scale

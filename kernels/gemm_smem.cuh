@@ -39,8 +39,13 @@ struct GemmSharedStorage {
 #endif
 #if WGMMA
     u64 x_full_barriers[kXStages];
-#else
+#endif
+#if !WGMMA && !OWN_SUMS
     float x_sums[kXStageTiles][K_WARPS][kGroups][kBlockM]; // sums of x over each group
+
+    DEVICE_MEMBER float2 group_sums(u32 slot, int k_warp, int group, int token) const { return *(const float2*)&x_sums[slot][k_warp][group][token]; }
+#else
+    DEVICE_MEMBER float2 group_sums(u32, int, int, int) const { return make_float2(0, 0); }
 #endif
 };
 

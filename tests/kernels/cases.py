@@ -118,7 +118,8 @@ class GemmConfig:
         wgmma = self.family == "wgmma"
         x_stages = 1 + -(-(self.stages - 1) // self.panel)
         x = x_stages * self.panel * (self.x_rows or self.block_m) * (self.block_k * self.k_warps + 8 * (not wgmma)) * 2
-        x_sums = self.panel * self.k_warps * groups * self.block_m * 4
+        own_sums = self.token_tiles * self.tile_warps <= 2
+        x_sums = 0 if own_sums else self.panel * self.k_warps * groups * self.block_m * 4
         total = self.k_warps * self.row_warps * self.stages * weights + x
         if self.k_warps > 1:
             total += self.warps * 4 // self.tile_warps * self.token_tiles * 512

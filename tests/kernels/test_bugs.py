@@ -65,7 +65,7 @@ def ws_bug(marker: str, pattern: str = Bug.pattern, wrong: str = "", **changes: 
 
 BUGS = {
     "no barrier before an x stage is read": Bug(marker="x-stage-full-sync"),
-    "no barrier after the group sums of x": Bug(marker="x-sums-sync"),
+    "no barrier after the group sums of x": Bug(marker="x-sums-sync", config=dataclasses.replace(MMA, token_tiles=4)),
     "warps that share a ring are not synchronized": Bug(marker="ring-sync", config=SHARED_RING),
     "one cp.async group too few is waited for": Bug(marker="ring-wait", pattern="- 2", wrong="- 1"),
     "pending cp.async groups at the end of the kernel": Bug(
@@ -137,6 +137,9 @@ BUGS = {
         marker="k-warps-read",
         config=GemmConfig(bits=8, family="wgmma", tile_warps=4, k_warps=2, token_tiles=2, panel=4),
         case=GemmCase(tokens=16, rows=300, depth=640, blocks=2),
+    ),
+    "sums of x over the last 16 columns of a group alone": Bug(
+        marker="own-sums", pattern=r", \w+\[\w+\]\);", wrong=", zero);"
     ),
     "cluster: partial sums stored before the other blocks have begun": Bug(marker="cluster-begun", config=CLUSTER),
     "cluster: partial sums read before all are written": Bug(marker="cluster-written", config=CLUSTER),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from matquant.cuda.tma import TmaDescriptor
-from matquant.formats.tile_layout import TILE
+from matquant.formats.tile_layout import TILE, tiles
 from matquant.inference.gemm_shape import DeviceLimits, GemmShape
 
 LOAD_BYTES = 16  # bytes of one load of a thread
@@ -21,11 +21,11 @@ TmaDescriptors = tuple[TmaDescriptor | None, TmaDescriptor | None, TmaDescriptor
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TileCandidate:
-    """Tile configuration before the number of pipeline stages is known.
+    """Tile configuration before the number of pipeline stages is known; the other fields are those of ``TileConfig``.
 
     Attributes:
         min_stages: fewest pipeline stages for which the configuration pays.
-        cluster, whole_tiles, x_rows: as in ``TileConfig``.
+        max_planes: most bit planes for which it pays; 0 for any number.
     """
 
     block_n: int
@@ -39,6 +39,7 @@ class TileCandidate:
     cluster: int = 1
     whole_tiles: bool = False
     x_rows: int = 0
+    max_planes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,9 +161,9 @@ class KernelFamily(abc.ABC):
             ValueError: no candidate fits.
         """
         for tile in self.candidates(shape, device):
-            if self.spills(shape, tile) or _divides_a_group(shape, tile) or (tile.cluster > 1 and not device.clusters):
+            if self.spills(shape, tile) or _divides_a_group(shape, tile):
                 continue
-            for stages in range(_MAX_STAGES, tile.min_stages - 1, -1):
+            for stages in range(_most_stages(shape, tile), tile.min_stages - 1, -1):
                 config = self._with_stages(tile, stages)
                 needed = tile.ctas_per_sm * (self.shared_bytes(shape, config) + _RESERVED_BYTES)
                 if needed <= device.shared_bytes:
@@ -171,7 +172,7 @@ class KernelFamily(abc.ABC):
 
     def _with_stages(self, tile: TileCandidate, stages: int) -> TileConfig:
         fields = dataclasses.asdict(tile)
-        del fields["min_stages"]
+        del fields["min_stages"], fields["max_planes"]
         return TileConfig(family=self.name, stages=stages, **fields)
 
 
@@ -181,6 +182,18 @@ def weight_stage_bytes(shape: GemmShape, tile: TileConfig) -> int:
     groups = columns // (shape.group if 0 < shape.group < columns else columns)
     side = 3 if shape.format.has_zero_points else 2
     return tile.k_units * shape.planes * WARP * LOAD_BYTES + groups * TILE * side
+
+
+def k_tiles_per_cta(shape: GemmShape, tile: TileCandidate) -> int:
+    """K-tiles of a CTA of a cluster, or of one that computes a whole tile."""
+    return -(-tiles(shape.depth) * TILE // (tile.block_k * tile.warps_k * tile.cluster))
+
+
+def _most_stages(shape: GemmShape, tile: TileCandidate) -> int:
+    """Pipeline stages that are of use: one more than a CTA has k-tiles. What is left is for the next kernel's CTAs."""
+    if tile.cluster == 1 and not tile.whole_tiles:
+        return _MAX_STAGES
+    return min(_MAX_STAGES, max(k_tiles_per_cta(shape, tile) + 1, tile.min_stages))
 
 
 def _divides_a_group(shape: GemmShape, tile: TileCandidate) -> bool:

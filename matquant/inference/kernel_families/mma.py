@@ -12,6 +12,7 @@ from matquant.inference.kernel_families.base import (
     TileCandidate,
     TileConfig,
     TmaDescriptors,
+    k_tiles_per_cta,
     weight_stage_bytes,
 )
 
@@ -94,6 +95,36 @@ _LARGE = {
 }
 
 
+# Candidates without stream-K by tokens in shared memory, the best first, for devices with clusters. One is used for matrices of which its
+# CTAs fill one wave (``_fills_wave``). Measured on an H100, see experiments/results/kernels.
+_ONE_WAVE = {
+    1: (
+        TileCandidate(block_n=64, block_k=128, warps_k=8, x_panel=4, ctas_per_sm=1, cluster=2),
+        TileCandidate(block_n=64, block_k=64, warps_k=8, x_panel=4, ctas_per_sm=1, cluster=2),
+        TileCandidate(block_n=64, block_k=128, warps_k=8, x_panel=4, ctas_per_sm=2, cluster=2),
+        TileCandidate(block_n=64, block_k=64, warps_k=8, x_panel=4, ctas_per_sm=2, cluster=2),
+        TileCandidate(block_n=64, block_k=128, warps_k=4, x_panel=2, ctas_per_sm=3, cluster=4, max_planes=3),
+        TileCandidate(block_n=448, block_k=128, warps_k=2, x_panel=2, ctas_per_sm=1, cluster=8),
+        TileCandidate(block_n=448, block_k=64, warps_k=2, x_panel=4, ctas_per_sm=1, cluster=8),
+        TileCandidate(block_n=128, block_k=128, warps_k=4, x_panel=4, ctas_per_sm=2, cluster=2),
+        TileCandidate(block_n=128, block_k=64, warps_k=4, x_panel=4, ctas_per_sm=2, cluster=2),
+        TileCandidate(block_n=256, block_k=128, warps_k=2, x_panel=4, ctas_per_sm=2, cluster=2),
+        TileCandidate(block_n=256, block_k=64, warps_k=4, x_panel=4, ctas_per_sm=1, whole_tiles=True),
+    ),
+    16: (
+        TileCandidate(block_n=448, block_k=128, warps_k=2, x_panel=2, ctas_per_sm=1, cluster=8),
+        TileCandidate(block_n=448, block_k=64, warps_k=2, x_panel=2, ctas_per_sm=1, cluster=8),
+        TileCandidate(block_n=128, block_k=128, warps_k=4, x_panel=2, ctas_per_sm=1, cluster=2),
+        TileCandidate(block_n=128, block_k=64, warps_k=4, x_panel=2, ctas_per_sm=1, cluster=2),
+        TileCandidate(block_n=256, block_k=128, warps_k=4, x_panel=2, ctas_per_sm=1, cluster=2),
+        TileCandidate(block_n=256, block_k=128, warps_k=2, x_panel=2, ctas_per_sm=1, cluster=2),
+        TileCandidate(block_n=512, block_k=128, warps_k=2, x_panel=2, ctas_per_sm=1, cluster=2),
+        TileCandidate(block_n=256, block_k=128, warps_k=1, x_panel=2, ctas_per_sm=2, cluster=2),
+    ),
+}
+_MIN_WAVE_SHARE = 0.84  # of the resident CTAs that have work
+
+
 class MmaFamily(KernelFamily):
     """Split-K with ``mma.m16n8k16``; weights through a cp.async ring, activations through panels."""
 
@@ -105,7 +136,7 @@ class MmaFamily(KernelFamily):
         return shape.tokens <= GEMM_MAX_M
 
     def candidates(self, shape: GemmShape, device: DeviceLimits) -> Sequence[TileCandidate]:
-        return by_matrix_size(shape, device, _NARROW, _WIDE, _LARGE)
+        return [*_one_wave(shape, device), *by_matrix_size(shape, device, _NARROW, _WIDE, _LARGE)]
 
     def spills(self, shape: GemmShape, tile: TileCandidate) -> bool:
         small_groups = 0 < shape.group < TILE
@@ -115,11 +146,29 @@ class MmaFamily(KernelFamily):
     def shared_bytes(self, shape: GemmShape, tile: TileConfig) -> int:
         groups = tile.block_k // (shape.group if 0 < shape.group < tile.block_k else tile.block_k)
         ring, x, exchange = ring_bytes(shape, tile), x_panel_bytes(tile, padding=8), exchange_bytes(tile)
-        x_sums = tile.x_panel * tile.warps_k * groups * tile.block_m * 4
+        own_sums = tile.token_tiles * tile.warps_m <= 2
+        x_sums = 0 if own_sums else tile.x_panel * tile.warps_k * groups * tile.block_m * 4
         return x + ring + exchange + cluster_bytes(tile) + x_sums
 
     def tma_descriptors(self, shape: GemmShape, tile: TileConfig) -> TmaDescriptors | None:
         return None
+
+
+def _one_wave(shape: GemmShape, device: DeviceLimits) -> list[TileCandidate]:
+    """Candidates without stream-K whose CTAs fill one wave of the device."""
+    rows = 1 if shape.tokens == 1 else -(-shape.tokens // 8) * 8
+    block_m = max(rows, 8)
+    return [
+        dataclasses.replace(tile, block_m=block_m, x_rows=rows)
+        for tile in _ONE_WAVE.get(rows, ())
+        if device.clusters and shape.planes <= (tile.max_planes or shape.planes) and _fills_wave(shape, device, tile)
+    ]
+
+
+def _fills_wave(shape: GemmShape, device: DeviceLimits, tile: TileCandidate) -> bool:
+    """Return True if the CTAs are about as many as are resident, and each has enough k-tiles for a panel of activations."""
+    share = -(-tiles(shape.rows) * TILE // tile.block_n) * tile.cluster / (device.multiprocessors * tile.ctas_per_sm)
+    return _MIN_WAVE_SHARE <= share <= 1 and k_tiles_per_cta(shape, tile) >= tile.x_panel
 
 
 def by_matrix_size(

@@ -40,7 +40,7 @@
 //   STAGES        >= 2: pipeline stages of the weights
 //   PANEL         >= 1: k-tiles per x stage
 //   BLOCKS_PER_SM resident blocks per multiprocessor, the second number of __launch_bounds__
-//   CLUSTER       2..8: blocks that share an output tile, on sm_90 and later, without WGMMA; 1 for stream-K
+//   CLUSTER       2..8: blocks that share an output tile, on sm_90 and later; 1 for stream-K
 //   X_ROWS        optional: tokens of x in shared memory, 1 or BLOCK_M (the default); fewer leave room for weights. 1 for one token
 //   WGMMA         1 for WGMMA, on sm_90a with TOKEN_TILES 2, 4 or 8 and ROW_WARPS * TILE_WARPS a multiple of 4; 0 for mma.sync
 //   SHARED_BYTES  optional: sizeof(GemmSharedStorage) as computed by the launcher, checked at compile time

@@ -16,8 +16,6 @@
 #define X_ROWS (8 * TOKEN_TILES)
 #endif
 
-static_assert(CLUSTER == 1 || !WGMMA, "clusters are for mma.sync");
-
 constexpr int kBlockM = 8 * TOKEN_TILES;   // tokens of an output tile
 constexpr int kBlockN = 64 * ROW_WARPS;    // rows of an output tile
 constexpr int kBlockK = 64 * UNITS;        // columns of a k-tile, per warp along K

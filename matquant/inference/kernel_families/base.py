@@ -25,7 +25,7 @@ class TileCandidate:
 
     Attributes:
         min_stages: fewest pipeline stages for which the configuration pays.
-        max_planes: most bit planes for which it pays; 0 for any number.
+        max_planes, max_k_tiles: most bit planes, and k-tiles of a CTA, for which it pays; 0 for any number.
     """
 
     block_n: int
@@ -40,6 +40,7 @@ class TileCandidate:
     whole_tiles: bool = False
     x_rows: int = 0
     max_planes: int = 0
+    max_k_tiles: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,7 +173,7 @@ class KernelFamily(abc.ABC):
 
     def _with_stages(self, tile: TileCandidate, stages: int) -> TileConfig:
         fields = dataclasses.asdict(tile)
-        del fields["min_stages"], fields["max_planes"]
+        del fields["min_stages"], fields["max_planes"], fields["max_k_tiles"]
         return TileConfig(family=self.name, stages=stages, **fields)
 
 

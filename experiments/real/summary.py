@@ -52,9 +52,9 @@ jobs shared, so that they compare only roughly.
 ALONE = "a model per bit-width"
 ABLATION_INTRODUCTION = """## Changes of the one-shot solver
 
-One setting of `method=matgptq` at a time, without refinement, on the same windows; the first row is the default. The last column is
-the geometric mean over the bit-widths of the ratio to a model per bit-width, made by the same solver for that bit-width alone
-(strict planes).
+One setting of `method=matgptq` at a time, without refinement, on the same windows; the first row is the default. The last column
+is the geometric mean over the bit-widths of the ratio to a model per bit-width, made by the same solver for that bit-width
+alone (strict planes).
 
     python experiments/real/ablation.py MODEL.gguf --jobs 3 --overrides runtime.device=cuda
     python experiments/real/ablation.py MODEL.gguf --lists       # the settings of each row
@@ -141,7 +141,7 @@ def ablation_table(records: Sequence[dict[str, Any]], text: str) -> str:
     """KL of every change of the one-shot solver on one text, and the geometric mean of its ratio to a model per bit-width."""
     mine = [record for record in records if record["text"] == text]
     alone = {r["bits"]: r["kl"] for r in mine if r["change"] == ALONE and r["seed"] == 0}
-    lines = ["| change | " + " | ".join(f"{bits} bits" for bits in BITS) + " | × a model per bit-width |"]
+    lines = ["| change | " + " | ".join(f"{bits} bits" for bits in BITS) + " | times a model per bit-width |"]
     lines.append("|---" * (len(BITS) + 2) + "|")
     for change in dict.fromkeys(record["change"] for record in mine):
         found = {bits: [r["kl"] for r in mine if (r["change"], r["bits"]) == (change, bits)] for bits in BITS}

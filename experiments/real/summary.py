@@ -53,8 +53,8 @@ ALONE = "a model per bit-width"
 ABLATION_INTRODUCTION = """## Changes of the one-shot solver
 
 One setting of `method=matgptq` at a time, without refinement, on the same windows; the first row is the default. The last
-column is the geometric mean over the bit-widths of the ratio to a model per bit-width, made by the same solver for that bit-width
-alone (strict planes).
+column is the geometric mean over the bit-widths of the ratio to a model per bit-width, made by the same solver for that
+bit-width alone (strict planes).
 
     python experiments/real/ablation.py MODEL.gguf --jobs 3 --overrides runtime.device=cuda
     python experiments/real/ablation.py MODEL.gguf --lists       # the settings of each row

@@ -39,6 +39,9 @@ struct GemmSharedStorage {
 #else
     float x_sums[kXStageTiles][K_WARPS][kGroups][kBlockM]; // sums of x over each group
 #endif
+#if GATHER
+    int x_rows[kBlockM], y_rows[kBlockM]; // of the tokens of the block's tile
+#endif
 };
 
 #ifdef SHARED_BYTES

@@ -1,7 +1,7 @@
 """``kernels/moe_route.cu`` and ``kernels/moe_gemm.cu`` on the emulator, against a loop over experts in float64.
 
-Outputs, unused entries, planes that must not be read and experts without tokens are poisoned. The error may be 1.2 times that of
-rounding the exact result.
+Outputs, unused entries, planes that must not be read and experts without tokens are poisoned. The error may be 1.2 times that
+of rounding the exact result.
 """
 
 import ctypes
@@ -362,7 +362,7 @@ def test_correct_sources_pass_the_cases_of_the_bugs():
 
 
 def test_every_marker_has_a_bug():
-    """Those of the shared headers have theirs in ``test_bugs``."""
+    """Apart from those of the shared headers, whose bugs are in ``test_bugs``."""
     sources = "".join(read_source(name) for name in ("moe_route.cu", "moe_gemm.cu"))
     shared = read_source("gemm.cu")
     markers = set(re.findall(r"/\*bug:([\w-]+)\*/", sources)) - set(re.findall(r"/\*bug:([\w-]+)\*/", shared))

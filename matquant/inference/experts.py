@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from matquant.errors import UserError
 from matquant.inference.expert_ops import StackedExperts, route
+from matquant.inference.kernel_families.moe import MOE_MAX_M
 from matquant.inference.linear import NestedLinear
 from matquant.inference.moe_launch import MAX_EXPERTS, prefers_grouped
 from matquant.inference.stacked_layers import LayerStack
@@ -73,6 +74,12 @@ class PerExpertLinears(nn.ModuleList):
         if uses_kernels(hidden_states) and (stacks := self._stacked(hidden_states, top_k_index)) is not None:
             together: Tensor = self._forward_together(hidden_states, top_k_index, top_k_weights, *stacks)
             return together
+        if is_capturing(hidden_states):
+            raise UserError(
+                "A CUDA graph is being captured, and these experts are computed one at a time, which reads the routing on the "
+                "host. Graphs hold nested layers of one format without biases and hooks, in half precision, of up to "
+                f"{MOE_MAX_M} tokens for an expert on average."
+            )
         fused = self._fused[0]
         mixed = hidden_states.new_zeros(*top_k_index.shape, hidden_states.shape[-1])  # (tokens, k, hidden)
         expert: Any
@@ -92,16 +99,15 @@ class PerExpertLinears(nn.ModuleList):
         Raises:
             UserError: a CUDA graph is being captured, and the experts have not been run before.
         """
-        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         layers = {name: [getattr(expert, name) for expert in self] for name in self._stacks}
         if (
             len(self) > MAX_EXPERTS
             or (torch.is_grad_enabled() and x.requires_grad)
-            or not (capturing or prefers_grouped(top_k_index.shape[0], top_k_index.shape[1], len(self)))
+            or not prefers_grouped(top_k_index.shape[0], top_k_index.shape[1], len(self))
             or not all(_can_be_stacked(layer) for kind in layers.values() for layer in kind)
         ):
             return None
-        if capturing and not all(self._stacks[name].is_ready(kind) for name, kind in layers.items()):
+        if is_capturing(x) and not all(self._stacks[name].is_ready(kind) for name, kind in layers.items()):
             raise UserError(
                 "A CUDA graph is being captured, and the experts of this model have not been run yet: their tensors would have "
                 "to be joined now. Run the model once at these bits and this batch size before the capture."
@@ -134,7 +140,12 @@ class PerExpertLinears(nn.ModuleList):
 
 def uses_kernels(x: Tensor) -> bool:
     """True if the experts of these hidden states may be computed together."""
-    return x.is_cuda and x.ndim == 2
+    return x.is_cuda and x.ndim == 2 and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def is_capturing(x: Tensor) -> bool:
+    """True while a CUDA graph is captured on the device of ``x``."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _can_be_stacked(layer: nn.Module) -> bool:

@@ -27,25 +27,34 @@ class GroupedExperts(nn.Module):
         step_bits: their bit-widths, int64 [matrices, 3], see ``vllm_ops.new_step_bits``; the matrices hold its rows.
         held: ascending ids of the experts on this device.
         total: number of experts on all devices.
+        graph_tokens: largest number of tokens of a step that is captured into a CUDA graph.
     """
 
     def __init__(
-        self, gate_up: FusedLinears, down: FusedLinears, step_bits: Sequence[Tensor], held: Sequence[int], total: int
+        self,
+        gate_up: FusedLinears,
+        down: FusedLinears,
+        step_bits: Sequence[Tensor],
+        held: Sequence[int],
+        total: int,
+        graph_tokens: int = 0,
     ) -> None:
         super().__init__()
         self.gate_up, self.down = gate_up, down
-        self.held, self.total = list(held), total
+        self.held, self.total, self.graph_tokens = list(held), total, graph_tokens
         self._step_bits = list(step_bits)
 
     def prefers(self, x: Tensor, experts: Tensor) -> bool:
-        """Return True if the experts of a step are to be computed together.
+        """Return True if the experts of a step are to be computed together: few tokens, or as many as a CUDA graph has.
+
+        The answer is the same while a graph is captured and before, when the kernels are loaded.
 
         Args:
             x: hidden states [tokens, hidden].
             experts: experts of each token, [tokens, k].
         """
-        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        few = capturing or prefers_grouped(experts.shape[0], experts.shape[1], self.total)
+        tokens, top_k = experts.shape
+        few = tokens <= self.graph_tokens or prefers_grouped(tokens, top_k, self.total)
         return few and all(self._stack(kind).is_supported(x.dtype) for kind in (self.gate_up, self.down))
 
     def forward(
@@ -87,13 +96,15 @@ class GroupedExperts(nn.Module):
         )
 
 
-def group_experts(experts: Mapping[str, Any], gate_up: Sequence[str], down: str, total: int) -> GroupedExperts | None:
+def group_experts(
+    experts: Mapping[str, Any], gate_up: Sequence[str], down: str, total: int, graph_tokens: int = 0
+) -> GroupedExperts | None:
     """Group experts, before they are loaded. Their tensors and bit-widths become parts of shared ones.
 
     Args:
         experts: mappings or modules that hold each ``ShardedNestedLinear`` by kind, by id of the expert in ascending order.
         gate_up, down: kinds of the first matrices and of the last one.
-        total: number of experts on all devices.
+        total, graph_tokens: see ``GroupedExperts``.
 
     Returns:
         None if they stay separate: several formats, rows beside whole tiles of 64 on this device, or a single expert.
@@ -106,7 +117,7 @@ def group_experts(experts: Mapping[str, Any], gate_up: Sequence[str], down: str,
     first, last = (fuse(kind) for kind in kinds)
     if first is None or last is None:
         return None
-    return GroupedExperts(first, last, step_bits, [int(index) for index in experts], total)
+    return GroupedExperts(first, last, step_bits, [int(index) for index in experts], total, graph_tokens)
 
 
 def _join_step_bits(matrices: Sequence[ShardedNestedLinear]) -> Tensor:

@@ -15,6 +15,7 @@ from packing import Opened
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from matquant.errors import UserError
 from matquant.inference import NestedLinear, NestedPlanes, expert_reference, experts, nested_layers, set_bits
 from matquant.inference.experts import PerExpertLinears
 
@@ -150,6 +151,17 @@ def test_many_tokens_are_computed_one_expert_at_a_time(products):
         products.clear()
         logits(model, torch.randint(2, 120, (1, tokens)))
         assert len(products) == calls
+
+
+@pytest.mark.parametrize("tokens", [4, 300])
+def test_a_capture_of_what_it_cannot_hold_is_refused(monkeypatch, products, tokens):
+    """Experts that have not run yet, and more tokens than are computed together."""
+    block = first_experts(nest(make_model("mixtral")).half())
+    x, ids, weights = torch.randn(tokens, 64).half(), torch.tensor([[0, 1]] * tokens), torch.ones(tokens, 2).half()
+    monkeypatch.setattr(experts, "is_capturing", lambda x: True)
+    with pytest.raises(UserError, match="Run the model once" if tokens == 4 else "64 tokens for an expert"):
+        block(x, ids, weights)
+    assert not products
 
 
 def test_gradients_flow(products):

@@ -1,5 +1,6 @@
 """Experts of one block computed together, without vLLM: outputs, bit-widths, storage, shards, and what stays separate."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from matquant.formats.packed import LayerSpec
 from matquant.formats.planes import NestedPlanes
 from matquant.inference import expert_reference
 from matquant.inference.shard import WeightShard
+from matquant.vllm.cuda_graphs import graph_tokens
 from matquant.vllm.grouped_experts import GroupedExperts, group_experts
 from matquant.vllm.sharded_linear import ShardedNestedLinear, finish_loading
 
@@ -218,6 +220,27 @@ def test_experts_of_several_formats_stay_separate():
     layer, other = Layer(), Layer(stretch=1.25)
     layer.members["1"] = other.members["1"]
     assert group_experts(layer.members, layer.gate_up, "down_proj", 4) is None
+
+
+def test_steps_of_a_graph_are_computed_together_before_and_during_its_capture():
+    """A loop before the capture would not load the kernels that the capture needs."""
+    layer = Layer()
+    grouped = group_experts(layer.members, layer.gate_up, "down_proj", 4, graph_tokens=512)
+    assert grouped is not None
+    for tokens, together in ((128, True), (512, True), (513, False)):
+        x, _, ids = step(tokens)
+        assert grouped.prefers(x.half(), ids) == together
+
+
+@pytest.mark.parametrize(
+    ("mode", "sizes", "tokens"),
+    [("FULL", [1, 8, 512], 512), ("PIECEWISE", [16, 4], 16), ("NONE", [512], 0), ("FULL", [], 0), ("FULL", None, 0)],
+)
+def test_largest_step_of_a_graph(mode, sizes, tokens):
+    config = SimpleNamespace(cudagraph_mode=SimpleNamespace(name=mode), cudagraph_capture_sizes=sizes)
+    assert graph_tokens(config) == tokens
+    config.cudagraph_mode = None
+    assert graph_tokens(config) == 0
 
 
 def test_the_kernels_take_few_tokens_in_half_precision():

@@ -10,6 +10,10 @@ struct Output {
     u16* y;
     const u16* bias;
     int tokens, rows;
+    const int* y_rows; // row of y of each token, and elements between two rows; used if GATHER
+    int y_stride;
+
+    DEVICE_MEMBER u16* row(int token) const { return y + (GATHER ? (u64)y_rows[token] * y_stride : (u64)token * rows); }
 };
 
 // Coordinates of an output tile in y, and its place in the stream-K schedule.
@@ -26,8 +30,8 @@ DEVICE void store_output(const Output& out, int row, int token, int lane, const 
         const int n = row + lane / 4 + 8 * p, m = token + 2 * (lane % 4);
         if (n >= out.rows) continue; /*bug:row-bounds*/
         const float bias = out.bias ? bias_to_float(out.bias[n]) : 0.0f;
-        if (m < out.tokens) out.y[(u64)m * out.rows + n] = float_to_output((p ? sum.z : sum.x) + bias);
-        if (m + 1 < out.tokens) out.y[(u64)(m + 1) * out.rows + n] = float_to_output((p ? sum.w : sum.y) + bias);
+        if (m < out.tokens) out.row(m)[n] = float_to_output((p ? sum.z : sum.x) + bias);
+        if (m + 1 < out.tokens) out.row(m + 1)[n] = float_to_output((p ? sum.w : sum.y) + bias);
     }
 }
 

@@ -54,23 +54,7 @@
 //   PDL         may be launched with programmatic stream serialization
 //   Concurrent launches need separate workspaces and semaphores.
 #include "epilogue.cuh"
-#include "warp_fragments.cuh"
-#include "weight_loads.cuh"
-#if WGMMA
-#include "gemm_wgmma.cuh"
-typedef WgmmaMainloop Mainloop;
-typedef TmaXPipeline XPipeline;
-#else
-#include "gemm_mma.cuh"
-typedef MmaMainloop Mainloop;
-typedef CpAsyncXPipeline XPipeline;
-#endif
-
-// Synchronize the warps that share a ring.
-DEVICE void sync_ring(const WarpCoord& coord) {
-    if (TILE_WARPS == 1) __syncwarp();
-    else named_barrier_sync(1 + coord.k_warp * ROW_WARPS + coord.row_warp, 32 * TILE_WARPS);
-}
+#include "gemm_pipeline.cuh"
 
 // Range of k-tiles of a block, among those of all output tiles.
 struct KTileRange {
@@ -114,8 +98,7 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words];
 #endif
     SHARED_MEMORY(memory);
     GemmSharedStorage& shared = *(GemmSharedStorage*)memory;
-    const int warp = threadIdx.x / 32;
-    const WarpCoord coord = {(int)threadIdx.x % 32, warp % ROW_WARPS, warp / ROW_WARPS % TILE_WARPS, K_WARPS > 1 ? warp / kWarpsN : 0};
+    const WarpCoord coord = warp_coord();
     GemmArgs args = {planes, plane_stride, scales, zeros, x, tokens, rows, depth, (rows + 63) / 64, scale_row_blocks, (depth + 63) / 64, 0};
     args.k_tiles = (args.units + UNITS * K_WARPS - 1) / (UNITS * K_WARPS);
     const Output out = {y, bias, tokens, rows};
@@ -123,53 +106,22 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words];
     const u32 total = (u32)(args.row_blocks + ROW_WARPS - 1) / ROW_WARPS * args.k_tiles;
     const KTileRange range = block_range(args.k_tiles, total);
     const u32 count = range.end - range.begin;
-    u32 tile = range.begin / args.k_tiles, k_tile = range.begin % args.k_tiles;
-    const WeightStage(&ring)[kNumStages] = shared.ring[coord.k_warp][coord.row_warp];
-    LoadCursor next = {nullptr, tile, k_tile, 0, shared_address(ring)};
+    const u32 tile = range.begin / args.k_tiles, k_tile = range.begin % args.k_tiles;
+    LoadCursor next = {nullptr, tile, k_tile, 0, shared_address(shared.ring[coord.k_warp][coord.row_warp])};
     seek_tile(args, coord, next);
     prefetch_weights(args, coord, next, (int)min(count, (u32)(kNumStages - 1)));
-    if (count) load_weights(args, coord, next); // no earlier kernel writes weights
-    cp_async_commit();
+    load_first_weights(args, coord, count, next); // no earlier kernel writes weights
 #if CLUSTER > 1
     cluster_arrive();
 #endif
     pdl_wait();
     pdl_launch_dependents();
-    XPipeline x_pipeline;
-    x_pipeline.start(args, shared, k_tile, count);
-    cp_async_commit();
-    _Pragma("unroll 1") for (u32 i = 1; i < kNumStages - 1; i++) {
-        if (i < count) load_weights(args, coord, next);
-        cp_async_commit(); // possibly an empty group, so that every iteration commits exactly one
-    }
-
-    Mainloop mainloop;
-    mainloop.clear();
-    u32 stage = 0, slot = 0;
-    for (u32 i = 0; i < count; i++) {
-        cp_async_wait<kNumStages - 2>(); /*bug:ring-wait*/ // this thread's copies of the k-tile's weights and of its x stage
-        if (slot == 0) x_pipeline.enter_stage(args, shared, coord.lane, warp, k_tile, count - i);
-        sync_ring(coord); /*bug:ring-sync*/ // the k-tile's weights are visible, and the previous k-tile is no longer read
-        if (i + kNumStages - 1 < count) load_weights(args, coord, next);
-        cp_async_commit();
-        mainloop.add_k_tile(ring[stage], shared, x_pipeline.current, slot, coord, offset, zero_step);
-        if (++stage == kNumStages) stage = 0;
-        if (++slot == kXStageTiles) {
-            slot = 0;
-            x_pipeline.leave_stage(shared);
-        }
-        k_tile++;
-        if (CLUSTER == 1 && (k_tile == (u32)args.k_tiles || i + 1 == count)) {
-            mainloop.finish(gain);
-            epilogue(args, out, shared, coord, {tile, 0, tile, total}, workspace, tile_semaphores, mainloop.accumulator);
-            mainloop.clear(); /*bug:clear-accumulator*/
-            k_tile = 0;
-            tile++;
-        }
-    }
-    cp_async_wait<0>(); /*bug:final-wait*/
+    multiply_k_tiles(args, shared, coord, k_tile, count, next, offset, zero_step, [&](u32 done, Mainloop& mainloop) {
+        mainloop.finish(gain);
 #if CLUSTER > 1
-    mainloop.finish(gain);
-    cluster_epilogue(args, out, shared, coord, blockIdx.x / CLUSTER, blockIdx.x % CLUSTER, mainloop.accumulator);
+        cluster_epilogue(args, out, shared, coord, tile, blockIdx.x % CLUSTER, mainloop.accumulator);
+#else
+        epilogue(args, out, shared, coord, {tile + done, 0, tile + done, total}, workspace, tile_semaphores, mainloop.accumulator);
 #endif
+    });
 }

@@ -15,6 +15,10 @@
 #ifndef X_ROWS
 #define X_ROWS (8 * TOKEN_TILES)
 #endif
+// 1 in moe_gemm.cu: rows of x and of y are those of a list.
+#ifndef GATHER
+#define GATHER 0
+#endif
 
 constexpr int kBlockM = 8 * TOKEN_TILES;   // tokens of an output tile
 constexpr int kBlockN = 64 * ROW_WARPS;    // rows of an output tile
@@ -55,6 +59,7 @@ struct GemmArgs {
     int scale_row_blocks;    // those between the scales of two groups: more than W has if W is a part of a stored weight
     int units;               // 64-column units of W
     int k_tiles;             // of an output tile
+    const int* x_rows;       // row of x of each token; used if GATHER
 };
 
 // Lane, and warp along N (the 64-row block, then the part of it) and along K.

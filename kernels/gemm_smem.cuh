@@ -47,6 +47,9 @@ struct GemmSharedStorage {
 #else
     DEVICE_MEMBER float2 group_sums(u32, int, int, int) const { return make_float2(0, 0); }
 #endif
+#if GATHER
+    int x_rows[kBlockM], y_rows[kBlockM]; // of the tokens of the block's tile
+#endif
 };
 
 #ifdef SHARED_BYTES

@@ -15,7 +15,7 @@ DEVICE void load_x(const GemmArgs& args, SharedAddress to, int k_tile, int count
         while (from_k_tile >= args.k_tiles) from_k_tile -= args.k_tiles;
         const int from = from_k_tile * kTileK + column;
         const bool inside = from < args.depth; /*bug:x-bounds*/
-        const u64 index = inside ? (u64)token * args.depth + from : 0;
+        const u64 index = inside ? (u64)(GATHER ? args.x_rows[token] : token) * args.depth + from : 0;
         cp_async(to + slot * kXTileBytes + x_offset(token, column), args.x + index, inside ? 16 : 0);
     }
 }

@@ -116,7 +116,7 @@ def linear(
     if launch.kernel is None or launch.config is None:
         weight = _weight(planes, scales, zeros, settings)
         return _linear_by_strips(x, weight, bias, bits, y)
-    rows = _aligned_rows(x, tokens)
+    rows = aligned_rows(x, tokens)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     config = launch.config
@@ -199,7 +199,7 @@ def device_limits(index: int) -> DeviceLimits:
     )
 
 
-def _aligned_rows(x: Tensor, tokens: int) -> Tensor:
+def aligned_rows(x: Tensor, tokens: int) -> Tensor:
     """Return x, or a copy if its rows are not contiguous at multiples of 16 bytes; columns are padded with 0."""
     depth = x.shape[-1]
     if depth % 8:

@@ -254,6 +254,18 @@ class NestedLinear(nn.Module):
             wanted = dict(zip(_STATE_FIELDS, own.tolist(), strict=False))
             raise UserError(f"The state dict belongs to another layer: expected {wanted}; found {found}.")
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Add the tensors to a state dict; a range of a larger tensor is copied, so that files hold it alone."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._buffers:
+            if (tensor := destination.get(prefix + name)) is not None:
+                destination[prefix + name] = _own_storage(tensor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State for copies and pickles: a range of a larger tensor becomes a tensor of its own."""
+        own = {name: None if one is None else _own_storage(one) for name, one in self._buffers.items()}
+        return {**self.__dict__, "_buffers": own}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NestedLinear":
         """Move to a device like any module; a change of dtype applies to ``weight`` and the bias only."""
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.planes.device)).dtype
@@ -265,6 +277,11 @@ class NestedLinear(nn.Module):
             if moved.dtype != scales.dtype:
                 setattr(self, name, scales.to(moved.device))
         return self
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy if its storage holds more."""
+    return tensor if tensor.is_meta or tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def scale_buffers(format: WeightFormat, planes: int) -> list[str]:

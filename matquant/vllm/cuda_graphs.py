@@ -24,6 +24,17 @@ def check_graph_mode(mode: Any, choice: BitChoice) -> None:
         )
 
 
+def graph_tokens(compilation: Any) -> int:
+    """Largest number of tokens of a step that vLLM captures into a CUDA graph; 0 without graphs.
+
+    Args:
+        compilation: vLLM's compilation config.
+    """
+    mode = compilation.cudagraph_mode
+    without = mode is None or mode.name == "NONE"
+    return 0 if without else max(compilation.cudagraph_capture_sizes or [0])
+
+
 def swap_cuda_graphs(runner: Any, previous: tuple[Any, ...], current: tuple[Any, ...]) -> None:
     """Store the graphs of the previous bit-widths, and restore or capture those of the current ones.
 

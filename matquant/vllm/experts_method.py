@@ -1,7 +1,9 @@
-"""Mixtures of experts in vLLM. Each matrix of each expert stays separate, with its own bit-width.
+"""Mixtures of experts in vLLM. Each matrix of each expert has its own bit-width.
 
-Steps that are captured into a CUDA graph compute every expert for all tokens, since a graph cannot depend on the routing. All
-other steps compute an expert for the tokens that are routed to it.
+On CUDA devices the experts of a step are computed together, in a launch for each bit-width, see ``grouped_experts``. Steps of
+many tokens, and experts that the kernels do not support, are computed one expert at a time, for the tokens that are routed to
+it. Where experts that the kernels do not support are captured into a CUDA graph, every expert is computed for all tokens, since
+a loop cannot depend on the routing.
 """
 
 import re
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import vllm
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -19,6 +22,8 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from matquant.errors import UserError
 from matquant.inference.shard import WeightShard
 from matquant.vllm.compat import OLDEST_WITH_EXPERTS, check_release
+from matquant.vllm.cuda_graphs import graph_tokens
+from matquant.vllm.grouped_experts import group_experts
 from matquant.vllm.sharded_linear import ShardedNestedLinear, finish_loading
 
 # Names of the matrices of an expert: gate and up in one matrix or in two, then the down projection.
@@ -119,6 +124,13 @@ class NestedExpertsMethod(FusedMoEMethodBase):
             linears[self.down] = self._make_linear(index, self.down, down)
             experts[str(index)] = nn.ModuleDict(linears)
         layer.nested_experts = experts
+        layer.grouped_experts = group_experts(
+            dict(experts.items()),
+            self.gate_up,
+            self.down,
+            layer.global_num_experts,
+            graph_tokens(get_current_vllm_config().compilation_config),
+        )
         # vLLM's own loader shards and stacks dense matrices.
         layer.load_weights = lambda weights: _load(layer, weights)
 
@@ -155,6 +167,11 @@ class NestedExpertsMethod(FusedMoEMethodBase):
             x: hidden states [tokens, hidden].
             weights, experts: router weights and indices of each token's experts, [tokens, k].
         """
+        grouped = layer.grouped_experts
+        if x.is_cuda and grouped is not None and grouped.prefers(x, experts):
+            activation = _ACTIVATIONS[layer.activation.value]
+            together: Tensor = grouped(x, weights, experts, activation, layer.apply_router_weight_on_input)
+            return together
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         result = torch.zeros_like(x)
         for index, expert in layer.nested_experts.items():

@@ -5,6 +5,7 @@ Here it is a tensor in host memory and an input of the operator, so that one com
 CUDA graph keeps the bit-widths of its capture, see ``vllm.cuda_graphs``.
 """
 
+import functools
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from matquant.errors import UserError
+from matquant.formats.nested import WeightFormat
 from matquant.formats.tile_layout import TILE, tiles
 from matquant.inference import ops  # noqa: F401 - defines nested_linear
 from matquant.inference.argument_checks import check_x
@@ -43,8 +45,16 @@ def current_bits(step_bits: Tensor) -> int:
     Raises:
         UserError: the bit-widths differ, and the attention backend does not say which kind of step this is.
     """
-    decode, prefill, decode_tokens = (int(value) for value in step_bits.tolist())
-    return decode if decode == prefill or _is_decode_step(decode_tokens) else prefill
+    return all_current_bits(step_bits[None])[0]
+
+
+def all_current_bits(step_bits: Tensor) -> list[int]:
+    """Bit-widths of several weights in vLLM's current step, from int64 [weights, 3]; errors as ``current_bits``."""
+    is_decode_step = functools.cache(_is_decode_step)
+    return [
+        decode if decode == prefill or is_decode_step(decode_tokens) else prefill
+        for decode, prefill, decode_tokens in step_bits.tolist()
+    ]
 
 
 def _is_decode_step(decode_tokens: int) -> bool:
@@ -108,7 +118,10 @@ def _linear_runtime_bits(
         weight = (planes, scales[own], zeros)
         if rows < sum(out_features):
             part = slice(first // TILE, tiles(first + rows))
-            weight = (planes[:, part], scales[own][:, part], None if zeros is None else zeros[:, part])
+            read = WeightFormat.from_op_args(scales[own], zeros, *op_args).planes_read(
+                bits
+            )  # later ones may not be in memory
+            weight = (planes[:read, part], scales[own][:, part], None if zeros is None else zeros[:, part])
         own_bias = None if bias is None else bias[first : first + rows]
         outputs.append(
             torch.ops.matquant.nested_linear.default(x, *weight, own_bias, bits, rows, in_features, *op_args)

@@ -17,6 +17,7 @@ import torch
 from matquant.formats.nested import WeightFormat
 from matquant.inference.gemm_shape import DeviceLimits, GemmShape
 from matquant.inference.launch_config import make_launch_config
+from matquant.inference.moe_launch import make_moe_launch
 from matquant.quantize.gptq import column_solver_cuda
 from tests.kernels import nvrtc
 from tests.kernels.emulator import KERNELS, read_source
@@ -111,6 +112,35 @@ def test_gemm_compiles_without_spills(architecture: str, name: str, tmp_path: Pa
     assert cubin[:4] == ELF
     if tool("cuobjdump") is not None:
         assert stack_bytes(cubin, tmp_path) == 0
+
+
+MOE_PROBLEMS = {
+    "2 bits, 8 pairs": gemm_problem(2, 8),
+    "8 bits, 8 pairs, few columns": gemm_problem(8, 8, depth=768, dtype=torch.bfloat16, stretch=1.25),
+    "3 bits, 16 pairs": gemm_problem(3, 16, has_zero_points=True),
+    "4 bits, 32 pairs": gemm_problem(4, 32, slicing="round"),
+    "4 bits, 64 pairs": gemm_problem(4, 64, dtype=torch.bfloat16),
+    "5 bits, 64 pairs, groups of 32": gemm_problem(5, 64, group_size=32),
+}
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "sm_90a"])
+@pytest.mark.parametrize("name", MOE_PROBLEMS)
+def test_experts_compile_without_spills(architecture: str, name: str, tmp_path: Path) -> None:
+    multiprocessors, shared = ARCHITECTURES[architecture]
+    device = DeviceLimits(multiprocessors=multiprocessors, shared_bytes=1024 * shared)
+    launch = make_moe_launch(MOE_PROBLEMS[name], device)
+    cubin = compile_source(launch.source, architecture, launch.defines)
+    assert cubin[:4] == ELF
+    if tool("cuobjdump") is not None:
+        assert stack_bytes(cubin, tmp_path) == 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_routing_compiles(architecture: str) -> None:
+    for wide, threads in ((0, 32), (1, 1024)):
+        defines = {"WIDE_IDS": wide, "BLOCK_M": 8, "THREADS": threads}
+        assert compile_source("moe_route.cu", architecture, defines)[:4] == ELF
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -140,3 +140,16 @@ def test_layers_that_have_no_common_form_stay_separate():
     assert first.planes.is_contiguous()
     assert fuse([first.reader(2), second.reader(2)]) is None  # readers of layers that are not fused
     assert fuse([first, second]) is not None
+
+
+@pytest.mark.parametrize("options", [{}, {"slicing": "round", "offset": 0.0}])
+def test_members_of_several_widths_read_the_planes_that_are_left(options):
+    members, weights = make_members(**options)
+    fused = fuse(members)
+    load(members, weights)
+    x = torch.randn(2, COLUMNS)
+    members[0].memory.keep(members[0].format.planes_read(3))
+    for bits in ((2, 3, 3), (3, 3, 2), (2, 3, 2)):
+        for member, width in zip(members, bits, strict=True):
+            member.set_bits(width, width)
+        assert_near(fused(x, None), product(x, weights, bits))

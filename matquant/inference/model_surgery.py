@@ -21,13 +21,17 @@ from matquant.store.artifact import read_artifact
 SHARED_INPUTS = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
     ("q", "k", "v"),
     ("wq", "wk", "wv"),
     ("q_lin", "k_lin", "v_lin"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+    ("in_proj_qkvz", "in_proj_ba"),
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
     ("wi_0", "wi_1"),
+    ("linear_x", "linear_y"),
 )
 
 

@@ -67,7 +67,7 @@ bench-solver-gpu: $(VENV)/.ready
 	$(BIN)/python experiments/benchmarks/bench_solver_gpu.py
 
 bench-kernels: $(VENV)/.ready
-	$(BIN)/python experiments/benchmarks/bench_kernels.py
+	$(BIN)/python experiments/benchmarks/bench_kernels.py $(ARGS)
 
 bench-e2e: $(VENV)/.ready
 	$(BIN)/python experiments/benchmarks/bench_e2e.py

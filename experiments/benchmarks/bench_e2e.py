@@ -3,14 +3,17 @@
     make bench-e2e                                                      # the shape of the shipped model, on this machine
     .venv/bin/python experiments/benchmarks/bench_e2e.py --model llama-8b --device cuda --batch 1,4,16,64
     .venv/bin/python experiments/benchmarks/bench_e2e.py --model llama-8b --device cuda --compile
+    .venv/bin/python experiments/benchmarks/bench_e2e.py --model llama-8b --device cuda --layers separate,fused
 
 Weights are random, since speed does not depend on them. On a GPU decoding replays a CUDA graph of one step over a static
-cache; with --compile it is a step of the compiled model. On a CPU it is a plain loop. The floor is the time to read the bytes
-of a step (planes and scales, dense weights, key-value cache) at the bandwidth of a device-to-device copy, measured in the same
-run. Writes results.json into ``--out``.
+cache; with --compile it is a step of the compiled model. On a CPU it is a plain loop. With --layers separate,fused each
+bit-width is measured twice: with a launch for every layer, and with one for q, k and v, and one for gate and up. The floor is
+the time to read the bytes of a step (planes and scales, dense weights, key-value cache) at the bandwidth of a device-to-device
+copy, measured in the same run. Writes results.json into ``--out``.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -30,12 +33,14 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from matquant.formats.nested import WeightFormat
 from matquant.formats.packed import LayerSpec, NestedSpec
 from matquant.inference import nested_layers, set_bits
+from matquant.inference.model_surgery import fuse_layers
 from matquant.report.provenance import provenance
 from matquant.transformers.layers import place_layers
 
 TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"
 REPEATS = 5
 GROUP_SIZE = 128
+LAYERS = ("separate", "fused")
 STRETCH = 1.25  # of the planes 5 to 8, as method=matgptq has by default
 COPY_BYTES = 2**31  # of the copy that measures the bandwidth
 
@@ -205,27 +210,29 @@ def run(
     device: torch.device,
     bit_widths: Sequence[int],
     batches: Sequence[int],
+    layers: Sequence[str],
     prompt: int,
     steps: int,
     compiled: bool,
 ) -> list[dict[str, Any]]:
-    """Rows of the dense model and of each bit-width, at each batch size."""
+    """Rows of the dense model and of each bit-width, at each batch size, with layers separate or fused."""
     rate = copy_bandwidth(device)
     print(
         f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}: a copy moves {rate / 1e9:.0f} GB/s"
     )
-    print(
-        f"{'bits':>6} {'batch':>6} {'prompt tok/s':>13} {'decode tok/s':>13} {'ms/step':>10} {'floor share':>13} {'x':>6}"
-    )
+    speeds = f"{'prompt tok/s':>13} {'decode tok/s':>13} {'ms/step':>10} {'floor share':>13} {'x':>6}"
+    print(f"{'bits':>7} {'layers':>9} {'batch':>6} {speeds}")
     rows: list[dict[str, Any]] = []
     full: dict[int, float] = {}
     for nested in (False, True):
         model = make_model(config, dtype, device, nested)
-        for bits in bit_widths if nested else [None]:
-            if bits is not None:
-                set_bits(model, bits)
-            for batch in batches:
-                row = {"bits": bits or str(dtype).removeprefix("torch."), "batch": batch}
+        for kind in layers if nested else ["dense"]:
+            if kind == "fused":
+                fuse_layers(model)
+            for bits, batch in itertools.product(bit_widths if nested else [None], batches):
+                if bits is not None:
+                    set_bits(model, bits)
+                row = {"bits": bits or str(dtype).removeprefix("torch."), "layers": kind, "batch": batch}
                 row |= measure(model, batch, prompt, steps, compiled)
                 full.setdefault(batch, row["step_ms"])
                 row |= {"floor_ms": row["bytes"] / rate * 1000, "speedup": full[batch] / row["step_ms"]}
@@ -242,9 +249,22 @@ def line(row: dict[str, Any]) -> str:
     speeds = (
         f"{row['prompt_tokens_per_second']:>13.1f} {row['decode_tokens_per_second']:>13.1f} {row['step_ms']:>10.2f}"
     )
-    return (
-        f"{row['bits']:>6} {row['batch']:>6} {speeds} {row['floor_ms'] / row['step_ms']:>13.2f} {row['speedup']:>6.2f}"
-    )
+    share = row["floor_ms"] / row["step_ms"]
+    return f"{row['bits']:>7} {row['layers']:>9} {row['batch']:>6} {speeds} {share:>13.2f} {row['speedup']:>6.2f}"
+
+
+def layers_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[str]:
+    """Kinds of layers to measure, ``separate`` first: fusing moves weights, and is not undone. Exits for a wrong choice."""
+    given = (arguments.layers or ("separate" if arguments.compile else "fused")).split(",")
+    if unknown := [kind for kind in given if kind not in LAYERS]:
+        parser.error(f"--layers {unknown[0]} is unknown; give {' or '.join(LAYERS)}, or both with a comma.")
+    if arguments.compile and "fused" in given:
+        parser.error(
+            "A compiled model multiplies its layers separately: leave out --compile, or give --layers separate."
+        )
+    if arguments.layers and "fused" in given and torch.device(arguments.device).type != "cuda":
+        parser.error(f"Layers are fused on GPUs alone, and --device is {arguments.device}: give --layers separate.")
+    return [kind for kind in LAYERS if kind in given]
 
 
 def main() -> None:
@@ -258,8 +278,10 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--steps", type=int, default=64, help="decoded tokens")
     parser.add_argument("--compile", action="store_true", help="decode with the model compiled by torch.compile")
+    parser.add_argument("--layers", help="separate, fused or both; default: fused, and separate with --compile")
     parser.add_argument("--out", default="outputs/bench_e2e")
     arguments = parser.parse_args()
+    layers = layers_of(parser, arguments)
     device = torch.device(arguments.device)
     dtype = getattr(torch, arguments.dtype or ("float16" if device.type == "cuda" else "float32"))
     bit_widths, batches = ([int(n) for n in text.split(",")] for text in (arguments.bits, arguments.batch))
@@ -269,6 +291,7 @@ def main() -> None:
         device,
         bit_widths,
         batches,
+        layers,
         arguments.prompt,
         arguments.steps,
         arguments.compile,

@@ -3,6 +3,7 @@
     make bench-kernels                                                     # all shapes, widths and batches
     .venv/bin/python experiments/benchmarks/bench_kernels.py --shapes 4096x4096 --bits 2,4 --tokens 1,16
     .venv/bin/python experiments/benchmarks/bench_kernels.py --candidates             # times other tile configurations too
+    .venv/bin/python experiments/benchmarks/bench_kernels.py --peers humming,marlin   # other packages in the same run
 
 Needs a CUDA device, CuPy and nothing of Hydra. Every time is a replay of one CUDA graph with a launch for each of several
 copies of the weights, together more than three times the second-level cache, so that weights come from memory. The floor is
@@ -34,6 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a chec
 
 from kernel_candidates import tile_configs
 from kernel_checks import activations, check, checks
+from kernel_peers import KernelPeer, PeerTiming, open_peers
+from kernel_peers import measure as measure_peer
 
 from matquant.cuda import load
 from matquant.cuda.cuda_driver import architecture, nvrtc_compile, nvrtc_version
@@ -273,7 +276,10 @@ def fp16_times(rows: int, depth: int, batches: Sequence[int]) -> dict[int, float
     return times
 
 
-def measure(args: argparse.Namespace, device: DeviceLimits, bandwidth: float) -> Iterator[Timing]:
+def measure(
+    args: argparse.Namespace, device: DeviceLimits, bandwidth: float, peers: Sequence[KernelPeer]
+) -> Iterator[Timing | PeerTiming]:
+    """Times of each shape: first of this project's kernels, then of the peers."""
     for rows, depth in args.shapes:
         fp16 = fp16_times(rows, depth, args.tokens)
         for bits, stretch in itertools.product(args.bits, args.stretch):
@@ -283,6 +289,11 @@ def measure(args: argparse.Namespace, device: DeviceLimits, bandwidth: float) ->
             for tokens in args.tokens:
                 for tile, us, registers in timed_tiles(bench, tokens, candidates=args.candidates):
                     yield bench.timing(tokens, us, fp16[tokens], bandwidth, tile, registers)
+            del bench
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+        for bits, peer in itertools.product(args.bits, peers):
+            if bits in peer.bits:
+                yield from measure_peer(peer, (rows, depth), bits, fp16, replay, cache)
 
 
 def timed_tiles(bench: Bench, tokens: int, *, candidates: bool) -> Iterator[tuple[TileConfig | None, float, int]]:
@@ -337,6 +348,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--candidates", action="store_true", help="time other tile configurations too")
     parser.add_argument("--no-pdl", action="store_true", help="launch without programmatic dependent launch (PDL)")
+    parser.add_argument("--peers", default="", help="kernels of other packages to time as well: humming, marlin")
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench-kernels"))
@@ -345,6 +357,7 @@ def arguments() -> argparse.Namespace:
     args.bits = [int(b) for b in args.bits.split(",")]
     args.tokens = [int(t) for t in args.tokens.split(",")]
     args.stretch = [float(t) for t in args.stretch.split(",")]
+    args.peers = [name for name in args.peers.split(",") if name]
     return args
 
 
@@ -378,8 +391,14 @@ def line(t: Timing) -> str:
     return f"{problem} {t.us:8.1f} {t.gb_per_s:7.0f} {t.floor_share:6.0%} {t.faster:7.2f}"
 
 
+def peer_line(t: PeerTiming) -> str:
+    problem = f"{f'{t.rows}x{t.depth}':>12} {t.bits:5} {t.peer:>7} {t.tokens:6}"
+    return f"{problem} {t.us:8.1f} {'':7} {'':6} {t.faster:7.2f}"
+
+
 def main() -> None:
     args = arguments()
+    peers = open_peers(args.peers, args.bits, args.group)
     if not torch.cuda.is_available():
         raise SystemExit("There is no CUDA device to measure on.")
     properties = torch.cuda.get_device_properties(0)
@@ -396,9 +415,14 @@ def main() -> None:
     print(f"{properties.name}: a copy moves {bandwidth / 1e12:.2f} TB/s\n")
     print("       shape  bits stretch tokens       us    GB/s  floor  x fp16", flush=True)
     timings: list[Timing] = []
+    peer_timings: list[PeerTiming] = []
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        for timing in measure(args, device, bandwidth):
+        for timing in measure(args, device, bandwidth, peers):
+            if isinstance(timing, PeerTiming):
+                peer_timings.append(timing)
+                print(peer_line(timing), flush=True)
+                continue
             timings.append(timing)
             if timing.chosen:
                 print(line(timing), flush=True)
@@ -416,6 +440,8 @@ def main() -> None:
             "call_us": overhead,
             "largest_error": worst,
             "timings": [dataclasses.asdict(t) for t in timings],
+            "peers": {peer.name: f"{peer.package} {peer.version()}" for peer in peers},
+            "peer_timings": [dataclasses.asdict(t) for t in peer_timings],
         }
         (args.out / "results.json").write_text(json.dumps(record, separators=(",", ":")) + "\n")
     draw(timings, args.out / "results.png")

@@ -13,9 +13,9 @@ from matquant.inference.gemm_shape import GemmShape
 from matquant.inference.kernel_families.mma import GEMM_MAX_M
 
 
-def activations(tokens: int, depth: int, dtype: torch.dtype) -> Tensor:
+def activations(tokens: int, depth: int, dtype: torch.dtype, device: str = "cuda") -> Tensor:
     """Random, with a mean that is not 0 and a few columns ten times as large."""
-    x = torch.randn(tokens, depth, device="cuda") + 0.5
+    x = torch.randn(tokens, depth, device=device) + 0.5
     x[:, 7::97] *= 10
     return x.to(dtype)
 

@@ -12,6 +12,7 @@ from matquant.formats.planes import NestedPlanes
 from matquant.formats.tile_layout import group_shape, plane_shape
 from matquant.inference import ops
 from matquant.inference.forward_phase import ForwardPhase
+from matquant.inference.fused_layers import FusedLayers
 from matquant.inference.ops import differentiable_linear
 from matquant.inference.weight_view import WeightView
 
@@ -43,6 +44,7 @@ class NestedLinear(nn.Module):
         prefill_bits: bit-width while the model reads prompts.
         weight_dtype: dtype of ``weight``; ``.half()`` and the like change it.
         phase: phase of the model that the layer belongs to; None outside of a model.
+        fused: layers that share its input, and this one; None if it is never multiplied together with others.
 
     Raises:
         UserError: sizes that do not fit together.
@@ -53,6 +55,7 @@ class NestedLinear(nn.Module):
     zeros: Tensor | None
     bias: nn.Parameter | None
     phase: ForwardPhase | None
+    fused: FusedLayers | None = None
 
     def __init__(
         self,
@@ -162,6 +165,10 @@ class NestedLinear(nn.Module):
             UserError: see ``inference.ops`` and ``phase_bits``.
         """
         if bits is None:
+            if not torch.compiler.is_compiling() and self.fused is not None and self.fused.is_packed:
+                y = self.fused.output(self, x)
+                if y is not None:
+                    return y
             bits = self.phase_bits()
         return differentiable_linear(
             x,
@@ -186,15 +193,22 @@ class NestedLinear(nn.Module):
         Raises:
             UserError: the bit-widths of prefill and decoding differ, and the model's forward pass does not run.
         """
-        if self.decode_bits == self.prefill_bits:
-            return self.decode_bits
-        decoding = None if self.phase is None else self.phase.is_decoding
-        if decoding is None:
+        bits = self.current_bits()
+        if bits is None:
             raise UserError(
                 f"A layer with {self.prefill_bits} bits for prefill and {self.decode_bits} bits for decoding was called "
                 "outside of the forward pass of a model that takes input_ids, so its phase is unknown. Call the model, pass "
                 "bits= to the layer, or set one bit-width for both."
             )
+        return bits
+
+    def current_bits(self) -> int | None:
+        """Bit-width of the phase in which the layer's model is; None where ``phase_bits`` raises."""
+        if self.decode_bits == self.prefill_bits:
+            return self.decode_bits
+        decoding = None if self.phase is None else self.phase.is_decoding
+        if decoding is None:
+            return None
         return self.decode_bits if decoding else self.prefill_bits
 
     @property
@@ -261,11 +275,6 @@ class NestedLinear(nn.Module):
             if (tensor := destination.get(prefix + name)) is not None:
                 destination[prefix + name] = _own_storage(tensor)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """State for copies and pickles: a range of a larger tensor becomes a tensor of its own."""
-        own = {name: None if one is None else _own_storage(one) for name, one in self._buffers.items()}
-        return {**self.__dict__, "_buffers": own}
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NestedLinear":
         """Move to a device like any module; a change of dtype applies to ``weight`` and the bias only."""
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.planes.device)).dtype
@@ -276,7 +285,30 @@ class NestedLinear(nn.Module):
             moved = getattr(self, name)
             if moved.dtype != scales.dtype:
                 setattr(self, name, scales.to(moved.device))
+        if self.fused is not None:
+            self.fused.pack()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State for copies and pickles.
+
+        Tensors that are shared with fused layers are in the state of ``fused`` alone; a range of another larger tensor becomes
+        a tensor of its own.
+        """
+        shared = self.fused.shared_names(self) if self.fused is not None else set()
+        own = {
+            name: None if one is None or name in shared else _own_storage(one) for name, one in self._buffers.items()
+        }
+        state = {**self.__dict__, "_buffers": own}
+        if self.fused is not None:
+            state["_shared_index"] = self.fused.index_of(self) if shared else None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        index = state.pop("_shared_index", None)
+        super().__setstate__(state)
+        if self.fused is not None and index is not None:
+            self.fused.restore(index, self)
 
 
 def _own_storage(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Changes to whole models: replace linear layers by nested ones, and set their bit-widths."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,27 @@ from matquant.formats.bit_choice import Bits, bits_by_layer
 from matquant.formats.parent import TRANSFORM_KEY, Parent
 from matquant.formats.planes import NestedPlanes
 from matquant.inference.forward_phase import ForwardPhase, takes_tokens
+from matquant.inference.fused_layers import FusedLayers
 from matquant.inference.linear import NestedLinear
 from matquant.inference.linear_modules import is_linear
 from matquant.store.artifact import read_artifact
+
+# Names of the layers of one module that get the same input.
+SHARED_INPUTS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q", "k", "v"),
+    ("wq", "wk", "wv"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+    ("in_proj_qkvz", "in_proj_ba"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+    ("linear_x", "linear_y"),
+)
 
 
 def nested_layers(model: nn.Module) -> dict[str, NestedLinear]:
@@ -76,6 +94,29 @@ def follow_phase(model: nn.Module) -> None:
                 layer.phase = phase
 
 
+def fuse_layers(model: nn.Module, device_types: Iterable[str] = ("cuda",)) -> list[FusedLayers]:
+    """Multiply nested layers that share their input by one launch, see ``fused_layers``. Idempotent.
+
+    Layers are fused if they stand in one module under names of ``SHARED_INPUTS``. Those whose formats or input features differ
+    stay separate, and all on devices of other types. Layers that are fused for other types of devices are fused anew.
+
+    Args:
+        model: a model with its nested layers on their devices; it may be moved later.
+
+    Returns:
+        The fused layers that are new.
+    """
+    types, found = frozenset(device_types), []
+    for module in model.modules():
+        for names in SHARED_INPUTS:
+            layers: dict[Any, list[NestedLinear]] = {}
+            for layer in (module._modules.get(name) for name in names):
+                if isinstance(layer, NestedLinear) and (layer.fused is None or layer.fused.device_types != types):
+                    layers.setdefault((layer.format, layer.in_features), []).append(layer)
+            found += [FusedLayers(members, types) for members in layers.values() if len(members) > 1]
+    return found
+
+
 def replace_linears(
     model: nn.Module, parent: Parent | Path | str, max_bits: int | None = None
 ) -> dict[str, NestedLinear]:
@@ -110,6 +151,7 @@ def replace_linears(
             setattr(model.get_submodule(owner), attribute, layers[name])
             del dense
     follow_phase(model)
+    fuse_layers(model)
     return layers
 
 

@@ -28,6 +28,7 @@ from matquant.formats.packed import NestedSpec, TensorSpec, index_name, parse_ne
 from matquant.formats.safetensors_headers import StoredTensor, read_headers
 from matquant.formats.shard_index import INDEX, index_names
 from matquant.formats.validation import check_files, check_tensors
+from matquant.inference.model_surgery import fuse_layers
 from matquant.transformers.conversion import matgptq_converters, nested_converters
 from matquant.transformers.layers import PackedLinear, dense_tensors, optional_tensors, place_layers
 from matquant.transformers.model_names import ModelNames
@@ -162,6 +163,7 @@ class NestedQuantizer(HfQuantizer):
         model.requires_grad_(False)  # planes and scales cannot be trained; adapters on the layers can
         model.set_bits = functools.partial(set_bits, model)  # a bound method of an attribute cannot be pickled
         model.set_bits({name: self.spec.bits_of(name) for name in self.spec.layers}, self.spec.prefill_bits)
+        fuse_layers(model)
         return model
 
     def is_serializable(self) -> bool:

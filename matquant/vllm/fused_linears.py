@@ -6,11 +6,11 @@ bit-width share a launch.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from matquant.formats.tile_layout import TILE, tiles
+from matquant.formats.tile_layout import TILE
 from matquant.inference.linear import scale_buffers
+from matquant.inference.row_ranges import empty_whole, tile_ranges
 from matquant.vllm.plane_memory import PlaneMemory
 from matquant.vllm.sharded_linear import ShardedLinear, ShardedNestedLinear, multiply
 
@@ -41,19 +41,14 @@ class FusedLinears(nn.Module):
         shared = members[0].fused if members[0].is_reader else None
         for name in names:
             parts = [getattr(member, name) for member in members]
-            whole = _empty_whole(parts) if shared is None else getattr(shared, name)
+            whole = empty_whole(parts) if shared is None else getattr(shared, name)
             self.register_buffer(name, whole, persistent=False)
         if shared is None:
             memory = PlaneMemory(self.planes)
-            for member, ranges in zip(members, self._ranges(), strict=True):
+            for member, ranges in zip(members, tile_ranges(self.rows), strict=True):
                 for name in names:
                     setattr(member, name, getattr(self, name)[:, ranges])
                 member.share(self, memory)
-
-    def _ranges(self) -> list[slice]:
-        """Row tiles of each member."""
-        ends = torch.tensor([tiles(rows) for rows in self.rows]).cumsum(0).tolist()
-        return [slice(end - tiles(rows), end) for end, rows in zip(ends, self.rows, strict=True)]
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Map [..., columns] to [..., rows of all members] at the bit-widths of the current step."""
@@ -76,9 +71,3 @@ def fuse(linears: Sequence[ShardedLinear]) -> FusedLinears | None:
     if first.is_reader and any(one.fused is None or one.fused is not first.fused for one in members):
         return None
     return FusedLinears(members)
-
-
-def _empty_whole(parts: Sequence[Tensor]) -> Tensor:
-    """Tensor for the row tiles of all parts, [first, row tiles, ...]."""
-    first, _, *rest = parts[0].shape
-    return parts[0].new_empty(first, sum(part.shape[1] for part in parts), *rest)

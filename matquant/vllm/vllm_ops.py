@@ -6,7 +6,6 @@ CUDA graph keeps the bit-widths of its capture, see ``vllm.cuda_graphs``.
 """
 
 import functools
-import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,10 +14,9 @@ import torch
 from torch import Tensor
 
 from matquant.errors import UserError
-from matquant.formats.nested import WeightFormat
-from matquant.formats.tile_layout import TILE, tiles
 from matquant.inference import ops  # noqa: F401 - defines nested_linear
 from matquant.inference.argument_checks import check_x
+from matquant.inference.row_ranges import multiply_ranges
 
 _library = torch.library.Library("matquant", "FRAGMENT")
 _library.define(
@@ -110,23 +108,8 @@ def _linear_runtime_bits(
 
     Neighbours of equal bit-width share a launch.
     """
-    outputs, first = [], 0
-    widths = zip(map(current_bits, step_bits), out_features, strict=True)
-    for bits, run in itertools.groupby(widths, lambda one: one[0]):
-        rows = sum(count for _, count in run)
-        own = scale_bits.index(bits) + 1 if bits in scale_bits else 0  # the base set is the first
-        weight = (planes, scales[own], zeros)
-        if rows < sum(out_features):
-            part = slice(first // TILE, tiles(first + rows))
-            read = WeightFormat.from_op_args(scales[own], zeros, *op_args).planes_read(
-                bits
-            )  # later ones may not be in memory
-            weight = (planes[:read, part], scales[own][:, part], None if zeros is None else zeros[:, part])
-        own_bias = None if bias is None else bias[first : first + rows]
-        outputs.append(
-            torch.ops.matquant.nested_linear.default(x, *weight, own_bias, bits, rows, in_features, *op_args)
-        )
-        first += rows
+    bits = [current_bits(one) for one in step_bits]
+    outputs = multiply_ranges(x, planes, scales, scale_bits, zeros, bias, bits, out_features, in_features, *op_args)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 

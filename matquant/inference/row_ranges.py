@@ -1,0 +1,75 @@
+"""Layers that share an input, stored as ranges of row tiles of one weight: one launch for neighbours of equal bit-width."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matquant.formats.nested import WeightFormat
+from matquant.formats.tile_layout import TILE, tiles
+from matquant.inference import ops  # noqa: F401 - defines nested_linear
+
+
+def tile_ranges(rows: Sequence[int]) -> list[slice]:
+    """Row tiles of each layer in the common weight; a layer starts with a tile of its own."""
+    ends = list(itertools.accumulate(map(tiles, rows)))
+    return [slice(end - tiles(count), end) for end, count in zip(ends, rows, strict=True)]
+
+
+def empty_whole(parts: Sequence[Tensor]) -> Tensor:
+    """Uninitialized tensor for the row tiles of all parts; their second dimension counts row tiles."""
+    first, _, *rest = parts[0].shape
+    return parts[0].new_empty(first, sum(part.shape[1] for part in parts), *rest)
+
+
+def equal_runs(bits: Sequence[int], rows: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Bit-width and rows of each layer of each run of neighbours of equal bit-width."""
+    pairs = itertools.groupby(zip(bits, rows, strict=True), lambda one: one[0])
+    return [(width, [count for _, count in run]) for width, run in pairs]
+
+
+def multiply_ranges(
+    x: Tensor,
+    planes: Tensor,
+    scales: Sequence[Tensor],
+    scale_bits: Sequence[int],
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: Sequence[int],
+    rows: Sequence[int],
+    in_features: int,
+    *op_args: Any,
+) -> list[Tensor]:
+    """Products of x with layers that are ranges of row tiles of one weight. No gradients.
+
+    Args:
+        x: [..., in_features].
+        planes, zeros: of the common weight, as in ``NestedPlanes``.
+        scales: its base set of scales, then one set for each of ``scale_bits``.
+        bias: [rows of all layers].
+        bits: bit-width of each layer.
+        rows: rows of each layer; a multiple of 64 for each but the last.
+        op_args: see ``WeightFormat.op_args``.
+
+    Returns:
+        One tensor [..., rows] for each of ``equal_runs``, by one launch each.
+    """
+    outputs, first, total = [], 0, sum(rows)
+    for width, run in equal_runs(bits, rows):
+        count = sum(run)
+        own = scale_bits.index(width) + 1 if width in scale_bits else 0  # the base set is the first
+        weight = (planes, scales[own], zeros)
+        if count < total:
+            part = slice(first // TILE, tiles(first + count))
+            read = WeightFormat.from_op_args(scales[own], zeros, *op_args).planes_read(
+                width
+            )  # others may be in host memory
+            weight = (planes[:read, part], scales[own][:, part], None if zeros is None else zeros[:, part])
+        own_bias = None if bias is None else bias[first : first + count]
+        outputs.append(
+            torch.ops.matquant.nested_linear.default(x, *weight, own_bias, width, count, in_features, *op_args)
+        )
+        first += count
+    return outputs

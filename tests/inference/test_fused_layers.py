@@ -1,0 +1,511 @@
+"""Nested layers that share their input in one launch: outputs, launches, what ends the sharing, copies, and whole models."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from architectures import make_model, save
+from nesting import nest
+from packing import IDS, Opened, logits, read
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from weights import make_weight
+
+from matquant.errors import UserError
+from matquant.formats.nested import NestedWeight
+from matquant.formats.planes import NestedPlanes
+from matquant.inference import NestedLinear, fused_layers, nested_layers, ops, set_bits, torch_reference
+from matquant.inference.fused_layers import MAX_TOKENS, FusedLayers
+from matquant.inference.model_surgery import fuse_layers
+
+COLUMNS, GROUP = 192, 64
+ROWS = (128, 70, 64)
+NAMES = ("q_proj", "k_proj", "v_proj")
+
+
+class Attention(nn.Module):
+    """Three layers with one input."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in zip(NAMES, layers, strict=True):
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+
+class Model(nn.Module):
+    """Model whose arguments tell prefill from decoding."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, input_ids: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        return self.attention(x)
+
+
+def make_attention(rows=ROWS, biases=(False, True, True), **options: Any) -> tuple[Attention, list[NestedWeight]]:
+    """Fused layers on the CPU, and their weights."""
+    weights = [make_weight(count, COLUMNS, GROUP, seed=i, **options) for i, count in enumerate(rows)]
+    layers = [
+        NestedLinear.from_planes(weight, torch.randn(len(weight.codes)) if has_bias else None)
+        for weight, has_bias in zip(weights, biases, strict=True)
+    ]
+    attention = Attention(*layers)
+    assert len(fuse_layers(attention, ["cpu"])) == 1
+    return attention, weights
+
+
+def expected(attention: Attention, x: Tensor, weights: list[NestedWeight], bits: Any) -> list[Tensor]:
+    layers = [attention.get_submodule(name) for name in NAMES]
+    return [
+        nn.functional.linear(x, weight.dequantize(width).to(x.dtype), layer.bias)
+        for layer, weight, width in zip(layers, weights, bits, strict=True)
+    ]
+
+
+def assert_near(found: Any, wanted: Any) -> None:
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[tuple[int, int]]:
+    """Rows, those that fill tiles included, and bit-width of each product so far."""
+    found: list[tuple[int, int]] = []
+    linear = torch_reference.linear
+
+    def counted(x: Tensor, weight: NestedPlanes, bias: Tensor | None, bits: int) -> Tensor:
+        found.append((weight.out_features, bits))
+        return linear(x, weight, bias, bits)
+
+    monkeypatch.setattr(torch_reference, "linear", counted)
+    return found
+
+
+TOGETHER, SEPARATE = [(320, 8)], [(128, 8), (70, 8), (64, 8)]
+
+
+def calls(attention: Attention, x: Tensor, launches: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Launches of one forward pass."""
+    launches.clear()
+    attention(x)
+    return list(launches)
+
+
+@pytest.mark.parametrize("biases", [(False,) * 3, (True,) * 3, (False, True, False)])
+@pytest.mark.parametrize(
+    "options", [{}, {"zeros": True}, {"scale_bits": (2, 4)}, {"stretch": 1.25}, {"slicing": "round"}]
+)
+def test_neighbours_of_equal_bit_width_share_a_launch(options, biases, launches):
+    attention, weights = make_attention(biases=biases, **options)
+    for bits, products in (
+        ((8, 8, 8), [(320, 8)]),
+        ((4, 4, 4), [(320, 4)]),
+        ((2, 2, 8), [(256, 2), (64, 8)]),
+        ((2, 8, 8), [(128, 2), (192, 8)]),
+        ((3, 2, 3), [(128, 3), (70, 2), (64, 3)]),
+    ):
+        for name, width in zip(NAMES, bits, strict=True):
+            attention.get_submodule(name).bits = width
+        for shape in ((COLUMNS,), (1, COLUMNS), (2, 3, COLUMNS)):
+            x = torch.randn(*shape)
+            launches.clear()
+            assert_near(attention(x), expected(attention, x, weights, bits))
+            assert launches == products
+
+
+def test_layers_are_called_in_any_order(launches):
+    attention, weights = make_attention()
+    x = torch.randn(2, COLUMNS)
+    wanted = expected(attention, x, weights, (8, 8, 8))
+    for order in ((2, 0, 1), (1, 2, 0)):
+        found = {index: attention.get_submodule(NAMES[index])(x) for index in order}
+        assert_near([found[index] for index in range(3)], wanted)
+    assert launches == TOGETHER * 2
+
+
+def test_only_the_very_same_tensor_shares_a_launch(launches):
+    attention, weights = make_attention()
+    x = torch.randn(2, COLUMNS)
+    wanted = expected(attention, x, weights, (8, 8, 8))
+    attention.q_proj(x)
+    assert_near([attention.k_proj(x.clone()), attention.v_proj(x.view(2, COLUMNS))], wanted[1:])
+    assert launches == [*TOGETHER, *SEPARATE[1:]]
+
+
+@pytest.mark.parametrize("change", [lambda x: x.mul_(2), lambda x: x[0].zero_(), lambda x: x.view(-1).add_(1)])
+def test_a_changed_tensor_is_multiplied_anew(change, launches):
+    attention, weights = make_attention()
+    x = torch.randn(2, COLUMNS)
+    attention.q_proj(x)
+    change(x)
+    assert_near([attention.k_proj(x), attention.v_proj(x)], expected(attention, x, weights, (8, 8, 8))[1:])
+    assert len(launches) == 3
+
+
+def test_bit_widths_that_change_within_a_pass_are_read(launches):
+    attention, weights = make_attention()
+    x = torch.randn(2, COLUMNS)
+    attention.q_proj(x)
+    attention.k_proj.bits = 3
+    found = [attention.k_proj(x), attention.v_proj(x, bits=4), attention.v_proj(x)]
+    k, v = expected(attention, x, weights, (8, 3, 4))[1:]
+    assert_near(found, [k, v, expected(attention, x, weights, (8, 8, 8))[2]])
+    assert launches == [*TOGETHER, (70, 3), (64, 4)]
+
+
+def test_outputs_that_are_not_taken_end_the_sharing_until_all_layers_get_one_tensor(launches):
+    attention, weights = make_attention()
+    x, y = torch.randn(2, COLUMNS), torch.randn(3, COLUMNS)
+    for _ in range(3):  # cross-attention: keys and values come from other states
+        found = [attention.q_proj(x), attention.k_proj(y), attention.v_proj(y)]
+        q, k, v = (expected(attention, one, weights, (8, 8, 8)) for one in (x, y, y))
+        assert_near(found, [q[0], k[1], v[2]])
+    assert launches == [*TOGETHER, *SEPARATE[1:], *SEPARATE, *SEPARATE]
+    assert calls(attention, x, launches) == SEPARATE
+    assert calls(attention, x, launches) == TOGETHER
+
+
+def test_many_tokens_gradients_and_inference_mode_are_separate_and_end_no_sharing(launches):
+    attention, weights = make_attention()
+    tokens = torch.randn(MAX_TOKENS + 1, COLUMNS)
+    assert calls(attention, tokens, launches) == SEPARATE
+    assert calls(attention, tokens[:0], launches) == SEPARATE
+    assert calls(attention, tokens[1:], launches) == TOGETHER
+    x = torch.randn(2, COLUMNS, requires_grad=True)
+    assert calls(attention, x, launches) == SEPARATE
+    sum(y.sum() for y in attention(x)).backward()
+    torch.testing.assert_close(x.grad[0], sum(weight.dequantize(8).sum(0) for weight in weights), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert calls(attention, x, launches) == TOGETHER
+    with torch.inference_mode():
+        assert calls(attention, torch.randn(2, COLUMNS), launches) == SEPARATE
+    attention.k_proj.bias.requires_grad_(True)
+    attention(x.detach())[1].sum().backward()
+    torch.testing.assert_close(attention.k_proj.bias.grad, torch.full((70,), 2.0))
+
+
+def test_outputs_live_no_longer_than_the_tensor_or_until_they_are_taken():
+    attention, _ = make_attention()
+    x = torch.randn(2, COLUMNS)
+    outputs = attention(x)
+    kept = weakref.ref(outputs[0].untyped_storage())
+    del outputs
+    gc.collect()
+    assert kept() is None
+    kept = weakref.ref(attention.q_proj(x).untyped_storage())
+    assert kept() is not None  # for k and v
+    del x
+    gc.collect()
+    assert kept() is None
+
+
+def test_layers_are_freed_with_their_model():
+    attention, _ = make_attention()
+    storage = weakref.ref(attention.q_proj.planes.untyped_storage())
+    gc.disable()
+    try:
+        del attention
+        assert storage() is None
+    finally:
+        gc.enable()
+
+
+def test_a_call_in_another_thread_ends_no_round(launches):
+    attention, weights = make_attention()
+    x, y = torch.randn(2, COLUMNS), torch.randn(3, COLUMNS)
+    found = [attention.q_proj(x)]
+    for one in (x, y):
+        thread = threading.Thread(target=attention, args=(one,))
+        thread.start()
+        thread.join()
+        found.append(attention.get_submodule(NAMES[len(found)])(x))
+    assert_near(found, expected(attention, x, weights, (8, 8, 8)))
+    assert launches == TOGETHER * 3
+
+
+def test_threads_do_not_take_each_others_outputs():
+    attention, weights = make_attention()
+    shared, wrong = torch.randn(2, COLUMNS), []
+    barrier = threading.Barrier(4, timeout=60)
+
+    def work(seed: int) -> None:
+        own = torch.randn(2, COLUMNS, generator=torch.Generator().manual_seed(seed))
+        for x in (own, shared) * 20:
+            barrier.wait()
+            found = attention(x)
+            for one, other in zip(found, expected(attention, x, weights, (8, 8, 8)), strict=True):
+                if not torch.allclose(one, other, rtol=1e-4, atol=1e-3):
+                    wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_compiled_layers_are_separate(launches):
+    attention, weights = make_attention()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    for bits in (8, 3):
+        set_bits(attention, bits)
+        x = torch.randn(2, COLUMNS)
+        assert_near(compiled(x), expected(attention, x, weights, (bits,) * 3))
+    assert [rows for rows, _ in launches] == [128, 70, 64] * 2
+    set_bits(attention, 8)
+    assert calls(attention, x, launches) == TOGETHER
+
+
+def test_hooks_on_one_layer_see_its_call(launches):
+    attention, weights = make_attention()
+    x, seen = torch.randn(2, COLUMNS), []
+    wanted = expected(attention, x, weights, (8, 8, 8))
+    attention.k_proj.register_forward_hook(lambda module, args, y: seen.append((args[0], y)) or y * 2)
+    attention.v_proj.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    assert_near(attention(x), [wanted[0], 2 * wanted[1], expected(attention, 2 * x, weights, (8, 8, 8))[2]])
+    assert seen[0][0] is x
+    assert_near([seen[0][1]], [wanted[1]])
+
+
+def test_hooks_of_accelerate_keep_the_outputs(launches):
+    hooks = pytest.importorskip("accelerate.hooks")
+    attention, weights = make_attention()
+    x = torch.randn(2, COLUMNS)
+    wanted = expected(attention, x, weights, (8, 8, 8))
+    hooks.add_hook_to_module(attention.k_proj, hooks.AlignDevicesHook("cpu", io_same_device=True))
+    assert_near(attention(x), wanted)
+    assert launches == TOGETHER
+    hooks.add_hook_to_module(attention.v_proj, hooks.AlignDevicesHook("cpu", offload=True, offload_buffers=True))
+    for _ in range(2):
+        assert_near(attention(x), wanted)
+
+
+def test_a_layer_with_other_tensors_is_separate_and_a_move_fuses_again(launches):
+    attention, weights = make_attention()
+    x = torch.randn(2, COLUMNS)
+    attention.k_proj._buffers["planes"] = attention.k_proj.planes.clone()
+    attention(x)
+    assert calls(attention, x, launches) == SEPARATE
+    attention.to(torch.device("cpu"))
+    attention(x)
+    assert calls(attention, x, launches) == TOGETHER
+    for change in (lambda: attention.float(), lambda: attention.double().float(), lambda: attention.k_proj.to("cpu")):
+        change()
+        assert calls(attention, x, launches) == TOGETHER
+        assert_near(attention(x), expected(attention, x, weights, (8, 8, 8)))
+    attention.k_proj.bias = nn.Parameter(torch.ones(70), requires_grad=False)
+    assert_near(attention(x), expected(attention, x, weights, (8, 8, 8)))
+
+
+def test_layers_that_leave_for_another_device_take_the_memory_along():
+    attention, _ = make_attention()
+    storage = weakref.ref(attention.q_proj.planes.untyped_storage())
+    attention.to("meta")
+    assert storage() is None
+    assert attention.q_proj.planes.shape[1] == 2
+    assert not attention.q_proj.fused.is_packed
+
+
+@pytest.mark.parametrize("replace", [lambda layer: nn.Linear(COLUMNS, 70), lambda layer: copy.copy(layer)])
+def test_a_replaced_layer_leaves_the_others_right(replace, launches):
+    attention, weights = make_attention()
+    x = torch.randn(2, COLUMNS)
+    wanted = expected(attention, x, weights, (8, 8, 8))
+    attention.k_proj = replace(attention.k_proj)
+    gc.collect()
+    for _ in range(2):
+        q, k, v = attention(x)
+        assert_near([q, v], [wanted[0], wanted[2]])
+        if isinstance(attention.k_proj, NestedLinear):
+            assert_near([k], [wanted[1]])
+    assert (320, 8) not in launches
+
+
+class Adapter(nn.Module):
+    """Low-rank adapter around a layer, as LoRA adds it."""
+
+    def __init__(self, base: NestedLinear) -> None:
+        super().__init__()
+        self.base, self.down = base, nn.Linear(base.in_features, base.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.down(x)
+
+
+def test_a_layer_within_an_adapter_stays_fused(launches):
+    attention, weights = make_attention()
+    x = torch.randn(2, COLUMNS)
+    wanted = expected(attention, x, weights, (8, 8, 8))
+    attention.k_proj = Adapter(attention.k_proj)
+    with torch.no_grad():
+        assert_near(attention(x), [wanted[0], wanted[1] + attention.k_proj.down(x), wanted[2]])
+    assert launches == TOGETHER
+
+
+def test_state_dict_has_tensors_of_its_own(tmp_path, launches):
+    attention, weights = make_attention(zeros=True)
+    save_file(attention.state_dict(), tmp_path / "state.safetensors")
+    assert (tmp_path / "state.safetensors").stat().st_size < 1.2 * sum(
+        t.nbytes for t in attention.state_dict().values()
+    )
+    other, _ = make_attention(zeros=True)
+    for layer in nested_layers(other).values():
+        layer.planes.zero_()
+        layer.scales.zero_()
+    other.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    x = torch.randn(2, COLUMNS)
+    assert calls(other, x, launches) == TOGETHER
+    assert_near(other(x), expected(attention, x, weights, (8, 8, 8)))
+    other.load_state_dict(load_file(tmp_path / "state.safetensors"), assign=True)
+    assert_near(other(x), expected(attention, x, weights, (8, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+def test_copies_are_fused_and_hold_the_tensors_once(way, launches):
+    attention, weights = make_attention()
+    found = way(attention)
+    x = torch.randn(2, COLUMNS)
+    for one in (found, way(found)):
+        assert calls(one, x, launches) == TOGETHER
+        assert_near(one(x), expected(attention, x, weights, (8, 8, 8)))
+        assert len({layer.planes.untyped_storage().data_ptr() for layer in nested_layers(one).values()}) == 1
+        assert one.q_proj.planes.data_ptr() != attention.q_proj.planes.data_ptr()
+        one.k_proj.bias.data.fill_(3)
+        assert_near(one(x), expected(one, x, weights, (8, 8, 8)))
+    assert (attention.k_proj.bias != 3).all()
+    assert len(pickle.dumps(attention)) < 1.2 * sum(tensor.nbytes for tensor in attention.state_dict().values())
+    layer = way(attention.v_proj)  # alone
+    assert_near([layer(x)], [expected(attention, x, weights, (8, 8, 8))[2]])
+
+
+def test_a_shallow_copy_of_one_layer_is_separate(launches):
+    attention, weights = make_attention()
+    x = torch.randn(2, COLUMNS)
+    other = copy.copy(attention.k_proj)
+    q, k, v = expected(attention, x, weights, (8, 8, 8))
+    assert_near([attention.q_proj(x), other(x), attention.k_proj(x), attention.v_proj(x)], [q, k, k, v])
+    assert launches == [*TOGETHER, (70, 8)]
+
+
+def test_prefill_and_decoding_read_their_bit_widths(launches):
+    attention, weights = make_attention()
+    model = Model(attention)
+    set_bits(model, 2, prefill=8)
+    for tokens, bits in ((3, 8), (1, 2)):
+        x = torch.randn(1, tokens, COLUMNS)
+        assert_near(model(torch.zeros(1, tokens), x), expected(attention, x, weights, (bits,) * 3))
+    assert launches == [(320, 8), (320, 2)]
+    attention.q_proj.bits = 4
+    with pytest.raises(UserError, match="outside of the forward pass"):
+        attention.k_proj(x)
+    assert_near([attention.q_proj(x)], expected(attention, x, weights, (4,) * 3)[:1])
+
+
+def test_layers_that_differ_stay_separate():
+    weights = [make_weight(64, COLUMNS, GROUP), make_weight(64, COLUMNS, 32), make_weight(64, COLUMNS, GROUP)]
+    attention = Attention(*map(NestedLinear.from_planes, weights))
+    (fused,) = fuse_layers(attention, ["cpu"])
+    assert (attention.q_proj.fused, attention.k_proj.fused, attention.v_proj.fused) == (fused, None, fused)
+    assert fuse_layers(attention, ["cpu"]) == []
+    few = [NestedLinear.from_planes(NestedPlanes.pack(weights[0], max_bits=bits)) for bits in (4, 8)]
+    assert not FusedLayers(few, ["cpu"]).is_packed
+    assert not FusedLayers([NestedLinear.from_planes(weights[0]) for _ in range(2)]).is_packed  # GPUs alone by default
+
+
+def test_a_graph_captures_launches_that_have_run(monkeypatch, launches):
+    """Kernels are loaded at the first launch of a shape, which must not be during a capture."""
+    capturing = [False]
+    monkeypatch.setattr(fused_layers, "_current_stream", lambda x: fused_layers._Stream(1, capturing[0]))
+    for first_inputs in (1, 2):
+        attention, _ = make_attention()
+        x, y = torch.randn(2, COLUMNS), torch.randn(2, COLUMNS)
+        capturing[0] = False
+
+        def run(inputs: int, x: Tensor = x, y: Tensor = y, attention: Attention = attention) -> None:
+            attention.q_proj(x)
+            attention.k_proj(x if inputs == 1 else y)
+            attention.v_proj(x if inputs == 1 else y)
+
+        run(first_inputs)
+        ran = set(launches)
+        capturing[0] = True
+        launches.clear()
+        run(first_inputs)
+        assert set(launches) <= ran
+
+
+# Whole models
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llama",
+        "qwen2",
+        "opt",
+        "gpt2",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gemma2", "qwen2_moe", "deepseek_v3", "gpt_oss")),
+    ],
+)
+def test_logits_of_models_are_those_of_separate_layers(kind, launches):
+    model = nest(make_model(kind))
+    allocation = {name: 2 + index % 3 for index, name in enumerate(nested_layers(model))}
+    kept = copy.deepcopy(model)
+    fused = fuse_layers(model, ["cpu"])
+    for bits in (8, 3, allocation):
+        set_bits(model, bits, prefill=4)
+        set_bits(kept, bits, prefill=4)
+        outputs, counts = [], []
+        for one in (model, kept):
+            launches.clear()
+            with torch.no_grad():
+                prompt = one(IDS.expand(2, -1), use_cache=True)
+                step = one(torch.tensor([[4], [9]]), past_key_values=prompt.past_key_values).logits
+            outputs.append(torch.cat([prompt.logits, step], 1))
+            counts.append(len(launches))
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+        saved = 2 * sum(len(one.rows) - 1 for one in fused)
+        if isinstance(bits, int):
+            assert counts[1] - counts[0] == saved
+    assert bool(fused) == (kind != "gpt2")  # which stores q, k and v as one matrix
+
+
+@pytest.mark.slow
+def test_packed_and_replaced_models_are_fused_and_saved(tmp_path, launches):
+    opened = Opened(save(make_model("qwen2"), tmp_path / "model"), tmp_path / "store")
+    folder = opened.pack(tmp_path / "packed")
+    packed, in_memory = read(folder), opened.in_memory()
+    wanted = {bits: logits(read(folder, bits=bits)) for bits in (2, 8)}
+    for model in (packed, in_memory):
+        assert {type(layer.fused) for name, layer in nested_layers(model).items() if "q_proj" in name} == {FusedLayers}
+        fuse_layers(model, ["cpu"])
+        for bits in (2, 8):
+            set_bits(model, bits)
+            launches.clear()
+            torch.testing.assert_close(logits(model), wanted[bits], rtol=1e-4, atol=1e-4)
+            assert len(launches) == 2 * 4  # q+k+v, o, gate+up, down
+    packed.set_bits(2)
+    packed.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(read(tmp_path / "again")), wanted[2])
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_fused_products_equal_those_of_the_operator(bits):
+    attention, weights = make_attention(rows=(64, 64, 128))
+    x = torch.randn(5, COLUMNS, dtype=torch.float32)
+    set_bits(attention, bits)
+    for y, weight, layer in zip(attention(x), weights, nested_layers(attention).values(), strict=True):
+        torch.testing.assert_close(y, ops.linear(x, NestedPlanes.pack(weight), bits, layer.bias), rtol=1e-5, atol=1e-5)

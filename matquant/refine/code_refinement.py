@@ -12,6 +12,9 @@ trained bit-widths to that at the start, among states whose held bit-widths are 
 
 Positions are float16 offsets from the code at the start, and the momentum is bfloat16: with the codes at the start and the
 present ones, 6 bytes for a weight. Gradients are added to the momentum layer by layer in the backward pass; no others are kept.
+
+A layer's step is normalized to its root mean square. Before, the momentum may be divided by a power of the mean square of the
+gradient, factored into rows and columns (Adafactor, arXiv 1804.04235). For a KL divergence it stands for the curvature.
 """
 
 import dataclasses
@@ -32,8 +35,10 @@ from matquant.refine.slice_model import SliceModel
 from matquant.refine.trained_scales import TrainedScales, rate_at
 
 _MOMENTUM_DECAY = 0.95
+_SQUARES_DECAY = 0.99  # of the mean squares of gradients
+_LEAST_SQUARE = 1e-3  # of a row or column, as a share of the mean over all
 _TINY = 1e-30  # in place of a zero to divide by
-_TENSORS = ("offset", "momentum", "best")
+_TENSORS = ("offset", "momentum", "rows", "columns", "best")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,6 +94,7 @@ class TrainedCodes:
     Attributes:
         present: the weight with the codes that the positions choose; its codes are overwritten by each step.
         momentum: bfloat16 [out_features, in_features], decaying mean of the gradients of the positions.
+        rows, columns: float32 [out_features] and [in_features], decaying sums of the mean squares of these gradients.
         offset: float16 [out_features, in_features], position less that of the code at the start, in steps of a code.
         best: uint8 codes on the CPU.
     """
@@ -100,6 +106,7 @@ class TrainedCodes:
         self.present = dataclasses.replace(weight, codes=weight.codes.clone())
         self.offset = torch.zeros_like(weight.codes, dtype=torch.float16)
         self.momentum = torch.zeros_like(weight.codes, dtype=torch.bfloat16)
+        self.rows, self.columns = (torch.zeros(n, device=self._start.device) for n in weight.codes.shape)
         self.keep()
 
     def accumulate(self, grad_weight: Tensor, scales: Tensor, share: Tensor) -> None:
@@ -110,11 +117,27 @@ class TrainedCodes:
             scales: float32 [out_features, groups] that the weight was made with.
         """
         gradient = grad_weight.to(torch.float32, copy=True)
-        self.momentum += scale_groups(gradient, scales * share, 0.0, self.present.format.group_size)
+        scale_groups(gradient, scales * share, 0.0, self.present.format.group_size)
+        self.momentum += gradient
+        gradient.square_()
+        self.rows += gradient.mean(1)
+        self.columns += gradient.mean(0)
 
-    def moved(self, rate: float) -> Tensor:
-        """Offsets moved against the momentum by ``rate`` steps of a code (root mean square over the layer): float32."""
+    def decay(self) -> None:
+        """Decay momentum and mean squares before the gradients of a step are added."""
+        self.momentum *= _MOMENTUM_DECAY
+        self.rows *= _SQUARES_DECAY
+        self.columns *= _SQUARES_DECAY
+
+    def moved(self, rate: float, power: float) -> Tensor:
+        """Offsets moved by ``rate`` steps of a code, the root mean square over the layer: float32.
+
+        Args:
+            power: of the mean squares that the momentum is divided by, see ``RefineConfig.code_curvature_power``.
+        """
         momentum = self.momentum.float()
+        if power:
+            momentum /= torch.outer(*(_relative(mean) ** power for mean in (self.rows, self.columns)))
         size = momentum.square().mean().sqrt().clamp(min=_TINY)
         return self.offset - momentum * (rate / size)
 
@@ -130,6 +153,12 @@ class TrainedCodes:
     def keep(self) -> None:
         """Keep the present codes as the best."""
         self.best = self.present.codes.to("cpu", copy=True)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from the tensors of a state; ``place`` makes the present codes of them."""
+        self.best = tensors["best"]
+        for part in _TENSORS[:-1]:
+            getattr(self, part).copy_(tensors[part])
 
 
 class CodeRefinement(ScaleRefinement):
@@ -168,23 +197,24 @@ class CodeRefinement(ScaleRefinement):
     def take_step(self, model: SliceModel, batch: int) -> None:
         rate = self.config.code_learning_rate * rate_at(self.step, self.config)
         for codes in self._codes.values():
-            codes.momentum *= _MOMENTUM_DECAY
+            codes.decay()
         super().take_step(model, batch)
         for codes in self._codes.values():
-            self._average(codes.momentum)
-            self._place(codes, codes.moved(rate))
+            for part in (codes.momentum, codes.rows, codes.columns):
+                self._average(part)
+            self._place(codes, codes.moved(rate, self.config.code_curvature_power))
 
     def descend(self, model: SliceModel, one: TrainedScales, batch: int, full: Tensor) -> None:
         self._share.fill_((1 - _MOMENTUM_DECAY) / (one.mean_loss or self._first[one.bits]))
         super().descend(model, one, batch, full)
 
-    def _average(self, momentum: Tensor) -> None:
-        """Average the momentum over the processes, in place: it is linear in their gradients."""
+    def _average(self, mean: Tensor) -> None:
+        """Average a decaying mean over the processes, in place: it is linear in what they added."""
         group = self.context.process_group
         if group.world_size > 1:
-            total = momentum.float()
+            total = mean.float()
             group.all_reduce(total)
-            momentum.copy_(total / group.world_size)
+            mean.copy_(total / group.world_size)
 
     def trained(self, bits: int) -> Trained:
         return self._held[bits] if bits in self._held else super().trained(bits)
@@ -221,12 +251,16 @@ class CodeRefinement(ScaleRefinement):
         self._first = {int(bits): loss for bits, loss in numbers["first"].items()}
         self._set_tolerance(numbers["tolerance"])
         for name, codes in self._codes.items():
-            offset, momentum, codes.best = (tensors[f"{part}.{name}"] for part in _TENSORS)
-            codes.momentum.copy_(momentum)
-            self._place(codes, offset.to(codes.offset.device))
+            codes.load({part: tensors[f"{part}.{name}"] for part in _TENSORS})
+            self._place(codes, codes.offset)
 
     def refined(self, weights: Mapping[str, NestedWeight]) -> dict[str, NestedWeight]:
         return super().refined({n: dataclasses.replace(w, codes=self._codes[n].best) for n, w in weights.items()})
+
+
+def _relative(mean_squares: Tensor) -> Tensor:
+    """Mean squares of rows or columns over their mean; those near zero are raised."""
+    return (mean_squares / mean_squares.mean().clamp(min=_TINY)).clamp(min=_LEAST_SQUARE)
 
 
 def _mean_log_ratio(losses: Mapping[int, float], first: Mapping[int, float], bits: tuple[int, ...]) -> float:

@@ -39,7 +39,10 @@ class RefineConfig:
             start; no state with a larger one is kept.
         code_tolerance: with ``codes``: largest distance between the values of a code before and after at all bits, in steps of
             that grid. Half a step is that of a rounding.
-        code_learning_rate: with ``codes``: highest learning rate of the positions of the codes, in steps of a code.
+        code_learning_rate: with ``codes``: highest learning rate of the positions of the codes: root mean square of their
+            movement in a layer at one optimizer step, in steps of a code.
+        code_curvature_power: with ``codes``: power of the mean square of the gradient by rows and columns that its decaying
+            mean is divided by: 0 for plain momentum, 0.5 as in Adafactor, 1 as in a natural-gradient step.
         distilled_bits: with ``qat``: bit-widths that aim at the predictions of the slice of all bits too, with equal weight
             (co-distillation; [2] is the published 8→2).
         distill_only: with ``qat``: let distilled_bits aim at these predictions alone.
@@ -59,7 +62,8 @@ class RefineConfig:
     held_bits: tuple[int, ...] = ()
     held_increase: float = 0.1
     code_tolerance: float = LEAST_CODE_TOLERANCE
-    code_learning_rate: float = 0.02
+    code_learning_rate: float = 0.01
+    code_curvature_power: float = 1.0
     distilled_bits: tuple[int, ...] = ()
     distill_only: bool = False
 
@@ -117,6 +121,8 @@ class RefineConfig:
                 f"refine.held_increase cannot be negative, and refine.code_tolerance is at least {LEAST_CODE_TOLERANCE}; found "
                 f"{self.held_increase} and {self.code_tolerance}."
             )
+        if not 0 <= self.code_curvature_power <= 1:
+            raise UserError(f"refine.code_curvature_power lies in 0..1; found {self.code_curvature_power}.")
         if not 0 < self.code_learning_rate <= 2**master_bits:
             raise UserError(
                 f"refine.code_learning_rate is above 0 and at most {2**master_bits} steps; found {self.code_learning_rate}."

@@ -186,6 +186,30 @@ def test_positions_cross_to_the_next_prefix_and_no_further() -> None:
     assert torch.equal(trained.present.codes, codes)
 
 
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_a_step_is_normalized_and_divided_by_the_mean_squares_of_rows_and_columns(power: float) -> None:
+    draw = torch.Generator().manual_seed(3)
+    codes = torch.randint(0, 256, (6, 64), generator=draw).to(torch.uint8)
+    fmt = WeightFormat(group_size=32, stretch=1.25)
+    weight = NestedWeight(codes=codes, scales=torch.ones(6, 2, dtype=torch.float16), zeros=None, format=fmt)
+    trained = TrainedCodes(weight, MoveTable.of(fmt, 4, (6, 8)))
+    mean, rows, columns = torch.zeros(6, 64), torch.zeros(6), torch.zeros(64)
+    spread = torch.rand(6, 1, generator=draw) + 0.1
+    for _ in range(3):
+        trained.decay()
+        mean, rows, columns = 0.95 * mean, 0.99 * rows, 0.99 * columns
+        for share in (0.05, 0.1):  # two bit-widths
+            gradient = torch.randn(6, 64, generator=draw) * spread
+            trained.accumulate(gradient, torch.full((6, 2), 0.5), torch.tensor(share))
+            own = gradient * 0.5 * share
+            mean, rows, columns = mean + own, rows + own.square().mean(1), columns + own.square().mean(0)
+    step = mean / ((rows / rows.mean())[:, None] * (columns / columns.mean())) ** power
+    expected = -0.2 * step / step.square().mean().sqrt()
+    found = trained.moved(0.2, power)
+    torch.testing.assert_close(found, expected, rtol=0.03, atol=0.01)
+    assert found.square().mean().sqrt() == pytest.approx(0.2, rel=1e-3)
+
+
 def test_codes_and_scales_get_better_than_scales_alone_and_held_bit_widths_stay(opened: Opened, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, learning_rate=0.01, code_learning_rate=0.05)
     refined, history = refine(opened, tmp_path / "codes", config)
@@ -212,7 +236,9 @@ def test_codes_and_scales_get_better_than_scales_alone_and_held_bit_widths_stay(
 def test_wide_moves_are_taken_back_until_held_bit_widths_hold(
     opened: Opened, tmp_path: Path, held_increase: float
 ) -> None:
-    wide = dataclasses.replace(CONFIG, code_tolerance=16, bits=(2,), code_learning_rate=0.4, held_increase=held_increase)
+    wide = dataclasses.replace(
+        CONFIG, code_tolerance=16, bits=(2,), code_learning_rate=0.4, held_increase=held_increase
+    )
     refined, _ = refine(opened, tmp_path, wide)
     before, after = (divergences(opened, parent, WINDOWS[10:]) for parent in (opened.parent, refined))
     for bits in ("6", "8"):
@@ -274,6 +300,8 @@ def test_codes_of_experts_without_tokens_stay(tmp_path: Path) -> None:
         ({"held_increase": -0.1}, "refine.held_increase cannot be negative"),
         ({"held_increase": math.nan}, "refine.held_increase cannot be negative"),
         ({"code_tolerance": 0.4}, "refine.code_tolerance is at least 0.5"),
+        ({"code_curvature_power": 1.1}, "refine.code_curvature_power lies in 0..1; found 1.1"),
+        ({"code_curvature_power": math.nan}, "refine.code_curvature_power lies in 0..1"),
         ({"code_learning_rate": 0.0}, "refine.code_learning_rate is above 0"),
         ({"code_learning_rate": math.inf}, "refine.code_learning_rate is above 0"),
         ({"method": "scales"}, "refine.held_bits is for refine.method=codes"),

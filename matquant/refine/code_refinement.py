@@ -1,11 +1,14 @@
 """Training of codes and of the scales of low bit-widths together, with the full-precision model as the teacher.
 
 The first planes of a code, as many as the largest of ``refine.bits``, are its prefix. Each weight has a latent position on the
-axis of codes, which begins at the centre of its code and chooses the prefix. It is moved by the gradient of the dense weight of
-every trained bit-width, times its scale (straight-through estimator, arXiv 1308.3432). The later planes are not trained: they
-are those with which the held bit-widths read most nearly what they read before. With a stretch, cells of neighbouring prefixes
-overlap at higher bit-widths, so many weights have a second prefix that eight bits can hardly tell from the first. A weight only
-takes prefixes whose value at all bits lies within a tolerance of the value before.
+axis of codes, which begins at the centre of its code and chooses the prefix. The gradient of the dense weight of every trained
+bit-width moves it, as with the straight-through estimator (arXiv 1308.3432), but times the mean slope of the slice's value from
+the first to the last prefix that the weight may take: a bit-width that reads the same with all of them does not count, and one
+whose value changes by four cells of the prefix counts four times.
+
+The later planes are not trained: they are those with which the held bit-widths read most nearly what they read before. With a
+stretch, cells of neighbouring prefixes overlap at higher bit-widths, so many weights have a second prefix that eight bits can
+hardly tell from the first. A weight only takes prefixes whose value at all bits lies within a tolerance of the value before.
 
 All bit-widths share the positions, so there is one state. The best is kept: the least mean log-ratio of the held-out KL at the
 trained bit-widths to that at the start, among states whose held bit-widths are within ``refine.held_increase`` of the start.
@@ -84,6 +87,19 @@ class MoveTable:
         return first.int().to(device), last.int().to(device)
 
 
+def slopes(levels: Tensor, limits: tuple[Tensor, Tensor], width: int) -> Tensor:
+    """Mean slope of the value of a slice between the first and the last prefix of each code: float32 [2^master_bits].
+
+    Args:
+        levels: value of each code at the bit-width of the slice, on any device.
+        limits: first and last prefix of each code.
+        width: codes of a prefix.
+    """
+    first, last = (one.long() * width for one in limits)
+    levels = levels.to(first.device)
+    return (levels[last] - levels[first]) / (last - first).clamp(min=1)
+
+
 class TrainedCodes:
     """Latent positions of the codes of one layer, with their momentum and the codes of the best state so far.
 
@@ -109,15 +125,16 @@ class TrainedCodes:
         self.rows, self.columns = (torch.zeros(n, device=self._start.device) for n in weight.codes.shape)
         self.keep()
 
-    def accumulate(self, grad_weight: Tensor, scales: Tensor, share: Tensor) -> None:
-        """Add ``share`` (a number) times the gradient of the positions to the momentum.
+    def accumulate(self, grad_weight: Tensor, scales: Tensor, slopes: Tensor) -> None:
+        """Add a gradient of the positions to the momentum.
 
         Args:
             grad_weight: gradient of the dense weight; stays as it is.
             scales: float32 [out_features, groups] that the weight was made with.
+            slopes: float32 [2^master_bits], derivative of the weight in units of its scale, by the code at the start.
         """
-        gradient = grad_weight.to(torch.float32, copy=True)
-        scale_groups(gradient, scales * share, 0.0, self.present.format.group_size)
+        gradient = slopes[self._start.int()].mul_(grad_weight)
+        scale_groups(gradient, scales, 0.0, self.present.format.group_size)
         self.momentum += gradient
         gradient.square_()
         self.rows += gradient.mean(1)
@@ -174,7 +191,11 @@ class CodeRefinement(ScaleRefinement):
             bits: {name: weight.scales_at(bits).float() for name, weight in weights.items()}
             for bits in config.held_bits
         }
-        self._share = torch.zeros((), device=self.context.device)  # on the device, since captured passes read it
+        # Slopes of each bit-width times its share of the momentum; on the device, since captured passes read them.
+        self._slopes = {
+            bits: {fmt: torch.zeros(2**fmt.master_bits, device=self.context.device) for fmt in formats}
+            for bits in config.bits
+        }
         self._first: dict[int, float] = {}
         self._set_tolerance(config.code_tolerance)
 
@@ -192,7 +213,9 @@ class CodeRefinement(ScaleRefinement):
     def linear(self, name: str, x: Tensor, scales: Tensor, bits: int, bias: Tensor | None) -> Tensor:
         """Output of a layer of the slice of ``bits`` bits of the present codes; its backward pass adds to the momentum."""
         codes = self._codes[name]
-        return scaled_linear(x, scales, codes.present, bits, bias, lambda g: codes.accumulate(g, scales, self._share))
+        own = self._slopes.get(bits, {}).get(codes.present.format)
+        observe = None if own is None else lambda gradient: codes.accumulate(gradient, scales, own)
+        return scaled_linear(x, scales, codes.present, bits, bias, observe)
 
     def take_step(self, model: SliceModel, batch: int) -> None:
         rate = self.config.code_learning_rate * rate_at(self.step, self.config)
@@ -205,8 +228,15 @@ class CodeRefinement(ScaleRefinement):
             self._place(codes, codes.moved(rate, self.config.code_curvature_power))
 
     def descend(self, model: SliceModel, one: TrainedScales, batch: int, full: Tensor) -> None:
-        self._share.fill_((1 - _MOMENTUM_DECAY) / (one.mean_loss or self._first[one.bits]))
+        self.prepare(one.bits)
         super().descend(model, one, batch, full)
+
+    def prepare(self, bits: int) -> None:
+        """Let the next backward pass add the gradients of ``bits`` bits to the momentum, divided by the mean of its losses."""
+        share = (1 - _MOMENTUM_DECAY) / (self._trained[bits].mean_loss or self._first[bits])
+        for fmt, own in self._slopes[bits].items():
+            width = 2 ** (fmt.master_bits - max(self.config.bits))
+            own.copy_(share * slopes(fmt.levels(bits), self._limits[fmt], width))
 
     def _average(self, mean: Tensor) -> None:
         """Average a decaying mean over the processes, in place: it is linear in what they added."""

@@ -138,13 +138,19 @@ def test_the_momentum_gets_the_straight_through_gradients_of_a_dense_model(
     refinement = CodeRefinement(CONFIG, context_of(opened))
     with open_slice_model(opened.blocks, weights, ids, 3, CPU, torch.float32, refinement.linear) as slices:
         refinement.start(slices)
-        refinement._share.fill_(0.25)
+        first = dict.fromkeys((2, 3, 4, 6, 8), 0.2)  # losses, by which the gradients are divided
+        refinement.validated(first)
+        refinement.prepare(bits)
         scales = refinement.trained(bits)
         slices.gradients(0, slices.hidden(0), bits, scales)
     model = BlockModel(make_model(kind)).model
     with torch.no_grad():
         expected = model(ids).logits[:, :-1].log_softmax(-1)
     positions = {name: (weight.codes + 0.5).requires_grad_() for name, weight in weights.items()}
+    table = MoveTable.of(next(iter(weights.values())).format, 4, (6, 8))
+    limits = zip(*(one.tolist() for one in table.limits(0.5, CPU)), strict=True)
+    rises = torch.tensor([values_of(16 * b, bits, 1.25) - values_of(16 * a, bits, 1.25) for a, b in limits])
+    assert rises.unique().tolist() == [0, 2 ** (8 - bits)]  # no other prefix, or one that this bit-width may tell apart
     dense = {}
     for name, weight in weights.items():
         width = 2 ** (8 - bits)
@@ -162,8 +168,9 @@ def test_the_momentum_gets_the_straight_through_gradients_of_a_dense_model(
             assert not codes.momentum.any()
             continue
         moved += int(gradient.any())
-        error = (codes.momentum.float() - 0.25 * gradient).abs().max()
-        assert error <= 0.005 * 0.25 * gradient.abs().max() + 1e-9  # bfloat16
+        expected_momentum = 0.05 / 0.2 * gradient * rises[weights[name].codes.int()] / 16
+        error = (codes.momentum.float() - expected_momentum).abs().max()
+        assert error <= 0.005 * expected_momentum.abs().max() + 1e-9  # bfloat16
     assert moved > 4
 
 
@@ -194,14 +201,14 @@ def test_a_step_is_normalized_and_divided_by_the_mean_squares_of_rows_and_column
     weight = NestedWeight(codes=codes, scales=torch.ones(6, 2, dtype=torch.float16), zeros=None, format=fmt)
     trained = TrainedCodes(weight, MoveTable.of(fmt, 4, (6, 8)))
     mean, rows, columns = torch.zeros(6, 64), torch.zeros(6), torch.zeros(64)
-    spread = torch.rand(6, 1, generator=draw) + 0.1
+    spread, slope = torch.rand(6, 1, generator=draw) + 0.1, torch.rand(256, generator=draw)
     for _ in range(3):
         trained.decay()
         mean, rows, columns = 0.95 * mean, 0.99 * rows, 0.99 * columns
         for share in (0.05, 0.1):  # two bit-widths
             gradient = torch.randn(6, 64, generator=draw) * spread
-            trained.accumulate(gradient, torch.full((6, 2), 0.5), torch.tensor(share))
-            own = gradient * 0.5 * share
+            trained.accumulate(gradient, torch.full((6, 2), 0.5), share * slope)
+            own = gradient * 0.5 * share * slope[codes.int()]
             mean, rows, columns = mean + own, rows + own.square().mean(1), columns + own.square().mean(0)
     step = mean / ((rows / rows.mean())[:, None] * (columns / columns.mean())) ** power
     expected = -0.2 * step / step.square().mean().sqrt()

@@ -62,7 +62,7 @@ class RefineConfig:
     held_bits: tuple[int, ...] = ()
     held_increase: float = 0.1
     code_tolerance: float = LEAST_CODE_TOLERANCE
-    code_learning_rate: float = 0.01
+    code_learning_rate: float = 0.005
     code_curvature_power: float = 1.0
     distilled_bits: tuple[int, ...] = ()
     distill_only: bool = False

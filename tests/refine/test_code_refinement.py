@@ -286,6 +286,7 @@ def test_a_killed_refinement_goes_on_with_the_same_bytes(opened: Opened, tmp_pat
     assert not list(resumed.artifact.path.glob("training*"))
 
 
+@pytest.mark.slow
 def test_codes_of_experts_without_tokens_stay(tmp_path: Path) -> None:
     opened = Opened(save(make_model("mixtral"), tmp_path / "model"), tmp_path / "store", stretch=1.25)
     same = torch.full((14, 2), 7)  # one token, so that few experts are read

@@ -235,8 +235,13 @@ class CodeRefinement(ScaleRefinement):
         """Let the next backward pass add the gradients of ``bits`` bits to the momentum, divided by the mean of its losses."""
         share = (1 - _MOMENTUM_DECAY) / (self._trained[bits].mean_loss or self._first[bits])
         for fmt, own in self._slopes[bits].items():
-            width = 2 ** (fmt.master_bits - max(self.config.bits))
-            own.copy_(share * slopes(fmt.levels(bits), self._limits[fmt], width))
+            moving = torch.stack([self._slopes_of(fmt, one) for one in self.config.code_bits or self.config.bits]).any(
+                0
+            )
+            own.copy_(share * self._slopes_of(fmt, bits) * moving)
+
+    def _slopes_of(self, fmt: WeightFormat, bits: int) -> Tensor:
+        return slopes(fmt.levels(bits), self._limits[fmt], 2 ** (fmt.master_bits - max(self.config.bits)))
 
     def _average(self, mean: Tensor) -> None:
         """Average a decaying mean over the processes, in place: it is linear in what they added."""

@@ -39,6 +39,7 @@ class RefineConfig:
             start; no state with a larger one is kept.
         code_tolerance: with ``codes``: largest distance between the values of a code before and after at all bits, in steps of
             that grid. Half a step is that of a rounding.
+        code_bits: with ``codes``: only codes move whose slice of one of these bit-widths can change; empty for all of ``bits``.
         code_learning_rate: with ``codes``: highest learning rate of the positions of the codes: root mean square of their
             movement in a layer at one optimizer step, in steps of a code.
         code_curvature_power: with ``codes``: power of the mean square of the gradient by rows and columns that its decaying
@@ -62,6 +63,7 @@ class RefineConfig:
     held_bits: tuple[int, ...] = ()
     held_increase: float = 0.1
     code_tolerance: float = LEAST_CODE_TOLERANCE
+    code_bits: tuple[int, ...] = ()
     code_learning_rate: float = 0.005
     code_curvature_power: float = 1.0
     distilled_bits: tuple[int, ...] = ()
@@ -115,6 +117,10 @@ class RefineConfig:
             raise UserError(
                 f"refine.held_bits must name at least one bit-width, each once, above those of refine.bits={list(self.bits)} "
                 f"and at most {master_bits}; found {list(held)}."
+            )
+        if not set(self.code_bits) <= set(self.bits):
+            raise UserError(
+                f"refine.code_bits must be among refine.bits={list(self.bits)}; found {list(self.code_bits)}."
             )
         if not self.held_increase >= 0 or not self.code_tolerance >= LEAST_CODE_TOLERANCE:
             raise UserError(

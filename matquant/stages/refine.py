@@ -34,7 +34,14 @@ _REFINEMENTS: dict[str, type[Refinement]] = {
 }
 # Settings of one method, which keys of other refinements lack.
 _OWN_SETTINGS = {
-    "codes": ("held_bits", "held_increase", "code_tolerance", "code_learning_rate", "code_curvature_power"),
+    "codes": (
+        "held_bits",
+        "held_increase",
+        "code_tolerance",
+        "code_bits",
+        "code_learning_rate",
+        "code_curvature_power",
+    ),
     "qat": ("distilled_bits", "distill_only"),
 }
 

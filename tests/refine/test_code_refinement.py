@@ -239,6 +239,21 @@ def test_codes_and_scales_get_better_than_scales_alone_and_held_bit_widths_stay(
     assert moved > 100
 
 
+@pytest.mark.parametrize(("code_bits", "first_bits"), [((2,), 2), ((2, 3), 3)])
+def test_only_codes_move_whose_slices_of_chosen_bit_widths_change(
+    opened: Opened, tmp_path: Path, code_bits: tuple, first_bits: int
+) -> None:
+    config = dataclasses.replace(CONFIG, code_bits=code_bits, steps=8, code_learning_rate=0.2)
+    refined, _ = refine(opened, tmp_path, config)
+    moved = 0
+    for name, weight in weights_of(refined).items():
+        original = weights_of(opened.parent)[name].codes
+        changed = weight.codes != original
+        assert torch.equal(changed, (weight.codes >> (8 - first_bits)) != (original >> (8 - first_bits)))
+        moved += int(changed.sum())
+    assert moved > 20
+
+
 @pytest.mark.parametrize("held_increase", [0.0, 0.05])
 def test_wide_moves_are_taken_back_until_held_bit_widths_hold(
     opened: Opened, tmp_path: Path, held_increase: float
@@ -308,6 +323,7 @@ def test_codes_of_experts_without_tokens_stay(tmp_path: Path) -> None:
         ({"held_increase": -0.1}, "refine.held_increase cannot be negative"),
         ({"held_increase": math.nan}, "refine.held_increase cannot be negative"),
         ({"code_tolerance": 0.4}, "refine.code_tolerance is at least 0.5"),
+        ({"code_bits": (2, 5)}, r"refine.code_bits must be among refine.bits=\[2, 3, 4\]; found \[2, 5\]"),
         ({"code_curvature_power": 1.1}, "refine.code_curvature_power lies in 0..1; found 1.1"),
         ({"code_curvature_power": math.nan}, "refine.code_curvature_power lies in 0..1"),
         ({"code_learning_rate": 0.0}, "refine.code_learning_rate is above 0"),

@@ -16,8 +16,8 @@ trained bit-widths to that at the start, among states whose held bit-widths are 
 Positions are float16 offsets from the code at the start, and the momentum is bfloat16: with the codes at the start and the
 present ones, 6 bytes for a weight. Gradients are added to the momentum layer by layer in the backward pass; no others are kept.
 
-A layer's step is normalized to its root mean square. Before, the momentum may be divided by a power of the mean square of the
-gradient, factored into rows and columns (Adafactor, arXiv 1804.04235). For a KL divergence it stands for the curvature.
+A layer's step is normalized to its root mean square. Before, the momentum may be divided by a power of its mean square,
+factored into rows and columns (Adafactor, arXiv 1804.04235), which stands for the curvature.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from matquant.refine.slice_model import SliceModel
 from matquant.refine.trained_scales import TrainedScales, rate_at
 
 _MOMENTUM_DECAY = 0.95
-_SQUARES_DECAY = 0.99  # of the mean squares of gradients
+_SQUARES_DECAY = 0.99  # of the mean squares of the momentum
 _LEAST_SQUARE = 1e-3  # of a row or column, as a share of the mean over all
 _TINY = 1e-30  # in place of a zero to divide by
 _TENSORS = ("offset", "momentum", "rows", "columns", "best")
@@ -110,7 +110,7 @@ class TrainedCodes:
     Attributes:
         present: the weight with the codes that the positions choose; its codes are overwritten by each step.
         momentum: bfloat16 [out_features, in_features], decaying mean of the gradients of the positions.
-        rows, columns: float32 [out_features] and [in_features], decaying sums of the mean squares of these gradients.
+        rows, columns: float32 [out_features] and [in_features], decaying sums of the mean squares of the momentum.
         offset: float16 [out_features, in_features], position less that of the code at the start, in steps of a code.
         best: uint8 codes on the CPU.
     """
@@ -136,15 +136,6 @@ class TrainedCodes:
         gradient = slopes[self._start.int()].mul_(grad_weight)
         scale_groups(gradient, scales, 0.0, self.present.format.group_size)
         self.momentum += gradient
-        gradient.square_()
-        self.rows += gradient.mean(1)
-        self.columns += gradient.mean(0)
-
-    def decay(self) -> None:
-        """Decay momentum and mean squares before the gradients of a step are added."""
-        self.momentum *= _MOMENTUM_DECAY
-        self.rows *= _SQUARES_DECAY
-        self.columns *= _SQUARES_DECAY
 
     def moved(self, rate: float, power: float) -> Tensor:
         """Offsets moved by ``rate`` steps of a code, the root mean square over the layer: float32.
@@ -153,6 +144,8 @@ class TrainedCodes:
             power: of the mean squares that the momentum is divided by, see ``RefineConfig.code_curvature_power``.
         """
         momentum = self.momentum.float()
+        for kept, dim in ((self.rows, 1), (self.columns, 0)):
+            kept.mul_(_SQUARES_DECAY).add_(momentum.square().mean(dim))
         if power:
             momentum /= torch.outer(*(_relative(mean) ** power for mean in (self.rows, self.columns)))
         size = momentum.square().mean().sqrt().clamp(min=_TINY)
@@ -220,11 +213,10 @@ class CodeRefinement(ScaleRefinement):
     def take_step(self, model: SliceModel, batch: int) -> None:
         rate = self.config.code_learning_rate * rate_at(self.step, self.config)
         for codes in self._codes.values():
-            codes.decay()
+            codes.momentum *= _MOMENTUM_DECAY
         super().take_step(model, batch)
         for codes in self._codes.values():
-            for part in (codes.momentum, codes.rows, codes.columns):
-                self._average(part)
+            self._average(codes.momentum)
             self._place(codes, codes.moved(rate, self.config.code_curvature_power))
 
     def descend(self, model: SliceModel, one: TrainedScales, batch: int, full: Tensor) -> None:
@@ -235,21 +227,19 @@ class CodeRefinement(ScaleRefinement):
         """Let the next backward pass add the gradients of ``bits`` bits to the momentum, divided by the mean of its losses."""
         share = (1 - _MOMENTUM_DECAY) / (self._trained[bits].mean_loss or self._first[bits])
         for fmt, own in self._slopes[bits].items():
-            moving = torch.stack([self._slopes_of(fmt, one) for one in self.config.code_bits or self.config.bits]).any(
-                0
-            )
-            own.copy_(share * self._slopes_of(fmt, bits) * moving)
+            changing = [self._slopes_of(fmt, one) for one in self.config.code_bits or self.config.bits]
+            own.copy_(share * self._slopes_of(fmt, bits) * torch.stack(changing).any(0))
 
     def _slopes_of(self, fmt: WeightFormat, bits: int) -> Tensor:
         return slopes(fmt.levels(bits), self._limits[fmt], 2 ** (fmt.master_bits - max(self.config.bits)))
 
-    def _average(self, mean: Tensor) -> None:
-        """Average a decaying mean over the processes, in place: it is linear in what they added."""
+    def _average(self, momentum: Tensor) -> None:
+        """Average the momentum over the processes, in place: it is linear in their gradients."""
         group = self.context.process_group
         if group.world_size > 1:
-            total = mean.float()
+            total = momentum.float()
             group.all_reduce(total)
-            mean.copy_(total / group.world_size)
+            momentum.copy_(total / group.world_size)
 
     def trained(self, bits: int) -> Trained:
         return self._held[bits] if bits in self._held else super().trained(bits)

@@ -42,8 +42,8 @@ class RefineConfig:
         code_bits: with ``codes``: only codes move whose slice of one of these bit-widths can change; empty for all of ``bits``.
         code_learning_rate: with ``codes``: highest learning rate of the positions of the codes: root mean square of their
             movement in a layer at one optimizer step, in steps of a code.
-        code_curvature_power: with ``codes``: power of the mean square of the gradient by rows and columns that its decaying
-            mean is divided by: 0 for plain momentum, 0.5 as in Adafactor, 1 as in a natural-gradient step.
+        code_curvature_power: with ``codes``: power of the mean square of the momentum by rows and columns that the momentum is
+            divided by: 0 for plain momentum, 0.5 as in Adafactor, 1 as in a natural-gradient step.
         distilled_bits: with ``qat``: bit-widths that aim at the predictions of the slice of all bits too, with equal weight
             (co-distillation; [2] is the published 8→2).
         distill_only: with ``qat``: let distilled_bits aim at these predictions alone.

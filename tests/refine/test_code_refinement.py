@@ -203,16 +203,17 @@ def test_a_step_is_normalized_and_divided_by_the_mean_squares_of_rows_and_column
     mean, rows, columns = torch.zeros(6, 64), torch.zeros(6), torch.zeros(64)
     spread, slope = torch.rand(6, 1, generator=draw) + 0.1, torch.rand(256, generator=draw)
     for _ in range(3):
-        trained.decay()
-        mean, rows, columns = 0.95 * mean, 0.99 * rows, 0.99 * columns
+        trained.momentum *= 0.95
+        mean *= 0.95
         for share in (0.05, 0.1):  # two bit-widths
             gradient = torch.randn(6, 64, generator=draw) * spread
             trained.accumulate(gradient, torch.full((6, 2), 0.5), share * slope)
             own = gradient * 0.5 * share * slope[codes.int()]
-            mean, rows, columns = mean + own, rows + own.square().mean(1), columns + own.square().mean(0)
+            mean += own
+        found = trained.moved(0.2, power)
+        rows, columns = 0.99 * rows + mean.square().mean(1), 0.99 * columns + mean.square().mean(0)
     step = mean / ((rows / rows.mean())[:, None] * (columns / columns.mean())) ** power
     expected = -0.2 * step / step.square().mean().sqrt()
-    found = trained.moved(0.2, power)
     torch.testing.assert_close(found, expected, rtol=0.03, atol=0.01)
     assert found.square().mean().sqrt() == pytest.approx(0.2, rel=1e-3)
 

@@ -13,6 +13,7 @@ from matquant.data import texts
 from matquant.errors import UserError
 from matquant.formats.parent import Parent
 from matquant.quantize.base import normalized
+from matquant.refine.code_refinement import CodeRefinement
 from matquant.refine.config import RefineConfig
 from matquant.refine.quantization_aware import QuantizationAwareTraining
 from matquant.refine.refinement import RefineContext, Refinement
@@ -26,8 +27,23 @@ from matquant.store.distributed_store import DraftLike, open_or_build
 
 # Part of the key of refined parents: raised when the same settings give other scales than before.
 _VERSION = 2
-_REFINEMENTS: dict[str, type[Refinement]] = {"scales": ScaleRefinement, "qat": QuantizationAwareTraining}
-_ONLY_QAT = ("distilled_bits", "distill_only")  # settings that keys of other refinements lack
+_REFINEMENTS: dict[str, type[Refinement]] = {
+    "scales": ScaleRefinement,
+    "codes": CodeRefinement,
+    "qat": QuantizationAwareTraining,
+}
+# Settings of one method, which keys of other refinements lack.
+_OWN_SETTINGS = {
+    "codes": (
+        "held_bits",
+        "held_increase",
+        "code_tolerance",
+        "code_bits",
+        "code_learning_rate",
+        "code_curvature_power",
+    ),
+    "qat": ("distilled_bits", "distill_only"),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +91,8 @@ def refine(job: LoadedJob, quantized: QuantizedJob, runtime: Runtime) -> tuple[Q
 
 def _key_of(config: RefineConfig) -> dict[str, Any]:
     """Settings that determine a refinement beside its text, for its key in the store."""
-    dropped = ("name", "text", "top_k", *(() if config.method == "qat" else _ONLY_QAT))
+    others = [name for method, names in _OWN_SETTINGS.items() if method != config.method for name in names]
+    dropped = ("name", "text", "top_k", *others)
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in dropped}
 
 

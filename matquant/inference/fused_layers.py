@@ -60,6 +60,7 @@ class FusedLayers:
         self._whole = whole  # shared tensors by name of the buffer, or "bias"; empty while the layers are separate
         self._ranges: list[dict[str, Tensor]] = [{} for _ in members]  # parts of the shared tensors, by member
         self._biases: list[Tensor | None] = [None] * len(members)
+        self._operands: tuple[Any, ...] | None = None
         self._shares = True  # False after an output was not taken
         self._launched: set[tuple[Any, ...]] = set()  # launches that have run, which a CUDA graph can capture
         self._thread = _Thread()
@@ -90,7 +91,10 @@ class FusedLayers:
 
     def index_of(self, layer: nn.Module) -> int | None:
         """Position of a member; None for any other layer, such as a shallow copy of a member."""
-        return next((index for index, ref in enumerate(self._members) if ref() is layer), None)
+        for index, ref in enumerate(self._members):
+            if ref() is layer:
+                return index
+        return None
 
     def shared_names(self, layer: nn.Module) -> set[str]:
         """Names of the buffers of a member that are ranges of shared tensors."""
@@ -157,37 +161,38 @@ class FusedLayers:
     def _is_intact(self, index: int, layer: Any) -> bool:
         """True if the tensors of a member still are its ranges of the shared ones."""
         ranges = self._ranges[index]
-        if layer is None or not ranges or any(layer._buffers.get(name) is not one for name, one in ranges.items()):
+        if layer is None or not ranges:
             return False
+        buffers = layer._buffers
+        for name, one in ranges.items():
+            if buffers.get(name) is not one:
+                return False
         bias, own = layer._parameters.get(_BIAS), self._biases[index]
         return own is bias is None or (own is not None and bias is not None and bias.data_ptr() == own.data_ptr())
 
     def output(self, layer: Any, x: Tensor) -> Tensor | None:
-        """Output [..., out_features] of a member that is called with ``x``; None if it must be multiplied on its own.
-
-        Raises:
-            UserError: see ``NestedLinear.phase_bits``.
-        """
+        """Output [..., out_features] of a member that is called with ``x``; None if it must be multiplied on its own."""
         index = self.index_of(layer)
-        if index is None or not self._is_intact(index, layer) or not self._fits(x, layer.bias):
+        if index is None or type(x) is not Tensor or not self._is_intact(index, layer):
             return None
-        bits, stream, current = layer.phase_bits(), _current_stream(x), self._thread.round
+        if torch.is_grad_enabled() and _records_gradients(x, layer.bias):
+            return None
+        stream, current = _current_stream(x), self._thread.round
         if current is not None and current.continues(index, x, stream):
-            return self._continue_round(current, index, bits, x)
-        return self._start_round(index, x, stream)
+            return self._continue_round(current, index, layer.current_bits(), x)
+        return self._start_round(index, x, stream) if self._fits(x) else None
 
-    def _fits(self, x: Tensor, bias: Tensor | None) -> bool:
+    def _fits(self, x: Tensor) -> bool:
         """True if an output for x can be shared: see the conditions of the module."""
-        if type(x) is not Tensor or x.is_inference() or not x.ndim or x.shape[-1] != self._sizes.in_features:
+        columns, device = self._sizes.in_features, x.device
+        if x.is_inference() or not x.ndim or x.shape[-1] != columns or not 0 < x.numel() <= MAX_TOKENS * columns:
             return False
-        records = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        same_device = x.device == self._whole["planes"].device and x.device.type in self._device_types
-        return same_device and not records and 0 < self._tokens(x) <= MAX_TOKENS
+        return device == self._whole["planes"].device and device.type in self._device_types
 
     def _tokens(self, x: Tensor) -> int:
         return x.numel() // self._sizes.in_features
 
-    def _continue_round(self, current: "_Round", index: int, bits: int, x: Tensor) -> Tensor | None:
+    def _continue_round(self, current: "_SharedCalls", index: int, bits: int | None, x: Tensor) -> Tensor | None:
         """Output of a further member, if the first one computed it at the same bit-width."""
         current.remaining.discard(index)
         if not current.remaining:
@@ -204,52 +209,55 @@ class FusedLayers:
         previous, self._thread.round = self._thread.round, None
         if previous is not None and previous.remaining:
             self._shares = False
-        widths = self._current_bits()
-        outputs = {}
+        widths, outputs = self._current_bits(), {}
         if widths is not None and self._fuses(index, x, widths, stream.is_capturing):
             outputs = dict(enumerate(zip(widths, self._multiply(x, widths), strict=True)))
         _, y = outputs.pop(index, (None, None))
-        self._thread.round = _Round(x, stream, set(range(len(self._members))) - {index}, outputs)
+        remaining = set(range(len(self._members)))
+        remaining.discard(index)
+        self._thread.round = _SharedCalls(x, stream, remaining, outputs)
         return y
 
-    def _current_bits(self) -> list[int] | None:
+    def _current_bits(self) -> tuple[int, ...] | None:
         """Bit-width of each member in the current phase; None if one was deleted or moved, or its phase is unknown."""
-        members: list[Any] = [ref() for ref in self._members]
-        if not all(self._is_intact(index, member) for index, member in enumerate(members)):
-            return None
-        widths = [member.current_bits() for member in members]
-        return None if None in widths else widths
+        widths = []
+        for index, ref in enumerate(self._members):
+            member: Any = ref()
+            bits = member.current_bits() if self._is_intact(index, member) else None
+            if bits is None:
+                return None
+            widths.append(bits)
+        return tuple(widths)
 
-    def _fuses(self, index: int, x: Tensor, widths: list[int], is_capturing: bool) -> bool:
+    def _fuses(self, index: int, x: Tensor, widths: tuple[int, ...], is_capturing: bool) -> bool:
         """Decide whether to compute all outputs. A CUDA graph captures what has run before, in which kernels were loaded."""
-        runs = len(equal_runs(widths, self._sizes.rows))
-        together = (self._tokens(x), x.dtype, *widths)
-        alone = (self._tokens(x), x.dtype, index, widths[index])
-        fuses = self._shares and runs < len(widths)
+        tokens, dtype = self._tokens(x), x.dtype
+        together, alone = (tokens, dtype, widths), (tokens, dtype, index, widths[index])
+        fuses = self._shares and len(equal_runs(widths, self._sizes.rows)) < len(widths)
         if is_capturing:
             return together in self._launched and (fuses or alone not in self._launched)
         self._launched.add(together if fuses else alone)
         return fuses
 
-    def _multiply(self, x: Tensor, widths: list[int]) -> list[Tensor]:
+    def _multiply(self, x: Tensor, widths: tuple[int, ...]) -> list[Tensor]:
         """Outputs of all members, one launch for neighbours of equal bit-width."""
-        whole, sizes = self._whole, self._sizes
-        scale_bits = [bits for bits in sizes.format.scale_bits if f"scales{bits}" in whole]
-        products = multiply_ranges(
-            x,
-            whole["planes"],
-            [whole["scales"], *(whole[f"scales{bits}"] for bits in scale_bits)],
-            scale_bits,
-            whole.get("zeros"),
-            whole.get(_BIAS),
-            widths,
-            sizes.rows,
-            sizes.in_features,
-            *sizes.format.op_args,
-        )
-        runs = equal_runs(widths, sizes.rows)
-        padded = [y for product, (_, rows) in zip(products, runs, strict=True) for y in product.split(rows, -1)]
-        return [y[..., :count] for y, count in zip(padded, sizes.out_features, strict=True)]
+        sizes = self._sizes
+        if self._operands is None:
+            self._operands = self._make_operands()
+        products = multiply_ranges(x, *self._operands, widths, sizes.rows, sizes.in_features, *sizes.format.op_args)
+        outputs: list[Tensor] = []
+        for product, (_, rows) in zip(products, equal_runs(widths, sizes.rows), strict=True):
+            outputs += product.split(rows, -1)
+        if sizes.is_padded:
+            return [y[..., :count] for y, count in zip(outputs, sizes.out_features, strict=True)]
+        return outputs
+
+    def _make_operands(self) -> tuple[Any, ...]:
+        """Arguments of ``multiply_ranges`` that do not change from call to call: the shared tensors."""
+        whole = self._whole
+        scale_bits = [bits for bits in self._sizes.format.scale_bits if f"scales{bits}" in whole]
+        scales = [whole["scales"], *(whole[f"scales{bits}"] for bits in scale_bits)]
+        return whole["planes"], scales, scale_bits, whole.get("zeros"), whole.get(_BIAS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,8 +278,12 @@ class _Sizes:
         return tile_ranges(self.out_features)
 
     @functools.cached_property
-    def rows(self) -> list[int]:
-        return [tiles(count) * TILE for count in self.out_features]
+    def rows(self) -> tuple[int, ...]:
+        return tuple(tiles(count) * TILE for count in self.out_features)
+
+    @functools.cached_property
+    def is_padded(self) -> bool:
+        return self.rows != self.out_features
 
 
 class _Stream(NamedTuple):
@@ -281,13 +293,20 @@ class _Stream(NamedTuple):
     is_capturing: bool
 
 
+_HOST = _Stream(0, False)
+
+
 def _current_stream(x: Tensor) -> _Stream:
     if not x.is_cuda:
-        return _Stream(0, False)
-    return _Stream(torch.cuda.current_stream(x.device).cuda_stream, torch.cuda.is_current_stream_capturing())
+        return _HOST
+    return _Stream(torch._C._cuda_getCurrentRawStream(x.get_device()), torch.cuda.is_current_stream_capturing())
 
 
-class _Round:
+def _records_gradients(x: Tensor, bias: Tensor | None) -> bool:
+    return x.requires_grad or (bias is not None and bias.requires_grad)
+
+
+class _SharedCalls:
     """Calls of fused layers with one tensor.
 
     Attributes:
@@ -309,7 +328,7 @@ class _Round:
 class _Thread(threading.local):
     """Current round of the current thread."""
 
-    round: _Round | None = None
+    round: _SharedCalls | None = None
 
 
 def _nothing() -> None:

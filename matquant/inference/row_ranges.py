@@ -1,5 +1,6 @@
 """Layers that share an input, stored as ranges of row tiles of one weight: one launch for neighbours of equal bit-width."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -24,10 +25,11 @@ def empty_whole(parts: Sequence[Tensor]) -> Tensor:
     return parts[0].new_empty(first, sum(part.shape[1] for part in parts), *rest)
 
 
-def equal_runs(bits: Sequence[int], rows: Sequence[int]) -> list[tuple[int, list[int]]]:
+@functools.lru_cache(maxsize=4096)
+def equal_runs(bits: tuple[int, ...], rows: tuple[int, ...]) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """Bit-width and rows of each layer of each run of neighbours of equal bit-width."""
     pairs = itertools.groupby(zip(bits, rows, strict=True), lambda one: one[0])
-    return [(width, [count for _, count in run]) for width, run in pairs]
+    return tuple((width, tuple(count for _, count in run)) for width, run in pairs)
 
 
 def multiply_ranges(
@@ -57,7 +59,7 @@ def multiply_ranges(
         One tensor [..., rows] for each of ``equal_runs``, by one launch each.
     """
     outputs, first, total = [], 0, sum(rows)
-    for width, run in equal_runs(bits, rows):
+    for width, run in equal_runs(tuple(bits), tuple(rows)):
         count = sum(run)
         own = scale_bits.index(width) + 1 if width in scale_bits else 0  # the base set is the first
         weight = (planes, scales[own], zeros)

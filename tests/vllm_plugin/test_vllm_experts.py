@@ -34,6 +34,7 @@ class Layer:
     def __init__(self, gate_up=TWO, held=range(4), inner=INNER, **options: Any) -> None:
         sizes = dict.fromkeys(gate_up, (2 * inner // len(gate_up), HIDDEN)) | {"down_proj": (HIDDEN, inner)}
         self.gate_up, self.kinds = gate_up, list(sizes)
+        self._dense: dict[tuple[int, str, int], Tensor] = {}
         self.weights: dict[tuple[int, str], NestedWeight] = {
             (index, kind): make_weight(*size, GROUP, seed=10 * index + i, **options)
             for index in held
@@ -52,6 +53,13 @@ class Layer:
         load(self.all_members(), list(self.weights.values()))
         return made
 
+    def dense(self, index: int, kind: str) -> Tensor:
+        """Weight at the bit-width that its member holds, in float64."""
+        key = (index, kind, self.members[str(index)][kind].bits[0])
+        if key not in self._dense:
+            self._dense[key] = self.weights[index, kind].dequantize(key[2]).double()
+        return self._dense[key]
+
     def expected(self, x: Tensor, weights: Tensor, ids: Tensor, weight_input: bool = False) -> Tensor:
         """The sum over each token's experts, in float64, at the bit-widths that the members hold."""
         out = torch.zeros(len(x), HIDDEN, dtype=torch.float64)
@@ -59,10 +67,7 @@ class Layer:
             for weight, index in zip(weights[token].double(), choices, strict=True):
                 if str(index) not in self.members:
                     continue
-                dense = {
-                    kind: self.weights[index, kind].dequantize(self.members[str(index)][kind].bits[0]).double()
-                    for kind in self.kinds
-                }
+                dense = {kind: self.dense(index, kind) for kind in self.kinds}
                 row = x[token].double() * (weight if weight_input else 1)
                 gate, up = torch.cat([dense[kind] @ row for kind in self.gate_up]).chunk(2)
                 out[token] += (1 if weight_input else weight) * (dense["down_proj"] @ (F.silu(gate) * up))

@@ -12,7 +12,8 @@ from weights import make_weight
 
 from matquant.errors import UserError
 from matquant.formats.nested import WeightFormat
-from matquant.inference import NestedPlanes, cuda_ops, launch_config, workspace
+from matquant.inference import NestedLinear, NestedPlanes, cuda_ops, launch_config, torch_reference, workspace
+from matquant.inference.fused_layers import FusedLayers
 from matquant.inference.gemm_shape import DeviceLimits, GemmShape, folds_zero_point_exactly, is_supported
 from matquant.inference.kernel_families import FAMILIES, choose_tile_config
 from matquant.inference.launch_config import GEMM_MAX_M, MAX_M, make_launch_config, max_tokens
@@ -138,6 +139,29 @@ def test_a_short_last_group_reaches_the_kernels_with_wgmma(device, columns, grou
         rounding = (dense.to(x.dtype).double() - exact).norm()
         assert (call(x, weight, 3).double() - exact).norm() <= 1.2 * rounding
     assert [made.get("WGMMA") for made, _ in device] == [1, 1, None]  # the last one dequantizes
+
+
+@pytest.mark.parametrize("options", [{"zeros": True}, {"scale_bits": (2, 3)}], ids=str)
+def test_layers_that_share_their_input_reach_the_kernel_in_one_launch(device, monkeypatch, options):
+    """The kernel runs for tensors on the CPU, where the layers are fused for this test."""
+
+    def by_kernel(x, weight, bias, bits):
+        tensors = (weight.planes, weight.scales, weight.zeros)
+        return cuda_ops.linear(x, *tensors, bias, bits, weight.out_features, weight.in_features, *weight.format.op_args)
+
+    monkeypatch.setattr(torch_reference, "linear", by_kernel)
+    weights = [make_weight(rows, 256, 64, seed=rows, **options) for rows in (128, 70, 64)]
+    layers = [NestedLinear.from_planes(weight, activations(len(weight.codes))) for weight in weights]
+    fused = FusedLayers(layers, ["cpu"])
+    assert fused.is_packed
+    for bits, launches in (((3, 3, 3), 1), ((2, 2, 5), 2), ((5, 2, 2), 2)):
+        for layer, width in zip(layers, bits, strict=True):
+            layer.bits = width
+        x = activations(3, 256)
+        device.clear()
+        for layer, weight, width in zip(layers, weights, bits, strict=True):
+            assert_close(layer(x), x, weight, width, layer.bias)
+        assert len(device) == launches
 
 
 def test_a_launch_is_planned_once_for_all_calls_like_it(device):

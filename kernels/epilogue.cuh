@@ -1,4 +1,5 @@
-// Epilogue: reduction of partial sums over the warps along K and over the blocks of an output tile, and the store to y.
+// Epilogue: reduction of partial sums over the warps along K and over the blocks of an output tile, and the store to y. The blocks
+// exchange partial sums through global memory (stream-K), or through the shared memory of a cluster.
 #pragma once
 #include "accumulator.cuh"
 
@@ -42,19 +43,27 @@ DEVICE u32 stream_k_block(u32 k_tile, u32 total) { return ((k_tile + 1) * gridDi
 // Accumulators that each warp along K finalizes: sums[i] is accumulator k_warp + i * K_WARPS.
 constexpr int kShares = (kAccumulators + K_WARPS - 1) / K_WARPS;
 
+DEVICE float4 accumulator_sum(const Accumulator& accumulator, int j) {
+    const float(&value)[4] = accumulator.value[j];
+    return make_float4(value[0], value[1], value[2], value[3]);
+}
+
+// Store a warp's accumulators to its block's partial sums.
+template <class Shared> DEVICE void share_accumulators(Shared& shared, const WarpCoord& coord, const Accumulator& accumulator) {
+    UNROLL
+    for (int j = 0; j < kAccumulators; j++)
+        shared.partial_sums[coord.k_warp][coord.n_warp()][j][coord.lane] = accumulator_sum(accumulator, j);
+}
+
 // Reduce the accumulators of the warps along K through shared memory.
 template <class Shared>
 DEVICE void reduce_k_warps(Shared& shared, const WarpCoord& coord, const Accumulator& accumulator, float4 (&sums)[kShares]) {
-    const float(&value)[kAccumulators][4] = accumulator.value;
 #if K_WARPS == 1
     UNROLL
-    for (int j = 0; j < kAccumulators; j++) sums[j] = make_float4(value[j][0], value[j][1], value[j][2], value[j][3]);
+    for (int j = 0; j < kAccumulators; j++) sums[j] = accumulator_sum(accumulator, j);
 #else
-    const int n_warp = coord.row_warp * TILE_WARPS + coord.tile_warp;
     __syncthreads(); /*bug:k-warps-read*/ // all reads of the previous tile's partial sums are complete
-    UNROLL
-    for (int j = 0; j < kAccumulators; j++)
-        shared.partial_sums[coord.k_warp][n_warp][j][coord.lane] = make_float4(value[j][0], value[j][1], value[j][2], value[j][3]);
+    share_accumulators(shared, coord, accumulator);
     __syncthreads(); /*bug:k-warps-written*/
     UNROLL
     for (int i = 0; i < kShares; i++) {
@@ -62,7 +71,7 @@ DEVICE void reduce_k_warps(Shared& shared, const WarpCoord& coord, const Accumul
         sums[i] = make_float4(0, 0, 0, 0);
         if (j >= kAccumulators) continue;
         UNROLL
-        for (int k = 0; k < K_WARPS; k++) sums[i] = add(sums[i], shared.partial_sums[k][n_warp][j][coord.lane]);
+        for (int k = 0; k < K_WARPS; k++) sums[i] = add(sums[i], shared.partial_sums[k][coord.n_warp()][j][coord.lane]);
     }
 #endif
 }
@@ -137,3 +146,34 @@ DEVICE void epilogue(const GemmArgs& args, const Output& out, Shared& shared, co
         store_output(out, row, first_token + j % TOKEN_TILES * 8, coord.lane, sums[share]);
     }
 }
+
+#if CLUSTER > 1
+// Store an output tile that the blocks of a cluster share, each with a part of the columns. Block `rank` adds up every CLUSTER-th
+// accumulator in the order of the blocks, so that the result is deterministic. The cluster has arrived at its barrier once before.
+template <class Shared>
+DEVICE void cluster_epilogue(const GemmArgs& args, const Output& out, Shared& shared, const WarpCoord& coord, u32 row_tile, u32 rank,
+                             const Accumulator& accumulator) {
+    float4 sums[kShares];
+    reduce_k_warps(shared, coord, accumulator, sums);
+    cluster_wait(); /*bug:cluster-begun*/ // all blocks have begun
+    UNROLL
+    for (int i = 0; i < kShares; i++) {
+        const int j = coord.k_warp + i * K_WARPS;
+        if (j >= kAccumulators) continue;
+        store_cluster(shared_address(&shared.cluster_sums[rank][coord.n_warp()][j / CLUSTER][coord.lane]), j % CLUSTER, sums[i]); /*bug:cluster-rank*/
+    }
+    cluster_arrive();
+    cluster_wait(); /*bug:cluster-written*/
+    const int row_block = (int)row_tile * ROW_WARPS + coord.row_warp;
+    UNROLL
+    for (int i = 0; i * K_WARPS < kClusterShares; i++) {
+        const int share = coord.k_warp + i * K_WARPS, j = share * CLUSTER + (int)rank;
+        if (share >= kClusterShares || j >= kAccumulators || row_block >= args.row_blocks) continue;
+        float4 sum = make_float4(0, 0, 0, 0);
+        UNROLL
+        for (int block = 0; block < CLUSTER; block++) sum = add(sum, shared.cluster_sums[block][coord.n_warp()][share][coord.lane]);
+        const int row = row_block * 64 + (coord.tile_warp * kRowTiles + j / TOKEN_TILES) * 16;
+        store_output(out, row, j % TOKEN_TILES * 8, coord.lane, sum);
+    }
+}
+#endif

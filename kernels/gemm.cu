@@ -9,7 +9,9 @@
 //   (ROW_WARPS row blocks of 64 rows, each split among TILE_WARPS warps) and K_WARPS warps along K. A k-tile has BLOCK_K = 64 * UNITS
 //   columns per warp along K, BLOCK_K * K_WARPS in all. The warps along K are reduced through shared memory (sliced K).
 // Schedule
-//   Stream-K: the k-tiles of all output tiles, tile by tile, are split into equal contiguous ranges, one per block. A range may start or
+//   CLUSTER > 1: the blocks of a cluster share an output tile, each with an equal contiguous range of its k-tiles, and exchange partial sums
+//   through distributed shared memory. Fast for matrices of few k-tiles: it needs no exchange through global memory.
+//   CLUSTER = 1, stream-K: the k-tiles of all output tiles, tile by tile, are split into equal contiguous ranges, one per block. A range may start or
 //   end within a tile. If several blocks share a tile, each stores partial sums to the workspace. The last warp to arrive at the tile's
 //   semaphore reduces them in a fixed order and resets the semaphore to 0.
 // Pipeline
@@ -38,21 +40,58 @@
 //   STAGES        >= 2: pipeline stages of the weights
 //   PANEL         >= 1: k-tiles per x stage
 //   BLOCKS_PER_SM resident blocks per multiprocessor, the second number of __launch_bounds__
+//   CLUSTER       2..8: blocks that share an output tile, on sm_90 and later; 1 for stream-K
+//   X_ROWS        optional: tokens of x in shared memory, 1 or BLOCK_M (the default); fewer leave room for weights. 1 for one token
 //   WGMMA         1 for WGMMA, on sm_90a with TOKEN_TILES 2, 4 or 8 and ROW_WARPS * TILE_WARPS a multiple of 4; 0 for mma.sync
 //   SHARED_BYTES  optional: sizeof(GemmSharedStorage) as computed by the launcher, checked at compile time
 // Launch
 //   block       32 * ROW_WARPS * TILE_WARPS * K_WARPS threads
-//   grid        1 .. tiles * k_tiles blocks; best is the number of resident blocks
+//   grid        1 .. tiles * k_tiles blocks; best is the number of resident blocks. tiles * CLUSTER blocks for CLUSTER > 1
 //               tiles = ceil(N / BLOCK_N), k_tiles = ceil(ceil(K / 64) / (UNITS * K_WARPS)) per output tile
 //   shared      sizeof(GemmSharedStorage) bytes
-//   workspace   (grid + tiles) * BLOCK_N * BLOCK_M float32, uninitialized
-//   semaphores  tiles * warps of a block, uint32: 0 before the first launch and after every launch
+//   workspace   (grid + tiles) * BLOCK_N * BLOCK_M float32, uninitialized; not used for CLUSTER > 1
+//   semaphores  tiles * warps of a block, uint32: 0 before the first launch and after every launch; not used for CLUSTER > 1
 //   PDL         may be launched with programmatic stream serialization
 //   Concurrent launches need separate workspaces and semaphores.
 #include "epilogue.cuh"
-#include "gemm_pipeline.cuh"
+#include "warp_fragments.cuh"
+#include "weight_loads.cuh"
+#if WGMMA
+#include "gemm_wgmma.cuh"
+typedef WgmmaMainloop Mainloop;
+typedef TmaXPipeline XPipeline;
+#else
+#include "gemm_mma.cuh"
+typedef MmaMainloop Mainloop;
+typedef CpAsyncXPipeline XPipeline;
+#endif
 
+// Synchronize the warps that share a ring.
+DEVICE void sync_ring(const WarpCoord& coord) {
+    if (TILE_WARPS == 1) __syncwarp();
+    else named_barrier_sync(1 + coord.k_warp * ROW_WARPS + coord.row_warp, 32 * TILE_WARPS);
+}
+
+// Range of k-tiles of a block, among those of all output tiles.
+struct KTileRange {
+    u32 begin, end;
+};
+
+// `total`: k-tiles of all output tiles.
+DEVICE KTileRange block_range(u32 k_tiles, u32 total) {
+#if CLUSTER > 1
+    const u32 first = blockIdx.x / CLUSTER * k_tiles, rank = blockIdx.x % CLUSTER;
+    return {first + rank * k_tiles / CLUSTER, first + (rank + 1) * k_tiles / CLUSTER};
+#else
+    return {blockIdx.x * total / gridDim.x, (blockIdx.x + 1) * total / gridDim.x};
+#endif
+}
+
+#if CLUSTER > 1
+KERNEL CLUSTER_DIMS(CLUSTER) LAUNCH_BOUNDS(kThreads, BLOCKS_PER_SM)
+#else
 KERNEL LAUNCH_BOUNDS(kThreads, BLOCKS_PER_SM)
+#endif
 void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words]; N and K rounded up to multiples of 64
                  u64 plane_stride,     // between planes, in units of 16 bytes: row_blocks * units * 32, or more for a part of a weight
                  const u16* scales,    // [groups, N / 64, 8, 4, 2]; 0 for rows beyond N and groups beyond K
@@ -75,23 +114,62 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words];
 #endif
     SHARED_MEMORY(memory);
     GemmSharedStorage& shared = *(GemmSharedStorage*)memory;
-    const WarpCoord coord = warp_coord();
+    const int warp = threadIdx.x / 32;
+    const WarpCoord coord = {(int)threadIdx.x % 32, warp % ROW_WARPS, warp / ROW_WARPS % TILE_WARPS, K_WARPS > 1 ? warp / kWarpsN : 0};
     GemmArgs args = {planes, plane_stride, scales, zeros, x, tokens, rows, depth, (rows + 63) / 64, scale_row_blocks, (depth + 63) / 64, 0};
     args.k_tiles = (args.units + UNITS * K_WARPS - 1) / (UNITS * K_WARPS);
     const Output out = {y, bias, tokens, rows};
 
-    // Stream-K range of this block: k-tiles begin .. end - 1 of all tiles' k-tiles.
     const u32 total = (u32)(args.row_blocks + ROW_WARPS - 1) / ROW_WARPS * args.k_tiles;
-    const u32 begin = blockIdx.x * total / gridDim.x, end = (blockIdx.x + 1) * total / gridDim.x;
-    const u32 count = end - begin;
-    const u32 tile = begin / args.k_tiles, k_tile = begin % args.k_tiles;
-    LoadCursor next = {nullptr, tile, k_tile, 0, shared_address(shared.ring[coord.k_warp][coord.row_warp])};
+    const KTileRange range = block_range(args.k_tiles, total);
+    const u32 count = range.end - range.begin;
+    u32 tile = range.begin / args.k_tiles, k_tile = range.begin % args.k_tiles;
+    const WeightStage(&ring)[kNumStages] = shared.ring[coord.k_warp][coord.row_warp];
+    LoadCursor next = {nullptr, tile, k_tile, 0, shared_address(ring)};
     seek_tile(args, coord, next);
     prefetch_weights(args, coord, next, (int)min(count, (u32)(kNumStages - 1)));
+    if (count) load_weights(args, coord, next); // no earlier kernel writes weights
+    cp_async_commit();
+#if CLUSTER > 1
+    cluster_arrive();
+#endif
     pdl_wait();
     pdl_launch_dependents();
-    multiply_k_tiles(args, shared, coord, k_tile, count, next, offset, zero_step, [&](u32 done, Mainloop& mainloop) {
-        mainloop.finish(gain);
-        epilogue(args, out, shared, coord, {tile + done, 0, tile + done, total}, workspace, tile_semaphores, mainloop.accumulator);
-    });
+    XPipeline x_pipeline;
+    x_pipeline.start(args, shared, k_tile, count);
+    cp_async_commit();
+    _Pragma("unroll 1") for (u32 i = 1; i < kNumStages - 1; i++) {
+        if (i < count) load_weights(args, coord, next);
+        cp_async_commit(); // possibly an empty group, so that every iteration commits exactly one
+    }
+
+    Mainloop mainloop;
+    mainloop.clear();
+    u32 stage = 0, slot = 0;
+    for (u32 i = 0; i < count; i++) {
+        cp_async_wait<kNumStages - 2>(); /*bug:ring-wait*/ // this thread's copies of the k-tile's weights and of its x stage
+        if (slot == 0) x_pipeline.enter_stage(args, shared, coord.lane, warp, k_tile, count - i);
+        sync_ring(coord); /*bug:ring-sync*/ // the k-tile's weights are visible, and the previous k-tile is no longer read
+        if (i + kNumStages - 1 < count) load_weights(args, coord, next);
+        cp_async_commit();
+        mainloop.add_k_tile(ring[stage], shared, x_pipeline.current, slot, coord, offset, zero_step);
+        if (++stage == kNumStages) stage = 0;
+        if (++slot == kXStageTiles) {
+            slot = 0;
+            x_pipeline.leave_stage(shared);
+        }
+        k_tile++;
+        if (CLUSTER == 1 && (k_tile == (u32)args.k_tiles || i + 1 == count)) {
+            mainloop.finish(gain);
+            epilogue(args, out, shared, coord, {tile, 0, tile, total}, workspace, tile_semaphores, mainloop.accumulator);
+            mainloop.clear(); /*bug:clear-accumulator*/
+            k_tile = 0;
+            tile++;
+        }
+    }
+    cp_async_wait<0>(); /*bug:final-wait*/
+#if CLUSTER > 1
+    mainloop.finish(gain);
+    cluster_epilogue(args, out, shared, coord, blockIdx.x / CLUSTER, blockIdx.x % CLUSTER, mainloop.accumulator);
+#endif
 }

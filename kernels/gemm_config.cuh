@@ -11,6 +11,14 @@
 #ifndef GATHER
 #define GATHER 0
 #endif
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
+// 1 if each warp of mma.sync adds up x itself: 1 MMA more for each 4 / TILE_WARPS, and no barrier.
+#define OWN_SUMS (!WGMMA && TOKEN_TILES * TILE_WARPS <= 2)
+#ifndef X_ROWS
+#define X_ROWS (8 * TOKEN_TILES)
+#endif
 
 constexpr int kBlockM = 8 * TOKEN_TILES;   // tokens of an output tile
 constexpr int kBlockN = 64 * ROW_WARPS;    // rows of an output tile
@@ -23,6 +31,9 @@ constexpr int kWarps = kWarpsN * K_WARPS;  // warps that execute MMAs
 constexpr int kThreads = 32 * kWarps;
 constexpr int kRowTiles = 4 / TILE_WARPS;  // 16-row tiles of a warp
 constexpr int kAccumulators = kRowTiles * TOKEN_TILES; // 16x8 accumulators of a warp, 4 floats per lane each
+constexpr int kClusterShares = (kAccumulators + CLUSTER - 1) / CLUSTER; // of a warp's accumulators: those that one block of a cluster adds up
+constexpr bool kOwnSums = OWN_SUMS;
+constexpr int kXRows = X_ROWS;             // tokens of x in shared memory
 
 constexpr int kGroupK = GROUP && GROUP < kBlockK ? GROUP : kBlockK; // columns of a k-tile that share a scale
 constexpr int kGroups = kBlockK / kGroupK;
@@ -54,4 +65,7 @@ struct GemmArgs {
 // Lane, and warp along N (the 64-row block, then the part of it) and along K.
 struct WarpCoord {
     int lane, row_warp, tile_warp, k_warp;
+
+    // Index among the warps along N.
+    DEVICE_MEMBER int n_warp() const { return row_warp * TILE_WARPS + tile_warp; }
 };

@@ -1,7 +1,8 @@
 // Mainloop of gemm.cu by mma.sync, for up to 64 tokens, from sm_80 on.
 //
 // Codes are multiplied as integers. The products of a group have accumulators of their own, which are scaled and added to the
-// tile's accumulators at the end of the group. Offset and zero point enter through the sums of x over the group.
+// tile's accumulators at the end of the group. Offset and zero point enter through the sums of x over the group. For few tokens each warp
+// adds x up itself, by MMAs with a fragment of ones (kOwnSums); else the block does it once for all warps (x_loads_cp_async.cuh).
 #pragma once
 #include "accumulator.cuh"
 #include "warp_fragments.cuh"
@@ -16,8 +17,7 @@ struct MmaMainloop {
     DEVICE_MEMBER void add_k_tile(const WeightStage& weights, GemmSharedStorage& shared, SharedAddress x_stage, u32 slot,
                                   const WarpCoord& coord, float offset, float zero_step) {
         const SharedAddress x = x_stage + slot * kXTileBytes + x_offset(0, coord.k_warp * kBlockK);
-        const float(&x_sums)[kGroups][kBlockM] = shared.x_sums[slot][coord.k_warp];
-        float product[kAccumulators][4];
+        float product[kAccumulators][4], own_sums[TOKEN_TILES][4];
         u32 b[4];
         UNROLL
         for (int unit = 0; unit < UNITS; unit++) {
@@ -29,10 +29,14 @@ struct MmaMainloop {
                 const int step = unit * 4 + r;
                 StepFragments fragment;
                 unpack_rotated_words(words, r, coord, fragment);
-                multiply_step(x + x_offset(0, step * kStepK), coord.lane, step % kStepsPerGroup == 0, r % 2 == 0, fragment, b, product);
+                const bool first = step % kStepsPerGroup == 0;
+                multiply_step(x + x_offset(0, step * kStepK), coord.lane, first, r % 2 == 0, fragment, b, product, own_sums);
                 if (step % kStepsPerGroup == kStepsPerGroup - 1) {
                     const int i = step / kStepsPerGroup;
-                    add_group(weights.load_group(i, coord, offset, zero_step), x_sums[i], coord.lane, product);
+                    float2 sums[TOKEN_TILES];
+                    UNROLL
+                    for (int tile = 0; tile < TOKEN_TILES; tile++) sums[tile] = group_sums(shared, slot, coord, i, tile, own_sums[tile]);
+                    add_group(weights.load_group(i, coord, offset, zero_step), sums, product);
                 }
             }
         }
@@ -49,7 +53,7 @@ struct MmaMainloop {
   private:
     // MMAs of one k-step with all tokens. `first` overwrites `product`.
     static DEVICE_MEMBER void multiply_step(SharedAddress x, int lane, bool first, bool even, const StepFragments& fragment, u32 (&b)[4],
-                                            float (&product)[kAccumulators][4]) {
+                                            float (&product)[kAccumulators][4], float (&own_sums)[TOKEN_TILES][4]) {
         const float zero[4] = {0, 0, 0, 0};
         UNROLL
         for (int tile = 0; tile < TOKEN_TILES; tile++) {
@@ -59,6 +63,10 @@ struct MmaMainloop {
                 load_two_tiles(x + x_offset(tile * 8, 0), lane, b);
             }
             const int half = TOKEN_TILES == 1 ? (even ? 0 : 2) : tile % 2 * 2;
+            if (kOwnSums) {
+                if (first) add_sums(own_sums[tile], b[half], b[half + 1], zero);
+                else add_sums(own_sums[tile], b[half], b[half + 1], own_sums[tile]); /*bug:own-sums*/
+            }
             UNROLL
             for (int part = 0; part < Fragment::kParts; part++)
                 UNROLL
@@ -70,9 +78,15 @@ struct MmaMainloop {
         }
     }
 
+    // Sums of x over group `group` of the k-tile for the two tokens of this lane in a token tile.
+    static DEVICE_MEMBER float2 group_sums(const GemmSharedStorage& shared, u32 slot, const WarpCoord& coord, int group, int tile,
+                                           const float (&own)[4]) {
+        if (kOwnSums) return make_float2(own[0], own[1]);
+        return shared.group_sums(slot, coord.k_warp, group, tile * 8 + 2 * (coord.lane % 4));
+    }
+
     // accumulator += scale * (product + sum of x * shift) for one group.
-    DEVICE_MEMBER void add_group(const GroupScales<kRowTiles>& group, const float (&x_sums)[kBlockM], int lane,
-                                 const float (&product)[kAccumulators][4]) {
+    DEVICE_MEMBER void add_group(const GroupScales<kRowTiles>& group, const float2 (&sums)[TOKEN_TILES], const float (&product)[kAccumulators][4]) {
         float shift[kRowTiles][2];
         UNROLL
         for (int c = 0; c < kRowTiles; c++)
@@ -80,7 +94,7 @@ struct MmaMainloop {
             for (int p = 0; p < 2; p++) shift[c][p] = group.code_bias[c][p] * Fragment::code_scale(c, p) - Fragment::fragment_bias();
         UNROLL
         for (int tile = 0; tile < TOKEN_TILES; tile++) {
-            const float2 sum = *(const float2*)&x_sums[tile * 8 + 2 * (lane % 4)];
+            const float2 sum = sums[tile];
             UNROLL
             for (int c = 0; c < kRowTiles; c++)
                 UNROLL

@@ -3,7 +3,7 @@
 #include "gemm_config.cuh"
 
 constexpr int kXStride = kTileK + 8; // elements per row of x for mma.sync: 16 bytes of padding make ldmatrix free of bank conflicts
-constexpr int kXTileBytes = (WGMMA ? kTileK : kXStride) * kBlockM * 2; // x of one k-tile
+constexpr int kXTileBytes = (WGMMA ? kTileK : kXStride) * kXRows * 2; // x of one k-tile
 constexpr int kXStageTiles = PANEL;                                    // k-tiles per x stage
 constexpr int kXStagesAhead = (kNumStages - 1 + kXStageTiles - 1) / kXStageTiles; // as far ahead as the weights
 constexpr int kXStages = kXStagesAhead + 1;
@@ -34,10 +34,18 @@ struct GemmSharedStorage {
 #if K_WARPS > 1
     float4 partial_sums[K_WARPS][kWarpsN][kAccumulators][32];
 #endif
+#if CLUSTER > 1
+    float4 cluster_sums[CLUSTER][kWarpsN][kClusterShares][32]; // from each block of the cluster, those that this block adds up
+#endif
 #if WGMMA
     u64 x_full_barriers[kXStages];
-#else
+#endif
+#if !WGMMA && !OWN_SUMS
     float x_sums[kXStageTiles][K_WARPS][kGroups][kBlockM]; // sums of x over each group
+
+    DEVICE_MEMBER float2 group_sums(u32 slot, int k_warp, int group, int token) const { return *(const float2*)&x_sums[slot][k_warp][group][token]; }
+#else
+    DEVICE_MEMBER float2 group_sums(u32, int, int, int) const { return make_float2(0, 0); }
 #endif
 #if GATHER
     int x_rows[kBlockM], y_rows[kBlockM]; // of the tokens of the block's tile

@@ -19,7 +19,14 @@
 // One launch computes the experts of one bit-width, those of `mask`; the pairs of others, and of experts that are not here, are not stored.
 #include "epilogue.cuh"
 #include "expert_mask.cuh"
-#include "gemm_pipeline.cuh"
+#include "gemm_mma.cuh"
+#include "weight_loads.cuh"
+
+// Synchronize the warps that share a ring.
+DEVICE void sync_ring(const WarpCoord& coord) {
+    if (TILE_WARPS == 1) __syncwarp();
+    else named_barrier_sync(1 + coord.k_warp * ROW_WARPS + coord.row_warp, 32 * TILE_WARPS);
+}
 
 KERNEL LAUNCH_BOUNDS(kThreads, BLOCKS_PER_SM)
 void nested_moe_gemm(const uint4* planes, u64 plane_stride, const u16* scales, const u8* zeros, // stacked; otherwise as in gemm.cu
@@ -36,7 +43,8 @@ void nested_moe_gemm(const uint4* planes, u64 plane_stride, const u16* scales, c
                      float offset, float zero_step, float gain) { // as in gemm.cu
     SHARED_MEMORY(memory);
     GemmSharedStorage& shared = *(GemmSharedStorage*)memory;
-    const WarpCoord coord = warp_coord();
+    const int warp = threadIdx.x / 32;
+    const WarpCoord coord = {(int)threadIdx.x % 32, warp % ROW_WARPS, warp / ROW_WARPS % TILE_WARPS, K_WARPS > 1 ? warp / kWarpsN : 0};
     pdl_wait();
     pdl_launch_dependents();
     const int4 item = items[blockIdx.y];
@@ -57,10 +65,35 @@ void nested_moe_gemm(const uint4* planes, u64 plane_stride, const u16* scales, c
     args.k_tiles = (units + UNITS * K_WARPS - 1) / (UNITS * K_WARPS);
     const Output out = {y, nullptr, tokens, rows, shared.y_rows, y_stride};
 
-    LoadCursor next = {nullptr, blockIdx.x, 0, 0, shared_address(shared.ring[coord.k_warp][coord.row_warp])};
+    const WeightStage(&ring)[kNumStages] = shared.ring[coord.k_warp][coord.row_warp];
+    const u32 count = args.k_tiles;
+    LoadCursor next = {nullptr, blockIdx.x, 0, 0, shared_address(ring)};
     seek_tile(args, coord, next);
-    multiply_k_tiles(args, shared, coord, 0, args.k_tiles, next, offset, zero_step, [&](u32, Mainloop& mainloop) {
-        mainloop.finish(gain);
-        epilogue(args, out, shared, coord, {blockIdx.x, 0, 0, 0}, nullptr, nullptr, mainloop.accumulator);
-    });
+    CpAsyncXPipeline x_pipeline;
+    x_pipeline.start(args, shared, 0, count);
+    cp_async_commit();
+    _Pragma("unroll 1") for (u32 i = 0; i < kNumStages - 1; i++) {
+        if (i < count) load_weights(args, coord, next);
+        cp_async_commit(); // possibly an empty group, so that every iteration commits exactly one
+    }
+
+    MmaMainloop mainloop;
+    mainloop.clear();
+    u32 stage = 0, slot = 0;
+    for (u32 i = 0; i < count; i++) {
+        cp_async_wait<kNumStages - 2>(); // this thread's copies of the k-tile's weights and of its x stage
+        if (slot == 0) x_pipeline.enter_stage(args, shared, coord.lane, warp, i, count - i);
+        sync_ring(coord); // the k-tile's weights are visible, and the previous k-tile is no longer read
+        if (i + kNumStages - 1 < count) load_weights(args, coord, next);
+        cp_async_commit();
+        mainloop.add_k_tile(ring[stage], shared, x_pipeline.current, slot, coord, offset, zero_step);
+        if (++stage == kNumStages) stage = 0;
+        if (++slot == kXStageTiles) {
+            slot = 0;
+            x_pipeline.leave_stage(shared);
+        }
+    }
+    cp_async_wait<0>();
+    mainloop.finish(gain);
+    epilogue(args, out, shared, coord, {blockIdx.x, 0, 0, 0}, nullptr, nullptr, mainloop.accumulator);
 }

@@ -8,8 +8,8 @@ DEVICE constexpr int x_offset(int token, int column) { return (token * kXStride 
 // Load x of `count` k-tiles from `k_tile` on; the last k-tile of an output tile is followed by the first one of the next tile.
 DEVICE void load_x(const GemmArgs& args, SharedAddress to, int k_tile, int count) {
     constexpr int kVectors = kTileK / 8; // 16-byte vectors per row
-    for (int i = threadIdx.x; i < kBlockM * count * kVectors; i += kThreads) {
-        const int token = i / kVectors % kBlockM, slot = i / kVectors / kBlockM, column = i % kVectors * 8;
+    for (int i = threadIdx.x; i < kXRows * count * kVectors; i += kThreads) {
+        const int token = i / kVectors % kXRows, slot = i / kVectors / kXRows, column = i % kVectors * 8;
         if (token >= args.tokens) continue; // this row only contributes to rows of y that are not stored
         int from_k_tile = k_tile + slot;
         while (from_k_tile >= args.k_tiles) from_k_tile -= args.k_tiles;
@@ -25,17 +25,26 @@ DEVICE void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const flo
     else mma_f16(d, a, b0, b1, c);
 }
 
-// B fragments of 32 columns (two k-steps) and one token tile.
-DEVICE void load_two_steps(SharedAddress x, int lane, u32 (&b)[4]) { ldmatrix_x4(b, x + x_offset(lane % 8, lane / 8 * 8)); }
+// B fragments of 32 columns (two k-steps) and one token tile. Of less than 8 rows, each stands for several tokens, all but one of which
+// only contribute to rows of y that are not stored.
+DEVICE void load_two_steps(SharedAddress x, int lane, u32 (&b)[4]) { ldmatrix_x4(b, x + x_offset(lane % min(kXRows, 8), lane / 8 * 8)); }
 
 // B fragments of 16 columns and two token tiles. x: address of the first token.
 DEVICE void load_two_tiles(SharedAddress x, int lane, u32 (&b)[4]) {
     ldmatrix_x4(b, x + x_offset(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8));
 }
 
+constexpr u32 kOne = BFLOAT ? 0x3F803F80u : 0x3C003C00u;
+
+// Add the sums of 16 columns of x to d, by an A fragment of ones; every row of d is the same.
+DEVICE void add_sums(float (&d)[4], u32 b0, u32 b1, const float (&c)[4]) {
+    const u32 ones[4] = {kOne, kOne, kOne, kOne};
+    multiply(d, ones, b0, b1, c);
+}
+
+#if !OWN_SUMS
 // Sum x over each group for `count` k-tiles and all tokens, by MMAs with a fragment of ones. All warps share the work.
 DEVICE void sum_x(SharedAddress x, float (&sums)[kXStageTiles][K_WARPS][kGroups][kBlockM], int count, int lane, int warp) {
-    const u32 one = BFLOAT ? 0x3F803F80u : 0x3C003C00u, ones[4] = {one, one, one, one};
     for (int task = warp; task < count * K_WARPS * kGroups * TOKEN_TILES; task += kWarps) {
         const int tile = task % TOKEN_TILES, i = task / TOKEN_TILES % kGroups;
         const int k_warp = task / (TOKEN_TILES * kGroups) % K_WARPS, slot = task / (TOKEN_TILES * kGroups * K_WARPS);
@@ -44,12 +53,13 @@ DEVICE void sum_x(SharedAddress x, float (&sums)[kXStageTiles][K_WARPS][kGroups]
         for (int step = 0; step < kStepsPerGroup; step += 2) {
             u32 b[4];
             load_two_steps(x + slot * kXTileBytes + x_offset(tile * 8, k_warp * kBlockK + i * kGroupK + step * kStepK), lane, b);
-            multiply(even, ones, b[0], b[1], even);
-            multiply(odd, ones, b[2], b[3], odd);
+            add_sums(even, b[0], b[1], even);
+            add_sums(odd, b[2], b[3], odd);
         }
         if (lane < 4) *(float2*)&sums[slot][k_warp][i][tile * 8 + 2 * lane] = make_float2(even[0] + odd[0], even[1] + odd[1]);
     }
 }
+#endif
 
 // Pipeline of x stages. Every member function is called by all threads of the block.
 struct CpAsyncXPipeline {
@@ -66,8 +76,10 @@ struct CpAsyncXPipeline {
         constexpr u32 kAhead = kXStagesAhead * kXStageTiles;
         __syncthreads(); /*bug:x-stage-full-sync*/ // all threads' copies are visible, and the previous stage is no longer read
         if (kAhead < left) load_x(args, load, k_tile + kAhead, min(left - kAhead, (u32)kXStageTiles));
+#if !OWN_SUMS
         sum_x(current, shared.x_sums, min(left, (u32)kXStageTiles), lane, warp);
         __syncthreads(); /*bug:x-sums-sync*/
+#endif
     }
 
     DEVICE_MEMBER void leave_stage(GemmSharedStorage& shared) {

@@ -149,6 +149,8 @@ def run_engine(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     llm = LLM(**job["engine"], worker_extension_cls="matquant.vllm.worker.WidthExtension")
     print(f"READY after {time.perf_counter() - start:.0f} s", flush=True)
     yield from measure(llm, job, job["bits"], False)
+    if job["switch"]:  # what an engine loses by having run is not the switch's
+        yield from ({**row, "repeated": True} for row in measure(llm, job, job["bits"], False))
     for bits in [*job["switch"], job["bits"]] if job["switch"] else []:
         start = time.perf_counter()
         set_bits(llm, bits)

@@ -135,10 +135,10 @@ def compare(exact: Any, other: Any, ids: Tensor) -> tuple[float, float]:
     return divergence / ids.numel(), loss / ids[:, 1:].numel()
 
 
-def merge(file: Path, records: list[dict[str, Any]]) -> None:
-    """Write the records to the file, in place of equal ones."""
+def merge(file: Path, records: list[dict[str, Any]], further: Sequence[str] = ()) -> None:
+    """Write the records to the file, in place of equal ones; ``further``: keys that tell records apart beside the usual."""
     kept = json.loads(file.read_text()) if file.exists() else []
-    new = {tuple(record[key] for key in _IDENTITY): record for record in [*kept, *records]}
+    new = {tuple(record[key] for key in (*_IDENTITY, *further)): record for record in [*kept, *records]}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(list(new.values()), indent=1, allow_nan=False) + "\n")
 

@@ -49,6 +49,19 @@ Each record of the JSON files has its commit, machine and date. Seconds are of q
 jobs shared, so that they compare only roughly.
 """
 
+ALONE = "a model per bit-width"
+ABLATION_INTRODUCTION = """## Changes of the one-shot solver
+
+One setting of `method=matgptq` at a time, without refinement, on the same windows; the first row is the default. The last
+column is the geometric mean over the bit-widths of the ratio to a model per bit-width, made by the same solver for that
+bit-width alone (strict planes).
+
+    python experiments/real/ablation.py MODEL.gguf --jobs 3 --overrides runtime.device=cuda
+    python experiments/real/ablation.py MODEL.gguf --lists       # the settings of each row
+
+Records with commit, machine and date: `ablation/MODEL.json`.
+"""
+
 
 def rows_of(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """Method and refinement of each row, in the order of the tables."""
@@ -124,15 +137,41 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     panels.savefig(path, dpi=130)
 
 
-def page(models: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown of the records of each model."""
+def ablation_table(records: Sequence[dict[str, Any]], text: str) -> str:
+    """KL of every change of the one-shot solver on one text, and the geometric mean of its ratio to a model per bit-width."""
+    mine = [record for record in records if record["text"] == text]
+    alone = {r["bits"]: r["kl"] for r in mine if r["change"] == ALONE and r["seed"] == 0}
+    lines = ["| change | " + " | ".join(f"{bits} bits" for bits in BITS) + " | times a model per bit-width |"]
+    lines.append("|---" * (len(BITS) + 2) + "|")
+    for change in dict.fromkeys(record["change"] for record in mine):
+        found = {bits: [r["kl"] for r in mine if (r["change"], r["bits"]) == (change, bits)] for bits in BITS}
+        ratios = [statistics.mean(found[bits]) / alone[bits] for bits in BITS if bits in alone]
+        ratio = f"{statistics.geometric_mean(ratios):.2f}" if ratios else ""
+        name = "**none**" if change == "none" else change
+        lines.append(f"| {name} | " + " | ".join([*(figure(found[bits]) for bits in BITS), ratio]) + " |")
+    return "\n".join(lines)
+
+
+def ablation_parts(ablations: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Markdown of the changes of the one-shot solver."""
+    if not ablations:
+        return []
+    parts = [ABLATION_INTRODUCTION]
+    for name, records in ablations.items():
+        for text in dict.fromkeys(record["text"] for record in records):
+            parts.append(f"### {name}, {text}\n\n{ablation_table(records, text)}\n")
+    return parts
+
+
+def page(models: dict[str, list[dict[str, Any]]], ablations: dict[str, list[dict[str, Any]]] | None = None) -> str:
+    """Markdown of the records of each model, and of the changes of the solver."""
     parts = [INTRODUCTION]
     for name, records in models.items():
         parts.append(f"## {name}\n\n![KL against bits]({name}.png)\n")
         for text in dict.fromkeys(record["text"] for record in records):
             mine = [r for r in records if r["text"] == text]
             parts.append(f"### {text}\n\n{table(mine)}\n\n{floors(mine)}\n")
-    return "\n".join(parts)
+    return "\n".join(parts + ablation_parts(ablations or {}))
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -148,7 +187,7 @@ def main() -> None:
     models = read(folder)
     for name, records in models.items():
         draw(records, folder / f"{name}.png")
-    (folder / "README.md").write_text(page(models))
+    (folder / "README.md").write_text(page(models, read(folder / "ablation")))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 //   - warp-level operations that not all lanes of the mask reach together, and barriers that not all threads reach (deadlock)
 //   - cp.async and TMA destinations read before the wait (they hold NaNs until then), copies without a wait
 //   - uninitialized shared memory (NaNs), misaligned 16-byte accesses
+//   - distributed shared memory of a block that the cluster has not waited for, or that has exited
 //   - a missing fence on either side of an exchange between blocks (store_cg, load_cg)
 //   - WGMMA: registers or shared memory accessed before the wait, missing fences
 //   - mbarriers that receive more bytes than expected, or too many arrivals
@@ -33,6 +34,7 @@ typedef uint64_t u64;
 #define DEVICE_CONSTANT
 #define KERNEL static
 #define LAUNCH_BOUNDS(threads, blocks_per_sm)
+#define CLUSTER_DIMS(blocks)
 #define GRID_CONSTANT
 #define SHARED_MEMORY(name) unsigned char* name = emulator::shared_memory()
 
@@ -63,6 +65,8 @@ void record_atomic(); // data learned through an atomic requires a fence of this
 
 void __syncthreads();
 void named_barrier_sync(int id, int threads);
+void cluster_arrive();
+void cluster_wait();
 void __syncwarp(u32 mask = ~0u);
 u32 __ballot_sync(u32 mask, int predicate);
 static inline int __any_sync(u32 mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
@@ -141,6 +145,7 @@ static inline void fence_acq_rel_gpu() { __threadfence(); }
 uint4 load_streaming(const uint4* p);
 void store_cg(float4* p, float4 v);
 float4 load_cg(const float4* p);
+void store_cluster(SharedAddress address, u32 rank, float4 v);
 void cp_async(SharedAddress shared, const void* source, int valid = 16);
 void cp_async_commit();
 template <int pending> static inline void cp_async_wait() { emulator::wait_for_cp_async(pending); }

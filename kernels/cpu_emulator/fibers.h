@@ -19,7 +19,7 @@ dim3 gridDim, blockDim;
 namespace emulator {
 
 const size_t kStackBytes = 128 << 10;
-const u32 kResidentBlocks = 3;
+const u32 kResidentBlocks = 3; // or a cluster more
 const u32 kSlowPeriod = 40; // of the slow warps of a shuffled schedule
 
 static void (*entry)(void**);
@@ -114,6 +114,7 @@ static void run_thread() {
     f.finished = true;
     f.block->alive--;
     release_if_complete(f.block->barriers[0], f.block->alive);
+    release_if_complete(f.block->cluster->barrier, f.block->cluster->alive());
     for (;;) switch_to_scheduler();
 }
 
@@ -175,19 +176,28 @@ static bool run_round(std::vector<std::unique_ptr<Block>>& blocks, u32 round) {
     return progress;
 }
 
-// Indices of all blocks; the last one starts first.
-static std::vector<uint3> block_order(dim3 grid) {
+// Indices of the first blocks of all clusters; the last one starts first.
+static std::vector<uint3> cluster_order(dim3 grid, u32 cluster) {
     std::vector<uint3> order;
     for (u32 z = 0; z < grid.z; z++)
         for (u32 y = 0; y < grid.y; y++)
-            for (u32 x = 0; x < grid.x; x++) order.push_back({x, y, z});
+            for (u32 x = 0; x < grid.x; x += cluster) order.push_back({x, y, z});
     if (shuffled) std::shuffle(order.begin(), order.end(), random_bits);
     std::reverse(order.begin(), order.end());
     return order;
 }
 
+static void start_cluster(std::vector<std::unique_ptr<Block>>& blocks, uint3 first, u32 size, u32 threads, size_t shared_bytes) {
+    auto cluster = std::make_shared<Cluster>();
+    for (u32 i = 0; i < size; i++) {
+        blocks.push_back(start_block({first.x + i, first.y, first.z}, threads, shared_bytes));
+        blocks.back()->cluster = cluster;
+        cluster->blocks.push_back(blocks.back().get());
+    }
+}
+
 // Run a grid. Return the error message, empty on success.
-static std::string run_grid(dim3 grid, dim3 block, size_t shared_bytes, u32 seed, void (*e)(void**), void** arguments) {
+static std::string run_grid(dim3 grid, dim3 block, u32 cluster, size_t shared_bytes, u32 seed, void (*e)(void**), void** arguments) {
     entry = e;
     entry_arguments = arguments;
     gridDim = grid;
@@ -196,18 +206,20 @@ static std::string run_grid(dim3 grid, dim3 block, size_t shared_bytes, u32 seed
     unpublished_stores.clear();
     random_bits.seed(seed);
     shuffled = seed != 0;
-    std::vector<uint3> queue = block_order(grid);
+    if (grid.x % cluster) return "the grid has " + std::to_string(grid.x) + " blocks, no multiple of the cluster's " + std::to_string(cluster);
+    std::vector<uint3> queue = cluster_order(grid, cluster);
     std::vector<std::unique_ptr<Block>> blocks;
     u32 round = 0;
     while (error.empty() && (!queue.empty() || !blocks.empty())) {
         while (!queue.empty() && blocks.size() < kResidentBlocks) {
-            blocks.push_back(start_block(queue.back(), block.x * block.y * block.z, shared_bytes));
+            start_cluster(blocks, queue.back(), cluster, block.x * block.y * block.z, shared_bytes);
             queue.pop_back();
         }
         if (!run_round(blocks, round++) && !run_round(blocks, 0) && error.empty()) error = deadlock_message(blocks);
         for (auto& b : blocks)
-            if (b->alive == 0 || !error.empty()) free(std::exchange(b->shared, nullptr));
-        blocks.erase(std::remove_if(blocks.begin(), blocks.end(), [](auto& b) { return b->alive == 0; }), blocks.end());
+            if (b->cluster->alive() == 0 || !error.empty()) free(std::exchange(b->shared, nullptr));
+        auto ended = [](auto& b) { return b->shared == nullptr; };
+        blocks.erase(std::remove_if(blocks.begin(), blocks.end(), ended), blocks.end());
     }
     for (auto& s : unpublished_stores) memcpy(s.to, s.bytes, 16);
     return error;
@@ -223,4 +235,33 @@ void __syncthreads() {
 void named_barrier_sync(int id, int threads) {
     if (id < 1 || id > 15 || threads % 32) emulator::fail("named barrier: id must be in 1..15 and threads a multiple of 32");
     emulator::arrive_and_wait(emulator::current->block->barriers[id], (u32)threads, "named_barrier_sync");
+}
+
+void cluster_arrive() {
+    using namespace emulator;
+    if (current->in_cluster_barrier) fail("cluster_arrive without a wait for the arrival before");
+    Barrier& barrier = current->block->cluster->barrier;
+    current->in_cluster_barrier = true;
+    current->cluster_generation = barrier.generation;
+    barrier.arrived++;
+    release_if_complete(barrier, current->block->cluster->alive());
+}
+
+void cluster_wait() {
+    using namespace emulator;
+    if (!current->in_cluster_barrier) fail("cluster_wait without an arrival");
+    const u32* generation = &current->block->cluster->barrier.generation;
+    if (*generation == current->cluster_generation) wait(generation, current->cluster_generation, "cluster_wait");
+    current->in_cluster_barrier = false;
+    current->cluster_begun = true;
+}
+
+void store_cluster(SharedAddress address, u32 rank, float4 v) {
+    using namespace emulator;
+    const Block& own = *current->block;
+    if (!current->cluster_begun) fail("store_cluster before a cluster_wait: the other block may not have begun");
+    if (rank >= own.cluster->blocks.size()) fail("store_cluster: no block " + std::to_string(rank) + " in the cluster");
+    const Block& block = *own.cluster->blocks[rank];
+    if (block.alive == 0) fail("store_cluster: block " + std::to_string(rank) + " of the cluster has exited");
+    *(float4*)(block.shared + (address - (SharedAddress)own.shared)) = v;
 }

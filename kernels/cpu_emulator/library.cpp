@@ -19,6 +19,9 @@ template <class... P> static void sizes(void (*)(P...), int* bytes) { ((*bytes++
 
 } // namespace emulator
 
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT int emulator_parameters() { return emulator::parameters(EMULATOR_KERNEL); }
@@ -26,6 +29,6 @@ EXPORT void emulator_parameter_sizes(int* bytes) { emulator::sizes(EMULATOR_KERN
 
 // Return 0, or 1 with an error message of at most `capacity` bytes.
 EXPORT int emulator_launch(const u32* grid, const u32* block, u64 shared_bytes, u32 seed, void** arguments, char* message, u64 capacity) {
-    return emulator::launch({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes, seed,
+    return emulator::launch({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, CLUSTER, shared_bytes, seed,
                            [](void** a) { emulator::call(EMULATOR_KERNEL, a); }, arguments, message, capacity);
 }

@@ -84,6 +84,9 @@ struct Fiber {
     u32 blocked_value = 0;
     const char* blocked_at = "";
     u64 last_fence = 0;  // of this thread, or of one that it synchronized with: stores published before are visible
+    bool in_cluster_barrier = false; // has arrived and not waited
+    u32 cluster_generation = 0;      // of the barrier at that arrival
+    bool cluster_begun = false;      // has waited once
     u64 last_atomic = 0; // likewise; data learned through the atomic requires a later fence
     std::vector<PendingStore> stores;
     std::vector<PendingCopy> open_copies;
@@ -105,9 +108,18 @@ struct Warp {
     u32 period = 1; // runs in one of so many scheduling rounds
 };
 
+// Blocks that can read each other's shared memory.
+struct Cluster {
+    std::vector<Block*> blocks;
+    Barrier barrier;
+
+    u32 alive() const;
+};
+
 struct Block {
     uint3 index;
     u32 alive = 0;
+    std::shared_ptr<Cluster> cluster;
     Barrier barriers[16];  // 0 is __syncthreads
     Barrier warpgroups[8]; // wgmma_fence synchronizes the four warps of a warpgroup
     std::unordered_map<SharedAddress, Mbarrier> mbarriers;
@@ -115,6 +127,12 @@ struct Block {
     std::vector<Warp> warps;
     std::vector<std::unique_ptr<Fiber>> fibers;
 };
+
+inline u32 Cluster::alive() const {
+    u32 threads = 0;
+    for (const Block* b : blocks) threads += b->alive;
+    return threads;
+}
 
 static Fiber* current; // the running thread
 

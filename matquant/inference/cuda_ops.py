@@ -36,6 +36,7 @@ from matquant.inference.workspace import Workspace
 
 _ALIGNMENT = 16  # bytes, of rows of x
 _WGMMA_CAPABILITY = 9  # major compute capability with WGMMA
+_MIN_CLUSTER_CAPABILITY = 9  # first major compute capability with thread block clusters
 
 logger = logging.getLogger(__name__)
 
@@ -189,10 +190,12 @@ def _warn_without_wgmma(dtype: torch.dtype, offset: float) -> None:
 def device_limits(index: int) -> DeviceLimits:
     """Limits of a CUDA device."""
     properties = torch.cuda.get_device_properties(index)
+    major = torch.cuda.get_device_capability(index)[0]
     return DeviceLimits(
         multiprocessors=properties.multi_processor_count,
         shared_bytes=properties.shared_memory_per_multiprocessor,
-        wgmma=torch.cuda.get_device_capability(index)[0] == _WGMMA_CAPABILITY,
+        wgmma=major == _WGMMA_CAPABILITY,
+        clusters=major >= _MIN_CLUSTER_CAPABILITY,
     )
 
 

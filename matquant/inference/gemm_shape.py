@@ -79,11 +79,13 @@ class DeviceLimits:
     Attributes:
         shared_bytes: shared memory of a multiprocessor.
         wgmma: True if the device has WGMMA instructions, as sm_90a has.
+        clusters: True if the device has thread block clusters, as all have from sm_90 on.
     """
 
     multiprocessors: int
     shared_bytes: int
     wgmma: bool = False
+    clusters: bool = False
 
 
 def is_supported(shape: GemmShape) -> bool:

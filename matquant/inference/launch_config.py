@@ -129,8 +129,11 @@ def make_launch_config(shape: GemmShape, device: DeviceLimits, tile: TileConfig 
     shared = family.shared_bytes(shape, tile)
     output_tiles = -(-tiles(shape.rows) // tile.warps_n) * -(-shape.tokens // tile.block_m)
     k_tiles = -(-tiles(shape.depth) // (tile.k_units * tile.warps_k))
+    in_clusters = tile.cluster > 1
     grid = _grid(device.multiprocessors * tile.ctas_per_sm, output_tiles, k_tiles)
-    split_tiles = output_tiles % grid if family.persistent else output_tiles
+    if in_clusters or tile.whole_tiles:
+        grid = output_tiles * tile.cluster
+    split_tiles = 0 if in_clusters or tile.whole_tiles else output_tiles % grid if family.persistent else output_tiles
     return LaunchConfig(
         shape=shape,
         source=family.source,
@@ -139,7 +142,7 @@ def make_launch_config(shape: GemmShape, device: DeviceLimits, tile: TileConfig 
         grid=grid,
         block=family.threads(tile),
         shared_bytes=shared,
-        workspace=(grid + split_tiles) * tile.block_n * tile.block_m,
+        workspace=0 if in_clusters or tile.whole_tiles else (grid + split_tiles) * tile.block_n * tile.block_m,
         tile_semaphores=split_tiles * tile.mma_warps,
         descriptors=family.tma_descriptors(shape, tile),
         sizes=(shape.rows, -(-shape.depth // 8) * 8),

@@ -35,7 +35,20 @@ def test_records_have_all_keys_and_each_stands_once(summary):
 
 
 def test_the_page_is_made_of_the_records(summary):
-    assert (RESULTS / "README.md").read_text() == summary.page(summary.read(RESULTS))
+    page = summary.page(summary.read(RESULTS), summary.read(RESULTS / "ablation"))
+    assert (RESULTS / "README.md").read_text() == page
+
+
+def test_the_table_of_changes_has_ratios_to_a_model_per_bit_width(summary):
+    kls = {"none": {2: 2.0, 4: 0.08}, summary.ALONE: {2: 1.0, 4: 0.01}, "rotation": {2: 1.0, 4: 0.02}}
+    records = [
+        {"change": change, "text": "source", "seed": 0, "bits": bits, "kl": kl}
+        for change, by_bits in kls.items()
+        for bits, kl in by_bits.items()
+    ]
+    lines = summary.ablation_table(records, "source").splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["**none**", summary.ALONE, "rotation"]
+    assert [line.split("|")[-2].strip() for line in lines[2:]] == ["4.00", "1.00", "1.41"]
 
 
 @pytest.mark.parametrize("title", ROWS)

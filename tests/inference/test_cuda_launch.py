@@ -382,9 +382,11 @@ def test_a_stream_keeps_its_counters_and_captured_launches_share_none(streams):
 @pytest.mark.parametrize(("group_size", "zeros"), [(32, True), (64, False), (128, False), (192, False), (-1, True)])
 def test_every_plan_fits_its_device(shared, wgmma, group_size, zeros):
     """With the shared memory of a multiprocessor in KiB, of which each block costs one more than it gets."""
-    device = DeviceLimits(multiprocessors=108, shared_bytes=1024 * shared, wgmma=wgmma)
+    device = DeviceLimits(multiprocessors=108, shared_bytes=1024 * shared, wgmma=wgmma, clusters=shared == 228)
     for tokens, (rows, depth), bits in itertools.product(
-        (1, 3, 8, 9, 16, 17, 32, 33, GEMM_MAX_M, 65, MAX_M), ((4096, 14208), (64, 384), (16384, 16128)), range(2, 9)
+        (1, 3, 8, 9, 16, 17, 32, 33, GEMM_MAX_M, 65, MAX_M),
+        ((4096, 14208), (3328, 4096), (64, 384), (16384, 16128)),
+        range(2, 9),
     ):
         problem = GemmShape(
             tokens=tokens,
@@ -405,5 +407,7 @@ def test_every_plan_fits_its_device(shared, wgmma, group_size, zeros):
         assert FAMILIES[tile.family].wgmma == (wgmma and tokens > 16)
         assert FAMILIES[tile.family].wgmma or 8 * tile.token_tiles >= tokens
         assert 1 <= launch.grid <= 108 * tile.ctas_per_sm
+        assert launch.grid % tile.cluster == 0
+        assert tile.cluster == 1 or device.clusters
         columns = tile.block_k  # of a chunk: it holds whole groups, or is a whole part of one
         assert not problem.group or problem.group % columns == 0 or columns % problem.group == 0

@@ -40,6 +40,8 @@ class GemmConfig:
     units: int = 2
     stages: int = 3
     panel: int = 2
+    cluster: int = 1
+    x_rows: int = 0
     family: Family = "mma"
 
     def format_defines(self) -> dict[str, int]:
@@ -65,6 +67,8 @@ class GemmConfig:
             "STAGES": self.stages,
             "PANEL": self.panel,
             "WGMMA": int(self.family != "mma"),
+            "CLUSTER": self.cluster,
+            **({"X_ROWS": self.x_rows} if self.x_rows else {}),
             "SHARED_BYTES": self.shared_bytes(),
             "BLOCKS_PER_SM": 1,
         }
@@ -113,13 +117,16 @@ class GemmConfig:
             return -(-total // 1024) * 1024
         wgmma = self.family == "wgmma"
         x_stages = 1 + -(-(self.stages - 1) // self.panel)
-        x = x_stages * self.panel * self.block_m * (self.block_k * self.k_warps + 8 * (not wgmma)) * 2
-        x_sums = self.panel * self.k_warps * groups * self.block_m * 4
+        x = x_stages * self.panel * (self.x_rows or self.block_m) * (self.block_k * self.k_warps + 8 * (not wgmma)) * 2
+        own_sums = self.token_tiles * self.tile_warps <= 2
+        x_sums = 0 if own_sums else self.panel * self.k_warps * groups * self.block_m * 4
         total = self.k_warps * self.row_warps * self.stages * weights + x
-        total += -(-8 * x_stages // 16) * 16 if wgmma else x_sums
         if self.k_warps > 1:
             total += self.warps * 4 // self.tile_warps * self.token_tiles * 512
-        return total
+        if self.cluster > 1:
+            shares = -(-4 // self.tile_warps * self.token_tiles // self.cluster)
+            total += self.cluster * self.row_warps * self.tile_warps * shares * 512
+        return total + (-(-8 * x_stages // 16) * 16 if wgmma else x_sums)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +135,7 @@ class GemmCase:
 
     Attributes:
         tokens, rows, depth: M, N and K.
-        blocks: grid size; reduced to the number of k-tiles if larger.
+        blocks: grid size; reduced to the number of k-tiles if larger. Without meaning in clusters.
         offset: zero-point offset of the weight format.
         mean: mean of x.
         seed: of the inputs, and by default of the schedule.
@@ -268,7 +275,7 @@ def run(
     x, bias = make_inputs(config, case)
     output_tiles = -(-tiles(case.rows) // config.row_warps) * -(-case.tokens // config.block_m)
     k_tiles = -(-tiles(case.depth) // (config.units * config.k_warps))
-    blocks = min(case.blocks, output_tiles * k_tiles)
+    blocks = output_tiles * config.cluster if config.cluster > 1 else min(case.blocks, output_tiles * k_tiles)
     stream_k_tiles = output_tiles % blocks if config.family == "wgmma_ws" else output_tiles
     y = torch.full((case.tokens, case.rows), torch.nan).to(config.dtype)
     workspace = torch.full(((blocks + stream_k_tiles) * config.block_n * config.block_m,), torch.nan)

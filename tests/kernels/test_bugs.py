@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.compiler, pytest.mark.skipif(not have_compiler(), reas
 STREAM_K = GemmCase(tokens=5, rows=192, depth=1024, blocks=5)
 MMA = GemmConfig(row_warps=2, panel=1)
 STRETCHED = GemmConfig(bits=8, stretch=1.25, row_warps=2, panel=1)
+CLUSTER = GemmConfig(row_warps=2, k_warps=2, units=1, panel=1, cluster=4)
 SHARED_RING = GemmConfig(row_warps=2, tile_warps=2, panel=8)
 WGMMA = GemmConfig(family="wgmma", token_tiles=4, row_warps=4, panel=2)
 WGMMA_CASE = GemmCase(tokens=29, rows=640, depth=1024, blocks=2)
@@ -64,7 +65,7 @@ def ws_bug(marker: str, pattern: str = Bug.pattern, wrong: str = "", **changes: 
 
 BUGS = {
     "no barrier before an x stage is read": Bug(marker="x-stage-full-sync"),
-    "no barrier after the group sums of x": Bug(marker="x-sums-sync"),
+    "no barrier after the group sums of x": Bug(marker="x-sums-sync", config=dataclasses.replace(MMA, token_tiles=4)),
     "warps that share a ring are not synchronized": Bug(marker="ring-sync", config=SHARED_RING),
     "one cp.async group too few is waited for": Bug(marker="ring-wait", pattern="- 2", wrong="- 1"),
     "pending cp.async groups at the end of the kernel": Bug(
@@ -136,6 +137,14 @@ BUGS = {
         marker="k-warps-read",
         config=GemmConfig(bits=8, family="wgmma", tile_warps=4, k_warps=2, token_tiles=2, panel=4),
         case=GemmCase(tokens=16, rows=300, depth=640, blocks=2),
+    ),
+    "sums of x over the last 16 columns of a group alone": Bug(
+        marker="own-sums", pattern=r", \w+\[\w+\]\);", wrong=", zero);"
+    ),
+    "cluster: partial sums stored before the other blocks have begun": Bug(marker="cluster-begun", config=CLUSTER),
+    "cluster: partial sums read before all are written": Bug(marker="cluster-written", config=CLUSTER),
+    "cluster: partial sums stored to the first block": Bug(
+        marker="cluster-rank", pattern=r", \w+ % \w+, ", wrong=", 0, ", config=CLUSTER
     ),
     "wgmma: accumulator rescaled before WGMMA completes": wgmma_bug("rescale-wait", group_size=64),
     "wgmma: no fence after register writes": wgmma_bug("wgmma-fence"),

@@ -61,10 +61,9 @@ def compile_source(name: str, architecture: str, defines: dict[str, int], option
 def compile_gemm(problem: GemmShape, architecture: str) -> bytes:
     """Cubin of the GEMM kernel that the launch configuration selects for the problem."""
     multiprocessors, shared = ARCHITECTURES[architecture]
-    wgmma = architecture == "sm_90a"
-    launch = make_launch_config(
-        problem, DeviceLimits(multiprocessors=multiprocessors, shared_bytes=1024 * shared, wgmma=wgmma)
-    )
+    wgmma, clusters = architecture == "sm_90a", architecture.startswith("sm_90")
+    device = DeviceLimits(multiprocessors=multiprocessors, shared_bytes=1024 * shared, wgmma=wgmma, clusters=clusters)
+    launch = make_launch_config(problem, device)
     return compile_source(launch.source, architecture, launch.defines)
 
 

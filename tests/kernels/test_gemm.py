@@ -145,6 +145,46 @@ def test_no_access_outside_buffers() -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("bits", range(2, 9))
+def test_clusters_every_bit_width(bits: int, dtype: torch.dtype) -> None:
+    """Several clusters, of which the last one has ragged rows; blocks with several k-tiles, with one, and with none."""
+    config = GemmConfig(
+        bits=bits,
+        dtype=dtype,
+        scale_dtype=HALVES[bits % 2],
+        group_size=GROUP_SIZES[bits % 4],
+        has_zero_points=bits % 3 == 0,
+        stretch=1.25,
+        k_warps=(1, 2, 4)[bits % 3],
+        units=1,
+        cluster=(2, 4, 8)[bits % 3],
+    )
+    for seed, depth in enumerate((352, 1344)):
+        check(config, GemmCase(tokens=5, rows=131, depth=depth, bias=True, seed=seed))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GemmConfig(bits=2, cluster=2, row_warps=4, stages=2, panel=4),
+        GemmConfig(bits=5, cluster=3, row_warps=2, k_warps=2, tile_warps=2, token_tiles=4, panel=1),
+        GemmConfig(bits=4, cluster=8, k_warps=8, units=1, token_tiles=2, panel=1),
+    ],
+)
+def test_clusters_are_independent_of_the_schedule(config: GemmConfig) -> None:
+    case = GemmCase(tokens=8 * config.token_tiles - 3, rows=300, depth=1344)
+    check(config, case, launches=2)
+    first = run(config, case).y
+    for order in range(1, 4):
+        assert torch.equal(run(config, case, order=order).y, first)
+
+
+def test_clusters_without_access_outside_buffers() -> None:
+    config = GemmConfig(bits=3, group_size=32, has_zero_points=True, k_warps=2, row_warps=2, cluster=4, token_tiles=2)
+    check(config, GemmCase(tokens=13, rows=131, depth=352, bias=True, seed=1), sanitize=True)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("bits", range(2, 9))
 def test_wgmma_every_bit_width(bits: int, dtype: torch.dtype) -> None:
     config = wgmma_config(
         bits=bits,
@@ -270,6 +310,7 @@ PARTS = [
     GemmConfig(bits=3, group_size=32, has_zero_points=True),
     GemmConfig(bits=8, group_size=64, stretch=1.25, row_warps=2),
     GemmConfig(bits=4, group_size=-1),
+    GemmConfig(bits=2, cluster=2, k_warps=2),
     wgmma_config(bits=5, has_zero_points=True),
     wgmma_config(bits=8, group_size=-1),
     ws_config(bits=2, group_size=32),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from matquant.cuda.tma import TmaDescriptor
-from matquant.formats.tile_layout import TILE
+from matquant.formats.tile_layout import TILE, tiles
 from matquant.inference.gemm_shape import DeviceLimits, GemmShape
 
 LOAD_BYTES = 16  # bytes of one load of a thread
@@ -21,10 +21,11 @@ TmaDescriptors = tuple[TmaDescriptor | None, TmaDescriptor | None, TmaDescriptor
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TileCandidate:
-    """Tile configuration before the number of pipeline stages is known.
+    """Tile configuration before the number of pipeline stages is known; the other fields are those of ``TileConfig``.
 
     Attributes:
         min_stages: fewest pipeline stages for which the configuration pays.
+        max_planes, max_k_tiles: most bit planes, and k-tiles of a CTA, for which it pays; 0 for any number.
     """
 
     block_n: int
@@ -35,6 +36,11 @@ class TileCandidate:
     x_panel: int = 1
     ctas_per_sm: int = 1
     min_stages: int = 2
+    cluster: int = 1
+    whole_tiles: bool = False
+    x_rows: int = 0
+    max_planes: int = 0
+    max_k_tiles: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +56,9 @@ class TileConfig:
         stages: pipeline stages of weights in shared memory.
         x_panel: k-tiles of activations that are copied together.
         ctas_per_sm: CTAs that are resident on a multiprocessor.
+        cluster: CTAs that share a tile and reduce it through distributed shared memory; 1 for stream-K.
+        whole_tiles: a CTA computes a whole tile: there are as many CTAs as tiles.
+        x_rows: tokens of activations in shared memory: 1, or block_m.
     """
 
     family: str
@@ -61,6 +70,13 @@ class TileConfig:
     stages: int
     x_panel: int
     ctas_per_sm: int
+    cluster: int = 1
+    whole_tiles: bool = False
+    x_rows: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.x_rows:
+            object.__setattr__(self, "x_rows", self.block_m)
 
     @property
     def warps_n(self) -> int:
@@ -135,6 +151,8 @@ class KernelFamily(abc.ABC):
             "PANEL": tile.x_panel,
             "BLOCKS_PER_SM": tile.ctas_per_sm,
             "WGMMA": int(self.wgmma),
+            "CLUSTER": tile.cluster,
+            "X_ROWS": tile.x_rows,
         }
 
     def choose(self, shape: GemmShape, device: DeviceLimits) -> TileConfig:
@@ -146,7 +164,7 @@ class KernelFamily(abc.ABC):
         for tile in self.candidates(shape, device):
             if self.spills(shape, tile) or _divides_a_group(shape, tile):
                 continue
-            for stages in range(_MAX_STAGES, tile.min_stages - 1, -1):
+            for stages in range(_most_stages(shape, tile), tile.min_stages - 1, -1):
                 config = self._with_stages(tile, stages)
                 needed = tile.ctas_per_sm * (self.shared_bytes(shape, config) + _RESERVED_BYTES)
                 if needed <= device.shared_bytes:
@@ -155,7 +173,7 @@ class KernelFamily(abc.ABC):
 
     def _with_stages(self, tile: TileCandidate, stages: int) -> TileConfig:
         fields = dataclasses.asdict(tile)
-        del fields["min_stages"]
+        del fields["min_stages"], fields["max_planes"], fields["max_k_tiles"]
         return TileConfig(family=self.name, stages=stages, **fields)
 
 
@@ -165,6 +183,18 @@ def weight_stage_bytes(shape: GemmShape, tile: TileConfig) -> int:
     groups = columns // (shape.group if 0 < shape.group < columns else columns)
     side = 3 if shape.format.has_zero_points else 2
     return tile.k_units * shape.planes * WARP * LOAD_BYTES + groups * TILE * side
+
+
+def k_tiles_per_cta(shape: GemmShape, tile: TileCandidate) -> int:
+    """K-tiles of a CTA of a cluster, or of one that computes a whole tile."""
+    return -(-tiles(shape.depth) * TILE // (tile.block_k * tile.warps_k * tile.cluster))
+
+
+def _most_stages(shape: GemmShape, tile: TileCandidate) -> int:
+    """Pipeline stages that are of use: one more than a CTA has k-tiles. What is left is for the next kernel's CTAs."""
+    if tile.cluster == 1 and not tile.whole_tiles:
+        return _MAX_STAGES
+    return min(_MAX_STAGES, max(k_tiles_per_cta(shape, tile) + 1, tile.min_stages))
 
 
 def _divides_a_group(shape: GemmShape, tile: TileCandidate) -> bool:

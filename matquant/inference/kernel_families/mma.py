@@ -1,7 +1,7 @@
 """Kernel family by ``mma.sync``, for up to 64 tokens on any device from sm_80 on."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matquant.formats.tile_layout import TILE, tiles
 from matquant.inference.gemm_shape import DeviceLimits, GemmShape
@@ -12,6 +12,7 @@ from matquant.inference.kernel_families.base import (
     TileCandidate,
     TileConfig,
     TmaDescriptors,
+    k_tiles_per_cta,
     weight_stage_bytes,
 )
 
@@ -94,6 +95,47 @@ _LARGE = {
 }
 
 
+# Candidates without stream-K by tokens in shared memory, the best first, for devices with clusters. One is used for matrices of
+# which its CTAs fill one wave (``fills_wave``). Measured on an H100, see experiments/results/kernels.
+_ONE_WAVE = {
+    1: (
+        TileCandidate(block_n=64, block_k=128, warps_k=8, x_panel=4, cluster=2),
+        TileCandidate(block_n=64, block_k=64, warps_k=8, x_panel=4, cluster=2),
+        TileCandidate(block_n=64, block_k=128, warps_k=8, x_panel=4, ctas_per_sm=2, cluster=2),
+        TileCandidate(block_n=64, block_k=64, warps_k=8, x_panel=4, ctas_per_sm=2, cluster=2),
+        TileCandidate(block_n=64, block_k=128, warps_k=4, x_panel=2, ctas_per_sm=3, cluster=4, max_planes=3),
+        TileCandidate(block_n=448, block_k=128, warps_k=2, x_panel=2, cluster=8),
+        TileCandidate(block_n=448, block_k=64, warps_k=2, x_panel=4, cluster=8),
+        TileCandidate(block_n=128, block_k=128, warps_k=4, x_panel=4, ctas_per_sm=2, cluster=2),
+        TileCandidate(block_n=128, block_k=64, warps_k=4, x_panel=4, ctas_per_sm=2, cluster=2),
+        TileCandidate(block_n=256, block_k=128, warps_k=2, x_panel=4, ctas_per_sm=2, cluster=2),
+        TileCandidate(block_n=256, block_k=64, warps_k=4, x_panel=4, whole_tiles=True),
+    ),
+    8: (
+        TileCandidate(block_n=64, block_k=128, warps_k=8, x_panel=4, cluster=2),
+        TileCandidate(block_n=64, block_k=64, warps_k=8, x_panel=4, cluster=2),
+        TileCandidate(block_n=128, block_k=64, warps_k=2, x_panel=4, ctas_per_sm=3, cluster=8, max_planes=3),
+        TileCandidate(block_n=448, block_k=128, warps_k=2, x_panel=2, cluster=8),
+        TileCandidate(block_n=448, block_k=64, warps_k=2, x_panel=4, cluster=8),
+        TileCandidate(block_n=512, block_k=128, x_panel=4, ctas_per_sm=2, cluster=8, max_k_tiles=8, min_stages=3),
+        TileCandidate(block_n=512, block_k=128, x_panel=4, cluster=4, max_k_tiles=16),
+        TileCandidate(block_n=256, block_k=128, warps_k=2, x_panel=4, ctas_per_sm=2, cluster=2),
+        TileCandidate(block_n=512, block_k=64, x_panel=4, ctas_per_sm=2, cluster=4),
+    ),
+    16: (
+        TileCandidate(block_n=448, block_k=128, warps_k=2, x_panel=2, cluster=8),
+        TileCandidate(block_n=448, block_k=64, warps_k=2, x_panel=2, cluster=8, max_planes=5),
+        TileCandidate(block_n=128, block_k=128, warps_k=4, x_panel=2, cluster=2),
+        TileCandidate(block_n=128, block_k=64, warps_k=4, x_panel=2, cluster=2),
+        TileCandidate(block_n=256, block_k=128, warps_k=4, x_panel=2, cluster=2),
+        TileCandidate(block_n=256, block_k=128, warps_k=2, x_panel=2, cluster=2),
+        TileCandidate(block_n=512, block_k=128, warps_k=2, x_panel=2, cluster=2),
+        TileCandidate(block_n=256, block_k=128, x_panel=2, ctas_per_sm=2, cluster=2),
+    ),
+}
+_MIN_WAVE_SHARE = 0.84  # of the resident CTAs that have work
+
+
 class MmaFamily(KernelFamily):
     """Split-K with ``mma.m16n8k16``; weights through a cp.async ring, activations through panels."""
 
@@ -105,7 +147,8 @@ class MmaFamily(KernelFamily):
         return shape.tokens <= GEMM_MAX_M
 
     def candidates(self, shape: GemmShape, device: DeviceLimits) -> Sequence[TileCandidate]:
-        return by_matrix_size(shape, device, _NARROW, _WIDE, _LARGE)
+        by_size = by_matrix_size(shape, device, _NARROW, _WIDE, _LARGE)
+        return [*one_wave(shape, device, _ONE_WAVE, by_size[0].block_m, by_size[0].x_rows), *by_size]
 
     def spills(self, shape: GemmShape, tile: TileCandidate) -> bool:
         small_groups = 0 < shape.group < TILE
@@ -115,11 +158,31 @@ class MmaFamily(KernelFamily):
     def shared_bytes(self, shape: GemmShape, tile: TileConfig) -> int:
         groups = tile.block_k // (shape.group if 0 < shape.group < tile.block_k else tile.block_k)
         ring, x, exchange = ring_bytes(shape, tile), x_panel_bytes(tile, padding=8), exchange_bytes(tile)
-        x_sums = tile.x_panel * tile.warps_k * groups * tile.block_m * 4
-        return x + ring + exchange + x_sums
+        own_sums = tile.token_tiles * tile.warps_m <= 2
+        x_sums = 0 if own_sums else tile.x_panel * tile.warps_k * groups * tile.block_m * 4
+        return x + ring + exchange + cluster_bytes(tile) + x_sums
 
     def tma_descriptors(self, shape: GemmShape, tile: TileConfig) -> TmaDescriptors | None:
         return None
+
+
+def one_wave(
+    shape: GemmShape, device: DeviceLimits, table: Mapping[int, Sequence[TileCandidate]], block_m: int, x_rows: int
+) -> list[TileCandidate]:
+    """Candidates of the table for ``x_rows`` tokens whose CTAs fill one wave of the device."""
+    if not device.clusters:
+        return []
+    tiles_of_table = (dataclasses.replace(tile, block_m=block_m, x_rows=x_rows) for tile in table.get(x_rows, ()))
+    return [tile for tile in tiles_of_table if fills_wave(shape, device, tile)]
+
+
+def fills_wave(shape: GemmShape, device: DeviceLimits, tile: TileCandidate) -> bool:
+    """Return True if the CTAs are about as many as are resident, and each has as many k-tiles as the candidate is for."""
+    ctas = -(-tiles(shape.rows) * TILE // tile.block_n) * tile.cluster
+    share = ctas / (device.multiprocessors * tile.ctas_per_sm)
+    k_tiles = k_tiles_per_cta(shape, tile)
+    few = k_tiles <= (tile.max_k_tiles or k_tiles) and shape.planes <= (tile.max_planes or shape.planes)
+    return _MIN_WAVE_SHARE <= share <= 1 and tile.x_panel <= k_tiles and few
 
 
 def by_matrix_size(
@@ -137,7 +200,8 @@ def by_matrix_size(
     else:
         table = wide
     block_m = next(m for m in table if shape.tokens <= m)
-    return [dataclasses.replace(tile, block_m=block_m) for tile in table[block_m]]
+    x_rows = 1 if shape.tokens == 1 else block_m  # WGMMA is for more tokens
+    return [dataclasses.replace(tile, block_m=block_m, x_rows=x_rows) for tile in table[block_m]]
 
 
 def ring_bytes(shape: GemmShape, tile: TileConfig) -> int:
@@ -152,7 +216,7 @@ def x_panels(tile: TileConfig) -> int:
 
 def x_panel_bytes(tile: TileConfig, padding: int) -> int:
     """Bytes of all panels of activations; rows are padded by ``padding`` elements."""
-    return x_panels(tile) * tile.x_panel * tile.block_m * (tile.block_k * tile.warps_k + padding) * 2
+    return x_panels(tile) * tile.x_panel * tile.x_rows * (tile.block_k * tile.warps_k + padding) * 2
 
 
 def exchange_bytes(tile: TileConfig) -> int:
@@ -160,3 +224,11 @@ def exchange_bytes(tile: TileConfig) -> int:
     if tile.warps_k == 1:
         return 0
     return tile.warps_k * tile.warps_n * 4 * tile.token_tiles * WARP * LOAD_BYTES
+
+
+def cluster_bytes(tile: TileConfig) -> int:
+    """Bytes through which the CTAs of a cluster reduce their accumulators."""
+    if tile.cluster == 1:
+        return 0
+    shares = -(-4 // tile.warps_m * tile.token_tiles // tile.cluster)
+    return tile.cluster * tile.warps_n * tile.warps_m * shares * WARP * LOAD_BYTES

@@ -11,7 +11,9 @@ from matquant.inference.kernel_families.base import KernelFamily, TileCandidate,
 from matquant.inference.kernel_families.mma import (
     GEMM_MAX_M,
     by_matrix_size,
+    cluster_bytes,
     exchange_bytes,
+    one_wave,
     ring_bytes,
     x_panel_bytes,
     x_panels,
@@ -46,6 +48,31 @@ _LARGE = {
         *_WIDE[64][1:],
     ),
 }
+# As in ``mma``.
+_ONE_WAVE = {
+    32: (
+        TileCandidate(block_n=512, block_k=256, cluster=2),
+        TileCandidate(block_n=512, block_k=128, cluster=2),
+        TileCandidate(block_n=128, block_k=128, warps_m=2, warps_k=4, cluster=2),
+        TileCandidate(block_n=128, block_k=128, warps_m=2, warps_k=2, cluster=2),
+        TileCandidate(block_n=64, block_k=256, warps_m=4, warps_k=4, cluster=2),
+        TileCandidate(block_n=64, block_k=128, warps_m=4, warps_k=4, cluster=2, max_k_tiles=8),
+        TileCandidate(block_n=448, block_k=256, warps_m=4, cluster=8),
+        TileCandidate(block_n=448, block_k=128, warps_m=4, cluster=8),
+        TileCandidate(block_n=256, block_k=128, warps_k=2, cluster=2),
+        TileCandidate(block_n=256, block_k=64, warps_k=2, cluster=2),
+    ),
+    64: (
+        TileCandidate(block_n=448, block_k=128, warps_m=4, cluster=8),
+        TileCandidate(block_n=128, block_k=128, warps_m=2, warps_k=2, cluster=2),
+        TileCandidate(block_n=64, block_k=256, warps_m=4, warps_k=2, cluster=2),
+        TileCandidate(block_n=64, block_k=128, warps_m=4, warps_k=2, cluster=2, max_k_tiles=8),
+        TileCandidate(block_n=512, block_k=128, cluster=2),
+        TileCandidate(block_n=512, block_k=64, cluster=2),
+        TileCandidate(block_n=256, block_k=256, warps_m=2, cluster=2),
+        TileCandidate(block_n=512, block_k=64, cluster=4, max_k_tiles=32),
+    ),
+}
 
 
 class WgmmaFamily(KernelFamily):
@@ -59,7 +86,8 @@ class WgmmaFamily(KernelFamily):
         return uses_wgmma(shape, device) and shape.tokens <= GEMM_MAX_M
 
     def candidates(self, shape: GemmShape, device: DeviceLimits) -> Sequence[TileCandidate]:
-        return by_matrix_size(shape, device, _NARROW, _WIDE, _LARGE)
+        by_size = by_matrix_size(shape, device, _NARROW, _WIDE, _LARGE)
+        return [*one_wave(shape, device, _ONE_WAVE, by_size[0].block_m, by_size[0].x_rows), *by_size]
 
     def spills(self, shape: GemmShape, tile: TileCandidate) -> bool:
         small_groups = 0 < shape.group < TILE
@@ -70,7 +98,8 @@ class WgmmaFamily(KernelFamily):
 
     def shared_bytes(self, shape: GemmShape, tile: TileConfig) -> int:
         barriers = -(-8 * x_panels(tile) // 16) * 16
-        return x_panel_bytes(tile, padding=0) + ring_bytes(shape, tile) + exchange_bytes(tile) + barriers
+        exchange = exchange_bytes(tile) + cluster_bytes(tile)
+        return x_panel_bytes(tile, padding=0) + ring_bytes(shape, tile) + exchange + barriers
 
     def tma_descriptors(self, shape: GemmShape, tile: TileConfig) -> TmaDescriptors | None:
         return None, None, None, x_descriptor(shape, tile)

@@ -124,7 +124,7 @@ def test_router_weights_of_the_inputs():
 
 
 def test_bit_widths_of_the_step(monkeypatch):
-    """Those of decoding or of prefill, read once for all matrices."""
+    """Bit-widths of decoding or of prefill, read once for all matrices."""
     layer, found = Layer(), []
     grouped, product = layer.group(), expert_reference.grouped_linear
     monkeypatch.setattr(expert_reference, "grouped_linear", lambda call: found.append(call.bits) or product(call))

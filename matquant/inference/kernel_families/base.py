@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
+
 from matquant.cuda.tma import TmaDescriptor
 from matquant.formats.tile_layout import TILE, tiles
 from matquant.inference.gemm_shape import DeviceLimits, GemmShape
@@ -183,6 +185,18 @@ def weight_stage_bytes(shape: GemmShape, tile: TileConfig) -> int:
     groups = columns // (shape.group if 0 < shape.group < columns else columns)
     side = 3 if shape.format.has_zero_points else 2
     return tile.k_units * shape.planes * WARP * LOAD_BYTES + groups * TILE * side
+
+
+def registers_per_thread(tile: TileCandidate) -> int:
+    """Registers that a thread can have, so that all CTAs of a multiprocessor are resident."""
+    warps = tile.block_n // TILE * tile.warps_m * tile.warps_k * tile.ctas_per_sm
+    return min(65536 // (WARP * warps), 255)
+
+
+def needs_few_registers(shape: GemmShape) -> bool:
+    """Return True for float16, groups of 128 or more, no zero points and ``msb`` slices, which need the fewest registers."""
+    plain = shape.dtype == torch.float16 and not shape.format.has_zero_points and shape.planes == shape.bits
+    return plain and (shape.group == 0 or shape.group >= 2 * TILE)
 
 
 def k_tiles_per_cta(shape: GemmShape, tile: TileCandidate) -> int:

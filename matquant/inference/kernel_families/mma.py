@@ -13,6 +13,8 @@ from matquant.inference.kernel_families.base import (
     TileConfig,
     TmaDescriptors,
     k_tiles_per_cta,
+    needs_few_registers,
+    registers_per_thread,
     weight_stage_bytes,
 )
 
@@ -133,6 +135,7 @@ _ONE_WAVE = {
         TileCandidate(block_n=256, block_k=128, x_panel=2, ctas_per_sm=2, cluster=2),
     ),
 }
+_REGISTERS_OF_16_TOKENS = 160  # that any format needs
 _MIN_WAVE_SHARE = 0.84  # of the resident CTAs that have work
 
 
@@ -153,6 +156,8 @@ class MmaFamily(KernelFamily):
     def spills(self, shape: GemmShape, tile: TileCandidate) -> bool:
         small_groups = 0 < shape.group < TILE
         token_tiles, units = tile.block_m // 8, tile.block_k // TILE
+        if token_tiles == 2 and registers_per_thread(tile) < _REGISTERS_OF_16_TOKENS and not needs_few_registers(shape):
+            return True
         return small_groups and (units > 2 or (token_tiles > 2 and (units > 1 or tile.warps_m < token_tiles // 2)))
 
     def shared_bytes(self, shape: GemmShape, tile: TileConfig) -> int:

@@ -7,7 +7,14 @@ import torch
 from matquant.cuda.tma import TmaDescriptor
 from matquant.formats.tile_layout import TILE
 from matquant.inference.gemm_shape import DeviceLimits, GemmShape, folds_zero_point_exactly
-from matquant.inference.kernel_families.base import KernelFamily, TileCandidate, TileConfig, TmaDescriptors
+from matquant.inference.kernel_families.base import (
+    KernelFamily,
+    TileCandidate,
+    TileConfig,
+    TmaDescriptors,
+    needs_few_registers,
+    registers_per_thread,
+)
 from matquant.inference.kernel_families.mma import (
     GEMM_MAX_M,
     by_matrix_size,
@@ -20,6 +27,8 @@ from matquant.inference.kernel_families.mma import (
 )
 
 WGMMA_MIN_M = 17  # tokens; mma.sync is as fast or faster for fewer
+
+_REGISTERS = 100  # of a thread: fewer do for some formats alone
 
 # Candidates by block_m, as in ``mma``.
 _FALLBACK = (TileCandidate(block_n=256, block_k=128, warps_k=2), TileCandidate(block_n=64, block_k=64, warps_m=4))
@@ -91,6 +100,8 @@ class WgmmaFamily(KernelFamily):
 
     def spills(self, shape: GemmShape, tile: TileCandidate) -> bool:
         small_groups = 0 < shape.group < TILE
+        if registers_per_thread(tile) < _REGISTERS and not needs_few_registers(shape):
+            return True
         # All eight planes take one more operand fragment in float16, two in bfloat16.
         fragments = 0 if shape.planes < 8 else 1 if shape.dtype == torch.float16 else 2
         pressure = small_groups + shape.format.has_zero_points + fragments

@@ -1,6 +1,8 @@
 """Tile configurations that ``bench_kernels.py --candidates`` times beside the chosen one."""
 
+import itertools
 from collections.abc import Iterator
+from typing import Any
 
 from matquant.formats.tile_layout import tiles
 from matquant.inference.gemm_shape import DeviceLimits, GemmShape
@@ -91,14 +93,8 @@ WGMMA_WS_CANDIDATES = [
     (32, 2, 4, 1, 1, 1, 1),
     (32, 2, 4, 1, 2, 1, 1),
 ]
-# (warps_n, warps_k, units, x_panel, ctas_per_sm, cluster) of clusters that share a tile, for up to 16 tokens.
-CLUSTER_CANDIDATES = [
-    (warps_n, warps_k, units, x_panel, ctas_per_sm, cluster)
-    for warps_n, warps_k, ctas_per_sm in ((1, 4, 4), (1, 4, 6), (1, 8, 2), (1, 8, 3), (1, 16, 1), (2, 4, 2), (2, 4, 3))
-    for units, x_panel in ((1, 2), (1, 4), (2, 1), (2, 2), (4, 1))
-    for cluster in (2, 4, 8)
-]
-_CLUSTER_MAX_M = 16
+_MMA_MAX_M = 16  # tokens that WGMMA is not used for
+_MIN_WAVE = 0.84
 _MAX_STAGES = 6
 _RESERVED_BYTES = 1024  # shared memory that each CTA costs beside its own
 
@@ -112,34 +108,51 @@ def _candidates(shape: GemmShape, device: DeviceLimits) -> Iterator[tuple[str, t
         if table:
             token_tiles = next(count for count in sorted(table) if shape.tokens <= 8 * count)
             yield from ((family, (token_tiles, *numbers)) for numbers in table[token_tiles])
-    if device.clusters and shape.tokens <= _CLUSTER_MAX_M:
-        for warps_n, warps_k, units, x_panel, ctas_per_sm, cluster in CLUSTER_CANDIDATES:
-            if warps_k * units * cluster <= tiles(shape.depth):
-                yield "mma", (-(-shape.tokens // 8), warps_n, 1, warps_k, units, x_panel, ctas_per_sm, cluster)
+
+
+def _one_wave(shape: GemmShape, device: DeviceLimits) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Family, and fields, of the tiles without stream-K whose CTAs fill at least 84 % of one wave."""
+    family = "mma" if shape.tokens <= _MMA_MAX_M or not device.wgmma else "wgmma"
+    block_m = next(count for count in (8, 16, 32, 64) if shape.tokens <= count)
+    warps_m = (1, 2, 4) if family == "wgmma" else (1,)
+    sizes = itertools.product(range(1, 9), warps_m, (1, 2, 4, 8), range(1, 9), range(1, 5), (1, 2, 4))
+    for warps_n, m, k, cluster, ctas_per_sm, units in sizes:
+        warps = warps_n * m * k
+        ctas = -(-tiles(shape.rows) // warps_n) * cluster
+        k_tiles = -(-tiles(shape.depth) // (units * k * cluster))
+        few_registers = block_m // 8 * warps * ctas_per_sm // m > 32  # for the accumulators
+        if (
+            warps * ctas_per_sm > 32
+            or not warps * ctas_per_sm >= 8
+            or few_registers
+            or (family == "wgmma" and warps_n * m % 4)
+        ):
+            continue
+        if _MIN_WAVE <= ctas / (device.multiprocessors * ctas_per_sm) <= 1:
+            panel = 1 if family == "wgmma" else min(4 if block_m == 8 else 2, 1 << k_tiles.bit_length() - 1)
+            fields = {"block_m": block_m, "block_n": 64 * warps_n, "block_k": 64 * units, "warps_m": m, "warps_k": k}
+            fields |= {"x_panel": panel, "ctas_per_sm": ctas_per_sm, "cluster": cluster, "whole_tiles": cluster == 1}
+            yield family, fields | {"x_rows": 1 if shape.tokens == 1 else block_m}
 
 
 def tile_configs(shape: GemmShape, device: DeviceLimits, *, candidates: bool) -> list[TileConfig]:
     """Return the chosen tile configuration, and then the candidates that fit, with as many stages as there is room for."""
     found = [choose_tile_config(shape, device)]
+    tables: list[tuple[str, dict[str, Any]]] = []
     for family, numbers in _candidates(shape, device) if candidates else ():
-        token_tiles, warps_n, warps_m, warps_k, units, x_panel, ctas_per_sm, cluster = (*numbers, 1)[:8]
-        for stages in range(_MAX_STAGES, 1, -1):
-            tile = TileConfig(
-                family=family,
-                block_m=8 * token_tiles,
-                block_n=64 * warps_n,
-                block_k=64 * units,
-                warps_m=warps_m,
-                warps_k=warps_k,
-                stages=stages,
-                x_panel=x_panel,
-                ctas_per_sm=ctas_per_sm,
-                cluster=cluster,
-                whole_tiles=cluster == 0,
-                x_rows=1 if shape.tokens == 1 and family == "mma" else 8 * token_tiles,
-            )
-            needed = FAMILIES[family].shared_bytes(shape, tile) + _RESERVED_BYTES
-            if ctas_per_sm * needed <= device.shared_bytes:
-                found.append(tile)
-                break
+        fields = dict(
+            zip(("warps_n", "warps_m", "warps_k", "units", "x_panel", "ctas_per_sm"), numbers[1:], strict=True)
+        )
+        sizes = {"block_m": 8 * numbers[0], "block_n": 64 * fields.pop("warps_n"), "block_k": 64 * fields.pop("units")}
+        tables.append((family, fields | sizes | {"x_rows": 1 if shape.tokens == 1 else 8 * numbers[0]}))
+    if candidates and device.clusters and shape.tokens <= GEMM_MAX_M:
+        tables += _one_wave(shape, device)
+    for family, fields in tables:
+        fitting = (TileConfig(family=family, stages=stages, **fields) for stages in range(_MAX_STAGES, 1, -1))
+        found += itertools.islice((tile for tile in fitting if _fits(shape, device, tile)), 1)
     return list(dict.fromkeys(found))
+
+
+def _fits(shape: GemmShape, device: DeviceLimits, tile: TileConfig) -> bool:
+    needed = FAMILIES[tile.family].shared_bytes(shape, tile) + _RESERVED_BYTES
+    return tile.ctas_per_sm * needed <= device.shared_bytes

@@ -151,6 +151,8 @@ class MmaFamily(KernelFamily):
 
     def candidates(self, shape: GemmShape, device: DeviceLimits) -> Sequence[TileCandidate]:
         by_size = by_matrix_size(shape, device, _NARROW, _WIDE, _LARGE)
+        if shape.rows * shape.depth >= LARGE_WEIGHTS:
+            return by_size
         return [*one_wave(shape, device, _ONE_WAVE, by_size[0].block_m, by_size[0].x_rows), *by_size]
 
     def spills(self, shape: GemmShape, tile: TileCandidate) -> bool:

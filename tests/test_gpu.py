@@ -13,6 +13,7 @@ from matquant.calibration import hessian
 from matquant.cuda import Kernel
 from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.inference import NestedLinear, NestedPlanes, ops, set_bits
+from matquant.inference.gemm_shape import GemmShape
 from matquant.inference.model_surgery import fuse_layers
 from matquant.models.activation_cache import ActivationCache
 from matquant.quantize.gptq.hessians import HessianStats, prepare_hessians, relative_error
@@ -34,6 +35,35 @@ def activations(*shape, dtype=torch.float16):
 
 def times_rounding(made, exact, dtype):
     return ((made.double() - exact).norm() / (exact.to(dtype).double() - exact).norm()).item()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("columns", [4096, 8192])
+def test_clusters_are_as_good_as_rounding_the_exact_result(bits, columns):
+    """Matrices whose CTAs fill a wave of this device, with a ragged last tile, eager and in a graph."""
+    from matquant.inference.cuda_ops import device_limits
+    from matquant.inference.kernel_families import choose_tile_config
+
+    device, used = device_limits(0), set()
+    for wave in (0.5, 0.72, 1.0, 1.68):
+        rows = int(wave * device.multiprocessors) * 64 - 20
+        weight = make_weight(rows, columns, 128, offset=8.0, stretch=1.25)
+        packed = NestedPlanes.pack(weight).to("cuda")
+        dense = weight.dequantize(bits).cuda().double()
+        for tokens in (1, 5, 8, 16, 32, 64):
+            shape = GemmShape(
+                tokens=tokens, rows=rows, depth=columns, bits=bits, format=packed.format, dtype=torch.float16
+            )
+            used.add(choose_tile_config(shape, device).cluster)
+            x = activations(tokens, columns)
+            made = ops.linear(x, packed, bits)
+            assert times_rounding(made, x.double() @ dense.T, torch.float16) <= 1.2
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = ops.linear(x, packed, bits)
+            graph.replay()
+            assert torch.equal(captured, made)
+    assert not device.clusters or max(used) > 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

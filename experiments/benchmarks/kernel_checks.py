@@ -22,7 +22,7 @@ def activations(tokens: int, depth: int, dtype: torch.dtype, device: str = "cuda
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """A product whose result is compared with float64. N is no multiple of 64; K of the group, and else only of 32."""
+    """A product whose result is compared with float64; by default N is no multiple of 64, and K of the group or else of 32."""
 
     bits: int
     tokens: int
@@ -32,10 +32,11 @@ class Check:
     zeros: bool
     stretch: float
     rows: int = 1000
+    columns: int = 0
 
     @property
     def depth(self) -> int:
-        return self.group if self.group > 128 else 1280
+        return self.columns or (self.group if self.group > 128 else 1280)
 
     def problem(self) -> GemmShape:
         return GemmShape(
@@ -88,10 +89,30 @@ class Check:
         return (made / torch.linalg.norm(best.double() - exact)).item()
 
 
+# N and K whose CTAs fill a wave of 132 multiprocessors: clusters of 2, 4 and 8, and whole tiles.
+WAVES = ((4096, 4096), (4060, 8192), (6144, 4096), (8192, 8192), (14336, 4096), (28640, 2048))
+
+
 def checks(bits: Sequence[int], stretches: Sequence[float]) -> list[Check]:
     """Cases of these bit-widths in both dtypes; the stretches, group sizes and kinds of slices take turns."""
     groups = (128, 64, 32, 1312)
     found = []
+    for i, b in enumerate(bits):
+        for j, (rows, columns) in enumerate(WAVES):
+            for tokens in (1, 8, 16, 32, 64):
+                found.append(
+                    Check(
+                        bits=b,
+                        tokens=tokens,
+                        dtype=(torch.float16, torch.bfloat16)[j % 2],
+                        group=groups[(i + j) % 2],
+                        slicing="msb",
+                        zeros=(i + j) % 3 == 2,
+                        stretch=stretches[(i + j) % len(stretches)],
+                        rows=rows,
+                        columns=columns,
+                    )
+                )
     for i, b in enumerate(bits):
         for j, dtype in enumerate((torch.float16, torch.bfloat16)):
             kind: Slicing = "round" if (i + j) % 3 == 2 else "msb"

@@ -116,6 +116,23 @@ def test_a_call_reaches_the_kernel_with_what_it_expects(device, about, bits, tok
     assert not cuda_ops.workspaces[x.get_device()].semaphores.any()
 
 
+@pytest.mark.parametrize("device", ["sm_90a"], indirect=True)
+@pytest.mark.parametrize(("rows", "bits", "tokens"), [(128, 2, 1), (100, 8, 1), (128, 3, 7), (390, 2, 32), (128, 4, 64)])
+def test_a_matrix_that_fills_a_wave_reaches_the_kernel_in_clusters(device, monkeypatch, rows, bits, tokens):
+    """On a device of 4 multiprocessors, or of 8 for 7 row tiles in clusters of 8."""
+    count = 4 if rows <= 128 else 8
+    properties = types.SimpleNamespace(multi_processor_count=count, shared_memory_per_multiprocessor=228 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    weight, x, bias = make_weight(rows, 4096, 128, stretch=1.25), activations(tokens, 4096), activations(rows)
+    y = call(x, weight, bits, bias)
+    assert_close(y, x, weight, bits, bias)
+    assert torch.equal(call(x, weight, bits, bias), y)
+    clusters = {defines["CLUSTER"]: grid for defines, grid in device}
+    assert len(clusters) == 1
+    assert max(clusters) > 1
+    assert clusters[max(clusters)] == count
+
+
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize(
     ("columns", "group_size"), [(30, 30), (72, 72), (72, 64), (200, 128), (200, 32), (576, 128), (81, 64)]

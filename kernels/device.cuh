@@ -162,7 +162,11 @@ DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];"
 
 // ---- thread block clusters, from sm_90 on
 
-// Arrive at the barrier of all threads of the cluster, with all earlier writes to shared memory; each arrival needs a wait.
+// Arrive at the barrier of all threads of the cluster, without ordering memory: tells that the block has begun. A release costs a fence of
+// the whole GPU.
+DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+
+// Arrive at the same barrier, with all earlier writes to shared memory. Each arrival needs a wait.
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 
 // Wait until all threads of the cluster have arrived; their earlier writes to shared memory are visible then.

@@ -112,7 +112,7 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words];
     prefetch_weights(args, coord, next, (int)min(count, (u32)(kNumStages - 1)));
     load_first_weights(args, coord, count, next); // no earlier kernel writes weights
 #if CLUSTER > 1
-    cluster_arrive();
+    cluster_arrive_relaxed();
 #endif
     pdl_wait();
     pdl_launch_dependents();

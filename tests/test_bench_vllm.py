@@ -1,6 +1,8 @@
 """Engines that the benchmark of vLLM starts, and its speedups; the engines themselves need a GPU."""
 
 import argparse
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,25 @@ def test_a_shape_has_dummy_weights_and_a_description_of_its_layers(script: Any, 
     assert dense["engine"]["load_format"] == first["engine"]["load_format"] == "dummy"
     assert "quantization_config" in Path(first["engine"]["model"], "config.json").read_text()
     assert "quantization_config" not in Path(dense["engine"]["model"], "config.json").read_text()
+
+
+def test_an_engine_that_switches_is_measured_twice_before(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=lambda **_: "engine"))
+    monkeypatch.setitem(
+        sys.modules, "matquant.vllm", types.SimpleNamespace(set_bits=lambda _, bits: chosen.append(bits))
+    )
+    monkeypatch.setattr(script, "measure", lambda llm, job, bits, switched: [{"bits": bits, "switched": switched}])
+    job = {"name": "starts at 4", "bits": 4, "engine": {}, "switch": [2]}
+    rows = [row for row in script.run_engine(job) if "switched" in row]
+    assert [(row["bits"], row["switched"], row.get("repeated", False)) for row in rows] == [
+        (4, False, False),
+        (4, False, True),
+        (2, True, False),
+        (4, True, False),
+    ]
+    assert chosen == [2, 4]
+    assert len(list(script.run_engine(job | {"switch": []}))) == 1
 
 
 def test_speedups_are_those_over_the_dense_engine_at_the_same_batch_size(script: Any) -> None:

@@ -10,13 +10,14 @@ FOLDER is a packed folder (``pack=nested``), SOURCE its full-precision model, an
 after another, each in a process of its own, with the CUDA graphs that vLLM captures by default.
 
 Decoding is timed from the second token on: the difference between ``--tokens`` tokens and one, as the median of ``REPEATS``
-calls. Prefill is the time of the first token after ``--prompt`` tokens. The engine that starts first at a bit-width switches
-to each of ``--switch``, and back. An engine with ``--draft`` speculates: vLLM's own rejection sampling accepts drafts, or
-with ``--acceptance-length`` so many tokens a round on average, whatever the weights say (vLLM's synthetic acceptance).
+calls. Prefill is the time of the first token after ``--prompt`` tokens. The engine that starts first at a bit-width is
+measured twice, then switches to each of ``--switch``, and back. An engine with ``--draft`` speculates: vLLM's own rejection
+sampling accepts drafts, or with ``--acceptance-length`` so many tokens a round on average, whatever the weights say (vLLM's
+synthetic acceptance). Keep the host idle: a step of one sequence waits for it.
 
 Writes a JSON file whose rows have the keys engine, bits, switched, batch, decode_tokens_per_second, prompt_tokens_per_second,
-speedup (of decoding, over the dense engine of the run), draft_bits, tokens_per_round and, once for each switch,
-switch_seconds.
+speedup (of decoding, over the dense engine of the run), repeated (in the second measurement), draft_bits, tokens_per_round and,
+once for each switch, switch_seconds.
 """
 
 import argparse

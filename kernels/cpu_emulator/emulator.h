@@ -66,6 +66,7 @@ void record_atomic(); // data learned through an atomic requires a fence of this
 void __syncthreads();
 void named_barrier_sync(int id, int threads);
 void cluster_arrive();
+void cluster_arrive_relaxed();
 void cluster_wait();
 void __syncwarp(u32 mask = ~0u);
 u32 __ballot_sync(u32 mask, int predicate);

@@ -237,8 +237,8 @@ void named_barrier_sync(int id, int threads) {
     emulator::arrive_and_wait(emulator::current->block->barriers[id], (u32)threads, "named_barrier_sync");
 }
 
-void cluster_arrive() {
-    using namespace emulator;
+namespace emulator {
+static void arrive_in_cluster() {
     if (current->in_cluster_barrier) fail("cluster_arrive without a wait for the arrival before");
     Barrier& barrier = current->block->cluster->barrier;
     current->in_cluster_barrier = true;
@@ -246,6 +246,10 @@ void cluster_arrive() {
     barrier.arrived++;
     release_if_complete(barrier, current->block->cluster->alive());
 }
+} // namespace emulator
+
+void cluster_arrive() { emulator::arrive_in_cluster(); }
+void cluster_arrive_relaxed() { emulator::arrive_in_cluster(); }
 
 void cluster_wait() {
     using namespace emulator;

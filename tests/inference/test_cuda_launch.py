@@ -117,7 +117,9 @@ def test_a_call_reaches_the_kernel_with_what_it_expects(device, about, bits, tok
 
 
 @pytest.mark.parametrize("device", ["sm_90a"], indirect=True)
-@pytest.mark.parametrize(("rows", "bits", "tokens"), [(128, 2, 1), (100, 8, 1), (128, 3, 7), (390, 2, 32), (128, 4, 64)])
+@pytest.mark.parametrize(
+    ("rows", "bits", "tokens"), [(128, 2, 1), (100, 8, 1), (128, 3, 7), (390, 2, 32), (128, 4, 64)]
+)
 def test_a_matrix_that_fills_a_wave_reaches_the_kernel_in_clusters(device, monkeypatch, rows, bits, tokens):
     """On a device of 4 multiprocessors, or of 8 for 7 row tiles in clusters of 8."""
     count = 4 if rows <= 128 else 8

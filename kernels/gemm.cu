@@ -110,7 +110,6 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words];
     LoadCursor next = {nullptr, tile, k_tile, 0, shared_address(shared.ring[coord.k_warp][coord.row_warp])};
     seek_tile(args, coord, next);
     prefetch_weights(args, coord, next, (int)min(count, (u32)(kNumStages - 1)));
-    load_first_weights(args, coord, count, next); // no earlier kernel writes weights
 #if CLUSTER > 1
     cluster_arrive_relaxed();
 #endif

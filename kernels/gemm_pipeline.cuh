@@ -23,15 +23,9 @@ DEVICE void sync_ring(const WarpCoord& coord) {
     else named_barrier_sync(1 + coord.k_warp * ROW_WARPS + coord.row_warp, 32 * TILE_WARPS);
 }
 
-// Load the weights of the first of `count` k-tiles, in front of multiply_k_tiles. next: cursor at that k-tile.
-DEVICE void load_first_weights(const GemmArgs& args, const WarpCoord& coord, u32 count, LoadCursor& next) {
-    if (count) load_weights(args, coord, next);
-    cp_async_commit();
-}
-
 // Multiply `count` k-tiles of consecutive output tiles, from k-tile `k_tile` of the first one on.
 //
-// next: cursor after load_first_weights. store(i, mainloop) is called at the end of the block's part of its i-th output tile; in a cluster
+// next: cursor at the first k-tile. store(i, mainloop) is called at the end of the block's part of its i-th output tile; in a cluster
 // once, also by a block without k-tiles.
 template <class Store>
 DEVICE void multiply_k_tiles(const GemmArgs& args, GemmSharedStorage& shared, const WarpCoord& coord, u32 k_tile, u32 count, LoadCursor& next,
@@ -41,7 +35,7 @@ DEVICE void multiply_k_tiles(const GemmArgs& args, GemmSharedStorage& shared, co
     XPipeline x_pipeline;
     x_pipeline.start(args, shared, k_tile, count);
     cp_async_commit();
-    _Pragma("unroll 1") for (u32 i = 1; i < kNumStages - 1; i++) {
+    _Pragma("unroll 1") for (u32 i = 0; i < kNumStages - 1; i++) {
         if (i < count) load_weights(args, coord, next);
         cp_async_commit(); // possibly an empty group, so that every iteration commits exactly one
     }

@@ -59,7 +59,6 @@ void nested_moe_gemm(const uint4* planes, u64 plane_stride, const u16* scales, c
 
     LoadCursor next = {nullptr, blockIdx.x, 0, 0, shared_address(shared.ring[coord.k_warp][coord.row_warp])};
     seek_tile(args, coord, next);
-    load_first_weights(args, coord, args.k_tiles, next);
     multiply_k_tiles(args, shared, coord, 0, args.k_tiles, next, offset, zero_step, [&](u32, Mainloop& mainloop) {
         mainloop.finish(gain);
         epilogue(args, out, shared, coord, {blockIdx.x, 0, 0, 0}, nullptr, nullptr, mainloop.accumulator);

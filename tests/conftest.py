@@ -128,3 +128,19 @@ def fork_job(tmp_path):
         return ForkedJob(job_arguments(tmp_path, overrides), tmp_path, **environment)
 
     return start
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[tuple[int, int]]:
+    """Rows, those that fill row tiles included, and bit-width of each product of nested layers on the CPU so far."""
+    from matquant.inference import torch_reference
+
+    found: list[tuple[int, int]] = []
+    linear = torch_reference.linear
+
+    def counted(x, weight, bias, bits):
+        found.append((weight.out_features, bits))
+        return linear(x, weight, bias, bits)
+
+    monkeypatch.setattr(torch_reference, "linear", counted)
+    return found

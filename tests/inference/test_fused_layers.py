@@ -19,7 +19,7 @@ from weights import make_weight
 from matquant.errors import UserError
 from matquant.formats.nested import NestedWeight
 from matquant.formats.planes import NestedPlanes
-from matquant.inference import NestedLinear, fused_layers, nested_layers, ops, set_bits, torch_reference
+from matquant.inference import NestedLinear, fused_layers, nested_layers, ops, set_bits
 from matquant.inference.fused_layers import MAX_TOKENS, FusedLayers
 from matquant.inference.model_surgery import fuse_layers
 
@@ -75,20 +75,6 @@ def assert_near(found: Any, wanted: Any) -> None:
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
-
-
-@pytest.fixture
-def launches(monkeypatch) -> list[tuple[int, int]]:
-    """Rows, those that fill tiles included, and bit-width of each product so far."""
-    found: list[tuple[int, int]] = []
-    linear = torch_reference.linear
-
-    def counted(x: Tensor, weight: NestedPlanes, bias: Tensor | None, bits: int) -> Tensor:
-        found.append((weight.out_features, bits))
-        return linear(x, weight, bias, bits)
-
-    monkeypatch.setattr(torch_reference, "linear", counted)
-    return found
 
 
 TOGETHER, SEPARATE = [(320, 8)], [(128, 8), (70, 8), (64, 8)]

@@ -11,6 +11,7 @@ import torch
 from architectures import make_model, save
 from hydra import compose, initialize_config_dir
 from packing import Opened
+from refining import CPU, WINDOWS, context_of, refine
 from shared import ROOT
 from torch import Tensor
 
@@ -25,15 +26,10 @@ from matquant.formats.slice_spec import SliceSpec
 from matquant.models.blocks import BlockModel
 from matquant.refine.code_refinement import CodeRefinement, MoveTable, TrainedCodes
 from matquant.refine.config import RefineConfig
-from matquant.refine.refinement import RefineContext, Refinement
-from matquant.refine.scale_refinement import ScaleRefinement
 from matquant.refine.slice_model import open_slice_model
-from matquant.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CPU = torch.device("cpu")
-WINDOWS = torch.randint(3, 120, (14, 12), generator=torch.Generator().manual_seed(0))
 CONFIG = RefineConfig(
     method="codes",
     bits=(2, 3, 4),
@@ -44,31 +40,6 @@ CONFIG = RefineConfig(
     warmup_steps=2,
     validate_every=8,
 )
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
-    folder = tmp_path_factory.mktemp("opened")
-    return Opened(save(make_model("llama"), folder / "model"), folder / "store", stretch=1.25)
-
-
-def context_of(opened: Opened, **changes: Any) -> RefineContext:
-    fields: dict[str, Any] = {"blocks": opened.blocks, "parent": opened.parent, "windows": WINDOWS[:10]}
-    fields |= {"validation": WINDOWS[10:], "batch_size": 2, "device": CPU, "dtype": torch.float32}
-    return RefineContext(**fields | changes)
-
-
-def refine(
-    opened: Opened, store: Path, config: RefineConfig = CONFIG, kind: type[Refinement] = CodeRefinement, **changes: Any
-) -> tuple[Parent, list[dict]]:
-    """Refined parent and the history of its validations."""
-    refinement = kind(config, context_of(opened, **changes))
-
-    def build(draft: Any) -> dict[str, Any]:
-        return {"blocks": refinement.run(draft), "history": refinement.history}
-
-    parent = Parent(Store(store).open_or_build("refined", {"seed": config.seed}, build))
-    return parent, parent.artifact.about["history"]
 
 
 def weights_of(parent: Parent) -> dict[str, NestedWeight]:
@@ -222,7 +193,7 @@ def test_codes_and_scales_get_better_than_scales_alone_and_held_bit_widths_stay(
     config = dataclasses.replace(CONFIG, learning_rate=0.01, code_learning_rate=0.05)
     refined, history = refine(opened, tmp_path / "codes", config)
     scales = dataclasses.replace(config, method="scales", held_bits=())
-    alone, _ = refine(opened, tmp_path / "scales", scales, ScaleRefinement)
+    alone, _ = refine(opened, tmp_path / "scales", scales)
     assert list(history[0]["kl"]) == ["2", "3", "4", "6", "8"]
     before, after, other = (divergences(opened, parent, WINDOWS[10:]) for parent in (opened.parent, refined, alone))
     ratio = sum(math.log(after[bits] / other[bits]) for bits in ("2", "3", "4")) / 3
@@ -306,7 +277,7 @@ def test_a_killed_refinement_goes_on_with_the_same_bytes(opened: Opened, tmp_pat
 def test_codes_of_experts_without_tokens_stay(tmp_path: Path) -> None:
     opened = Opened(save(make_model("mixtral"), tmp_path / "model"), tmp_path / "store", stretch=1.25)
     same = torch.full((14, 2), 7)  # one token, so that few experts are read
-    refined, _ = refine(opened, tmp_path / "refined", windows=same[:10], validation=same[10:])
+    refined, _ = refine(opened, tmp_path / "refined", CONFIG, windows=same[:10], validation=same[10:])
     still = [
         torch.equal(weight.codes, weights_of(opened.parent)[name].codes) for name, weight in weights_of(refined).items()
     ]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from architectures import make_model, save
 from packing import Opened
+from refining import CPU, WINDOWS, context_of, refine
 
 from matquant.errors import UserError
 from matquant.evaluate.slices import evaluate_slices
@@ -17,39 +18,13 @@ from matquant.formats.slice_spec import SliceSpec
 from matquant.models.blocks import BlockModel
 from matquant.refine import slice_model
 from matquant.refine.config import RefineConfig
-from matquant.refine.refinement import RefineContext
 from matquant.refine.scale_refinement import ScaleRefinement
 from matquant.refine.slice_model import SliceModel, open_slice_model
 from matquant.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CPU = torch.device("cpu")
-WINDOWS = torch.randint(3, 120, (14, 12), generator=torch.Generator().manual_seed(0))
 CONFIG = RefineConfig(method="scales", bits=(2, 3), steps=24, learning_rate=0.03, warmup_steps=2, validate_every=8)
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
-    folder = tmp_path_factory.mktemp("opened")
-    return Opened(save(make_model("llama"), folder / "model"), folder / "store", stretch=1.25)
-
-
-def context_of(opened: Opened, **changes: Any) -> RefineContext:
-    fields: dict[str, Any] = {"blocks": opened.blocks, "parent": opened.parent, "windows": WINDOWS[:10]}
-    fields |= {"validation": WINDOWS[10:], "batch_size": 2, "device": CPU, "dtype": torch.float32}
-    return RefineContext(**fields | changes)
-
-
-def refine(opened: Opened, store: Path, config: RefineConfig = CONFIG, **changes: Any) -> tuple[Parent, list[dict]]:
-    """Refined parent and the history of its validations."""
-    refinement = ScaleRefinement(config, context_of(opened, **changes))
-
-    def build(draft: Any) -> dict[str, Any]:
-        return {"blocks": refinement.run(draft), "history": refinement.history}
-
-    parent = Parent(Store(store).open_or_build("refined", {"seed": config.seed}, build))
-    return parent, parent.artifact.about["history"]
 
 
 def divergences(opened: Opened, parent: Parent, windows: torch.Tensor) -> Mapping[str, float]:
@@ -119,11 +94,11 @@ def test_a_refinement_says_that_it_ran_without_graphs(
     assert f"Training runs without CUDA graphs ({reason})" in caplog.text  # at once, not only at the end
     (sentence,) = refinement.warnings
     assert f"without CUDA graphs, which this model does not allow ({reason})" in sentence
-    assert parent.block(0).keys() == refine(opened, tmp_path / "other")[0].block(0).keys()
+    assert parent.block(0).keys() == refine(opened, tmp_path / "other", CONFIG)[0].block(0).keys()
 
 
 def test_refined_bit_widths_get_better_and_the_others_stay(opened: Opened, tmp_path: Path) -> None:
-    refined, history = refine(opened, tmp_path)
+    refined, history = refine(opened, tmp_path, CONFIG)
     before, after = (divergences(opened, parent, WINDOWS[10:]) for parent in (opened.parent, refined))
     assert [row["step"] for row in history] == [0, 8, 16, 24]
     for bits in ("2", "3"):
@@ -150,7 +125,7 @@ def test_training_that_makes_it_worse_ends_with_the_scales_before(opened: Opened
 
 
 def test_a_killed_refinement_goes_on_with_the_same_bytes(opened: Opened, tmp_path: Path) -> None:
-    whole, history = refine(opened, tmp_path / "whole")
+    whole, history = refine(opened, tmp_path / "whole", CONFIG)
 
     class Killed(BaseException):
         pass
@@ -162,9 +137,9 @@ def test_a_killed_refinement_goes_on_with_the_same_bytes(opened: Opened, tmp_pat
 
     taken: list[int] = []
     with pytest.raises(Killed):
-        refine(opened, tmp_path / "resumed", progress=killing)
+        refine(opened, tmp_path / "resumed", CONFIG, progress=killing)
     steps: list[int] = []
-    resumed, resumed_history = refine(opened, tmp_path / "resumed", progress=steps.append)
+    resumed, resumed_history = refine(opened, tmp_path / "resumed", CONFIG, progress=steps.append)
     assert steps[0] == 16
     assert sum(steps) == 24
     assert resumed_history == history
@@ -173,7 +148,7 @@ def test_a_killed_refinement_goes_on_with_the_same_bytes(opened: Opened, tmp_pat
 
 
 def test_scales_of_one_bit_width_do_not_depend_on_the_others(opened: Opened, tmp_path: Path) -> None:
-    both, _ = refine(opened, tmp_path / "both")
+    both, _ = refine(opened, tmp_path / "both", CONFIG)
     alone, _ = refine(opened, tmp_path / "alone", dataclasses.replace(CONFIG, bits=(3,)))
     for name, weight in alone.block(0).items():
         assert torch.equal(weight.scales_at(3), both.block(0)[name].scales_at(3))

@@ -11,7 +11,6 @@ from weights import make_weight
 from matquant.formats.nested import NestedWeight
 from matquant.formats.packed import LayerSpec
 from matquant.formats.planes import NestedPlanes
-from matquant.inference import torch_reference
 from matquant.inference.shard import WeightShard
 from matquant.vllm.fused_linears import fuse
 from matquant.vllm.sharded_linear import ShardedDenseLinear, ShardedNestedLinear, finish_loading
@@ -45,20 +44,6 @@ def load(members: list[ShardedNestedLinear], weights: list[NestedWeight]) -> Non
 
 def product(x: Tensor, weights: list[NestedWeight], bits: Any) -> Tensor:
     return torch.cat([x @ weight.dequantize(width).T for weight, width in zip(weights, bits, strict=True)], -1)
-
-
-@pytest.fixture
-def launches(monkeypatch) -> list[tuple[int, int]]:
-    """Rows and bit-width of each product so far."""
-    found: list[tuple[int, int]] = []
-    linear = torch_reference.linear
-
-    def counted(x: Tensor, weight: NestedPlanes, bias: Tensor | None, bits: int) -> Tensor:
-        found.append((weight.out_features, bits))
-        return linear(x, weight, bias, bits)
-
-    monkeypatch.setattr(torch_reference, "linear", counted)
-    return found
 
 
 @pytest.mark.parametrize("options", [{}, {"zeros": True}, {"scale_bits": (2, 4)}, {"stretch": 1.25}])

@@ -29,7 +29,7 @@ class CudaDriver:
         from cupy_backends.cuda.api import driver, runtime
 
         self._driver, self._runtime = driver, runtime
-        self._pdl = PdlLauncher()
+        self._pdl = PdlLauncher(driver.check_status)
         self.current_stream = torch._C._cuda_getCurrentRawStream
         self.current_device = torch._C._cuda_getDevice
 
@@ -61,19 +61,14 @@ class CudaDriver:
 
     def launch(self, function: int, device: int, pdl: bool, *launch: int) -> None:
         """Enqueue a kernel, with programmatic dependent launch if ``pdl``. Raises RuntimeError if the driver refuses it."""
+        launch_kernel = self._pdl.launch if pdl else self._driver.launchKernel
         try:
-            self._launch(function, pdl, launch)
+            launch_kernel(function, *launch)
         except self._driver.CUDADriverError as error:
             if error.status != _INVALID_CONTEXT:
                 raise RuntimeError(str(error)) from error
             self.use(device)
-            self._launch(function, pdl, launch)
-
-    def _launch(self, function: int, pdl: bool, launch: tuple[int, ...]) -> None:
-        if pdl:
-            self._driver.check_status(self._pdl.launch(function, *launch))
-        else:
-            self._driver.launchKernel(function, *launch)
+            launch_kernel(function, *launch)
 
     def allow_shared(self, function: int, bytes_: int) -> None:
         """Set the maximum dynamic shared memory of a kernel. Raises RuntimeError if the device has less."""

@@ -1,6 +1,7 @@
 """Kernels by name, loaded once per device, and their launch."""
 
 import functools
+import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -104,7 +105,7 @@ class Kernel:
         driver, device = self._driver, self.device
         if shared_bytes > self._shared_bytes:
             self._allow_shared(shared_bytes)
-        launch = (*_three(grid), *_three(block), shared_bytes, driver.current_stream(device), frame.address, 0)
+        launch = (*_dimensions(grid, block), shared_bytes, driver.current_stream(device), frame.address, 0)
         try:
             if driver.current_device() == device:
                 driver.launch(self._function, device, self._pdl, *launch)
@@ -149,8 +150,11 @@ class Kernel:
         self._shared_bytes = shared_bytes
 
 
-def _three(size: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (size, 1, 1) if isinstance(size, int) else (*size, 1, 1)[:3]
+@functools.lru_cache(maxsize=4096)
+def _dimensions(grid: int | tuple[int, ...], block: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Three dimensions of a grid, then those of a block."""
+    sizes = ((size,) if isinstance(size, int) else size for size in (grid, block))
+    return tuple(itertools.chain.from_iterable((*size, 1, 1)[:3] for size in sizes))
 
 
 def _device_index(device: torch.device | str | int | None, driver: CudaDriver) -> int:

@@ -6,58 +6,48 @@ see ``kernels/device.cuh``.
 """
 
 import ctypes
+import struct
 import threading
+from collections.abc import Callable
 
 MIN_CAPABILITY = (9, 0)  # compute capability
 _ALLOW = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
-class _Attribute(ctypes.Structure):
-    """``CUlaunchAttribute``: a union of 64 bytes; this attribute uses an int of it."""
-
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
-
-
-class _Config(ctypes.Structure):
-    """``CUlaunchConfig``."""
-
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("count", ctypes.c_uint),
-    )
+_CONFIG = struct.Struct("@7I4xQQI4x")  # CUlaunchConfig: grid, block, shared bytes, stream, attributes, number of attributes
+_ATTRIBUTE = struct.Struct("@i4xi60x")  # CUlaunchAttribute: its id, and a union of 64 bytes, of which PDL uses an int
 
 
 class PdlLauncher:
     """Launcher with programmatic dependent launch, by ``cuLaunchKernelEx``.
 
+    Args:
+        check_status: raises an error for a status of the driver that is not 0.
+
     Raises:
         OSError, AttributeError: the driver's library is not found, or is older than CUDA 11.8.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, check_status: Callable[[int], None]) -> None:
         self._call = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
         self._call.argtypes = (ctypes.c_void_p,) * 4
+        self._check_status = check_status
+        self._attribute = ctypes.create_string_buffer(_ATTRIBUTE.pack(_ALLOW, 1))
+        self._attribute_address = ctypes.addressof(self._attribute)
         self._thread = threading.local()
 
-    def launch(self, function: int, *launch: int) -> int:
-        """Enqueue a kernel; arguments as of ``cuLaunchKernel``. Returns the status of the driver."""
+    def launch(self, function: int, *launch: int) -> None:
+        """Enqueue a kernel; arguments as of ``cuLaunchKernel``. Raises the error of ``check_status``."""
         try:
             config, address = self._thread.config
         except AttributeError:
             config, address = self._new_config()
-        config.grid[:] = launch[:3]
-        config.block[:] = launch[3:6]
-        config.shared_bytes, config.stream = launch[6], launch[7]
-        status: int = self._call(address, function, launch[8], None)
-        return status
+        _CONFIG.pack_into(config, 0, *launch[:8], self._attribute_address, 1)
+        if status := self._call(address, function, launch[8], None):
+            self._check_status(status)
 
-    def _new_config(self) -> tuple[_Config, int]:
-        """Configuration of this thread; it keeps the attribute alive."""
-        allow = _Attribute(id=_ALLOW, value=1)
-        config = _Config(attributes=ctypes.pointer(allow), count=1)
+    def _new_config(self) -> tuple[ctypes.Array[ctypes.c_char], int]:
+        """Memory of this thread for the configuration of one launch at a time, and its address."""
+        config = ctypes.create_string_buffer(_CONFIG.size)
         found = self._thread.config = config, ctypes.addressof(config)
         return found

@@ -1,5 +1,6 @@
 """Compiling, keeping and launching CUDA kernels, with the compiler and the driver played by the tests where there is no GPU."""
 
+import contextlib
 import ctypes
 import struct
 import subprocess
@@ -98,12 +99,17 @@ def test_an_overlapping_launch_hands_the_driver_what_its_header_asks_for(monkeyp
         *sizes, stream, attributes, count = struct.unpack("@7I4xQQI", ctypes.string_at(config, 52))
         seen.append((sizes, stream, count, function, arguments, extra))
         seen.append(struct.unpack("@i4xi", ctypes.string_at(attributes, 12)))
-        return 201
+        return stream % 1000
+
+    def check_status(status):
+        raise OverflowError(f"status {status}")
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace(cuLaunchKernelEx=launch_kernel_ex))
-    launcher = PdlLauncher()
-    for stream in (77, 2**40):
-        assert launcher.launch(5, 3, 4, 1, 128, 1, 1, 1000, stream, 4096, 0) == 201
+    launcher = PdlLauncher(check_status)
+    for stream, status in ((77, 77), (2**40, 2**40 % 1000), (2000, 0)):
+        refused = pytest.raises(OverflowError, match=f"status {status}") if status else contextlib.nullcontext()
+        with refused:
+            launcher.launch(5, 3, 4, 1, 128, 1, 1, 1000, stream, 4096, 0)
         assert seen[-2:] == [([3, 4, 1, 128, 1, 1, 1000], stream, 1, 5, 4096, None), (6, 1)]
 
 

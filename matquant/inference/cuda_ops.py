@@ -69,28 +69,20 @@ workspaces: dict[int, Workspace] = {}  # by device index
 
 
 def linear(
-    x: Tensor,
-    planes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-    master_bits: int,
-    slicing: Slicing,
-    offset: float,
-    stretch: float,
+    x: Tensor, planes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, *settings: Any
 ) -> Tensor:
-    """Operator ``nested_linear`` on a CUDA device; errors as in ``inference.ops``."""
+    """Operator ``nested_linear`` on a CUDA device; errors as in ``inference.ops``.
+
+    Args:
+        settings: values of ``CallSettings``.
+    """
     check_no_gradient(x, scales, bias)
     shape, device = x.shape, x.get_device()
-    tokens = x.numel() // shape[-1] if shape and shape[-1] else 0
-    settings = CallSettings(bits, out_features, in_features, group_size, master_bits, slicing, offset, stretch)
+    columns = shape[-1] if shape else None
+    tokens = x.numel() // columns if columns else 0
     key = (
-        min(tokens, MAX_M + 1),
-        shape[-1:],
+        tokens if tokens <= MAX_M else MAX_M + 1,
+        columns,
         x.dtype,
         device,
         planes.shape,
@@ -105,25 +97,39 @@ def linear(
     launch = launch_cache.get(key)
     readable = holds_row_tiles(planes) and holds_row_tiles(scales) and (zeros is None or holds_row_tiles(zeros))
     if launch is None or not readable:
-        launch = launch_cache[key] = _plan_launch(x, planes, scales, zeros, bias, tokens, settings)
-    if launch.two_launches:
-        parts = x.reshape(tokens, -1).split(-(-tokens // 2))
-        halves = [linear(part, planes, scales, zeros, bias, *settings) for part in parts]
-        return torch.cat(halves).view(*shape[:-1], out_features)
-    y = x.new_empty((*shape[:-1], out_features))
-    if not tokens:
-        return y
-    if launch.kernel is None or launch.config is None:
-        weight = _weight(planes, scales, zeros, settings)
-        return _linear_by_strips(x, weight, bias, bits, y)
+        plan = _plan_launch(x, planes, scales, zeros, bias, tokens, CallSettings(*settings))
+        launch = launch_cache[key] = plan
+    kernel, config, two_launches = launch
+    if kernel is None or config is None or not tokens:
+        return _linear_without_gemm(x, planes, scales, zeros, bias, tokens, CallSettings(*settings), two_launches)
     rows = aligned_rows(x, tokens)
-    if bias is not None and bias.dtype != x.dtype:
-        bias = bias.to(x.dtype)
-    config = launch.config
+    if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
+        bias = bias.to(x.dtype).contiguous()
+    y = x.new_empty(*shape[:-1], config.sizes[0])
     semaphores, workspace = workspaces[device].acquire(config.tile_semaphores, config.workspace)
     arguments = config.arguments(planes, scales, zeros, rows, bias, y, workspace, semaphores, tokens)
-    launch.kernel.launch(config.grid, config.block, arguments, config.shared_bytes)
+    kernel.launch(config.grid, config.block, arguments, config.shared_bytes)
     return y
+
+
+def _linear_without_gemm(
+    x: Tensor,
+    planes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    tokens: int,
+    settings: CallSettings,
+    two_launches: bool,
+) -> Tensor:
+    """Product that no single launch of a GEMM kernel computes: of no or many tokens, or of an unsupported shape."""
+    shape = (*x.shape[:-1], settings.out_features)
+    if two_launches:
+        parts = x.reshape(tokens, -1).split(-(-tokens // 2))
+        halves = [linear(part, planes, scales, zeros, bias, *settings) for part in parts]
+        return torch.cat(halves).view(shape)
+    y = x.new_empty(shape)
+    return _linear_by_strips(x, _weight(planes, scales, zeros, settings), bias, settings.bits, y) if tokens else y
 
 
 def _weight(planes: Tensor, scales: Tensor, zeros: Tensor | None, settings: CallSettings) -> NestedPlanes:

@@ -110,8 +110,10 @@ class LaunchConfig:
         """Arguments of the kernel, in its order. The weight may be a range of row tiles of a larger one."""
         arrays: Sequence[Any] = (planes, scales, zeros, x)
         if self.descriptors is not None:
-            pairs = zip(arrays, self.descriptors, strict=True)
-            arrays = [a if a is None or spec is None else encode_tma_descriptor(a, spec) for a, spec in pairs]
+            arrays = list(arrays)
+            for i, spec in enumerate(self.descriptors):
+                if spec is not None and arrays[i] is not None:
+                    arrays[i] = encode_tma_descriptor(arrays[i], spec)
         common = (*arrays[1:], bias, y, workspace, tile_semaphores, tokens, *self.sizes)
         if not self.takes_strides:
             return (arrays[0], *common, *self.affine)

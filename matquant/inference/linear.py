@@ -170,11 +170,12 @@ class NestedLinear(nn.Module):
                 if y is not None:
                     return y
             bits = self.phase_bits()
+        buffers = self._buffers  # nn.Module.__getattr__ would search for each buffer
         return differentiable_linear(
             x,
-            self.planes,
+            buffers["planes"],
             self.scales_at(bits),
-            self.zeros,
+            buffers["zeros"],
             self.bias,
             bits,
             self.out_features,
@@ -184,7 +185,7 @@ class NestedLinear(nn.Module):
 
     def scales_at(self, bits: int) -> Tensor:
         """Set of scales that ``bits`` bits read."""
-        scales: Tensor = getattr(self, f"scales{bits}") if bits in self.format.scale_bits else self.scales
+        scales: Tensor = self._buffers[f"scales{bits}" if bits in self.format.scale_bits else "scales"]
         return scales
 
     def phase_bits(self) -> int:

@@ -19,7 +19,6 @@ Raises:
         CUDA device, a tensor that requires a gradient. Nothing has been launched then.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from matquant.formats.nested import Slicing, WeightFormat
 from matquant.formats.planes import NestedPlanes, check_layout
 from matquant.inference import cuda_ops, torch_reference
 from matquant.inference.argument_checks import check_no_gradient, check_x
+from matquant.inference.direct_calls import takes_direct_call
 
 _FORMAT_SCHEMA = "int group_size, int master_bits, str slicing, float offset, float stretch"
 
@@ -60,29 +60,32 @@ def linear(x: Tensor, weight: NestedPlanes, bits: int, bias: Tensor | None = Non
 
 
 def differentiable_linear(
-    x: Tensor,
-    planes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    out_features: int,
-    in_features: int,
-    *op_args: Any,
+    x: Tensor, planes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, *settings: Any
 ) -> Tensor:
     """Operator ``nested_linear`` with gradients with respect to ``x`` and ``bias``.
 
     The backward pass holds the dense weight of the layer, in the dtype of ``x``.
 
+    Args:
+        settings: other arguments of the operator.
+
     Raises:
         UserError: as the operator, and for scales that require a gradient.
     """
-    arguments = (x, planes, scales, zeros, bias, bits, out_features, in_features, *op_args)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        multiply: Callable[..., Tensor] = _DifferentiableLinear.apply
-    else:
-        multiply = torch.ops.matquant.nested_linear.default
-    return multiply(*arguments)
+        y: Tensor = _DifferentiableLinear.apply(x, planes, scales, zeros, bias, *settings)
+        return y
+    return nested_linear(x, planes, scales, zeros, bias, *settings)
+
+
+def nested_linear(
+    x: Tensor, planes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, *settings: Any
+) -> Tensor:
+    """Operator ``nested_linear``, called without torch's dispatcher where that makes no difference, see ``direct_calls``."""
+    if takes_direct_call(x, planes, scales, zeros, bias):
+        return cuda_ops.linear(x, planes, scales, zeros, bias, *settings)
+    y: Tensor = torch.ops.matquant.nested_linear.default(x, planes, scales, zeros, bias, *settings)
+    return y
 
 
 class _DifferentiableLinear(torch.autograd.Function):

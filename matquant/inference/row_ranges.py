@@ -5,12 +5,11 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from matquant.formats.nested import WeightFormat
 from matquant.formats.tile_layout import TILE, tiles
-from matquant.inference import ops  # noqa: F401 - defines nested_linear
+from matquant.inference import ops
 
 
 def tile_ranges(rows: Sequence[int]) -> list[slice]:
@@ -70,8 +69,6 @@ def multiply_ranges(
             )  # others may be in host memory
             weight = (planes[:read, part], scales[own][:, part], None if zeros is None else zeros[:, part])
         own_bias = None if bias is None else bias[first : first + count]
-        outputs.append(
-            torch.ops.matquant.nested_linear.default(x, *weight, own_bias, width, count, in_features, *op_args)
-        )
+        outputs.append(ops.nested_linear(x, *weight, own_bias, width, count, in_features, *op_args))
         first += count
     return outputs

@@ -13,10 +13,15 @@ _SLOT = 8  # bytes for one argument, or several such slots for a structure
 _SCALARS = "?bBhHiIlLqQefd"  # format characters of ``struct`` for scalar arguments
 
 
+class Address(int):
+    """Address of device memory as a kernel argument, like a tensor; whoever passes it makes sure that the memory exists."""
+
+
 class Signature:
     """Types of a kernel's arguments, from those of its first launch.
 
-    A tensor or None is an address, int an int32, float a float32, bytes a structure; ctypes and numpy scalars keep their type.
+    A tensor, an ``Address`` or None is an address, int an int32, float a float32, bytes a structure; ctypes and numpy scalars
+    keep their type.
 
     Raises:
         TypeError: an argument has another type.
@@ -62,6 +67,8 @@ class Frame:
                 tensor = values[i]
                 if tensor is None:
                     values[i] = 0
+                elif type(tensor) is Address:
+                    continue
                 elif tensor.get_device() == device:
                     values[i] = tensor.data_ptr()
                 else:
@@ -78,7 +85,7 @@ class Frame:
 
 def _form(type_: type) -> str:
     """Format of a value in its slot, in the notation of ``struct``; "P" is an address."""
-    if issubclass(type_, Tensor | type(None)):
+    if issubclass(type_, Tensor | Address | type(None)):
         return "P"
     if type_ in (int, float):
         return "i" if type_ is int else "f"

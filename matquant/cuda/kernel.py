@@ -87,9 +87,9 @@ class Kernel:
         Args:
             grid: CTAs, in up to three dimensions.
             block: threads of a CTA, in up to three dimensions.
-            args: a tensor is passed as its address, None as a null pointer, int as int32, float as float32, bytes as a
-                structure; other types as ``ctypes`` or numpy scalars. They are not compared with the source, and must have the
-                same types in every launch.
+            args: a tensor or an ``Address`` is passed as an address, None as a null pointer, int as int32, float as float32,
+                bytes as a structure; other types as ``ctypes`` or numpy scalars. They are not compared with the source, and
+                must have the same types in every launch.
             shared_bytes: dynamic shared memory of a CTA.
 
         Raises:

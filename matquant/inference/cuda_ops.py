@@ -25,6 +25,7 @@ from matquant.inference.launch_config import (
     MAX_M,
     STRIP_WEIGHTS,
     LaunchConfig,
+    WeightArguments,
     dequantize_launch,
     make_launch_config,
     max_tokens,
@@ -55,16 +56,20 @@ class CallSettings(NamedTuple):
 
 
 class CachedLaunch(NamedTuple):
-    """Launch of all calls that differ in addresses only: a kernel, two calls with half of the tokens, or strips."""
+    """Launch of all calls that differ in addresses only: a kernel, two calls with half of the tokens, or strips.
+
+    Attributes:
+        takes_addresses: True for a kernel that takes the weight by addresses, see ``LaunchConfig``.
+    """
 
     kernel: Kernel | None = None
     config: LaunchConfig | None = None
     two_launches: bool = False
+    takes_addresses: bool = False
 
 
-launch_cache: dict[
-    tuple[Any, ...], CachedLaunch
-] = {}  # by everything that a launch depends on; clear() to plan all launches again
+Launches = dict[tuple[Any, ...], CachedLaunch]  # of weights of one layout and bit-width, see ``call_key``
+launch_cache: dict[tuple[Any, ...], Launches] = {}  # by layout and bit-width; clear() to plan all launches again
 workspaces: dict[int, Workspace] = {}  # by device index
 
 
@@ -77,14 +82,23 @@ def linear(
         settings: values of ``CallSettings``.
     """
     check_no_gradient(x, scales, bias)
-    shape, device = x.shape, x.get_device()
-    columns = shape[-1] if shape else None
-    tokens = x.numel() // columns if columns else 0
-    key = (
-        tokens if tokens <= MAX_M else MAX_M + 1,
-        columns,
-        x.dtype,
-        device,
+    launches = launches_of(planes, scales, zeros, bias, settings)
+    key = tokens, *_ = call_key(x)
+    launch = launches.get(key)
+    readable = holds_row_tiles(planes) and holds_row_tiles(scales) and (zeros is None or holds_row_tiles(zeros))
+    if launch is None or not readable:
+        launch = _plan_launch(x, planes, scales, zeros, bias, tokens, CallSettings(*settings))
+        launches[key] = launch
+    if launch.config is None:
+        return _linear_without_gemm(x, planes, scales, zeros, bias, launch, CallSettings(*settings))
+    return multiply(launch, x, WeightArguments.of(planes, scales, zeros), bias, tokens)
+
+
+def launches_of(
+    planes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, settings: tuple[Any, ...]
+) -> Launches:
+    """Launches that are planned for weights and biases of this layout, at one bit-width."""
+    layout = (
         planes.shape,
         planes.dtype,
         planes.get_device(),
@@ -94,20 +108,29 @@ def linear(
         None if bias is None else (bias.shape, bias.dtype),
         settings,
     )
-    launch = launch_cache.get(key)
-    readable = holds_row_tiles(planes) and holds_row_tiles(scales) and (zeros is None or holds_row_tiles(zeros))
-    if launch is None or not readable:
-        plan = _plan_launch(x, planes, scales, zeros, bias, tokens, CallSettings(*settings))
-        launch = launch_cache[key] = plan
-    kernel, config, two_launches = launch
-    if kernel is None or config is None or not tokens:
-        return _linear_without_gemm(x, planes, scales, zeros, bias, tokens, CallSettings(*settings), two_launches)
+    launches = launch_cache.get(layout)
+    return launch_cache.setdefault(layout, {}) if launches is None else launches
+
+
+def call_key(x: Tensor) -> tuple[Any, ...]:
+    """Tokens (MAX_M + 1 for all numbers above), columns, dtype and device of a call; the launch depends on no more of ``x``."""
+    shape = x.shape
+    columns = shape[-1] if shape else None
+    tokens = x.numel() // columns if columns else 0
+    return tokens if tokens <= MAX_M else MAX_M + 1, columns, x.dtype, x.get_device()
+
+
+def multiply(launch: CachedLaunch, x: Tensor, weight: WeightArguments, bias: Tensor | None, tokens: int) -> Tensor:
+    """Launch a GEMM kernel for a checked call."""
+    kernel, config = launch.kernel, launch.config
+    assert kernel is not None
+    assert config is not None
     rows = aligned_rows(x, tokens)
     if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
         bias = bias.to(x.dtype).contiguous()
-    y = x.new_empty(*shape[:-1], config.sizes[0])
-    semaphores, workspace = workspaces[device].acquire(config.tile_semaphores, config.workspace)
-    arguments = config.arguments(planes, scales, zeros, rows, bias, y, workspace, semaphores, tokens)
+    y = x.new_empty(*x.shape[:-1], config.sizes[0])
+    semaphores, workspace = workspaces[x.get_device()].acquire(config.tile_semaphores, config.workspace)
+    arguments = config.arguments(weight, rows, bias, y, workspace, semaphores, tokens)
     kernel.launch(config.grid, config.block, arguments, config.shared_bytes)
     return y
 
@@ -118,21 +141,25 @@ def _linear_without_gemm(
     scales: Tensor,
     zeros: Tensor | None,
     bias: Tensor | None,
-    tokens: int,
+    launch: CachedLaunch,
     settings: CallSettings,
-    two_launches: bool,
 ) -> Tensor:
     """Product that no single launch of a GEMM kernel computes: of no or many tokens, or of an unsupported shape."""
     shape = (*x.shape[:-1], settings.out_features)
-    if two_launches:
-        parts = x.reshape(tokens, -1).split(-(-tokens // 2))
-        halves = [linear(part, planes, scales, zeros, bias, *settings) for part in parts]
+    if launch.two_launches:
+        rows = x.reshape(-1, settings.in_features)
+        halves = [linear(part, planes, scales, zeros, bias, *settings) for part in rows.split(-(-len(rows) // 2))]
         return torch.cat(halves).view(shape)
     y = x.new_empty(shape)
-    return _linear_by_strips(x, _weight(planes, scales, zeros, settings), bias, settings.bits, y) if tokens else y
+    return (
+        _linear_by_strips(x, checked_weight(planes, scales, zeros, settings), bias, settings.bits, y)
+        if y.numel()
+        else y
+    )
 
 
-def _weight(planes: Tensor, scales: Tensor, zeros: Tensor | None, settings: CallSettings) -> NestedPlanes:
+def checked_weight(planes: Tensor, scales: Tensor, zeros: Tensor | None, settings: CallSettings) -> NestedPlanes:
+    """Weight of a call. Raises UserError for tensors that do not fit together."""
     return NestedPlanes(
         planes=planes,
         scales=scales,
@@ -154,7 +181,7 @@ def _plan_launch(
 ) -> CachedLaunch:
     """Check a call, and compile and load its kernel. Raises UserError."""
     check_x(x, planes, bias, settings.out_features, settings.in_features)
-    weight = _weight(planes, scales, zeros, settings)
+    weight = checked_weight(planes, scales, zeros, settings)
     weight.check_bits(settings.bits)
     shape = _gemm_shape(weight, settings.bits, x.dtype, tokens)
     if not is_supported(shape):
@@ -182,7 +209,7 @@ def _plan_launch(
     kernel = load(config.source, config.function, defines=config.defines, device=index, prefer_shared=True, pdl=True)
     if index not in workspaces:
         workspaces[index] = Workspace(x.device)
-    return CachedLaunch(kernel, config)
+    return CachedLaunch(kernel, config, takes_addresses=config.takes_addresses)
 
 
 @functools.cache
@@ -237,7 +264,7 @@ def dequantize(
 ) -> Tensor:
     """Operator ``nested_dequantize`` on a CUDA device."""
     settings = CallSettings(bits, out_features, in_features, group_size, master_bits, slicing, offset, stretch)
-    weight = _weight(planes, scales, zeros, settings)
+    weight = checked_weight(planes, scales, zeros, settings)
     weight.check_bits(bits)
     if not is_supported(_gemm_shape(weight, bits, dtype, 1)):
         return weight.dequantize(bits, dtype)

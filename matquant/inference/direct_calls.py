@@ -10,31 +10,32 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import profiler
 
-_PLAIN_TYPES = frozenset({Tensor, nn.Parameter, type(None)})
+_BIAS_TYPES = (nn.Parameter, Tensor, type(None))
 
 is_on_cuda = operator.attrgetter("is_cuda")
 
 
-def takes_direct_call(x: Tensor, *others: Tensor | None) -> bool:
-    """Return True if the operator of these arguments would run its CUDA implementation, and nothing would follow it.
+def takes_direct_call(x: Tensor, planes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> bool:
+    """Return True if the operator of these tensors would only run its CUDA implementation, and nothing follows it.
 
-    False under ``torch.compile``, in tracing, in modes of ``torch_function`` and ``torch_dispatch`` (fake tensors, ``make_fx``),
-    in transforms of ``torch.func``, while a profiler runs, for subclasses of ``Tensor``, and for an ``x`` that a kernel cannot
-    read at its address: the lazy negative of a tensor, and zeros without memory. Gradients are the caller's concern.
+    False under ``torch.compile``, where ``operators_are_followed``, where a gradient is recorded, for subclasses of ``Tensor``,
+    and for an ``x`` that a kernel cannot read at its address: the lazy negative of a tensor, and zeros without memory.
     """
-    return (
-        not torch.compiler.is_dynamo_compiling()
-        and is_on_cuda(x)
-        and _PLAIN_TYPES.issuperset(map(type, (x, *others)))
-        and not operators_are_followed()
-        and not x.is_neg()
-        and not x._is_zerotensor()
-    )
+    if torch.compiler.is_dynamo_compiling() or not is_on_cuda(x) or operators_are_followed():
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or scales.requires_grad or getattr(bias, "requires_grad", False)):
+        return False
+    are_plain = type(x) is type(planes) is type(scales) is Tensor and (zeros is None or type(zeros) is Tensor)
+    return are_plain and type(bias) in _BIAS_TYPES and not (x.is_neg() or x._is_zerotensor())
 
 
 def operators_are_followed() -> bool:
-    """Return True if a mode, a transform, a tracer or a profiler follows the operators of this thread."""
-    # torch asks these functions itself, in autograd.Function and in its operators; it has no public ones.
+    """Return True if something follows the operators of this thread.
+
+    Such as modes of ``torch_dispatch`` and ``torch_function`` (fake tensors, ``make_fx``, ``torch.device`` as a context),
+    transforms of ``torch.func``, ``torch.jit.trace``, and profilers.
+    """
+    # Functions that torch itself asks, in autograd.Function and before operators; it has no public ones.
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()

@@ -2,11 +2,11 @@
 
 import ctypes
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from matquant.cuda.arguments import Address
 from matquant.cuda.tma import encode_tma_descriptor
 from matquant.formats.tile_layout import TILE, tiles
 from matquant.inference.gemm_shape import DeviceLimits, GemmShape, folds_zero_point_exactly
@@ -65,6 +65,34 @@ def dequantize_launch(
     return grid, WARP * _DEQUANT_WARPS, _DEQUANT_WARPS * TILE * _DEQUANT_ROW_BYTES, numbers
 
 
+class WeightArguments(NamedTuple):
+    """Weight as arguments of a kernel.
+
+    Attributes:
+        planes, scales, zeros: tensors, or their addresses. May be a range of row tiles of larger ones.
+        plane_stride, row_tiles: see the functions of these names.
+    """
+
+    planes: Tensor | Address
+    plane_stride: ctypes.c_uint64
+    scales: Tensor | Address
+    zeros: Tensor | Address | None
+    row_tiles: int
+
+    @classmethod
+    def of(cls, planes: Tensor, scales: Tensor, zeros: Tensor | None) -> "WeightArguments":
+        """Arguments for the tensors of a weight."""
+        return cls(planes, plane_stride(planes), scales, zeros, scale_row_tiles(scales))
+
+    def by_address(self) -> "WeightArguments":
+        """Arguments that hold the addresses of the tensors, and do not keep them alive."""
+        planes, scales, zeros = (
+            Address(one.data_ptr()) if isinstance(one, Tensor) else one
+            for one in (self.planes, self.scales, self.zeros)
+        )
+        return self._replace(planes=planes, scales=scales, zeros=zeros)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LaunchConfig:
     """Launch of a GEMM kernel.
@@ -95,11 +123,14 @@ class LaunchConfig:
     affine: tuple[float, float, float]
     takes_strides: bool
 
+    @property
+    def takes_addresses(self) -> bool:
+        """True if no TMA descriptor holds a part of the weight."""
+        return self.descriptors is None or not any(self.descriptors[:3])
+
     def arguments(
         self,
-        planes: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None,
+        weight: "WeightArguments",
         x: Tensor,
         bias: Tensor | None,
         y: Tensor,
@@ -107,17 +138,20 @@ class LaunchConfig:
         tile_semaphores: Tensor,
         tokens: int,
     ) -> tuple[Any, ...]:
-        """Arguments of the kernel, in its order. The weight may be a range of row tiles of a larger one."""
-        arrays: Sequence[Any] = (planes, scales, zeros, x)
-        if self.descriptors is not None:
-            arrays = list(arrays)
-            for i, spec in enumerate(self.descriptors):
-                if spec is not None and arrays[i] is not None:
-                    arrays[i] = encode_tma_descriptor(arrays[i], spec)
-        common = (*arrays[1:], bias, y, workspace, tile_semaphores, tokens, *self.sizes)
+        """Arguments of the kernel, in its order.
+
+        Args:
+            weight: by addresses only if ``takes_addresses``.
+        """
+        arrays: list[Any] = [weight.planes, weight.scales, weight.zeros, x]
+        for i, spec in enumerate(self.descriptors or ()):
+            if spec is not None and arrays[i] is not None:
+                arrays[i] = encode_tma_descriptor(arrays[i], spec)
+        planes, *others = arrays
+        common = (*others, bias, y, workspace, tile_semaphores, tokens, *self.sizes)
         if not self.takes_strides:
-            return (arrays[0], *common, *self.affine)
-        return (arrays[0], plane_stride(planes), *common, scale_row_tiles(scales), *self.affine)
+            return (planes, *common, *self.affine)
+        return (planes, weight.plane_stride, *common, weight.row_tiles, *self.affine)
 
 
 def make_launch_config(shape: GemmShape, device: DeviceLimits, tile: TileConfig | None = None) -> LaunchConfig:

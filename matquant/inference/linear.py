@@ -11,6 +11,8 @@ from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.formats.planes import NestedPlanes
 from matquant.formats.tile_layout import group_shape, plane_shape
 from matquant.inference import ops
+from matquant.inference.bound_weight import BoundWeight
+from matquant.inference.direct_calls import takes_direct_call
 from matquant.inference.forward_phase import ForwardPhase
 from matquant.inference.fused_layers import FusedLayers
 from matquant.inference.ops import differentiable_linear
@@ -72,6 +74,7 @@ class NestedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.format = format
         self.phase = None
+        self._bound: dict[int, BoundWeight] = {}  # by bit-width
         count = format.master_bits if num_planes is None else num_planes
         grid = (count, *plane_shape(out_features, in_features))
         side = group_shape(out_features, in_features, format.group_size)
@@ -170,22 +173,27 @@ class NestedLinear(nn.Module):
                 if y is not None:
                     return y
             bits = self.phase_bits()
-        buffers = self._buffers  # nn.Module.__getattr__ would search for each buffer
-        return differentiable_linear(
-            x,
-            buffers["planes"],
-            self.scales_at(bits),
-            buffers["zeros"],
-            self.bias,
-            bits,
-            self.out_features,
-            self.in_features,
-            *self.format.op_args,
-        )
+        buffers: dict[str, Any] = self._buffers  # nn.Module.__getattr__ would search for each of them
+        tensors: tuple[Any, ...] = (buffers["planes"], self.scales_at(bits), buffers["zeros"], self.bias)
+        if takes_direct_call(x, *tensors):
+            return self._bound_weight(bits, tensors).linear(x, *tensors)
+        return differentiable_linear(x, *tensors, *self._settings(bits))
+
+    def _settings(self, bits: int) -> tuple[Any, ...]:
+        """Arguments of the operator after the tensors."""
+        return bits, self.out_features, self.in_features, *self.format.op_args
+
+    def _bound_weight(self, bits: int, tensors: tuple[Any, ...]) -> BoundWeight:
+        """Weight at ``bits`` bits prepared for the kernels; bound again when a tensor was replaced or moved."""
+        bound = self._bound.get(bits)
+        if bound is None or not bound.reads(*tensors):
+            bound = self._bound[bits] = BoundWeight(*tensors, settings=self._settings(bits))
+        return bound
 
     def scales_at(self, bits: int) -> Tensor:
         """Set of scales that ``bits`` bits read."""
-        scales: Tensor = self._buffers[f"scales{bits}" if bits in self.format.scale_bits else "scales"]
+        buffers: dict[str, Any] = self._buffers
+        scales: Tensor = buffers[f"scales{bits}" if bits in self.format.scale_bits else "scales"]
         return scales
 
     def phase_bits(self) -> int:
@@ -276,8 +284,13 @@ class NestedLinear(nn.Module):
             if (tensor := destination.get(prefix + name)) is not None:
                 destination[prefix + name] = _own_storage(tensor)
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._bound.clear()  # torch may swap tensors, and refuses that for those with weak references
+        super()._load_from_state_dict(*arguments)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NestedLinear":
         """Move to a device like any module; a change of dtype applies to ``weight`` and the bias only."""
+        self._bound.clear()
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.planes.device)).dtype
         names = scale_buffers(self.format, self.planes.shape[0])
         before = {name: getattr(self, name) for name in names}
@@ -300,7 +313,7 @@ class NestedLinear(nn.Module):
         own = {
             name: None if one is None or name in shared else _own_storage(one) for name, one in self._buffers.items()
         }
-        state = {**self.__dict__, "_buffers": own}
+        state = {**self.__dict__, "_buffers": own, "_bound": {}}
         if self.fused is not None:
             state["_shared_index"] = self.fused.index_of(self) if shared else None
         return state

@@ -1,0 +1,63 @@
+"""Weight of a layer on a CUDA device, prepared for repeated calls: checked and encoded for the kernels once."""
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+
+from matquant.inference import cuda_ops
+from matquant.inference.launch_config import WeightArguments
+
+
+class BoundWeight:
+    """Weight and bias of a layer at one bit-width.
+
+    Holds addresses and weak references: a tensor that the layer replaces is freed, and one whose memory was replaced is noticed
+    by ``reads``. May be called from several threads at once.
+
+    Args:
+        settings: values of ``cuda_ops.CallSettings``.
+
+    Raises:
+        UserError: the tensors do not fit together.
+    """
+
+    def __init__(
+        self, planes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, settings: tuple[Any, ...]
+    ) -> None:
+        cuda_ops.checked_weight(planes, scales, zeros, cuda_ops.CallSettings(*settings))
+        self._planes, self._scales, self._zeros, self._bias = map(_reference, (planes, scales, zeros, bias))
+        self._weight = WeightArguments.of(planes, scales, zeros).by_address()
+        self._bias_dtype = None if bias is None else bias.dtype
+        self._settings = settings
+        self._launches = cuda_ops.launches_of(planes, scales, zeros, bias, settings)
+
+    def reads(self, planes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> bool:
+        """Return True if these are the tensors that were bound, in the same memory."""
+        weight = self._weight
+        return (
+            self._planes() is planes
+            and self._scales() is scales
+            and self._zeros() is zeros
+            and self._bias() is bias
+            and planes.data_ptr() == weight.planes
+            and scales.data_ptr() == weight.scales
+            and (zeros is None or zeros.data_ptr() == weight.zeros)
+            and (bias is None or bias.dtype is self._bias_dtype)  # the data of a parameter changes with its dtype
+        )
+
+    def linear(self, x: Tensor, planes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Compute x W^T + bias for tensors that ``reads`` accepted; errors as in ``inference.ops``."""
+        key = cuda_ops.call_key(x)
+        launch = self._launches.get(key)
+        if launch is None or not launch.takes_addresses:
+            return cuda_ops.linear(x, planes, scales, zeros, bias, *self._settings)
+        return cuda_ops.multiply(launch, x, self._weight, bias, key[0])
+
+
+def _reference(tensor: Tensor | None) -> Any:
+    return _nothing if tensor is None else weakref.ref(tensor)
+
+
+def _nothing() -> None:
+    """Reference to a tensor that the layer does not have."""

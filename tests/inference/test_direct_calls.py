@@ -1,0 +1,399 @@
+"""Calls without the dispatcher, with the CPU emulator as the device, and calls that must still take the operator."""
+
+import copy
+import gc
+import io
+import itertools
+import threading
+import weakref
+
+import pytest
+import torch
+from test_cuda_launch import activations, assert_close, device  # noqa: F401 - device is a fixture
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from weights import make_weight
+
+from matquant.errors import UserError
+from matquant.inference import NestedLinear, NestedPlanes, cuda_ops, direct_calls, linear, ops
+from tests.kernels.emulator import have_compiler
+
+needs_compiler = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
+OPERATOR = torch.ops.matquant.nested_linear.default
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """Tensors on the CPU count as tensors on a CUDA device. Returns the tokens of each direct call."""
+    seen = []
+
+    def called_directly(x, *arguments):
+        seen.append(x.shape[:-1].numel())
+        return ops._linear(x, *arguments)
+
+    monkeypatch.setattr(direct_calls, "is_on_cuda", lambda tensor: True)
+    monkeypatch.setattr(cuda_ops, "linear", called_directly)
+    monkeypatch.setattr(cuda_ops, "launch_cache", {})
+    return seen
+
+
+def make_layer(rows=70, columns=128, bits=4, bias=False, **options):
+    weight = make_weight(rows, columns, 64, **options)
+    return NestedLinear.from_planes(weight, activations(rows) if bias else None, bits=bits), weight
+
+
+class Seen(TorchDispatchMode):
+    """Keeps the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class SeenFunctions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.operators.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def callers():
+    """Both ways to a product: the layer, and the function for planes."""
+    layer, _ = make_layer()
+    planes = layer.nested_planes()
+    return [layer, lambda x: linear(x, planes, 4)]
+
+
+def test_plain_calls_on_a_cuda_device_take_no_dispatcher(on_cuda):
+    for call in callers():
+        with torch.no_grad():
+            assert not call(activations(3, 128)).requires_grad
+        assert not call(activations(2, 128)).requires_grad
+        with torch.inference_mode():
+            assert call(activations(1, 128)).is_inference()
+    assert on_cuda == [3, 2, 1] * 2
+
+
+def test_calls_on_the_cpu_take_the_operator(monkeypatch):
+    monkeypatch.setattr(cuda_ops, "linear", None)
+    for call in callers():
+        with Seen() as seen:
+            call(activations(2, 128))
+        call(activations(2, 128))
+        assert OPERATOR in seen.operators
+
+
+@pytest.mark.parametrize("mode", [Seen, SeenFunctions])
+def test_modes_see_the_operator(on_cuda, mode):
+    for call in callers():
+        with mode() as seen:
+            call(activations(2, 128))
+        assert OPERATOR in seen.operators
+    assert not on_cuda
+
+
+def test_fake_tensors_and_traces_see_the_operator(on_cuda):
+    for call in callers():
+        x = activations(2, 128)
+        graph = make_fx(call)(x).graph
+        assert OPERATOR in [node.target for node in graph.nodes]
+        graph = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True)(x).graph
+        assert OPERATOR in [node.target for node in graph.nodes]
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert call(mode.from_tensor(x)).shape == (2, 70)
+        traced = torch.jit.trace(call, (x,), check_trace=False)
+        assert "nested_linear" in str(traced.graph)
+    assert not on_cuda
+
+
+def test_compiled_calls_see_the_operator(on_cuda):
+    for call in callers():
+        graphs = []
+        torch._dynamo.reset()
+
+        def keep(module, inputs, graphs=graphs):
+            graphs.append([node.target for node in module.graph.nodes])
+            return module
+
+        torch.compile(call, fullgraph=True, backend=keep)(activations(2, 128))
+        assert [OPERATOR in targets for targets in graphs] == [True]
+    program = torch.export.export(make_layer()[0], (activations(2, 128),))
+    assert OPERATOR in [node.target for node in program.graph.nodes]
+
+
+def ops_by_batch(call, x):
+    with Seen():
+        return torch.stack([call(one) for one in x])
+
+
+def test_transforms_see_the_operator(on_cuda):
+    for call in callers():
+        x = activations(3, 2, 128)
+        torch.testing.assert_close(torch.func.vmap(call)(x), ops_by_batch(call, x))
+        torch.func.functionalize(call)(x)
+        y, gradient = torch.func.vjp(call, x)
+        assert gradient(torch.ones_like(y))[0].shape == x.shape
+    assert not on_cuda
+
+
+def test_profilers_see_the_operator(on_cuda):
+    for call in callers():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            call(activations(2, 128))
+        assert "matquant::nested_linear" in [event.key for event in profile.key_averages()]
+        assert not on_cuda
+    call(activations(2, 128))
+    assert on_cuda
+
+
+def test_gradients_take_the_operator(on_cuda):
+    layer, weight = make_layer(bias=True)
+    for call in (layer, lambda x: linear(x, layer.nested_planes(), 4)):
+        x = activations(2, 128).requires_grad_()
+        with Seen() as seen:
+            y = call(x)
+        assert OPERATOR in seen.operators
+        y = call(x)
+        y.sum().backward()
+        torch.testing.assert_close(x.grad.float(), weight.dequantize(4).sum(0).expand(2, -1), rtol=1e-2, atol=1e-2)
+        with torch.no_grad():
+            assert not call(x).requires_grad
+    layer.bias.requires_grad_()
+    assert layer(x.detach()).requires_grad
+    layer.bias.requires_grad_(False)
+    layer.scales.requires_grad_()
+    with pytest.raises(UserError, match="records no gradient"):
+        layer(x.detach())
+    assert len(on_cuda) == 2  # under no_grad
+
+
+def test_tensors_without_values_at_their_address_take_the_operator(on_cuda):
+    layer, _ = make_layer()
+    x = activations(2, 128)
+    y = layer(x)
+    assert on_cuda == [2]
+    torch.testing.assert_close(layer(torch._neg_view(x)), -y)
+    assert not layer(torch._efficientzerotensor((2, 128), dtype=torch.float16)).any()
+    assert on_cuda == [2]
+
+
+class Sub(torch.Tensor):
+    """Subclass whose operators run under torch_function."""
+
+
+@pytest.mark.parametrize("name", ["x", "planes", "scales", "zeros", "bias"])
+def test_subclasses_take_the_operator(on_cuda, name):
+    layer, _ = make_layer(zeros=True, bias=True)
+    x = activations(2, 128)
+    expected = layer(x)
+    if name == "x":
+        x = x.as_subclass(Sub)
+    elif name == "bias":
+        layer.bias = nn.Parameter(layer.bias.data.as_subclass(Sub), requires_grad=False)
+    else:
+        layer._buffers[name] = layer._buffers[name].as_subclass(Sub)
+    on_cuda.clear()
+    y = layer(x)
+    assert type(y) is Sub
+    assert torch.equal(y.as_subclass(torch.Tensor), expected)
+    assert not on_cuda
+
+
+@pytest.fixture
+def emulated(device, monkeypatch):  # noqa: F811
+    """The kernels run on the CPU emulator for layers on the CPU. Returns their launches."""
+    monkeypatch.setattr(direct_calls, "is_on_cuda", lambda tensor: True)
+    return device
+
+
+@needs_compiler
+@pytest.mark.parametrize("device", ["sm_86", "sm_90a"], indirect=True)
+@pytest.mark.parametrize("options", [{}, {"zeros": True}, {"scale_bits": (2, 3)}], ids=str)
+def test_repeated_calls_of_a_layer_give_the_same_product(emulated, options):
+    """The product of 70 tokens is by strips without WGMMA, and with TMA descriptors of the weight with it."""
+    layer, weight = make_layer(bias=True, **options)
+    for shape, bits in itertools.product([(2,), (5, 4), (70,)], (4, 2)):
+        x = activations(*shape, 128)
+        layer.bits = bits
+        first = layer(x)
+        exact = x.double() @ weight.dequantize(bits).double().T + layer.bias.double()
+        assert (first.double() - exact).norm() < 2**-10 * exact.norm()
+        for _ in range(2):
+            assert torch.equal(layer(x), first)
+
+
+@needs_compiler
+def test_a_repeated_call_is_not_checked_again(emulated, monkeypatch):
+    layer, _ = make_layer(zeros=True)
+    checked = []
+    by_key = cuda_ops.linear
+    monkeypatch.setattr(cuda_ops, "linear", lambda x, *rest: checked.append(len(x)) or by_key(x, *rest))
+    for tokens in (2, 2, 3, 2, 3):
+        layer(activations(tokens, 128))
+    assert checked == [2, 3]
+    make_layer(zeros=True, seed=3)[0](activations(2, 128))  # of the same shape
+    assert checked == [2, 3]
+    assert len(emulated) == 6
+
+
+def change_planes(layer, other):
+    layer.planes, layer.scales = other.planes, other.scales
+
+
+def change_in_place(layer, other):
+    layer.planes.copy_(other.planes)
+    layer.scales.copy_(other.scales)
+
+
+def change_memory(layer, other):
+    layer.planes.data, layer.scales.data = other.planes.clone(), other.scales.clone()
+
+
+def change_storage(layer, other):
+    for one, new in ((layer.planes, other.planes), (layer.scales, other.scales)):
+        one.set_(new.clone())
+
+
+def load(layer, other):
+    layer.load_state_dict(NestedLinear.from_planes(other).state_dict())
+
+
+def load_assigned(layer, other):
+    layer.load_state_dict(NestedLinear.from_planes(other).state_dict(), assign=True)
+
+
+def load_swapped(layer, other):
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        load(layer, other)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def move(layer, other):
+    load(layer, other)
+    layer.to("meta").to_empty(device="cpu")
+    load(layer, other)
+
+
+CHANGES = [change_planes, change_in_place, change_memory, change_storage, load, load_assigned, load_swapped, move]
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_weight_that_changes_is_read_anew(emulated, change):
+    layer, _ = make_layer()
+    x = activations(2, 128)
+    for seed in (5, 6):
+        layer(x)
+        layer(x)
+        weight = make_weight(70, 128, 64, seed=seed)
+        change(layer, NestedPlanes.pack(weight))
+        for _ in range(2):
+            assert_close(layer(x), x, weight, 4)
+
+
+@needs_compiler
+def test_a_bias_that_changes_is_read_anew(emulated):
+    layer, weight = make_layer(bias=True)
+    x = activations(2, 128)
+    layer(x)
+    for bias in (
+        activations(70) * 3,
+        activations(70, dtype=torch.bfloat16),
+        torch.randn(70),
+        torch.full((1,), 2.5).expand(70),
+    ):
+        layer.bias.data = bias
+        assert_close(layer(x), x, weight, 4, bias)
+        layer.bias = nn.Parameter(bias * 2, requires_grad=False)
+        assert_close(layer(x), x, weight, 4, bias * 2)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.bfloat16):
+        layer.to(dtype)
+        assert_close(layer(x), x, weight, 4, layer.bias)
+    layer.bias = None
+    assert_close(layer(x), x, weight, 4)
+
+
+@needs_compiler
+def test_weights_that_do_not_fit_are_refused_also_after_good_calls(emulated):
+    layer, _ = make_layer()
+    x = activations(2, 128)
+    layer(x)
+    good = layer.planes
+    for planes, sentence in (
+        (good[:3].clone(), "4 bits cannot be read; 3 of 8 planes"),
+        (good.transpose(-1, -2).contiguous().transpose(-1, -2), "must be contiguous int32"),
+        (good.view(torch.float32), "must be contiguous int32"),
+    ):
+        layer.planes = planes
+        for _ in range(2):
+            with pytest.raises(UserError, match=sentence):
+                layer(x)
+    layer.planes = good
+    for wrong, sentence in (
+        (activations(2, 64), r"x must be \[..., 128\]"),
+        (torch.tensor(1.0), "without dimensions"),
+        (x.double(), "found torch.float64"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            layer(wrong)
+    launched = len(emulated)
+    layer(x)
+    assert len(emulated) == launched + 1
+
+
+@needs_compiler
+def test_replaced_tensors_are_freed(emulated):
+    layer, _ = make_layer(bias=True)
+    layer(activations(2, 128))
+    kept = [weakref.ref(tensor) for tensor in (layer.planes, layer.scales, layer.bias)]
+    other, _ = make_layer()
+    layer.planes, layer.scales, layer.bias = other.planes, other.scales, None
+    gc.collect()
+    assert [one() for one in kept] == [None] * 3
+
+
+@needs_compiler
+def test_copies_of_a_layer_read_their_own_weight(emulated):
+    layer, _ = make_layer(bias=True)
+    x = activations(2, 128)
+    y = layer(x)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (copy.deepcopy(layer), copy.copy(layer), torch.load(file, weights_only=False)):
+        assert torch.equal(other(x), y)
+        other.planes = torch.zeros_like(layer.planes)
+        assert not torch.equal(other(x), y)
+        assert torch.equal(layer(x), y)
+
+
+@needs_compiler
+def test_a_layer_may_be_called_by_several_threads_at_several_widths(emulated):
+    layer, _ = make_layer()
+    x = activations(2, 128)
+    expected = {bits: layer(x, bits=bits) for bits in (2, 3, 4)}
+    failed = []
+
+    def work(bits):
+        for _ in range(20):
+            if not torch.equal(layer(x, bits=bits), expected[bits]):
+                failed.append(bits)
+
+    threads = [threading.Thread(target=work, args=(bits,)) for bits in expected]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert not failed

@@ -23,7 +23,7 @@ class BoundWeight:
     """
 
     def __init__(
-        self, planes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, settings: tuple[Any, ...]
+        self, settings: tuple[Any, ...], planes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None
     ) -> None:
         cuda_ops.checked_weight(planes, scales, zeros, cuda_ops.CallSettings(*settings))
         self._planes, self._scales, self._zeros, self._bias = map(_reference, (planes, scales, zeros, bias))
@@ -50,9 +50,10 @@ class BoundWeight:
         """Compute x W^T + bias for tensors that ``reads`` accepted; errors as in ``inference.ops``."""
         key = cuda_ops.call_key(x)
         launch = self._launches.get(key)
-        if launch is None or not launch.takes_addresses:
+        if launch is None or launch.config is None:
             return cuda_ops.linear(x, planes, scales, zeros, bias, *self._settings)
-        return cuda_ops.multiply(launch, x, self._weight, bias, key[0])
+        weight = self._weight if launch.takes_addresses else WeightArguments.of(planes, scales, zeros)
+        return cuda_ops.multiply(launch, x, weight, bias, key[0])
 
 
 def _reference(tensor: Tensor | None) -> Any:

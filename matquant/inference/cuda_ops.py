@@ -69,7 +69,7 @@ class CachedLaunch(NamedTuple):
 
 
 Launches = dict[tuple[Any, ...], CachedLaunch]  # of weights of one layout and bit-width, see ``call_key``
-launch_cache: dict[tuple[Any, ...], Launches] = {}  # by layout and bit-width; clear() to plan all launches again
+launch_cache: dict[tuple[Any, ...], Launches] = {}  # by layout and bit-width
 workspaces: dict[int, Workspace] = {}  # by device index
 
 

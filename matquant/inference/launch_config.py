@@ -86,11 +86,9 @@ class WeightArguments(NamedTuple):
 
     def by_address(self) -> "WeightArguments":
         """Arguments that hold the addresses of the tensors, and do not keep them alive."""
-        planes, scales, zeros = (
-            Address(one.data_ptr()) if isinstance(one, Tensor) else one
-            for one in (self.planes, self.scales, self.zeros)
-        )
-        return self._replace(planes=planes, scales=scales, zeros=zeros)
+        arrays: dict[str, Any] = {"planes": self.planes, "scales": self.scales, "zeros": self.zeros}
+        addresses = {name: Address(one.data_ptr()) for name, one in arrays.items() if isinstance(one, Tensor)}
+        return self._replace(**addresses)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

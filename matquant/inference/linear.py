@@ -187,7 +187,7 @@ class NestedLinear(nn.Module):
         """Weight at ``bits`` bits prepared for the kernels; bound again when a tensor was replaced or moved."""
         bound = self._bound.get(bits)
         if bound is None or not bound.reads(*tensors):
-            bound = self._bound[bits] = BoundWeight(*tensors, settings=self._settings(bits))
+            bound = self._bound[bits] = BoundWeight(self._settings(bits), *tensors)
         return bound
 
     def scales_at(self, bits: int) -> Tensor:
@@ -313,7 +313,8 @@ class NestedLinear(nn.Module):
         own = {
             name: None if one is None or name in shared else _own_storage(one) for name, one in self._buffers.items()
         }
-        state = {**self.__dict__, "_buffers": own, "_bound": {}}
+        state = {**self.__dict__, "_buffers": own}
+        del state["_bound"]
         if self.fused is not None:
             state["_shared_index"] = self.fused.index_of(self) if shared else None
         return state
@@ -321,6 +322,7 @@ class NestedLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         index = state.pop("_shared_index", None)
         super().__setstate__(state)
+        self._bound = {}
         if self.fused is not None and index is not None:
             self.fused.restore(index, self)
 

@@ -27,7 +27,7 @@ class BoundWeight:
     ) -> None:
         cuda_ops.checked_weight(planes, scales, zeros, cuda_ops.CallSettings(*settings))
         self._planes, self._scales, self._zeros, self._bias = map(_reference, (planes, scales, zeros, bias))
-        self._weight = WeightArguments.of(planes, scales, zeros).by_address()
+        self._weight = WeightArguments.by_address(planes, scales, zeros)
         self._bias_dtype = None if bias is None else bias.dtype
         self._settings = settings
         self._launches = cuda_ops.launches_of(planes, scales, zeros, bias, settings)

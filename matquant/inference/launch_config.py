@@ -84,11 +84,12 @@ class WeightArguments(NamedTuple):
         """Arguments for the tensors of a weight."""
         return cls(planes, plane_stride(planes), scales, zeros, scale_row_tiles(scales))
 
-    def by_address(self) -> "WeightArguments":
+    @classmethod
+    def by_address(cls, planes: Tensor, scales: Tensor, zeros: Tensor | None) -> "WeightArguments":
         """Arguments that hold the addresses of the tensors, and do not keep them alive."""
-        arrays: dict[str, Any] = {"planes": self.planes, "scales": self.scales, "zeros": self.zeros}
-        addresses = {name: Address(one.data_ptr()) for name, one in arrays.items() if isinstance(one, Tensor)}
-        return self._replace(**addresses)
+        of_zeros = None if zeros is None else Address(zeros.data_ptr())
+        of_planes, of_scales = Address(planes.data_ptr()), Address(scales.data_ptr())
+        return cls(of_planes, plane_stride(planes), of_scales, of_zeros, scale_row_tiles(scales))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -312,7 +312,8 @@ def test_a_bias_that_changes_is_read_anew(emulated):
         activations(70) * 3,
         activations(70, dtype=torch.bfloat16),
         torch.randn(70),
-        torch.full((1,), 2.5).expand(70),
+        torch.full((1,), 2.5, dtype=torch.float16).expand(70),
+        activations(140)[::2],
     ):
         layer.bias.data = bias
         assert_close(layer(x), x, weight, 4, bias)
@@ -327,11 +328,12 @@ def test_a_bias_that_changes_is_read_anew(emulated):
 
 @needs_compiler
 def test_weights_that_do_not_fit_are_refused_also_after_good_calls(emulated):
-    layer, _ = make_layer()
+    layer, weight = make_layer()
     x = activations(2, 128)
     layer(x)
     good = layer.planes
     for planes, sentence in (
+        (good[:3], "4 bits cannot be read; 3 of 8 planes"),  # at the same address
         (good[:3].clone(), "4 bits cannot be read; 3 of 8 planes"),
         (good.transpose(-1, -2).contiguous().transpose(-1, -2), "must be contiguous int32"),
         (good.view(torch.float32), "must be contiguous int32"),
@@ -340,7 +342,13 @@ def test_weights_that_do_not_fit_are_refused_also_after_good_calls(emulated):
         for _ in range(2):
             with pytest.raises(UserError, match=sentence):
                 layer(x)
-    layer.planes = good
+    layer.planes, good = good, layer.scales
+    for scales in (good.view(torch.int16), good[..., :1], good.to("meta")):
+        layer.scales = scales
+        for _ in range(2):
+            with pytest.raises(UserError, match="Scales of groups|must be on one device"):
+                layer(x)
+    layer.scales = good
     for wrong, sentence in (
         (activations(2, 64), r"x must be \[..., 128\]"),
         (torch.tensor(1.0), "without dimensions"),
@@ -348,9 +356,17 @@ def test_weights_that_do_not_fit_are_refused_also_after_good_calls(emulated):
     ):
         with pytest.raises(UserError, match=sentence):
             layer(wrong)
+    layer.bias = nn.Parameter(activations(70), requires_grad=False)
     launched = len(emulated)
-    layer(x)
+    assert_close(layer(x), x, weight, 4, layer.bias)
     assert len(emulated) == launched + 1
+    layer.double()
+    with pytest.raises(UserError, match="The bias must be .* found torch.float64"):
+        layer(x)
+    for bias in (activations(64), activations(2, 70)):
+        layer.half().bias = nn.Parameter(bias, requires_grad=False)
+        with pytest.raises(UserError, match=r"The bias must be .*\[70\]"):
+            layer(x)
 
 
 @needs_compiler

@@ -275,7 +275,8 @@ def _linear_by_strips(x: Tensor, weight: NestedPlanes, bias: Tensor | None, bits
     rows = x.reshape(-1, weight.in_features)
     result = y.view(-1, weight.out_features)
     for strip, values in _dense_strips(weight, bits, x.dtype, STRIP_WEIGHTS):
-        torch.mm(rows, values.t(), out=result[:, strip])
-    if bias is not None:
-        result += bias
+        if bias is None:
+            torch.mm(rows, values.t(), out=result[:, strip])
+        else:  # added before the result is rounded
+            torch.addmm(bias[strip].to(x.dtype), rows, values.t(), out=result[:, strip])
     return y

@@ -27,7 +27,7 @@ _DEQUANT_ROW_BYTES = 144  # shared memory of a tile row there
 def max_tokens(shape: GemmShape, device: DeviceLimits) -> int:
     """Largest number of tokens for which one launch of a GEMM kernel is the fastest way.
 
-    For more than ``GEMM_MAX_M`` tokens, weights are rounded to the activations' dtype, as in a dense matrix.
+    The family ``wgmma_ws`` and strips round weights to the activations' dtype, as in a dense matrix.
     """
     if not device.wgmma or not folds_zero_point_exactly(shape):
         return GEMM_MAX_M
@@ -132,7 +132,8 @@ def make_launch_config(shape: GemmShape, device: DeviceLimits, tile: TileConfig 
     in_clusters = tile.cluster > 1
     grid = _grid(device.multiprocessors * tile.ctas_per_sm, output_tiles, k_tiles)
     if in_clusters or tile.whole_tiles:
-        grid = output_tiles * tile.cluster
+        waves = -(-output_tiles // device.multiprocessors) if family.persistent and not in_clusters else 1
+        grid = -(-output_tiles // waves) * tile.cluster
     split_tiles = 0 if in_clusters or tile.whole_tiles else output_tiles % grid if family.persistent else output_tiles
     return LaunchConfig(
         shape=shape,

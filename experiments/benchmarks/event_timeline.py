@@ -84,8 +84,7 @@ class TimedDraft:
 def device_memory(device: torch.device) -> dict[str, int]:
     """Peaks since the last call, and present memory of CUDA graphs and of the device, in bytes."""
     free, total = torch.cuda.mem_get_info(device)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    segments = [one for one in torch.cuda.memory_snapshot() if one["device"] == index]
+    segments = [one for one in torch.cuda.memory_snapshot() if one["device"] == device_index(device)]
     of_graphs = [one for one in segments if tuple(one["segment_pool_id"]) != (0, 0)]
     found = {
         "allocated": torch.cuda.max_memory_allocated(device),
@@ -95,3 +94,8 @@ def device_memory(device: torch.device) -> dict[str, int]:
     }
     torch.cuda.reset_peak_memory_stats(device)
     return found
+
+
+def device_index(device: torch.device) -> int:
+    """Number of a CUDA device, of the current one by default."""
+    return torch.cuda.current_device() if device.index is None else device.index

@@ -12,9 +12,10 @@ alone is smaller. Further arguments are overrides of the config. The refined par
 
 The JSON is rewritten after each event, so that an interrupted run has all events before. ``planned`` is the memory plan of such
 a job. ``measured`` has three peaks of the device: ``allocated`` counts tensors, ``needed`` also the memory that CUDA graphs
-keep for tensors inside a pass, and ``reserved`` torch's cache of freed blocks too. ``device_used`` is what the driver counts, of
-all processes. ``ratio`` is ``needed`` over the plan; on a CPU, the resident memory over the plan of the host. ``extrapolated``
-is the time of the whole job with the default number of steps and validations, without loading the model and quantizing.
+keep for tensors inside a pass, and ``reserved`` torch's cache of freed blocks too. ``device_used`` is what the driver counts,
+for all processes. ``ratio`` is ``needed`` over the plan; on a CPU, the resident memory over the plan of the host.
+``extrapolated`` is the time of the whole job with the default number of steps and validations, without loading the model and
+quantizing.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from event_timeline import TimedDraft, Timeline
+from event_timeline import TimedDraft, Timeline, device_index
 from hydra import compose, initialize_config_dir
 from make_llama import INDEX, make
 
@@ -189,11 +190,15 @@ def measure(
     assert plan is not None
     print(f"refine={config.name}: {plan.sentence()}", flush=True)
     record["plan"] = dataclasses.asdict(plan)
-    if runtime.check_memory:
-        plan.refuse()
+    short = dataclasses.replace(config, steps=steps)
+    shortened = plan_without_quantize(
+        dataclasses.replace(job, config=dataclasses.replace(job.config, refine=short)), runtime
+    )
+    if runtime.check_memory and shortened is not None:  # the whole job saves more states
+        shortened.refuse()
     timeline = Timeline(runtime.device, write)
     record["events"] = timeline.events
-    record |= run_steps(job, parent, dataclasses.replace(config, steps=steps), runtime, timeline)
+    record |= run_steps(job, parent, short, runtime, timeline)
     record |= summarize(timeline, plan, config)
     write()
 
@@ -210,7 +215,7 @@ def limit_memory(device: torch.device, gigabytes: float | None) -> None:
     """Let torch allocate at most so many GB (1e9 bytes) on the device; None for all."""
     if gigabytes is not None and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total), device_index(device))
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -228,6 +233,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     arguments, overrides = parser.parse_known_args()
     if arguments.steps <= WARM_UP:
         parser.error(f"--steps must be more than {WARM_UP}, the steps of the warm-up; found {arguments.steps}")
+    if not arguments.out.parent.is_dir():
+        parser.error(f"--out: {arguments.out.parent} is no folder; make it, or name a file in another one")
     return arguments, overrides
 
 

@@ -29,7 +29,7 @@ def serialize_tensors(tensors: dict[str, "Tensor"], metadata: dict[str, str] | N
     end = 0
     for name in (name for name in header if name != "__metadata__"):
         values = tensors[name].detach().cpu().contiguous()
-        data.append(memoryview(values.view(-1).view(torch.uint8).numpy()))
+        data.append(values.view(-1).view(torch.uint8).numpy().data)
         start, end = end, end + values.nbytes
         header[name] |= {"shape": list(values.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

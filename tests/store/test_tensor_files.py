@@ -32,7 +32,9 @@ def test_bytes_are_those_of_the_safetensors_library(shape: str, metadata: dict[s
     tensors = {}
     for number, dtype in enumerate(DTYPES):
         for name in (f"b{number}", f"a{number}"):
-            tensors[name] = (torch.arange(64)[: torch.Size(SHAPES[shape]).numel()] + number).reshape(SHAPES[shape]).to(dtype)
+            tensors[name] = (
+                (torch.arange(64)[: torch.Size(SHAPES[shape]).numel()] + number).reshape(SHAPES[shape]).to(dtype)
+            )
     tensors["transposed"] = torch.arange(6.0).reshape(2, 3).T
     assert b"".join(serialize_tensors(tensors, metadata)) == save(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=metadata

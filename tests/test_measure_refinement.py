@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ def test_both_refinements_of_a_small_model_are_measured(
         assert record["extrapolated"]["steps"] == 600
         assert record["extrapolated"]["validations"] == 12
         assert record["planned"]["host"] > 0
-        assert record["ratio"] == pytest.approx(1, abs=0.3)
+        assert (record["ratio"], record["goals"]) == (None, {"memory": None, "minutes": True})
         assert [one["step"] for one in record["history"]] == [0, 4]
         assert record["planned"]["disk"] > 2 * record["saved_bytes"]  # of the whole job, which saves more than once
         assert f"refine={name}: plan: " in shown
@@ -105,6 +106,23 @@ def test_memory_that_graphs_keep_counts_from_the_event_after_their_capture(
     ]
     measured = timeline(script, ("start", 1.0), ("step", 1.0), ("step", 1.0), device="cuda", memory=rows)
     assert measured.peaks() == {"allocated": 20, "reserved": 30, "device_used": 40, "needed": needed}
+
+
+@pytest.mark.parametrize(
+    ("allocated", "minutes", "memory", "time"),
+    [(90, 90, True, True), (80, 100, False, False), (116, 89, False, True), (114, 91, True, False)],
+)
+def test_memory_within_15_percent_and_time_within_the_limit_meet_the_goals(
+    script: Any, allocated: int, minutes: float, memory: bool, time: bool
+) -> None:
+    events = [("start and validation", 0.0), *[("step", minutes * 60 / 10)] * 10, ("validation", 0.0), ("save", 0.0)]
+    row = {"allocated": allocated, "reserved": 200, "device_used": 300, "kept_by_graphs": 0}
+    measured = timeline(script, *events, device="cuda", memory=[row] * len(events))
+    plan = SimpleNamespace(device_peak=100, host_peak=1, disk=1, seconds=1.0)
+    found = script.summarize(measured, plan, RefineConfig(method="scales", steps=10))
+    assert found["goals"] == {"memory": memory, "minutes": time}
+    assert (found["ratio"], found["ratios"]["reserved"]) == (allocated / 100, 2.0)
+    assert f"{allocated / 100:.3f} of the plan" in script.describe("scales", found)
 
 
 @pytest.mark.parametrize(

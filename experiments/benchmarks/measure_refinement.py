@@ -13,7 +13,7 @@ alone is smaller. Further arguments are overrides of the config. The refined par
 The JSON is rewritten after each event, so that an interrupted run has all events before. ``planned`` is the memory plan of such
 a job. ``measured`` has three peaks of the device: ``allocated`` counts tensors, ``needed`` also the memory that CUDA graphs
 keep for tensors inside a pass, and ``reserved`` torch's cache of freed blocks too. ``device_used`` is what the driver counts,
-for all processes. ``ratio`` is ``needed`` over the plan; on a CPU, the resident memory over the plan of the host.
+for all processes. ``ratio`` is ``needed`` over the plan; a CPU has none, since the peak of a process includes what was before.
 ``extrapolated`` is the time of the whole job with the default number of steps and validations, without loading the model and
 quantizing.
 """
@@ -164,15 +164,19 @@ def summarize(timeline: Timeline, plan: MemoryPlan, config: RefineConfig) -> dic
     peaks = timeline.peaks()
     planned = {"device": plan.device_peak, "host": plan.host_peak, "disk": plan.disk, "seconds": round(plan.seconds, 1)}
     measured = peaks | {"host": machine.host_peak()}
-    ratio = measured["needed"] / planned["device"] if peaks else measured["host"] / planned["host"]
+    ratios = {name: round(size / planned["device"], 4) for name, size in peaks.items()}
+    ratio = ratios.get("needed")
     whole = extrapolate(timeline, config)
     return {
         "planned": planned,
         "measured": measured,
-        "ratio": round(ratio, 4),
-        "ratios": {name: round(size / planned["device"], 4) for name, size in peaks.items()},
+        "ratio": ratio,
+        "ratios": ratios,
         "extrapolated": whole,
-        "goals": {"memory": abs(ratio - 1) <= GOAL_RATIO, "minutes": whole["minutes"] <= GOAL_MINUTES[config.method]},
+        "goals": {
+            "memory": None if ratio is None else abs(ratio - 1) <= GOAL_RATIO,
+            "minutes": whole["minutes"] <= GOAL_MINUTES[config.method],
+        },
     }
 
 
@@ -307,11 +311,11 @@ def measure_all(arguments: argparse.Namespace, overrides: list[str]) -> dict[str
 
 def describe(name: str, record: dict[str, Any]) -> str:
     """Line of the terminal for one refinement."""
-    where = "device" if record["ratios"] else "host"
-    measured, whole = record["measured"]["needed" if record["ratios"] else "host"], record["extrapolated"]
+    whole, ratio = record["extrapolated"], record["ratio"]
+    memory = "" if ratio is None else f"{record['measured']['needed'] / 1e9:.2f} GB, {ratio:.3f} of the plan; "
     return (
-        f"refine={name}: {measured / 1e9:.2f} GB on the {where}, {record['ratio']:.3f} of the plan; "
-        f"{whole['seconds_per_step']:.3f} s a step; {whole['steps']} steps in {whole['minutes']:.1f} min"
+        f"refine={name}: {memory}{whole['seconds_per_step']:.3f} s a step; {whole['steps']} steps in "
+        f"{whole['minutes']:.1f} min"
     )
 
 

@@ -9,6 +9,9 @@ struct Accumulator {
     DEVICE_MEMBER void clear() {
         UNROLL
         for (int j = 0; j < kAccumulators; j++) value[j][0] = value[j][1] = value[j][2] = value[j][3] = 0;
+#if WGMMA
+        fence();
+#endif
     }
 
 #if WGMMA
@@ -25,9 +28,25 @@ struct Accumulator {
         wgmma_wait<1>(); /*bug:fragment-wait*/
     }
 
+    // The same for consecutive k-steps with one fragment per row tile.
+    template <int steps> DEVICE_MEMBER void multiply_steps(SharedAddress x, const u32 (&fragments)[steps][kRowTiles][4]) {
+        wgmma_fence();
+        UNROLL
+        for (int step = 0; step < steps; step++)
+            UNROLL
+            for (int c = 0; c < kRowTiles; c++)
+                wgmma<TOKEN_TILES, BFLOAT>(value + c * TOKEN_TILES, fragments[step][c], wgmma_descriptor(x + step * 32));
+        wgmma_commit();
+        wgmma_wait<1>(); /*bug:batch-wait*/
+    }
+
     // Wait for all issued WGMMAs.
     DEVICE_MEMBER void wait() {
         wgmma_wait<0>();
+        fence();
+    }
+
+    DEVICE_MEMBER void fence() {
         UNROLL
         for (int j = 0; j < kAccumulators; j++) warpgroup_fence_operand(value[j]);
     }

@@ -209,6 +209,13 @@ DEVICE void ldmatrix_x4(u32 (&r)[4], SharedAddress row) {
                  : "memory");
 }
 
+// Transpose an 8x8 matrix of 16-bit elements. Lane 4i + j holds elements 2j and 2j + 1 of row i, before and after.
+DEVICE u32 transpose_8x8(u32 pair) {
+    u32 transposed;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+    return transposed;
+}
+
 // d = a b + c with a [16, 16], b [16, 8], c and d [16, 8] in float32. Subnormal float16 inputs are not flushed.
 DEVICE void mma_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "

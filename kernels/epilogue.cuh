@@ -3,7 +3,11 @@
 #pragma once
 #include "accumulator.cuh"
 
+// Fewer tokens have few elements to store, and transposing them takes longer.
+constexpr bool kStoresFours = kBlockM > 16;
+
 DEVICE u16 float_to_output(float f) { return BFLOAT ? float_to_bfloat(f) : float_to_half(f); }
+DEVICE u32 floats_to_output2(float low, float high) { return BFLOAT ? floats_to_bfloat2(low, high) : floats_to_half2(low, high); }
 DEVICE float bias_to_float(u16 bits) { return BFLOAT ? bfloat_to_float(bits) : half_to_float(bits); }
 
 struct Output {
@@ -14,6 +18,9 @@ struct Output {
     int y_stride;
 
     DEVICE_MEMBER u16* row(int token) const { return y + (GATHER ? (u64)y_rows[token] * y_stride : (u64)token * rows); }
+
+    // 1 if four rows of W can be stored at once.
+    DEVICE_MEMBER bool holds_aligned_fours() const { return !(rows % 4 | (GATHER ? y_stride % 4 : 0) | (int)((u64)y % 8)); }
 };
 
 // Coordinates of an output tile in y, and its place in the stream-K schedule.
@@ -23,8 +30,8 @@ struct OutputTile {
     u32 stream_k_total; // k-tiles of all these tiles; 0 if one block computes the whole tile
 };
 
-// Store one 16x8 accumulator at (row, token).
-DEVICE void store_output(const Output& out, int row, int token, int lane, const float4& sum) {
+// Store one 16x8 accumulator at (row, token), element by element.
+DEVICE void store_elements(const Output& out, int row, int token, int lane, const float4& sum) {
     UNROLL
     for (int p = 0; p < 2; p++) {
         const int n = row + lane / 4 + 8 * p, m = token + 2 * (lane % 4);
@@ -33,6 +40,26 @@ DEVICE void store_output(const Output& out, int row, int token, int lane, const 
         if (m < out.tokens) out.row(m)[n] = float_to_output((p ? sum.z : sum.x) + bias);
         if (m + 1 < out.tokens) out.row(m + 1)[n] = float_to_output((p ? sum.w : sum.y) + bias);
     }
+}
+
+// Store one 16x8 accumulator at (row, token), four rows of one token per lane, so that the lanes of a token store 32 contiguous bytes.
+DEVICE void store_fours(const Output& out, int row, int token, int lane, const float4& sum) {
+    const int n = row + lane / 4;
+    const float bias = out.bias && n < out.rows ? bias_to_float(out.bias[n]) : 0.0f;
+    const float next = out.bias && n + 8 < out.rows ? bias_to_float(out.bias[n + 8]) : 0.0f;
+    // Rows 0 to 7 and 8 to 15; lane 4i + j has rows 2j and 2j + 1 of token i.
+    const u32 low = transpose_8x8(floats_to_output2(sum.x + bias, sum.y + bias));
+    const u32 high = transpose_8x8(floats_to_output2(sum.z + next, sum.w + next));
+    const bool odd = lane % 2;
+    const u32 received = __shfl_xor_sync(~0u, odd ? low : high, 1); // even lanes keep rows below 8, odd lanes the others
+    const int first = row + (odd ? 8 : 0) + lane % 4 / 2 * 4, m = token + lane / 4;
+    if (m < out.tokens && first < out.rows) *(uint2*)(out.row(m) + first) = {odd ? received : low, odd ? high : received}; /*bug:store-fours*/
+}
+
+// Store one 16x8 accumulator at (row, token).
+DEVICE void store_output(const Output& out, int row, int token, int lane, const float4& sum) {
+    if (kStoresFours && out.holds_aligned_fours()) store_fours(out, row, token, lane, sum);
+    else store_elements(out, row, token, lane, sum);
 }
 
 DEVICE float4 add(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
@@ -151,8 +178,8 @@ DEVICE void epilogue(const GemmArgs& args, const Output& out, Shared& shared, co
 // Store an output tile that the blocks of a cluster share, each with a part of the columns. Block `rank` adds up every CLUSTER-th
 // accumulator in the order of the blocks, so that the result is deterministic. The cluster has arrived at its barrier once before.
 template <class Shared>
-DEVICE void cluster_epilogue(const GemmArgs& args, const Output& out, Shared& shared, const WarpCoord& coord, u32 row_tile, u32 rank,
-                             const Accumulator& accumulator) {
+DEVICE void cluster_epilogue(const GemmArgs& args, const Output& out, Shared& shared, const WarpCoord& coord, u32 row_tile, int first_token,
+                             u32 rank, const Accumulator& accumulator) {
     float4 sums[kShares];
     reduce_k_warps(shared, coord, accumulator, sums);
     cluster_wait(); /*bug:cluster-begun*/ // all blocks have begun
@@ -173,7 +200,7 @@ DEVICE void cluster_epilogue(const GemmArgs& args, const Output& out, Shared& sh
         UNROLL
         for (int block = 0; block < CLUSTER; block++) sum = add(sum, shared.cluster_sums[block][coord.n_warp()][share][coord.lane]);
         const int row = row_block * 64 + (coord.tile_warp * kRowTiles + j / TOKEN_TILES) * 16;
-        store_output(out, row, j % TOKEN_TILES * 8, coord.lane, sum);
+        store_output(out, row, first_token + j % TOKEN_TILES * 8, coord.lane, sum);
     }
 }
 #endif

@@ -55,21 +55,7 @@
 //   Concurrent launches need separate workspaces and semaphores.
 #include "epilogue.cuh"
 #include "gemm_pipeline.cuh"
-
-// Range of k-tiles of a block, among those of all output tiles.
-struct KTileRange {
-    u32 begin, end;
-};
-
-// `total`: k-tiles of all output tiles.
-DEVICE KTileRange block_range(u32 k_tiles, u32 total) {
-#if CLUSTER > 1
-    const u32 first = blockIdx.x / CLUSTER * k_tiles, rank = blockIdx.x % CLUSTER;
-    return {first + rank * k_tiles / CLUSTER, first + (rank + 1) * k_tiles / CLUSTER};
-#else
-    return {blockIdx.x * total / gridDim.x, (blockIdx.x + 1) * total / gridDim.x};
-#endif
-}
+#include "tile_scheduler.cuh"
 
 #if CLUSTER > 1
 KERNEL CLUSTER_DIMS(CLUSTER) LAUNCH_BOUNDS(kThreads, BLOCKS_PER_SM)
@@ -118,7 +104,7 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words];
     multiply_k_tiles(args, shared, coord, k_tile, count, next, offset, zero_step, [&](u32 done, Mainloop& mainloop) {
         mainloop.finish(gain);
 #if CLUSTER > 1
-        cluster_epilogue(args, out, shared, coord, tile, blockIdx.x % CLUSTER, mainloop.accumulator);
+        cluster_epilogue(args, out, shared, coord, tile, 0, blockIdx.x % CLUSTER, mainloop.accumulator);
 #else
         epilogue(args, out, shared, coord, {tile + done, 0, tile + done, total}, workspace, tile_semaphores, mainloop.accumulator);
 #endif

@@ -10,6 +10,10 @@
 #ifndef CLUSTER
 #define CLUSTER 1
 #endif
+// 1 in gemm_sm90_ws.cu: every output tile has one block, with no stream-K.
+#ifndef WHOLE_TILES
+#define WHOLE_TILES 0
+#endif
 // 1 if each warp of mma.sync adds up x itself: 1 MMA more for each 4 / TILE_WARPS, and no barrier.
 #define OWN_SUMS (!WGMMA && TOKEN_TILES * TILE_WARPS <= 2)
 #ifndef X_ROWS

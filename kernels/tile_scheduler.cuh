@@ -1,6 +1,21 @@
-// Tile scheduler: data-parallel waves of whole output tiles, then stream-K for the remaining tiles.
+// Tile schedulers: stream-K, a range of columns for each block of a cluster, and data-parallel waves of whole output tiles before stream-K.
 #pragma once
-#include "device.cuh"
+#include "gemm_config.cuh"
+
+// Range of k-tiles of a block, among those of all output tiles.
+struct KTileRange {
+    u32 begin, end;
+};
+
+// k_tiles: of an output tile. total: of all output tiles that the blocks share.
+DEVICE KTileRange block_range(u32 k_tiles, u32 total) {
+#if CLUSTER > 1
+    const u32 first = blockIdx.x / CLUSTER * k_tiles, rank = blockIdx.x % CLUSTER;
+    return {first + rank * k_tiles / CLUSTER, first + (rank + 1) * k_tiles / CLUSTER};
+#else
+    return {blockIdx.x * total / gridDim.x, (blockIdx.x + 1) * total / gridDim.x};
+#endif
+}
 
 // `k_tiles` k-tiles of an output tile, from `first_k_tile` on. Output tiles are numbered along the tokens first, so that blocks that run
 // concurrently share weights in L2.
@@ -9,7 +24,8 @@ struct WorkUnit {
 };
 
 // Work units of one block. In a data-parallel wave every block computes one whole tile; the blocks then read the same columns at the same
-// time and share x and weights in L2. The k-tiles of the tiles that do not fill a wave are split into equal contiguous ranges.
+// time and share x and weights in L2. The k-tiles of the tiles that do not fill a wave are split into equal contiguous ranges, or with
+// WHOLE_TILES are a wave of their own. In clusters there are no waves.
 struct TileScheduler {
     u32 k_tiles_per_tile;
     u32 waves, tile;    // remaining data-parallel waves, and the block's tile in the next one
@@ -18,11 +34,13 @@ struct TileScheduler {
 
     DEVICE_MEMBER void start(u32 tiles, u32 k_tiles) {
         k_tiles_per_tile = k_tiles;
-        waves = tiles / gridDim.x;
+        const u32 remaining = tiles % gridDim.x;
+        waves = tiles / gridDim.x + (WHOLE_TILES && blockIdx.x < remaining); /*bug:last-wave*/ // 0 in clusters
         tile = blockIdx.x;
-        stream_k_total = tiles % gridDim.x * k_tiles;
-        begin = blockIdx.x * stream_k_total / gridDim.x;
-        end = (blockIdx.x + 1) * stream_k_total / gridDim.x;
+        stream_k_total = WHOLE_TILES ? 0 : remaining * k_tiles;
+        const KTileRange range = block_range(k_tiles, stream_k_total);
+        begin = range.begin;
+        end = range.end;
     }
 
     // Set the next work unit. Return false if none is left.

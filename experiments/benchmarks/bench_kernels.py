@@ -49,7 +49,7 @@ from matquant.inference.gemm_shape import DeviceLimits, GemmShape
 from matquant.inference.kernel_families import choose_tile_config
 from matquant.inference.kernel_families.base import TileConfig
 from matquant.inference.kernel_families.mma import GEMM_MAX_M
-from matquant.inference.launch_config import LaunchConfig, WeightArguments, make_launch_config, max_tokens
+from matquant.inference.launch_config import LaunchConfig, make_launch_config, max_tokens
 from matquant.report.provenance import provenance
 
 SHAPES = "4096x4096,4096x14336,14336x4096,8192x8192,16384x16384"
@@ -170,7 +170,7 @@ class Bench:
         semaphores = torch.zeros(plan.tile_semaphores, dtype=torch.int32, device="cuda")
 
         def launch(planes: Tensor, scales: Tensor) -> None:
-            weight = WeightArguments.of(planes, scales, None)
+            weight = plan.weight_arguments(planes, scales, None)
             args = plan.arguments(weight, x, None, y, workspace, semaphores, tokens)
             kernel.launch(plan.grid, plan.block, args, plan.shared_bytes)
 

@@ -10,7 +10,7 @@ from matquant.formats.nested import NestedWeight, Slicing, WeightFormat, planes_
 from matquant.formats.planes import NestedPlanes
 from matquant.inference import ops
 from matquant.inference.gemm_shape import GemmShape
-from matquant.inference.kernel_families.mma import GEMM_MAX_M
+from matquant.inference.kernel_families.wgmma import WGMMA_MIN_M
 
 
 def activations(tokens: int, depth: int, dtype: torch.dtype, device: str = "cuda") -> Tensor:
@@ -58,7 +58,7 @@ class Check:
     def error(self) -> float:
         """Error as a multiple of the rounding error of the exact result.
 
-        For more than ``GEMM_MAX_M`` tokens the reference is a dense matmul. Planes that must not be read are poisoned.
+        From ``WGMMA_MIN_M`` tokens on the reference is a dense matmul. Planes that must not be read are poisoned.
         """
         shape = (self.rows, self.depth // self.group)
         sign = torch.randint(0, 2, shape, device="cuda") * 2 - 1
@@ -84,7 +84,7 @@ class Check:
             x.double() @ weight.dequantize(self.bits, dtype).double().T + bias.double()
             for dtype in (torch.float32, self.dtype)
         )
-        best = (by_dense if self.tokens > GEMM_MAX_M else exact).to(self.dtype)
+        best = (by_dense if self.tokens >= WGMMA_MIN_M else exact).to(self.dtype)
         made = torch.linalg.norm(ops.linear(x, packed, self.bits, bias).double() - exact)
         return (made / torch.linalg.norm(best.double() - exact)).item()
 
@@ -99,7 +99,7 @@ def checks(bits: Sequence[int], stretches: Sequence[float]) -> list[Check]:
     found = []
     for i, b in enumerate(bits):
         for j, (rows, columns) in enumerate(WAVES):
-            for tokens in (1, 8, 16, 32, 64):
+            for tokens in (1, 8, 16, 32, 64, 100, 256, 500):
                 found.append(
                     Check(
                         bits=b,

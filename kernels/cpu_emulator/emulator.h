@@ -99,6 +99,12 @@ template <class T> static inline T __shfl_down_sync(u32 mask, T value, u32 lanes
 typedef uintptr_t SharedAddress;
 static inline SharedAddress shared_address(const void* p) { return (SharedAddress)p; }
 void ldmatrix_x4(u32 (&r)[4], SharedAddress row);
+static inline u32 transpose_8x8(u32 pair) {
+    const int lane = (int)emulator::lane(), row = lane / 4, column = 2 * (lane % 4); // of the result
+    const u32 first = emulator::shuffle_any(~0u, pair, 4 * column + row / 2, "transpose_8x8");
+    const u32 second = emulator::shuffle_any(~0u, pair, 4 * (column + 1) + row / 2, "transpose_8x8");
+    return (row % 2 ? first >> 16 : first & 0xFFFF) | (row % 2 ? second & 0xFFFF0000 : second << 16);
+}
 void mma_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]);
 void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]);
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from matquant.cuda import Kernel
 from matquant.inference import cuda_ops
 from matquant.inference.launch_config import WeightArguments
 
@@ -27,22 +28,25 @@ class BoundWeight:
     ) -> None:
         cuda_ops.checked_weight(planes, scales, zeros, cuda_ops.CallSettings(*settings))
         self._planes, self._scales, self._zeros, self._bias = map(_reference, (planes, scales, zeros, bias))
-        self._weight = WeightArguments.by_address(planes, scales, zeros)
+        self._addresses = tuple(None if one is None else one.data_ptr() for one in (planes, scales, zeros))
+        self._arguments: dict[
+            Kernel, WeightArguments
+        ] = {}  # a kernel is compiled for its TMA descriptors of the weight
         self._bias_dtype = None if bias is None else bias.dtype
         self._settings = settings
         self._launches = cuda_ops.launches_of(planes, scales, zeros, bias, settings)
 
     def reads(self, planes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> bool:
         """Return True if these are the tensors that were bound, in the same memory."""
-        weight = self._weight
+        of_planes, of_scales, of_zeros = self._addresses
         return (
             self._planes() is planes
             and self._scales() is scales
             and self._zeros() is zeros
             and self._bias() is bias
-            and planes.data_ptr() == weight.planes
-            and scales.data_ptr() == weight.scales
-            and (zeros is None or zeros.data_ptr() == weight.zeros)
+            and planes.data_ptr() == of_planes
+            and scales.data_ptr() == of_scales
+            and (zeros is None or zeros.data_ptr() == of_zeros)
             and (bias is None or bias.dtype is self._bias_dtype)  # the data of a parameter changes with its dtype
         )
 
@@ -50,9 +54,12 @@ class BoundWeight:
         """Compute x W^T + bias for tensors that ``reads`` accepted; errors as in ``inference.ops``."""
         key = cuda_ops.call_key(x)
         launch = self._launches.get(key)
-        if launch is None or launch.config is None:
+        if launch is None or launch.kernel is None or launch.config is None:
             return cuda_ops.linear(x, planes, scales, zeros, bias, *self._settings)
-        weight = self._weight if launch.takes_addresses else WeightArguments.of(planes, scales, zeros)
+        weight = self._arguments.get(launch.kernel)
+        if weight is None:
+            weight = launch.config.weight_arguments(planes, scales, zeros).by_address()
+            self._arguments[launch.kernel] = weight
         return cuda_ops.multiply(launch, x, weight, bias, key[0])
 
 

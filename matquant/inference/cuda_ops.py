@@ -56,16 +56,11 @@ class CallSettings(NamedTuple):
 
 
 class CachedLaunch(NamedTuple):
-    """Launch of all calls that differ in addresses only: a kernel, two calls with half of the tokens, or strips.
-
-    Attributes:
-        takes_addresses: True for a kernel that takes the weight by addresses, see ``LaunchConfig``.
-    """
+    """Launch of all calls that differ in addresses only: a kernel, two calls with half of the tokens, or strips."""
 
     kernel: Kernel | None = None
     config: LaunchConfig | None = None
     two_launches: bool = False
-    takes_addresses: bool = False
 
 
 Launches = dict[tuple[Any, ...], CachedLaunch]  # of weights of one layout and bit-width, see ``call_key``
@@ -91,7 +86,7 @@ def linear(
         launches[key] = launch
     if launch.config is None:
         return _linear_without_gemm(x, planes, scales, zeros, bias, launch, CallSettings(*settings))
-    return multiply(launch, x, WeightArguments.of(planes, scales, zeros), bias, tokens)
+    return multiply(launch, x, launch.config.weight_arguments(planes, scales, zeros), bias, tokens)
 
 
 def launches_of(
@@ -209,7 +204,7 @@ def _plan_launch(
     kernel = load(config.source, config.function, defines=config.defines, device=index, prefer_shared=True, pdl=True)
     if index not in workspaces:
         workspaces[index] = Workspace(x.device)
-    return CachedLaunch(kernel, config, takes_addresses=config.takes_addresses)
+    return CachedLaunch(kernel, config)
 
 
 @functools.cache
@@ -308,7 +303,8 @@ def _linear_by_strips(x: Tensor, weight: NestedPlanes, bias: Tensor | None, bits
     rows = x.reshape(-1, weight.in_features)
     result = y.view(-1, weight.out_features)
     for strip, values in _dense_strips(weight, bits, x.dtype, STRIP_WEIGHTS):
-        torch.mm(rows, values.t(), out=result[:, strip])
-    if bias is not None:
-        result += bias
+        if bias is None:
+            torch.mm(rows, values.t(), out=result[:, strip])
+        else:  # added before the result is rounded
+            torch.addmm(bias[strip].to(x.dtype), rows, values.t(), out=result[:, strip])
     return y

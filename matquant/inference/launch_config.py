@@ -27,7 +27,7 @@ _DEQUANT_ROW_BYTES = 144  # shared memory of a tile row there
 def max_tokens(shape: GemmShape, device: DeviceLimits) -> int:
     """Largest number of tokens for which one launch of a GEMM kernel is the fastest way.
 
-    For more than ``GEMM_MAX_M`` tokens, weights are rounded to the activations' dtype, as in a dense matrix.
+    The family ``wgmma_ws`` and strips round weights to the activations' dtype, as in a dense matrix.
     """
     if not device.wgmma or not folds_zero_point_exactly(shape):
         return GEMM_MAX_M
@@ -66,30 +66,20 @@ def dequantize_launch(
 
 
 class WeightArguments(NamedTuple):
-    """Weight as arguments of a kernel.
+    """Arguments of a kernel that follow from the weight.
 
     Attributes:
-        planes, scales, zeros: tensors, or their addresses. May be a range of row tiles of larger ones.
-        plane_stride, row_tiles: see the functions of these names.
+        first: planes, scales and zero points: tensors, addresses or TMA descriptors; and the stride of the planes.
+        last: number of row tiles, see ``scale_row_tiles``; empty for a kernel that takes no strides.
     """
 
-    planes: Tensor | Address
-    plane_stride: ctypes.c_uint64
-    scales: Tensor | Address
-    zeros: Tensor | Address | None
-    row_tiles: int
+    first: tuple[Any, ...]
+    last: tuple[int, ...]
 
-    @classmethod
-    def of(cls, planes: Tensor, scales: Tensor, zeros: Tensor | None) -> "WeightArguments":
-        """Arguments for the tensors of a weight."""
-        return cls(planes, plane_stride(planes), scales, zeros, scale_row_tiles(scales))
-
-    @classmethod
-    def by_address(cls, planes: Tensor, scales: Tensor, zeros: Tensor | None) -> "WeightArguments":
-        """Arguments that hold the addresses of the tensors, and do not keep them alive."""
-        of_zeros = None if zeros is None else Address(zeros.data_ptr())
-        of_planes, of_scales = Address(planes.data_ptr()), Address(scales.data_ptr())
-        return cls(of_planes, plane_stride(planes), of_scales, of_zeros, scale_row_tiles(scales))
+    def by_address(self) -> "WeightArguments":
+        """Arguments with addresses in place of the tensors, which they do not keep alive."""
+        first = (Address(one.data_ptr()) if isinstance(one, Tensor) else one for one in self.first)
+        return WeightArguments(tuple(first), self.last)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,14 +112,19 @@ class LaunchConfig:
     affine: tuple[float, float, float]
     takes_strides: bool
 
-    @property
-    def takes_addresses(self) -> bool:
-        """True if no TMA descriptor holds a part of the weight."""
-        return self.descriptors is None or not any(self.descriptors[:3])
+    def weight_arguments(self, planes: Tensor, scales: Tensor, zeros: Tensor | None) -> WeightArguments:
+        """Arguments of the kernel for a weight, which may be a range of row tiles of a larger one."""
+        arrays: list[Any] = [planes, scales, zeros]
+        for i, spec in enumerate((self.descriptors or ())[:3]):
+            if spec is not None and arrays[i] is not None:
+                arrays[i] = encode_tma_descriptor(arrays[i], spec)
+        if not self.takes_strides:
+            return WeightArguments(tuple(arrays), ())
+        return WeightArguments((arrays[0], plane_stride(planes), *arrays[1:]), (scale_row_tiles(scales),))
 
     def arguments(
         self,
-        weight: "WeightArguments",
+        weight: WeightArguments,
         x: Tensor,
         bias: Tensor | None,
         y: Tensor,
@@ -137,20 +132,11 @@ class LaunchConfig:
         tile_semaphores: Tensor,
         tokens: int,
     ) -> tuple[Any, ...]:
-        """Arguments of the kernel, in its order.
-
-        Args:
-            weight: by addresses only if ``takes_addresses``.
-        """
-        arrays: list[Any] = [weight.planes, weight.scales, weight.zeros, x]
-        for i, spec in enumerate(self.descriptors or ()):
-            if spec is not None and arrays[i] is not None:
-                arrays[i] = encode_tma_descriptor(arrays[i], spec)
-        planes, *others = arrays
-        common = (*others, bias, y, workspace, tile_semaphores, tokens, *self.sizes)
-        if not self.takes_strides:
-            return (planes, *common, *self.affine)
-        return (planes, weight.plane_stride, *common, weight.row_tiles, *self.affine)
+        """Arguments of the kernel, in its order."""
+        spec = None if self.descriptors is None else self.descriptors[3]
+        rows = x if spec is None else encode_tma_descriptor(x, spec)
+        arrays = (*weight.first, rows, bias, y, workspace, tile_semaphores)
+        return (*arrays, tokens, *self.sizes, *weight.last, *self.affine)
 
 
 def make_launch_config(shape: GemmShape, device: DeviceLimits, tile: TileConfig | None = None) -> LaunchConfig:
@@ -167,7 +153,8 @@ def make_launch_config(shape: GemmShape, device: DeviceLimits, tile: TileConfig 
     in_clusters = tile.cluster > 1
     grid = _grid(device.multiprocessors * tile.ctas_per_sm, output_tiles, k_tiles)
     if in_clusters or tile.whole_tiles:
-        grid = output_tiles * tile.cluster
+        waves = -(-output_tiles // device.multiprocessors) if family.persistent and not in_clusters else 1
+        grid = -(-output_tiles // waves) * tile.cluster
     split_tiles = 0 if in_clusters or tile.whole_tiles else output_tiles % grid if family.persistent else output_tiles
     return LaunchConfig(
         shape=shape,

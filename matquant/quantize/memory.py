@@ -26,7 +26,7 @@ def quantize_memory(
     streams = len(needs.streams) if needs is not None and tokens.total else 0
     cached = streams * tokens.total * sizes.hidden * sizes.computing
     method = quantizer.memory(sizes, tokens)
-    writing = 3 * parent // max(1, sizes.blocks)
+    writing = parent // max(1, sizes.blocks)
     copy = sizes.block * sizes.computing
     loading = max(sizes.load_bytes(sizes.embeddings), sizes.load_bytes(sizes.block))
     if not on_gpu:

@@ -67,6 +67,7 @@ def refine_memory(
     length: int,
     batch: int,
     captured: int,
+    states: int = 1,
     on_gpu: bool,
     offload: Offload,
 ) -> MemoryEstimate:
@@ -81,6 +82,7 @@ def refine_memory(
         length: tokens of a window.
         batch: windows of one step on this process.
         captured: number of bit-widths whose passes are captured as CUDA graphs.
+        states: largest number of saved states on the disk: two while a new one is written beside the last.
     """
     cached = windows * length * sizes.hidden * sizes.computing
     boundaries = sizes.blocks * batch * length * sizes.hidden * sizes.computing
@@ -94,7 +96,7 @@ def refine_memory(
         running=running,
         cached=cached,
         on_host=2 * parent + trained.saved,
-        disk=2 * parent + trained.saved,
+        disk=parent + max(parent + trained.saved, states * trained.saved),
         on_gpu=on_gpu,
         offload=offload,
     )

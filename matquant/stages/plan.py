@@ -80,19 +80,19 @@ def _later_stages(job: LoadedJob, runtime: Runtime) -> tuple[list[MemoryEstimate
 
 
 def _refine_estimate(job: LoadedJob, runtime: Runtime) -> MemoryEstimate:
-    text, processes = job.refinement, runtime.process_group.world_size
+    config, text, processes = job.config.refine, job.refinement, runtime.process_group.world_size
     assert text is not None
     captured = 0
-    if job.config.refine.method == "qat":
+    if config.method == "qat":
         trained = trained_weights_bytes(job.sizes)
     else:
         groups = sum(
             layer.out_features * group_count(layer.in_features, layer.format.group_size)
             for layer in job.layer_specs.values()
         )
-        trained_bytes = trained_codes_bytes if job.config.refine.method == "codes" else trained_scales_bytes
-        trained = trained_bytes(job.sizes, len(job.config.refine.bits), groups)
-        captured = len(job.config.refine.bits) if runtime.on_gpu else 0
+        trained_bytes = trained_codes_bytes if config.method == "codes" else trained_scales_bytes
+        trained = trained_bytes(job.sizes, len(config.bits), groups)
+        captured = len(config.bits) if runtime.on_gpu else 0
     return refine_memory(
         job.sizes,
         trained,
@@ -101,6 +101,7 @@ def _refine_estimate(job: LoadedJob, runtime: Runtime) -> MemoryEstimate:
         length=text.length,
         batch=text.batch_size // processes,
         captured=captured,
+        states=2 if config.steps > config.validate_every else 1,
         on_gpu=runtime.on_gpu,
         offload=runtime.device,
     )

@@ -42,6 +42,7 @@ class GemmConfig:
     panel: int = 2
     cluster: int = 1
     x_rows: int = 0
+    whole_tiles: bool = False
     family: Family = "mma"
 
     def format_defines(self) -> dict[str, int]:
@@ -68,6 +69,7 @@ class GemmConfig:
             "PANEL": self.panel,
             "WGMMA": int(self.family != "mma"),
             "CLUSTER": self.cluster,
+            "WHOLE_TILES": int(self.whole_tiles),
             **({"X_ROWS": self.x_rows} if self.x_rows else {}),
             "SHARED_BYTES": self.shared_bytes(),
             "BLOCKS_PER_SM": 1,
@@ -107,14 +109,19 @@ class GemmConfig:
     def threads(self) -> int:
         return 32 * self.warps + (128 if self.family == "wgmma_ws" else 0)
 
+    def cluster_sums_bytes(self) -> int:
+        """Size of the partial sums from the blocks of a cluster."""
+        shares = -(-4 // self.tile_warps * self.token_tiles // self.cluster)
+        return self.cluster * self.row_warps * self.tile_warps * shares * 512 if self.cluster > 1 else 0
+
     def shared_bytes(self) -> int:
         """Size of the kernel's shared storage in bytes; the kernel asserts the same number."""
         groups = self.groups_per_k_tile
         planes = planes_read(self.bits, 8, self.slicing)
         weights = self.units * planes * 512 + groups * 128 + self.has_zero_points * groups * 64
         if self.family == "wgmma_ws":
-            total = self.stages * (self.row_warps * weights + self.block_k * self.block_m * 2 + 16)
-            return -(-total // 1024) * 1024
+            stages = self.stages * (-(-self.row_warps * weights // 128) * 128 + self.block_k * self.block_m * 2)
+            return -(-(max(stages, self.cluster_sums_bytes()) + 16 * self.stages) // 128) * 128
         wgmma = self.family == "wgmma"
         x_stages = 1 + -(-(self.stages - 1) // self.panel)
         x = x_stages * self.panel * (self.x_rows or self.block_m) * (self.block_k * self.k_warps + 8 * (not wgmma)) * 2
@@ -123,9 +130,7 @@ class GemmConfig:
         total = self.k_warps * self.row_warps * self.stages * weights + x
         if self.k_warps > 1:
             total += self.warps * 4 // self.tile_warps * self.token_tiles * 512
-        if self.cluster > 1:
-            shares = -(-4 // self.tile_warps * self.token_tiles // self.cluster)
-            total += self.cluster * self.row_warps * self.tile_warps * shares * 512
+        total += self.cluster_sums_bytes()
         return total + (-(-8 * x_stages // 16) * 16 if wgmma else x_sums)
 
 
@@ -277,6 +282,8 @@ def run(
     k_tiles = -(-tiles(case.depth) // (config.units * config.k_warps))
     blocks = output_tiles * config.cluster if config.cluster > 1 else min(case.blocks, output_tiles * k_tiles)
     stream_k_tiles = output_tiles % blocks if config.family == "wgmma_ws" else output_tiles
+    if config.whole_tiles:
+        stream_k_tiles = 0
     y = torch.full((case.tokens, case.rows), torch.nan).to(config.dtype)
     workspace = torch.full(((blocks + stream_k_tiles) * config.block_n * config.block_m,), torch.nan)
     semaphores = torch.zeros(stream_k_tiles * config.warps, dtype=torch.int32)

@@ -16,8 +16,8 @@ def library() -> ctypes.CDLL | None:
     return ctypes.CDLL(str(found[0])) if found else None
 
 
-def compile_cubin(source: str, name: str, options: Sequence[str]) -> bytes:
-    """Cubin of a translation unit without includes.
+def compile_cubin(source: str, name: str, options: Sequence[str]) -> tuple[bytes, str]:
+    """Cubin of a translation unit without includes, and the compiler's log.
 
     Raises:
         RuntimeError: The source does not compile; the message holds the compiler's log.
@@ -29,10 +29,10 @@ def compile_cubin(source: str, name: str, options: Sequence[str]) -> bytes:
     try:
         flags = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         failed = nvrtc.nvrtcCompileProgram(program, len(options), flags)
+        log = _read(nvrtc, program, "ProgramLog").decode("latin-1")
         if failed:
-            log = _read(nvrtc, program, "ProgramLog").decode("latin-1")
             raise RuntimeError(f"{name} {' '.join(options)}\n{log}")
-        return _read(nvrtc, program, "CUBIN")
+        return _read(nvrtc, program, "CUBIN"), log
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 

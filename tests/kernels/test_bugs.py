@@ -25,6 +25,7 @@ WGMMA = GemmConfig(family="wgmma", token_tiles=4, row_warps=4, panel=2)
 WGMMA_CASE = GemmCase(tokens=29, rows=640, depth=1024, blocks=2)
 WS = GemmConfig(family="wgmma_ws", token_tiles=16, row_warps=4, tile_warps=2, units=1, panel=1)
 WS_CASE = GemmCase(tokens=140, rows=300, depth=640, blocks=3)
+WS_CLUSTER = dataclasses.replace(WS, cluster=2, stages=4)
 SHORT_CASE = GemmCase(tokens=29, rows=192, depth=576, blocks=2)  # in groups of 128 the fifth one has 64 columns
 
 
@@ -163,10 +164,21 @@ BUGS = {
     "ws: stage released before its last WGMMA": dataclasses.replace(ws_bug("release-stage"), before="consume"),
     "ws: stage empty after one warp's arrival": ws_bug("empty-arrivals", r", \w+\);", ", 1);"),
     "ws: barrier expects the bytes of x alone": ws_bug("expect-bytes", r" \+ .*;", ";"),
-    "ws: fragment overwritten while WGMMA reads it": ws_bug("fragment-wait", "<1>", "<2>"),
+    "ws: fragment overwritten while WGMMA reads it": ws_bug("batch-wait", "<1>", "<2>"),
     "ws: epilogue before WGMMA completes": ws_bug("epilogue-wait"),
     "ws: every tile reads the first token tile": ws_bug("token-tile", r"\S+ % \S+;", "0;"),
     "ws: wave advances by one tile instead of the grid size": ws_bug("wave-stride", r"\+= gridDim\.x", "+= 1"),
+    "ws: partial sums of a cluster stored before the stages have been read": dataclasses.replace(
+        ws_bug("cluster-begun"), config=WS_CLUSTER
+    ),
+    "ws: partial sums of a cluster read before all are written": dataclasses.replace(
+        ws_bug("cluster-written"), config=WS_CLUSTER
+    ),
+    "ws: every cluster stores the first token tile": dataclasses.replace(
+        ws_bug("cluster-token-tile", r"\w+\.\w+ % \w+", "0"), config=WS_CLUSTER
+    ),
+    "ws: whole tiles beyond the last wave left out": ws_bug("last-wave", r" \+ \(.*?\);", ";", whole_tiles=True),
+    "ws: four rows stored for every lane of a token's pair": ws_bug("store-fours", r"\w+ \? \w+ : \w+, ", "low, "),
     "ws: masks not rotated to the warp's row tiles": ws_bug("mask-rotation", r" - \w+ & 31", " & 31", bits=8),
     "ws: scales of the first group": ws_bug("ws-scale-group", r"\? .* : 0", "? 0 : 0"),
     "ws: residual of a float16 scale in bfloat16 dropped": dataclasses.replace(

@@ -24,6 +24,7 @@ KERNEL void shuffles(const float* in, float* out) {
     out[128 + threadIdx.x] = next;
     out[192 + threadIdx.x] = (float)__popc(__ballot_sync(~0u, lane % 3 == 0));
 }
+KERNEL void transpose(const u32* in, u32* out) { out[threadIdx.x] = transpose_8x8(in[threadIdx.x]); }
 KERNEL void product(const u16* a, const u16* b, float* d) {
     SHARED_MEMORY(shared);
     u16* tile = (u16*)shared; // a [16][24], then b [8][24]: rows padded to 48 bytes
@@ -105,6 +106,13 @@ def test_shuffles_and_votes(seed: int) -> None:
     assert torch.equal(out[64:128].view(2, 32), first)
     assert torch.equal(out[128:192].view(2, 32), torch.cat([warps[:, 1:], warps[:, 31:]], dim=1))
     assert (out[192:] == 11).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_transposition(seed: int) -> None:
+    matrix, out = torch.randint(-(2**15), 2**15, (8, 8), dtype=torch.int16), torch.zeros(8, 8, dtype=torch.int16)
+    build("transpose").launch((1,), (32,), [matrix.view(torch.int32), out.view(torch.int32)], seed=seed)
+    assert torch.equal(out, matrix.T)
 
 
 @pytest.mark.parametrize(("dtype", "mma"), [(torch.float16, "mma_f16"), (torch.bfloat16, "mma_bf16")])

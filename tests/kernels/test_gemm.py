@@ -268,6 +268,49 @@ def test_ws_waves_and_stream_k(blocks: int, tokens: int) -> None:
     check(ws_config(bits=3, stages=4, dtype=HALVES[blocks % 2]), case, launches=2)
 
 
+@pytest.mark.parametrize(("blocks", "tokens"), [(2, 130), (4, 300), (5, 300), (6, 200)])
+def test_ws_whole_tiles(blocks: int, tokens: int) -> None:
+    """Waves of four or six tiles: full ones, a last one with fewer tiles than blocks, and one with more blocks than tiles."""
+    config = ws_config(bits=3, whole_tiles=True, dtype=HALVES[blocks % 2])
+    check(config, GemmCase(tokens=tokens, rows=300, depth=352, blocks=blocks, bias=True, seed=blocks), launches=2)
+
+
+WS_CLUSTERS = {
+    "128 tokens": ws_config(bits=3, row_warps=3, tile_warps=4, cluster=5, has_zero_points=True),
+    "256 tokens, 2 blocks": ws_config(bits=8, stretch=1.25, **BLOCK_M_256, cluster=2),
+    "two row tiles in a warp": ws_config(bits=4, cluster=3, dtype=torch.bfloat16),
+    "sixteen warps": ws_config(bits=2, token_tiles=4, row_warps=4, tile_warps=4, cluster=4, has_zero_points=True),
+}
+
+
+@pytest.mark.parametrize("name", WS_CLUSTERS)
+def test_ws_clusters(name: str) -> None:
+    """Several k-tiles for a block, one, and none; ragged rows and tokens, in two token tiles."""
+    config = WS_CLUSTERS[name]
+    for depth in (1344, 640, 128):
+        case = GemmCase(tokens=config.block_m + 13, rows=200, depth=depth, bias=True, seed=depth)
+        check(config, case, launches=2)
+
+
+def test_ws_clusters_are_independent_of_the_schedule() -> None:
+    config, case = WS_CLUSTERS["sixteen warps"], GemmCase(tokens=30, rows=300, depth=1344)
+    first = run(config, case).y
+    for order in (1, 2, 3):
+        assert torch.equal(run(config, case, order=order).y, first)
+
+
+def test_ws_clusters_without_access_outside_buffers() -> None:
+    config = ws_config(bits=3, group_size=32, has_zero_points=True, cluster=2)
+    check(config, GemmCase(tokens=130, rows=131, depth=352, bias=True, seed=1), sanitize=True)
+
+
+@pytest.mark.parametrize("config", [wgmma_config(bits=3), wgmma_config(bits=3, cluster=2), ws_config(bits=3)])
+@pytest.mark.parametrize("rows", [132, 130, 131])
+def test_rows_of_y_at_any_alignment(rows: int, config: GemmConfig) -> None:
+    """Four rows of W are stored at once where every row of y is aligned to them, else one."""
+    check(config, GemmCase(tokens=29, rows=rows, depth=352, blocks=3, bias=True, seed=rows), sanitize=True)
+
+
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_ws_group_sizes_zero_points_and_ragged_shapes(group_size: int, zeros: bool) -> None:
@@ -315,6 +358,7 @@ PARTS = [
     wgmma_config(bits=8, group_size=-1),
     ws_config(bits=2, group_size=32),
     ws_config(bits=6, has_zero_points=True),
+    ws_config(bits=3, cluster=2),
 ]
 
 

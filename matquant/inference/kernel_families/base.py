@@ -27,7 +27,7 @@ class TileCandidate:
 
     Attributes:
         min_stages: fewest pipeline stages for which the configuration pays.
-        max_planes, max_k_tiles: most bit planes, and k-tiles of a CTA, for which it pays; 0 for any number.
+        max_planes, max_k_tiles, min_k_tiles: bit planes, and k-tiles of a CTA, for which it pays; 0 for no limit.
     """
 
     block_n: int
@@ -43,6 +43,7 @@ class TileCandidate:
     x_rows: int = 0
     max_planes: int = 0
     max_k_tiles: int = 0
+    min_k_tiles: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,6 +164,13 @@ class KernelFamily(abc.ABC):
         Raises:
             ValueError: no candidate fits.
         """
+        config = self.find(shape, device)
+        if config is None:
+            raise ValueError(f"no tile configuration of {self.name} fits {device.shared_bytes} bytes of shared memory")
+        return config
+
+    def find(self, shape: GemmShape, device: DeviceLimits) -> TileConfig | None:
+        """Return what ``choose`` returns, or None if no candidate fits."""
         for tile in self.candidates(shape, device):
             if self.spills(shape, tile) or _divides_a_group(shape, tile):
                 continue
@@ -171,11 +179,12 @@ class KernelFamily(abc.ABC):
                 needed = tile.ctas_per_sm * (self.shared_bytes(shape, config) + _RESERVED_BYTES)
                 if needed <= device.shared_bytes:
                     return config
-        raise ValueError(f"no tile configuration of {self.name} fits {device.shared_bytes} bytes of shared memory")
+        return None
 
     def _with_stages(self, tile: TileCandidate, stages: int) -> TileConfig:
         fields = dataclasses.asdict(tile)
-        del fields["min_stages"], fields["max_planes"], fields["max_k_tiles"]
+        for limit in ("min_stages", "max_planes", "max_k_tiles", "min_k_tiles"):
+            del fields[limit]
         return TileConfig(family=self.name, stages=stages, **fields)
 
 

@@ -136,7 +136,7 @@ _ONE_WAVE = {
     ),
 }
 _REGISTERS_OF_16_TOKENS = 160  # that any format needs
-_MIN_WAVE_SHARE = 0.84  # of the resident CTAs that have work
+_MIN_WAVE_SHARE = 0.83  # of the resident CTAs that have work
 
 
 class MmaFamily(KernelFamily):
@@ -185,11 +185,20 @@ def one_wave(
 
 def fills_wave(shape: GemmShape, device: DeviceLimits, tile: TileCandidate) -> bool:
     """Return True if the CTAs are about as many as are resident, and each has as many k-tiles as the candidate is for."""
-    ctas = -(-tiles(shape.rows) * TILE // tile.block_n) * tile.cluster
-    share = ctas / (device.multiprocessors * tile.ctas_per_sm)
+    share = cta_count(shape, tile) / (device.multiprocessors * tile.ctas_per_sm)
+    return _MIN_WAVE_SHARE <= share <= 1 and is_meant_for(shape, tile)
+
+
+def cta_count(shape: GemmShape, tile: TileCandidate) -> int:
+    """CTAs without stream-K: one for each output tile, or a cluster."""
+    return -(-tiles(shape.rows) * TILE // tile.block_n) * -(-shape.tokens // tile.block_m) * tile.cluster
+
+
+def is_meant_for(shape: GemmShape, tile: TileCandidate) -> bool:
+    """Return True if a CTA has as many k-tiles, and the weight as many planes, as the candidate is for."""
     k_tiles = k_tiles_per_cta(shape, tile)
-    few = k_tiles <= (tile.max_k_tiles or k_tiles) and shape.planes <= (tile.max_planes or shape.planes)
-    return _MIN_WAVE_SHARE <= share <= 1 and tile.x_panel <= k_tiles and few
+    few_planes = shape.planes <= (tile.max_planes or shape.planes)
+    return max(tile.x_panel, tile.min_k_tiles) <= k_tiles <= (tile.max_k_tiles or k_tiles) and few_planes
 
 
 def by_matrix_size(

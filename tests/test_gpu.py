@@ -207,6 +207,26 @@ def test_a_chain_of_layers_is_the_same_in_a_graph(tokens):
     assert torch.equal(captured, layers(x))
 
 
+@pytest.mark.parametrize("tokens", [1, 32, 128])
+@pytest.mark.parametrize("options", [{}, {"zeros": True}], ids=str)
+def test_calls_without_the_dispatcher_give_what_the_operator_gives(tokens, options):
+    """A profiler sees the operator; other calls leave the dispatcher out."""
+    weights = [make_weight(512, 1024, 128, seed=seed, **options) for seed in range(2)]
+    layer, x = NestedLinear.from_planes(weights[0], activations(512).cpu()).cuda(), activations(tokens, 1024)
+    for weight in (*weights, weights[0]):
+        layer.load_state_dict(NestedLinear.from_planes(weight, layer.bias.cpu()).state_dict(), assign=True)
+        layer.cpu().cuda()
+        for bits in (4, 8):
+            layer.bits = bits
+            direct = [layer(x) for _ in range(3)]
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                by_operator = layer(x)
+            assert "matquant::nested_linear" in [event.key for event in profile.key_averages()]
+            assert all(torch.equal(one, by_operator) for one in direct)
+            exact = x.double() @ weight.dequantize(bits).double().T.cuda() + layer.bias.double()
+            assert times_rounding(direct[0], exact, torch.float16) <= (1.2 if tokens == 1 else 2)
+
+
 def test_compiled_in_one_graph():
     layers = nn.Sequential(
         NestedLinear.from_planes(NestedPlanes.pack(make_weight(256, 512, 128)).to("cuda")),

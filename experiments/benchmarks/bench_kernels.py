@@ -4,6 +4,7 @@
     .venv/bin/python experiments/benchmarks/bench_kernels.py --shapes 4096x4096 --bits 2,4 --tokens 1,16
     .venv/bin/python experiments/benchmarks/bench_kernels.py --candidates             # times other tile configurations too
     .venv/bin/python experiments/benchmarks/bench_kernels.py --peers humming,marlin   # other packages in the same run
+    .venv/bin/python experiments/benchmarks/bench_kernels.py --overhead-only          # time of the host for one call
 
 Needs a CUDA device, CuPy and nothing of Hydra. Every time is a replay of one CUDA graph with a launch for each of several
 copies of the weights, together more than three times the second-level cache, so that weights come from memory. The floor is
@@ -44,7 +45,7 @@ from matquant.cuda.source import compile_options, cubin, read_source
 from matquant.formats.bits import STRICT_BITS
 from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.formats.planes import NestedPlanes
-from matquant.inference import cuda_ops, ops
+from matquant.inference import NestedLinear, cuda_ops, ops
 from matquant.inference.gemm_shape import DeviceLimits, GemmShape
 from matquant.inference.kernel_families import choose_tile_config
 from matquant.inference.kernel_families.base import TileConfig
@@ -56,6 +57,7 @@ SHAPES = "4096x4096,4096x14336,14336x4096,8192x8192,16384x16384"
 BATCHES = "1,2,3,4,5,8,12,16,32,64,128,512"
 REPLAYS = 7
 WARM_SECONDS = 0.05
+OVERHEAD_TOKENS = (1, 32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,36 +236,49 @@ class Bench:
             return self.time_many(tokens)
 
 
-def call_overhead() -> dict[str, float]:
-    """Microseconds of the host for one call outside graphs, of the operator and of ``F.linear``: the median of 20 rounds."""
-    x, dense = activations(1, 1024, torch.float16), torch.randn(1024, 1024, device="cuda").half()
-    codes = torch.randint(0, 256, (1024, 1024), dtype=torch.uint8, device="cuda")
-    scales = torch.rand(1024, 8, device="cuda").half()
-    packed = NestedPlanes.pack(
+def call_overhead() -> dict[str, dict[str, float]]:
+    """Microseconds of the host for one call outside graphs, at 4 bits of 1024x1024, by number of tokens and kind of call."""
+    dense = torch.randn(1024, 1024, device="cuda").half()
+    layer = NestedLinear.from_planes(
         NestedWeight(
-            codes=codes,
-            scales=scales,
+            codes=torch.randint(0, 256, (1024, 1024), dtype=torch.uint8, device="cuda"),
+            scales=torch.rand(1024, 8, device="cuda").half(),
             zeros=None,
-            format=WeightFormat(
-                master_bits=8, slicing="msb", zero_point_offset=8.0, group_size=128, scale_dtype=torch.float16
-            ),
-        )
+            format=format_of(128, stretch=1.0),
+        ),
+        bits=4,
     )
-    calls = {
-        "nested_linear": lambda: ops.linear(x, packed, 4),
-        "F.linear": lambda: torch.nn.functional.linear(x, dense),
-    }
+    packed = layer.nested_planes()
+    tensors, sizes = (packed.planes, packed.scales, None, None), (4, 1024, 1024, *packed.format.op_args)
     found = {}
-    for name, call in calls.items():
-        rounds = []
-        for _ in range(20):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(200):  # fewer than the driver lets wait in line
-                call()
-            rounds.append((time.perf_counter() - start) / 200 * 1e6)
-        found[name] = statistics.median(rounds)
+    for tokens in OVERHEAD_TOKENS:
+        x = activations(tokens, 1024, torch.float16)
+        calls: dict[str, Callable[[], Tensor]] = {
+            "NestedLinear": functools.partial(layer, x),
+            "ops.linear": functools.partial(ops.linear, x, packed, 4),
+            "nested_linear": functools.partial(torch.ops.matquant.nested_linear.default, x, *tensors, *sizes),
+            "F.linear": functools.partial(torch.nn.functional.linear, x, dense),
+        }
+        found[str(tokens)] = {name: host_time(call) for name, call in calls.items()}
     return found
+
+
+def print_overhead(overhead: dict[str, dict[str, float]]) -> None:
+    for tokens, times in overhead.items():
+        listed = ", ".join(f"{us:.1f} µs ({name})" for name, us in times.items())
+        print(f"tokens: {tokens}. A call takes the host {listed}", flush=True)
+
+
+def host_time(call: Callable[[], Any]) -> float:
+    """Microseconds of the host for one call: the median of 20 rounds."""
+    rounds = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(200):  # fewer than the driver lets wait in line
+            call()
+        rounds.append((time.perf_counter() - start) / 200 * 1e6)
+    return statistics.median(rounds)
 
 
 def fp16_times(rows: int, depth: int, batches: Sequence[int]) -> dict[int, float]:
@@ -352,6 +367,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peers", default="", help="kernels of other packages to time as well: humming, marlin")
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--check-only", action="store_true")
+    parser.add_argument(
+        "--overhead-only", action="store_true", help="print the host's time of a call, and time no kernel"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/bench-kernels"))
     args = parser.parse_args()
     args.shapes = [tuple(int(n) for n in shape.split("x")) for shape in args.shapes.split(",")]
@@ -402,6 +420,9 @@ def main() -> None:
     peers = open_peers(args.peers, args.bits, args.group)
     if not torch.cuda.is_available():
         raise SystemExit("There is no CUDA device to measure on.")
+    if args.overhead_only:
+        print_overhead(call_overhead())
+        return
     properties = torch.cuda.get_device_properties(0)
     device = cuda_ops.device_limits(0)
     precompile(all_plans(args, device))
@@ -412,7 +433,7 @@ def main() -> None:
         return
     bandwidth = copy_bandwidth()
     overhead = call_overhead()
-    print("a call takes the host " + ", ".join(f"{us:.1f} µs ({name})" for name, us in overhead.items()))
+    print_overhead(overhead)
     print(f"{properties.name}: a copy moves {bandwidth / 1e12:.2f} TB/s\n")
     print("       shape  bits stretch tokens       us    GB/s  floor  x fp16", flush=True)
     timings: list[Timing] = []

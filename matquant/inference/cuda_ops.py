@@ -124,7 +124,9 @@ def multiply(launch: CachedLaunch, x: Tensor, weight: WeightArguments, bias: Ten
     if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
         bias = bias.to(x.dtype).contiguous()
     y = x.new_empty(*x.shape[:-1], config.sizes[0])
-    semaphores, workspace = workspaces[x.get_device()].acquire(config.tile_semaphores, config.workspace)
+    semaphores = workspace = None  # CTAs that compute whole tiles, alone or in clusters, need none
+    if config.workspace:
+        semaphores, workspace = workspaces[x.get_device()].acquire(config.tile_semaphores, config.workspace)
     arguments = config.arguments(weight, rows, bias, y, workspace, semaphores, tokens)
     kernel.launch(config.grid, config.block, arguments, config.shared_bytes)
     return y

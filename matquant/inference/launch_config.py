@@ -128,8 +128,8 @@ class LaunchConfig:
         x: Tensor,
         bias: Tensor | None,
         y: Tensor,
-        workspace: Tensor,
-        tile_semaphores: Tensor,
+        workspace: Tensor | None,
+        tile_semaphores: Tensor | None,
         tokens: int,
     ) -> tuple[Any, ...]:
         """Arguments of the kernel, in its order."""

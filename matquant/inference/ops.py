@@ -10,6 +10,7 @@ They take the tensors of a ``NestedPlanes``, with the set of scales of the bit-w
 [..., in_features] in float16, bfloat16 or float32, ``y`` [..., out_features] in the same dtype. On CUDA devices they launch
 the kernels of ``kernels/``, elsewhere they run plain torch. They work in CUDA graphs and under ``torch.compile``, with one
 graph per bit-width. The operators record no gradients; ``linear`` and ``NestedLinear`` do, with respect to ``x`` and ``bias``.
+On CUDA devices these two leave the operator out where nothing follows operators, see ``direct_calls``.
 
 For up to 16 tokens the error of the kernels is that of rounding the exact result. For more tokens they may round weights to the
 dtype of ``x`` first, as a dense matrix would hold them.

@@ -19,6 +19,7 @@ from weights import make_weight
 
 from matquant.errors import UserError
 from matquant.inference import NestedLinear, NestedPlanes, cuda_ops, direct_calls, linear, ops
+from matquant.inference.fused_layers import FusedLayers
 from tests.kernels.emulator import have_compiler
 
 needs_compiler = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
@@ -399,6 +400,24 @@ def test_copies_of_a_layer_read_their_own_weight(emulated):
         other.planes = torch.zeros_like(layer.planes)
         assert not torch.equal(other(x), y)
         assert torch.equal(layer(x), y)
+
+
+@needs_compiler
+def test_fused_layers_read_their_ranges_of_the_shared_weight(emulated):
+    """Layers of unequal bit-widths are multiplied one by one, those of equal ones together."""
+    weights = [make_weight(rows, 128, 64, seed=rows) for rows in (64, 70)]
+    layers = [NestedLinear.from_planes(weight, activations(len(weight.codes))) for weight in weights]
+    x = activations(2, 128)
+    for layer in layers:
+        layer(x)  # bound to its own tensors
+    assert FusedLayers(layers, ["cpu"]).is_packed
+    for bits, launches in (((3, 4), 2), ((3, 3), 1), ((3, 4), 2)):
+        emulated.clear()
+        for layer, width in zip(layers, bits, strict=True):
+            layer.bits = width
+        for layer, weight in zip(layers, weights, strict=True):
+            assert_close(layer(x), x, weight, layer.bits, layer.bias)
+        assert len(emulated) == launches
 
 
 @needs_compiler

@@ -2,8 +2,8 @@
 
 The dispatcher converts each argument of an operator, 13 for ``nested_linear``, which takes longer than to launch the kernel. A
 direct call gives the same tensor; only what follows operators would miss it. A profiler of torch shows
-``matquant::nested_linear``, because calls take the operator while it runs; one of the whole system, such as Nsight Systems, shows
-the kernels alone.
+``matquant::nested_linear``, because calls take the operator while it runs; one of the whole system, such as Nsight Systems,
+shows the kernels alone.
 """
 
 import operator

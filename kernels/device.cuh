@@ -160,26 +160,6 @@ DEVICE float4 load_cg(const float4* p) {
 // Prefetch the cache line of an address into L2. Valid before pdl_wait(), because no value is read.
 DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// ---- thread block clusters, from sm_90 on
-
-// Arrive at the barrier of all threads of the cluster, without ordering memory: tells that the block has begun. A release costs a fence of
-// the whole GPU.
-DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-
-// Arrive at the same barrier, with all earlier writes to shared memory. Each arrival needs a wait.
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-
-// Wait until all threads of the cluster have arrived; their earlier writes to shared memory are visible then.
-DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-// Store to the shared memory of block `rank` of the cluster, at an address of this block's. The block must have begun, and not have
-// ended: both need a barrier of the cluster in between.
-DEVICE void store_cluster(SharedAddress address, u32 rank, float4 v) {
-    asm volatile("{ .reg .u32 remote; mapa.shared::cluster.u32 remote, %0, %1; st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5}; }" ::"r"(address),
-                 "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-                 : "memory");
-}
-
 // ---- programmatic dependent launch (PDL; matquant/cuda/pdl.py), from sm_90 on. No-ops elsewhere: there a launch starts after the
 // previous kernel has ended.
 

@@ -175,6 +175,14 @@ DEVICE void epilogue(const GemmArgs& args, const Output& out, Shared& shared, co
 }
 
 #if CLUSTER > 1
+// Expect the partial sums that block `rank` adds up, at the block's own mbarrier. By one thread, before the cluster's barrier.
+template <class Shared> DEVICE void expect_cluster_sums(Shared& shared, u32 rank) {
+    const SharedAddress barrier = shared_address(&shared.cluster_barrier);
+    const u32 accumulators = (kAccumulators + CLUSTER - 1 - rank) / CLUSTER; // of a warp
+    mbarrier_init(barrier, 1);
+    mbarrier_arrive_expect_tx(barrier, CLUSTER * kWarpsN * accumulators * sizeof(float4[32])); /*bug:cluster-bytes*/
+}
+
 // Store an output tile that the blocks of a cluster share, each with a part of the columns. Block `rank` adds up every CLUSTER-th
 // accumulator in the order of the blocks, so that the result is deterministic. The cluster has arrived at its barrier once before.
 template <class Shared>
@@ -182,15 +190,16 @@ DEVICE void cluster_epilogue(const GemmArgs& args, const Output& out, Shared& sh
                              u32 rank, const Accumulator& accumulator) {
     float4 sums[kShares];
     reduce_k_warps(shared, coord, accumulator, sums);
-    cluster_wait(); /*bug:cluster-begun*/ // all blocks have begun
+    cluster_wait(); /*bug:cluster-begun*/ // all blocks expect partial sums
+    const SharedAddress barrier = shared_address(&shared.cluster_barrier);
     UNROLL
     for (int i = 0; i < kShares; i++) {
         const int j = coord.k_warp + i * K_WARPS;
         if (j >= kAccumulators) continue;
-        store_cluster(shared_address(&shared.cluster_sums[rank][coord.n_warp()][j / CLUSTER][coord.lane]), j % CLUSTER, sums[i]); /*bug:cluster-rank*/
+        const SharedAddress to = shared_address(&shared.cluster_sums[rank][coord.n_warp()][j / CLUSTER][coord.lane]);
+        store_cluster_async(to, barrier, j % CLUSTER, sums[i]); /*bug:cluster-rank*/
     }
-    cluster_arrive();
-    cluster_wait(); /*bug:cluster-written*/
+    mbarrier_wait_cluster(barrier, 0); /*bug:cluster-written*/
     const int row_block = (int)row_tile * ROW_WARPS + coord.row_warp;
     UNROLL
     for (int i = 0; i * K_WARPS < kClusterShares; i++) {

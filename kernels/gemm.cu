@@ -97,6 +97,7 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words];
     seek_tile(args, coord, next);
     prefetch_weights(args, coord, next, (int)min(count, (u32)(kNumStages - 1)));
 #if CLUSTER > 1
+    if (threadIdx.x == 0) expect_cluster_sums(shared, blockIdx.x % CLUSTER);
     cluster_arrive_relaxed();
 #endif
     pdl_wait();

@@ -68,6 +68,9 @@ struct WarpSpecializedSharedStorage {
 #endif
     };
     u64 full_barriers[kNumStages], empty_barriers[kNumStages];
+#if CLUSTER > 1
+    u64 cluster_barrier; // completes when the partial sums have arrived
+#endif
 };
 
 constexpr u32 kWeightBytes = kPlanes * UNITS * 512 + kGroups * (ZEROS ? 192 : 128); // of one stage and row block
@@ -218,11 +221,15 @@ void nested_gemm_sm90_ws(const GRID_CONSTANT TensorMap planes, // box: all plane
     const Output out = {y, bias, tokens, rows};
     TileScheduler scheduler;
     scheduler.start((u32)(args.row_blocks + ROW_WARPS - 1) / ROW_WARPS * token_tiles, args.k_tiles);
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0) {
         for (int i = 0; i < kNumStages; i++) {
             mbarrier_init(shared_address(shared.full_barriers + i), 1);
             mbarrier_init(shared_address(shared.empty_barriers + i), kWarps); /*bug:empty-arrivals*/
         }
+#if CLUSTER > 1
+        expect_cluster_sums(shared, blockIdx.x % CLUSTER);
+#endif
+    }
     __syncthreads();
     pdl_wait();
     pdl_launch_dependents();

@@ -36,9 +36,10 @@ struct GemmSharedStorage {
 #endif
 #if CLUSTER > 1
     float4 cluster_sums[CLUSTER][kWarpsN][kClusterShares][32]; // from each block of the cluster, those that this block adds up
+    alignas(16) u64 cluster_barrier; // completes when they have arrived
 #endif
 #if WGMMA
-    u64 x_full_barriers[kXStages];
+    alignas(16) u64 x_full_barriers[kXStages];
 #endif
 #if !WGMMA && !OWN_SUMS
     float x_sums[kXStageTiles][K_WARPS][kGroups][kBlockM]; // sums of x over each group

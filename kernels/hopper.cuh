@@ -1,5 +1,5 @@
-// Instructions of sm_90a: WGMMA, TMA loads, mbarriers and register reallocation (PTX ISA, "Asynchronous warpgroup level matrix
-// instructions", "cp.async.bulk.tensor", "mbarrier", "setmaxnreg").
+// Instructions of sm_90 and sm_90a: thread block clusters, mbarriers, TMA loads, WGMMA and register reallocation (PTX ISA,
+// "barrier.cluster", "st.async", "mbarrier", "cp.async.bulk.tensor", "Asynchronous warpgroup level matrix instructions", "setmaxnreg").
 //
 // WGMMA: d += a b by one warpgroup (four warps), asynchronously. a [64, 16] is in registers, 16 rows per warp in the A fragment of
 // mma.m16n8k16. b [16, N] is in shared memory as [N, 64] with 128-byte rows; one instruction reads 16 of the 64 columns. Until
@@ -21,12 +21,7 @@ template <int registers> DEVICE void warpgroup_reg_alloc() { asm volatile("setma
 
 constexpr int kSwizzleAlignment = 1024; // bytes: alignment of a 128-byte-swizzled tile (8 rows of 128 bytes)
 
-// ---- TMA and mbarrier
-
-// TMA descriptor (CUtensorMap) of a two- or three-dimensional array, encoded by the driver (matquant/cuda/tma.py).
-struct alignas(64) TensorMap {
-    u64 opaque[16];
-};
+// ---- mbarriers
 
 // Initialize an mbarrier, 8 bytes of shared memory. One thread initializes it; __syncthreads() makes it visible to the block. A phase
 // completes after `arrivals` arrivals and after all expected bytes have been written.
@@ -49,6 +44,38 @@ DEVICE void mbarrier_wait(SharedAddress barrier, u32 parity) {
                  "r"(parity)
                  : "memory");
 }
+
+// ---- thread block clusters
+
+// Arrive at the barrier of all threads of the cluster, without ordering memory. A release costs a fence of the whole GPU.
+DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+
+// Wait until all threads of the cluster that have not ended have arrived; initializations of mbarriers before are visible then.
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Start a store to the shared memory of block `rank` of the cluster, at an address of this block's. It counts as 16 bytes at that block's
+// mbarrier of address `barrier`. The block must have begun, and must not end before its mbarrier has completed.
+DEVICE void store_cluster_async(SharedAddress address, SharedAddress barrier, u32 rank, float4 v) {
+    asm volatile("{ .reg .u32 to, at; mapa.shared::cluster.u32 to, %0, %2; mapa.shared::cluster.u32 at, %1, %2;"
+                 " st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, [at]; }" ::"r"(address),
+                 "r"(barrier), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
+}
+
+// Wait as mbarrier_wait does, for stores of other blocks of the cluster.
+DEVICE void mbarrier_wait_cluster(SharedAddress barrier, u32 parity) {
+    asm volatile("{ .reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
+                     barrier),
+                 "r"(parity)
+                 : "memory");
+}
+
+// ---- TMA loads
+
+// TMA descriptor (CUtensorMap) of a two- or three-dimensional array, encoded by the driver (matquant/cuda/tma.py).
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
 
 // Start a TMA load of the tile at (row, column). Elements outside the array are written as 0 and count as bytes.
 DEVICE void tma_load_2d(SharedAddress to, const TensorMap* from, int row, int column, SharedAddress barrier) {

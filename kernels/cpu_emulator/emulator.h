@@ -65,7 +65,6 @@ void record_atomic(); // data learned through an atomic requires a fence of this
 
 void __syncthreads();
 void named_barrier_sync(int id, int threads);
-void cluster_arrive();
 void cluster_arrive_relaxed();
 void cluster_wait();
 void __syncwarp(u32 mask = ~0u);
@@ -126,6 +125,7 @@ void mbarrier_init(SharedAddress barrier, u32 arrivals);
 void mbarrier_arrive(SharedAddress barrier);
 void mbarrier_arrive_expect_tx(SharedAddress barrier, u32 bytes);
 void mbarrier_wait(SharedAddress barrier, u32 parity);
+void mbarrier_wait_cluster(SharedAddress barrier, u32 parity);
 void tma_load_3d(SharedAddress to, const TensorMap* from, int layer, int row, int column, SharedAddress barrier);
 static inline void tma_load_2d(SharedAddress to, const TensorMap* from, int row, int column, SharedAddress barrier) {
     tma_load_3d(to, from, 0, row, column, barrier);
@@ -152,7 +152,7 @@ static inline void fence_acq_rel_gpu() { __threadfence(); }
 uint4 load_streaming(const uint4* p);
 void store_cg(float4* p, float4 v);
 float4 load_cg(const float4* p);
-void store_cluster(SharedAddress address, u32 rank, float4 v);
+void store_cluster_async(SharedAddress address, SharedAddress barrier, u32 rank, float4 v);
 void cp_async(SharedAddress shared, const void* source, int valid = 16);
 void cp_async_commit();
 template <int pending> static inline void cp_async_wait() { emulator::wait_for_cp_async(pending); }

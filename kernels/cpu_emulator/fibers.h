@@ -237,19 +237,15 @@ void named_barrier_sync(int id, int threads) {
     emulator::arrive_and_wait(emulator::current->block->barriers[id], (u32)threads, "named_barrier_sync");
 }
 
-namespace emulator {
-static void arrive_in_cluster() {
-    if (current->in_cluster_barrier) fail("cluster_arrive without a wait for the arrival before");
+void cluster_arrive_relaxed() {
+    using namespace emulator;
+    if (current->in_cluster_barrier) fail("arrival at the cluster's barrier without a wait for the arrival before");
     Barrier& barrier = current->block->cluster->barrier;
     current->in_cluster_barrier = true;
     current->cluster_generation = barrier.generation;
     barrier.arrived++;
     release_if_complete(barrier, current->block->cluster->alive());
 }
-} // namespace emulator
-
-void cluster_arrive() { emulator::arrive_in_cluster(); }
-void cluster_arrive_relaxed() { emulator::arrive_in_cluster(); }
 
 void cluster_wait() {
     using namespace emulator;
@@ -258,14 +254,4 @@ void cluster_wait() {
     if (*generation == current->cluster_generation) wait(generation, current->cluster_generation, "cluster_wait");
     current->in_cluster_barrier = false;
     current->cluster_begun = true;
-}
-
-void store_cluster(SharedAddress address, u32 rank, float4 v) {
-    using namespace emulator;
-    const Block& own = *current->block;
-    if (!current->cluster_begun) fail("store_cluster before a cluster_wait: the other block may not have begun");
-    if (rank >= own.cluster->blocks.size()) fail("store_cluster: no block " + std::to_string(rank) + " in the cluster");
-    const Block& block = *own.cluster->blocks[rank];
-    if (block.alive == 0) fail("store_cluster: block " + std::to_string(rank) + " of the cluster has exited");
-    *(float4*)(block.shared + (address - (SharedAddress)own.shared)) = v;
 }

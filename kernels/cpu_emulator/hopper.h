@@ -110,11 +110,13 @@ void wgmma_commit() {
 }
 
 namespace emulator {
-static Mbarrier& mbarrier_at(SharedAddress barrier) {
-    auto found = current->block->mbarriers.find(barrier);
-    if (found == current->block->mbarriers.end()) fail("uninitialized mbarrier");
+static Mbarrier& mbarrier_at(Block& block, SharedAddress barrier) {
+    auto found = block.mbarriers.find(barrier);
+    if (found == block.mbarriers.end()) fail("uninitialized mbarrier");
     return found->second;
 }
+
+static Mbarrier& mbarrier_at(SharedAddress barrier) { return mbarrier_at(*current->block, barrier); }
 
 static u64 box_bytes(const TensorMap& m) { return (u64)m.box[0] * m.box[1] * m.box[2] * m.element_bytes; }
 
@@ -161,9 +163,8 @@ static void arrive(SharedAddress barrier, u32 bytes) {
     b.events++;
 }
 
-static void start_load(SharedAddress to, u64 bytes, SharedAddress barrier, std::function<void()> copy) {
+static void start_load(SharedAddress to, u64 bytes, Mbarrier& b, std::function<void()> copy) {
     memset((void*)to, 0xFF, bytes);
-    Mbarrier& b = mbarrier_at(barrier);
     b.loads.push_back({bytes, std::move(copy)});
     b.events++;
 }
@@ -181,7 +182,7 @@ void mbarrier_arrive_expect_tx(SharedAddress barrier, u32 bytes) { emulator::arr
 
 void tma_load_3d(SharedAddress to, const TensorMap* from, int layer, int row, int column, SharedAddress barrier) {
     emulator::check_aligned((const void*)to, from->swizzled ? kSwizzleAlignment : 128, "destination of a TMA load");
-    emulator::start_load(to, emulator::box_bytes(*from), barrier, [=] { emulator::copy_box(to, *from, {layer, row, column}); });
+    emulator::start_load(to, emulator::box_bytes(*from), emulator::mbarrier_at(barrier), [=] { emulator::copy_box(to, *from, {layer, row, column}); });
 }
 
 void mbarrier_wait(SharedAddress barrier, u32 parity) {
@@ -192,4 +193,18 @@ void mbarrier_wait(SharedAddress barrier, u32 parity) {
         if (b.completed_phases % 2 != parity) return;
         emulator::wait(&b.events, b.events, "mbarrier_wait");
     }
+}
+
+void mbarrier_wait_cluster(SharedAddress barrier, u32 parity) { mbarrier_wait(barrier, parity); }
+
+void store_cluster_async(SharedAddress address, SharedAddress barrier, u32 rank, float4 v) {
+    using namespace emulator;
+    const Block& own = *current->block;
+    if (!current->cluster_begun) fail("store_cluster_async before a cluster_wait: the other block may not have begun");
+    if (rank >= own.cluster->blocks.size()) fail("store_cluster_async: no block " + std::to_string(rank) + " in the cluster");
+    Block& block = *own.cluster->blocks[rank];
+    if (block.alive == 0) fail("store_cluster_async: block " + std::to_string(rank) + " of the cluster has exited");
+    const SharedAddress there = (SharedAddress)block.shared - (SharedAddress)own.shared;
+    check_aligned((const void*)address, 16, "store_cluster_async");
+    start_load(address + there, 16, mbarrier_at(block, barrier + there), [=] { memcpy((void*)(address + there), &v, 16); });
 }

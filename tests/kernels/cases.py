@@ -121,7 +121,8 @@ class GemmConfig:
         weights = self.units * planes * 512 + groups * 128 + self.has_zero_points * groups * 64
         if self.family == "wgmma_ws":
             stages = self.stages * (-(-self.row_warps * weights // 128) * 128 + self.block_k * self.block_m * 2)
-            return -(-(max(stages, self.cluster_sums_bytes()) + 16 * self.stages) // 128) * 128
+            barriers = 2 * self.stages + (self.cluster > 1)
+            return -(-(max(stages, self.cluster_sums_bytes()) + 8 * barriers) // 128) * 128
         wgmma = self.family == "wgmma"
         x_stages = 1 + -(-(self.stages - 1) // self.panel)
         x = x_stages * self.panel * (self.x_rows or self.block_m) * (self.block_k * self.k_warps + 8 * (not wgmma)) * 2
@@ -130,7 +131,7 @@ class GemmConfig:
         total = self.k_warps * self.row_warps * self.stages * weights + x
         if self.k_warps > 1:
             total += self.warps * 4 // self.tile_warps * self.token_tiles * 512
-        total += self.cluster_sums_bytes()
+        total += self.cluster_sums_bytes() + 16 * (self.cluster > 1)
         return total + (-(-8 * x_stages // 16) * 16 if wgmma else x_sums)
 
 

@@ -144,6 +144,9 @@ BUGS = {
     ),
     "cluster: partial sums stored before the other blocks have begun": Bug(marker="cluster-begun", config=CLUSTER),
     "cluster: partial sums read before all are written": Bug(marker="cluster-written", config=CLUSTER),
+    "cluster: mbarrier expects the bytes of one block": Bug(
+        marker="cluster-bytes", pattern=r"\w+ \* (?=kWarpsN)", config=CLUSTER
+    ),
     "cluster: partial sums stored to the first block": Bug(
         marker="cluster-rank", pattern=r", \w+ % \w+, ", wrong=", 0, ", config=CLUSTER
     ),

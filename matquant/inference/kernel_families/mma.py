@@ -136,6 +136,7 @@ _ONE_WAVE = {
     ),
 }
 _REGISTERS_OF_16_TOKENS = 160  # that any format needs
+_MBARRIER_BYTES = 16  # with padding
 _MIN_WAVE_SHARE = 0.83  # of the resident CTAs that have work
 
 
@@ -167,7 +168,7 @@ class MmaFamily(KernelFamily):
         ring, x, exchange = ring_bytes(shape, tile), x_panel_bytes(tile, padding=8), exchange_bytes(tile)
         own_sums = tile.token_tiles * tile.warps_m <= 2
         x_sums = 0 if own_sums else tile.x_panel * tile.warps_k * groups * tile.block_m * 4
-        return x + ring + exchange + cluster_bytes(tile) + x_sums
+        return x + ring + exchange + cluster_exchange_bytes(tile) + x_sums
 
     def tma_descriptors(self, shape: GemmShape, tile: TileConfig) -> TmaDescriptors | None:
         return None
@@ -243,8 +244,13 @@ def exchange_bytes(tile: TileConfig) -> int:
 
 
 def cluster_bytes(tile: TileConfig) -> int:
-    """Bytes through which the CTAs of a cluster reduce their accumulators."""
+    """Bytes of the partial sums that a CTA of a cluster receives."""
     if tile.cluster == 1:
         return 0
     shares = -(-4 // tile.warps_m * tile.token_tiles // tile.cluster)
     return tile.cluster * tile.warps_n * tile.warps_m * shares * WARP * LOAD_BYTES
+
+
+def cluster_exchange_bytes(tile: TileConfig) -> int:
+    """Bytes through which the CTAs of a cluster reduce their accumulators: partial sums, and an mbarrier."""
+    return cluster_bytes(tile) + _MBARRIER_BYTES * (tile.cluster > 1)

@@ -18,7 +18,7 @@ from matquant.inference.kernel_families.base import (
 from matquant.inference.kernel_families.mma import (
     GEMM_MAX_M,
     by_matrix_size,
-    cluster_bytes,
+    cluster_exchange_bytes,
     exchange_bytes,
     one_wave,
     ring_bytes,
@@ -109,7 +109,7 @@ class WgmmaFamily(KernelFamily):
 
     def shared_bytes(self, shape: GemmShape, tile: TileConfig) -> int:
         barriers = -(-8 * x_panels(tile) // 16) * 16
-        exchange = exchange_bytes(tile) + cluster_bytes(tile)
+        exchange = exchange_bytes(tile) + cluster_exchange_bytes(tile)
         return x_panel_bytes(tile, padding=0) + ring_bytes(shape, tile) + exchange + barriers
 
     def tma_descriptors(self, shape: GemmShape, tile: TileConfig) -> TmaDescriptors | None:

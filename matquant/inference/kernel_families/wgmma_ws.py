@@ -60,8 +60,11 @@ _FULL_WAVES = (
     TileCandidate(block_m=128, block_n=128, block_k=128, warps_m=4, cluster=2, max_k_tiles=32),
     TileCandidate(block_m=128, block_n=192, block_k=128, warps_m=4, cluster=2, max_k_tiles=32),
     TileCandidate(block_m=128, block_n=192, block_k=64, warps_m=4, cluster=5),
+    TileCandidate(block_m=128, block_n=256, block_k=128, warps_m=2, cluster=2, min_stages=3),
     TileCandidate(block_m=64, block_n=256, block_k=128, warps_m=2, cluster=2, min_stages=3),
+    TileCandidate(block_m=64, block_n=256, block_k=64, warps_m=2, cluster=2, min_stages=3),
     TileCandidate(block_m=64, block_n=256, block_k=128, warps_m=2, whole_tiles=True, min_stages=3),
+    TileCandidate(block_m=64, block_n=256, block_k=64, warps_m=2, whole_tiles=True, min_stages=3),
     TileCandidate(block_m=64, block_n=192, block_k=128, warps_m=4, cluster=5, min_k_tiles=16),
     TileCandidate(block_m=32, block_n=192, block_k=256, warps_m=4, cluster=2, min_stages=3),
     TileCandidate(block_m=32, block_n=512, block_k=128, cluster=2, min_stages=3),
@@ -100,7 +103,8 @@ class WgmmaWsFamily(KernelFamily):
     def shared_bytes(self, shape: GemmShape, tile: TileConfig) -> int:
         weights = _aligned(tile.warps_n * weight_stage_bytes(shape, tile))
         stages = tile.stages * (tile.block_m * tile.block_k * 2 + weights)
-        return _aligned(max(stages, cluster_bytes(tile)) + 2 * 8 * tile.stages)
+        barriers = 2 * tile.stages + (tile.cluster > 1)
+        return _aligned(max(stages, cluster_bytes(tile)) + 8 * barriers)
 
     def defines(self, tile: TileConfig) -> dict[str, int]:
         return super().defines(tile) | {"WHOLE_TILES": int(tile.whole_tiles)}

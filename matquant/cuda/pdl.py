@@ -14,9 +14,7 @@ MIN_CAPABILITY = (9, 0)  # compute capability
 _ALLOW = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
-_CONFIG = struct.Struct(
-    "@7I4xQQI4x"
-)  # CUlaunchConfig: grid, block, shared bytes, stream, attributes, number of attributes
+_CONFIG = struct.Struct("@7I4xQQI4x")  # CUlaunchConfig: grid, block, shared bytes, stream, attributes, their number
 _ATTRIBUTE = struct.Struct("@i4xi60x")  # CUlaunchAttribute: its id, and a union of 64 bytes, of which PDL uses an int
 
 

@@ -31,7 +31,7 @@ class BoundWeight:
         self._addresses = tuple(None if one is None else one.data_ptr() for one in (planes, scales, zeros))
         self._arguments: dict[
             Kernel, WeightArguments
-        ] = {}  # a kernel is compiled for its TMA descriptors of the weight
+        ] = {}  # the macros of a kernel decide its TMA descriptors of a weight
         self._bias_dtype = None if bias is None else bias.dtype
         self._settings = settings
         self._launches = cuda_ops.launches_of(planes, scales, zeros, bias, settings)

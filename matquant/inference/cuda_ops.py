@@ -78,15 +78,15 @@ def linear(
     """
     check_no_gradient(x, scales, bias)
     launches = launches_of(planes, scales, zeros, bias, settings)
-    key = tokens, *_ = call_key(x)
+    key = call_key(x)
     launch = launches.get(key)
     readable = holds_row_tiles(planes) and holds_row_tiles(scales) and (zeros is None or holds_row_tiles(zeros))
     if launch is None or not readable:
-        launch = _plan_launch(x, planes, scales, zeros, bias, tokens, CallSettings(*settings))
+        launch = _plan_launch(x, planes, scales, zeros, bias, key[0], CallSettings(*settings))
         launches[key] = launch
     if launch.config is None:
         return _linear_without_gemm(x, planes, scales, zeros, bias, launch, CallSettings(*settings))
-    return multiply(launch, x, launch.config.weight_arguments(planes, scales, zeros), bias, tokens)
+    return multiply(launch, x, launch.config.weight_arguments(planes, scales, zeros), bias, key[0])
 
 
 def launches_of(
@@ -148,11 +148,9 @@ def _linear_without_gemm(
         halves = [linear(part, planes, scales, zeros, bias, *settings) for part in rows.split(-(-len(rows) // 2))]
         return torch.cat(halves).view(shape)
     y = x.new_empty(shape)
-    return (
-        _linear_by_strips(x, checked_weight(planes, scales, zeros, settings), bias, settings.bits, y)
-        if y.numel()
-        else y
-    )
+    if not y.numel():
+        return y
+    return _linear_by_strips(x, checked_weight(planes, scales, zeros, settings), bias, settings.bits, y)
 
 
 def checked_weight(planes: Tensor, scales: Tensor, zeros: Tensor | None, settings: CallSettings) -> NestedPlanes:

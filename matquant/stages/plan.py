@@ -1,6 +1,10 @@
 """Memory plan of a job from the estimates of its stages."""
 
+import collections
 import dataclasses
+from collections.abc import Mapping
+
+import torch
 
 from matquant import machine
 from matquant.evaluate.memory import evaluate_memory, evaluate_operations
@@ -39,7 +43,8 @@ def plan_with_quantize(job: LoadedJob, runtime: Runtime, quantizer: BlockQuantiz
         offload=offload,
     )
     later, operations = _later_stages(job, runtime)
-    return _plan(job, runtime, [estimate, *later], quantizer.operations(job.sizes, tokens) + operations, offload)
+    operations[torch.float32] += quantizer.operations(job.sizes, tokens)
+    return _plan(job, runtime, [estimate, *later], operations, offload)
 
 
 def plan_without_quantize(job: LoadedJob, runtime: Runtime) -> MemoryPlan | None:
@@ -55,14 +60,15 @@ def quantize_offload(job: LoadedJob, runtime: Runtime, quantizer: BlockQuantizer
     return job.offload_target(runtime, job.calibration, streams, job.dtype)
 
 
-def _later_stages(job: LoadedJob, runtime: Runtime) -> tuple[list[MemoryEstimate], float]:
-    """Estimates and operations of evaluating and generating."""
-    config, estimates, operations = job.config, [], 0.0
+def _later_stages(job: LoadedJob, runtime: Runtime) -> tuple[list[MemoryEstimate], dict[torch.dtype, float]]:
+    """Estimates of the stages after quantizing, and operations by dtype."""
+    config, estimates = job.config, []
+    operations: dict[torch.dtype, float] = collections.defaultdict(float)
     slices = len(config.slice_bits) + len(job.allocations)
     if job.refinement is not None:
         estimates.append(_refine_estimate(job, runtime))
         tokens = job.refinement.batch_size * job.refinement.length // runtime.process_group.world_size
-        operations += refine_operations(job.sizes, config.refine.steps, len(config.refine.bits), tokens)
+        operations[job.dtype] += refine_operations(job.sizes, config.refine.steps, len(config.refine.bits), tokens)
     for name, sequences in job.evaluation.items():
         tokens, batch = own_tokens(runtime, sequences), config.eval.datasets[name].batch_size
         offload = job.offload_target(runtime, sequences, 1 + slices, job.evaluation_dtype)
@@ -70,12 +76,12 @@ def _later_stages(job: LoadedJob, runtime: Runtime) -> tuple[list[MemoryEstimate
         estimates.append(
             evaluate_memory(sizes, tokens, sequences.shape[1], batch, slices, on_gpu=runtime.on_gpu, offload=offload)
         )
-        operations += evaluate_operations(job.sizes, tokens, slices)
+        operations[job.evaluation_dtype] += evaluate_operations(job.sizes, tokens, slices)
     if "generate" in config.stages:
         prompt, new = job.prompt_tokens(), config.max_new_tokens
         packed = sum(layer.packed_bytes(_planes(job)) for layer in job.layer_specs.values())
         estimates.append(generate_memory(job.sizes, packed, job.parent_bytes, prompt, new, on_gpu=runtime.on_gpu))
-        operations += evaluate_operations(job.sizes, prompt + new, slices)
+        operations[job.dtype] += evaluate_operations(job.sizes, prompt + new, slices)
     return estimates, operations
 
 
@@ -116,7 +122,11 @@ def _planes(job: LoadedJob) -> int:
 
 
 def _plan(
-    job: LoadedJob, runtime: Runtime, estimates: list[MemoryEstimate], operations: float, offload: Offload | None
+    job: LoadedJob,
+    runtime: Runtime,
+    estimates: list[MemoryEstimate],
+    operations: Mapping[torch.dtype, float],
+    offload: Offload | None,
 ) -> MemoryPlan:
     sizes = job.sizes
     return make_plan(

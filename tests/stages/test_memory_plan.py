@@ -183,7 +183,7 @@ def test_training_of_codes_holds_the_present_code_and_four_bytes_for_each_weight
 def plan_of(estimates: list[MemoryEstimate], offload: torch.device | None = CPU) -> MemoryPlan:
     return make_plan(
         estimates,
-        1e9,
+        {torch.float32: 1e9},
         parameters=10**6,
         checkpoint=2 * 10**6,
         parent=10**6,

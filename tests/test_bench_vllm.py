@@ -21,7 +21,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 def given(**changes: Any) -> argparse.Namespace:
     fields: dict[str, Any] = {"model": "packed", "dense": None, "no_dense": False, "start": [4, 8], "switch": [2, 4]}
     fields |= {"batch": [1, 16], "prompt": 512, "tokens": 128, "draft": [], "draft_tokens": 3, "engine": {}}
-    return argparse.Namespace(**fields | {"acceptance_length": None} | changes)
+    return argparse.Namespace(**fields | {"acceptance_length": None, "speculation": ["always"]} | changes)
 
 
 def test_the_first_engine_alone_switches_to_other_bit_widths(script: Any, tmp_path: Path) -> None:
@@ -43,6 +43,29 @@ def test_an_engine_that_drafts_reads_the_same_folder(script: Any, tmp_path: Path
     speculative = drafting["engine"]["speculative_config"]
     assert (speculative["model"], drafting["bits"], drafting["draft_bits"]) == ("packed", 4, 2)
     assert speculative.get("synthetic_acceptance_length") == length
+
+
+def test_an_adaptive_engine_has_the_scheduler_of_this_project(script: Any, tmp_path: Path) -> None:
+    *_, always, adaptive = script.jobs(given(draft=[2], speculation=["always", "adaptive"]), tmp_path)
+    assert [job["speculation"] for job in (always, adaptive)] == ["always", "adaptive"]
+    assert "scheduler_cls" not in always["engine"]
+    assert adaptive["engine"]["scheduler_cls"] == "matquant.vllm.scheduler.WidthScheduler"
+    assert adaptive["engine"]["additional_config"]["matquant"] == {"draft_bits": 2, "speculation": "adaptive"}
+
+
+@pytest.mark.parametrize(("rounds", "per_round"), [([(0, 0), (40, 60)], 2.5), ([(7, 2), (7, 2)], None)])
+def test_tokens_of_a_round_are_those_of_rounds_with_drafts(
+    script: Any, monkeypatch: pytest.MonkeyPatch, rounds: list[tuple[int, int]], per_round: float | None
+) -> None:
+    counts = iter(rounds)
+    monkeypatch.setattr(script, "rounds", lambda _: next(counts))
+    monkeypatch.setattr(script, "prompts_of", lambda job, batch: ([], [{"prompt_token_ids": [1, 2]}]))
+    monkeypatch.setattr(script, "generate", lambda llm, prompts, tokens: float(tokens))
+    state = {"speculation": {"changes": 1}}
+    llm = types.SimpleNamespace(collective_rpc=lambda name: [state])
+    job = {"name": "drafts at 2", "batch": [1], "tokens": 8, "draft_bits": 2, "speculation": "adaptive"}
+    (row,) = script.measure(llm, job, 4, False)
+    assert (row["tokens_per_round"], row["decisions"], row["speculation"]) == (per_round, {"changes": 1}, "adaptive")
 
 
 def test_a_shape_has_dummy_weights_and_a_description_of_its_layers(script: Any, tmp_path: Path) -> None:

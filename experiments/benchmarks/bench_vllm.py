@@ -3,7 +3,7 @@
     python experiments/benchmarks/bench_vllm.py --out experiments/results/serving/vllm.json      # the shape of Llama 3.1 8B
     python experiments/benchmarks/bench_vllm.py --start 4 --switch 2 8 --batch 1,16
     python experiments/benchmarks/bench_vllm.py --start 8 --draft 2 --acceptance-length 2.5
-    python experiments/benchmarks/bench_vllm.py --model FOLDER --dense SOURCE --start 8 --draft 3
+    python experiments/benchmarks/bench_vllm.py --model FOLDER --dense SOURCE --start 8 --draft 3 --speculation always adaptive
 
 Needs a CUDA device, and vLLM beside this project. Weights of a shape are dummies, since speed does not depend on them.
 FOLDER is a packed folder (``pack=nested``), SOURCE its full-precision model, and prompts are then real text. Engines run one
@@ -13,15 +13,17 @@ Decoding is timed from the second token on: the difference between ``--tokens`` 
 calls. Prefill is the time of the first token after ``--prompt`` tokens. The engine that starts first at a bit-width is
 measured twice, then switches to each of ``--switch``, and back. An engine with ``--draft`` speculates: vLLM's own rejection
 sampling accepts drafts, or with ``--acceptance-length`` so many tokens a round on average, whatever the weights say (vLLM's
-synthetic acceptance). Keep the host idle: a step of one sequence waits for it.
+synthetic acceptance). With ``--speculation adaptive`` this project's scheduler leaves drafts out where plain decoding is
+measured to be faster; by default an engine always drafts. Keep the host idle: a step of one sequence waits for it.
 
 Writes a JSON file whose rows have the keys engine, bits, switched, batch, decode_tokens_per_second, prompt_tokens_per_second,
-speedup (of decoding, over the dense engine of the run), repeated (in the second measurement), draft_bits, tokens_per_round and,
-once for each switch, switch_seconds.
+speedup (of decoding, over the dense engine of the run), repeated (in the second measurement), draft_bits, speculation,
+tokens_per_round (null without drafts), decisions (of the scheduler so far) and, once for each switch, switch_seconds.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -39,6 +41,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "real"))
 from matquant.report.provenance import provenance
 
 REPEATS = 3
+SPECULATION = ("always", "adaptive")
+SCHEDULER = "matquant.vllm.scheduler.WidthScheduler"
 SHAPE_VOCABULARY = 128256
 
 
@@ -60,6 +64,9 @@ def main() -> None:
     )
     parser.add_argument("--draft-tokens", type=int, default=3, help="drafts a round")
     parser.add_argument("--acceptance-length", type=float, help="tokens a round, instead of vLLM's own acceptance")
+    parser.add_argument(
+        "--speculation", nargs="+", choices=SPECULATION, default=["always"], help="kinds of engines that draft"
+    )
     parser.add_argument("--engine", type=json.loads, default={}, help="further arguments of vllm.LLM as JSON")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/serving/vllm.json"))
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)  # of one engine's process
@@ -108,15 +115,17 @@ def jobs(given: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Any]]:
         arguments = engine | {"model": str(nested), "hf_overrides": {"bits": bits}}
         switch = [other for other in given.switch if other != bits] if place == 0 else []
         yield measured | {"name": f"starts at {bits}", "bits": bits, "engine": arguments, "switch": switch}
-    for draft in given.draft:
+    for draft, speculation in itertools.product(given.draft, given.speculation):
         speculative = {"method": "draft_model", "model": str(nested), "num_speculative_tokens": given.draft_tokens}
         if given.acceptance_length:
             speculative |= {"rejection_sample_method": "synthetic"}
             speculative |= {"synthetic_acceptance_length": given.acceptance_length}
         arguments = engine | {"model": str(nested), "hf_overrides": {"bits": given.start[0]}}
         arguments |= {"speculative_config": speculative, "disable_log_stats": False}
-        arguments |= {"additional_config": {"matquant": {"draft_bits": draft}}}
-        row = {"name": f"drafts at {draft}", "bits": given.start[0], "draft_bits": draft}
+        arguments |= {"additional_config": {"matquant": {"draft_bits": draft, "speculation": speculation}}}
+        if speculation == "adaptive":
+            arguments |= {"scheduler_cls": SCHEDULER}
+        row = {"name": f"drafts at {draft}", "bits": given.start[0], "draft_bits": draft, "speculation": speculation}
         yield measured | row | {"engine": arguments, "switch": []}
 
 
@@ -172,7 +181,10 @@ def measure(llm: Any, job: dict[str, Any], bits: int | None, switched: bool) -> 
         row["decode_tokens_per_second"] = round(batch * (job["tokens"] - 1) / seconds, 1)
         if before is not None:
             drafted, accepted = (after - was for after, was in zip(rounds(llm), before, strict=True))
-            row |= {"draft_bits": job["draft_bits"], "tokens_per_round": round(1 + accepted / drafted, 3)}
+            row |= {name: job[name] for name in ("draft_bits", "speculation")}
+            row["tokens_per_round"] = round(1 + accepted / drafted, 3) if drafted else None
+            if job["speculation"] == "adaptive":
+                row["decisions"] = llm.collective_rpc("get_step_state")[0]["speculation"]
         generate(llm, long, 1)
         seconds = statistics.median([generate(llm, long, 1) for _ in range(REPEATS)])
         row["prompt_tokens_per_second"] = round(sum(len(p["prompt_token_ids"]) for p in long) / seconds)

@@ -1,9 +1,10 @@
 // Warp-specialized nested GEMM for sm_90a: y[M, N] = x[M, K] W[N, K]^T + bias as in gemm.cu, for compute-bound M.
 //
 // One producer thread issues TMA loads of planes, scales and x, with as few loads as possible per k-tile (each occupies the copy engine for
-// about 75 cycles on an H200). Two to four consumer warpgroups dequantize a few k-steps while WGMMA executes those before. A full barrier counts the
-// bytes of a stage. A stage is released (empty barrier) after the first WGMMA of the following stage. Consumer warps do not synchronize
-// with each other. The producer is in a warpgroup of its own, because registers are reallocated per warpgroup; its other threads exit.
+// about 75 cycles on an H200). Two to four consumer warpgroups dequantize a batch of k-steps while WGMMA executes the batch before. A full
+// barrier counts the bytes of a stage. A stage is released (empty barrier) after the first batch of the following stage. Consumer warps do
+// not synchronize with each other. The producer is in a warpgroup of its own, because registers are reallocated per warpgroup; its other
+// threads exit.
 //
 // Weights are dequantized to the dtype of x in registers, rounded like a dense matrix in that dtype: scaling in the accumulators would
 // require draining WGMMA at every group. Exception: 8-bit codes in bfloat16 are rounded twice, once per nibble.
@@ -32,8 +33,8 @@
 
 static_assert(WGMMA && K_WARPS == 1 && kWarps >= 8 && kWarps <= 16, "two to four consumer warpgroups");
 
-// Registers per thread, in multiples of 8: of a launch, and after those of the producer have been given to the consumers.
 constexpr int kTmaAlignment = 128; // bytes, of the destination of a load
+// Registers per thread, in multiples of 8: of a launch, and after those of the producer have been given to the consumers.
 constexpr int kProducerThreads = 128;
 constexpr int kLaunchRegisters = 65536 / (kThreads + kProducerThreads) / 8 * 8;
 constexpr int kProducerRegisters = 40;

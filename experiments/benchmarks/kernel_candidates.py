@@ -96,6 +96,7 @@ WGMMA_WS_CANDIDATES = [
 _MMA_MAX_M = 16  # tokens that WGMMA is not used for
 _MIN_WAVE = 0.84
 _MIN_WAVE_OF_LARGE_TILES = 0.72
+_MAX_ACCUMULATORS = {8: 32, 12: 16, 16: 8}  # of a thread, by consumer warps
 _MAX_STAGES = 6
 _RESERVED_BYTES = 1024  # shared memory that each CTA costs beside its own
 
@@ -137,16 +138,17 @@ def _one_wave(shape: GemmShape, device: DeviceLimits) -> Iterator[tuple[str, dic
 
 
 def _full_waves(shape: GemmShape, device: DeviceLimits) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Family, and fields, of the tiles for more tokens that fill the device: clusters one wave, whole tiles several."""
+    """Family, and fields, of the warp-specialized tiles that fill the device: clusters one wave, whole tiles several."""
+    sizes = (4, 8) if shape.tokens <= GEMM_MAX_M else (16, 32)
     for token_tiles, warps_n, warps_m, cluster, units in itertools.product(
-        (16, 32), (2, 3, 4), (2, 4), range(1, 9), (1, 2)
+        sizes, (2, 3, 4, 6, 8, 12), (1, 2, 4), range(1, 9), (1, 2, 4)
     ):
         warps = warps_n * warps_m
         accumulators = 4 // warps_m * token_tiles  # of a thread, 4 registers each
         output_tiles = -(-tiles(shape.rows) // warps_n) * -(-shape.tokens // (8 * token_tiles))
         waves = -(-output_tiles * cluster // device.multiprocessors)
         share = output_tiles * cluster / (waves * device.multiprocessors)
-        if warps not in (8, 12) or accumulators > (32 if warps == 8 else 16) or (cluster > 1 and waves > 1):
+        if accumulators > _MAX_ACCUMULATORS.get(warps, 0) or (cluster > 1 and waves > 1):
             continue
         if share >= _MIN_WAVE_OF_LARGE_TILES and 8 * token_tiles < 2 * shape.tokens:
             fields = {"block_m": 8 * token_tiles, "block_n": 64 * warps_n, "block_k": 64 * units, "warps_m": warps_m}
@@ -164,8 +166,10 @@ def tile_configs(shape: GemmShape, device: DeviceLimits, *, candidates: bool) ->
         )
         sizes = {"block_m": 8 * numbers[0], "block_n": 64 * fields.pop("warps_n"), "block_k": 64 * fields.pop("units")}
         tables.append((family, fields | sizes | {"x_rows": 1 if shape.tokens == 1 else 8 * numbers[0]}))
-    if candidates and device.clusters:
-        tables += _one_wave(shape, device) if shape.tokens <= GEMM_MAX_M else _full_waves(shape, device)
+    if candidates and device.clusters and shape.tokens <= GEMM_MAX_M:
+        tables += _one_wave(shape, device)
+    if candidates and device.clusters and device.wgmma and shape.tokens > _MMA_MAX_M:
+        tables += _full_waves(shape, device)
     for family, fields in tables:
         fitting = (TileConfig(family=family, stages=stages, **fields) for stages in range(_MAX_STAGES, 1, -1))
         found += itertools.islice((tile for tile in fitting if _fits(shape, device, tile)), 1)

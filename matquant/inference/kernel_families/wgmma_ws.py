@@ -23,9 +23,7 @@ _TMA_ALIGNMENT = 128  # bytes, of the destination of a load
 _SMALL_WEIGHTS, _SMALL_MAX_M = 2**24, 512  # a small matrix has few tiles for all CTAs: smaller tiles are faster
 _MIN_SHARE = 0.83  # of the multiprocessors that have work in up to two waves of whole tiles, or one of clusters
 _FEW_WAVES, _MIN_SHARE_OF_MANY = 2, 0.95  # in more waves the partial sums of stream-K cost relatively less
-_LONG_M = (
-    256  # largest block_m; only such tiles pay in many waves, because the others dequantize the weights more often
-)
+_LONG_M = 256  # largest block_m: in many waves smaller tiles dequantize the weights too often
 _SHORT_WORTH = 0.8  # prefer block_m=128 if it pads M to at most this share of what block_m=256 would
 
 # Candidates, the best first: 128 tokens of a matrix that is not large, of a large one, and 256 tokens.

@@ -102,6 +102,8 @@ WGMMA_PROBLEMS = {
     "8 bits, 64 tokens": gemm_problem(8, 64, dtype=torch.bfloat16, has_zero_points=True),
     "4 bits, 128 tokens, clusters": gemm_problem(4, 128, rows=4096),
     "8 bits, 256 tokens, clusters": gemm_problem(8, 256, rows=6144, dtype=torch.bfloat16, stretch=1.25),
+    "2 bits, 300 tokens, deep": gemm_problem(2, 300, rows=4096, depth=14336, slicing="round"),
+    "6 bits, 512 tokens, zero points": gemm_problem(6, 512, rows=4096, depth=14336, has_zero_points=True),
     "5 bits, 300 tokens": gemm_problem(5, 300, scale_dtype=torch.bfloat16),
     "8 bits, 512 tokens": gemm_problem(8, 512),
     "8 bits, 64 tokens, stretched": gemm_problem(8, 64, dtype=torch.bfloat16, stretch=1.25),

@@ -89,14 +89,18 @@ class WgmmaWsFamily(KernelFamily):
         return [*_full_waves(shape, device), *(_with_stream_k(shape) if shape.tokens > GEMM_MAX_M else ())]
 
     def spills(self, shape: GemmShape, tile: TileCandidate) -> bool:
-        zeros, units = shape.format.has_zero_points, tile.block_k // TILE
+        zeros, units, planes = shape.format.has_zero_points, tile.block_k // TILE, shape.planes
+        stream_k = tile.cluster == 1 and not tile.whole_tiles
         if tile.block_m == 256:
-            return units == 1 and (shape.planes, shape.dtype) in ((2, torch.float16), (8, torch.bfloat16))
+            few_or_all = (planes, shape.dtype) in ((2, torch.float16), (8, torch.bfloat16))
+            return units == 1 and (few_or_all or (stream_k and zeros and planes >= 6))
         if tile.warps_m == 4:
             return False
+        if stream_k and shape.bits == 2 and not zeros:
+            return True
         if units > 1:
-            return shape.planes + zeros >= 6
-        return shape.dtype == torch.bfloat16 and shape.planes + 2 * zeros >= 8
+            return planes + zeros >= 6
+        return shape.dtype == torch.bfloat16 and planes + 2 * zeros >= 8
 
     def shared_bytes(self, shape: GemmShape, tile: TileConfig) -> int:
         weights = _aligned(tile.warps_n * weight_stage_bytes(shape, tile))

@@ -1,4 +1,4 @@
-"""What the tests on a GPU share."""
+"""Marks and helpers of the tests on a GPU."""
 
 import importlib.util
 from pathlib import Path

@@ -37,7 +37,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 
-from bench_kernels import copy_bandwidth, format_of, precompile, replay
+from kernel_timing import copy_bandwidth, format_of, precompile, replay
 
 from matquant.formats.nested import NestedWeight
 from matquant.formats.planes import NestedPlanes

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_kernels import format_of, replay
 from kernel_checks import activations
+from kernel_timing import format_of, replay
 from torch import Tensor
 
 from matquant.formats.nested import NestedWeight

@@ -9,6 +9,7 @@ imports this one, and only this one needs vLLM.
     sharded_linear.py        shard of one stored layer on one device (works without vLLM)
     vllm_ops.py              matmul that reads its bit-width at run time (works without vLLM)
     cuda_graphs.py           a set of CUDA graphs per choice of bit-widths
+    plain_graphs.py          CUDA graphs of steps without drafts (works without vLLM)
     worker.py                bit-widths of a running engine's layers
     scheduler.py             steps of one bit-width each, by request and by load
     width_policy.py          bit-width by load, and turns of bit-widths (works without vLLM)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from matquant.errors import UserError
+from matquant.vllm import plain_graphs
 
 OLDEST, NEWEST = (0, 24), (0, 33)
 OLDEST_WITH_EXPERTS = (0, 25)
@@ -190,16 +191,49 @@ def hook_proposals() -> None:
             _hook(getattr(importlib.import_module(module), owner), "propose", instead=hook)
 
 
+def hook_plain_steps(adds: Callable[[Any], bool]) -> None:
+    """Have the older model runner capture, and use, full CUDA graphs of steps without drafts, see ``plain_graphs``.
+
+    Args:
+        adds: whether an engine with this ``VllmConfig`` has them.
+    """
+    try:
+        from vllm.config import CUDAGraphMode
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    except ImportError:
+        return
+
+    def after(runner: Any, *_: Any, **__: Any) -> None:
+        if adds(runner.vllm_config):
+            plain_graphs.add_plain_graphs(runner, CUDAGraphMode.FULL)
+
+    def choosing(runner: Any, *_: Any, **step: Any) -> Any:
+        captures = step.get("force_uniform_decode") is not None
+        counts: list[Any] = [step.get(name) for name in ("num_tokens", "num_reqs", "max_num_scheduled_tokens")]
+        if captures or step.get("use_cascade_attn") or None in counts:
+            return contextlib.nullcontext()
+        return plain_graphs.step_graphs(runner, *counts)
+
+    def capturing(runner: Any, key: Any, *_: Any, **__: Any) -> Any:
+        return plain_graphs.capture_graphs(runner, key)
+
+    _hook(GPUModelRunner, "_check_and_update_cudagraph_mode", after=after)
+    _hook(GPUModelRunner, "_determine_batch_execution_and_padding", within=choosing)
+    _hook(GPUModelRunner, "_warmup_and_capture", within=capturing)
+
+
 def _hook(
     owner: type,
     method: str,
     before: Callable[..., None] | None = None,
     after: Callable[..., None] | None = None,
     instead: Callable[..., Any] | None = None,
+    within: Callable[..., contextlib.AbstractContextManager[None]] | None = None,
 ) -> None:
     """Call functions before a method, with its arguments, or after it, with the result as second argument. Idempotent.
 
-    What ``instead`` returns, if that is not None, is the result, and the method is not called.
+    What ``instead`` returns, if that is not None, is the result, and the method is not called. Else it is called in the context
+    that ``within`` returns.
     """
     original: Any = getattr(owner, method)
     if getattr(original, "matquant_hook", False):
@@ -211,7 +245,8 @@ def _hook(
             before(self, *args, **kwargs)
         result = None if instead is None else instead(self, *args, **kwargs)
         if result is None:
-            result = original(self, *args, **kwargs)
+            with contextlib.nullcontext() if within is None else within(self, *args, **kwargs):
+                result = original(self, *args, **kwargs)
         if after is not None:
             after(self, result, *args, **kwargs)
         return result

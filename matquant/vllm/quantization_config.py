@@ -35,12 +35,14 @@ from matquant.vllm.cuda_graphs import check_graph_mode
 from matquant.vllm.experts_method import NestedExpertsMethod
 from matquant.vllm.linear_method import NestedLinearMethod
 from matquant.vllm.sharded_linear import ShardedNestedLinear, share_equal_parameters
+from matquant.vllm.step_drafts import may_leave_out_drafts
 from matquant.vllm.width_settings import WidthSettings
 from matquant.vllm.worker import begin_step
 
 compat.hook_steps(begin_step)  # in all processes, before a worker is made
 compat.hook_draft_model(share_equal_parameters)
 compat.hook_proposals()
+compat.hook_plain_steps(may_leave_out_drafts)
 
 # Layers whose planes a draft model may read, by folder, name, shard and number of planes.
 _resident: weakref.WeakValueDictionary[tuple[object, ...], ShardedNestedLinear] = weakref.WeakValueDictionary()

@@ -23,7 +23,7 @@ from matquant.errors import UserError
 from matquant.vllm import compat
 from matquant.vllm.block_keys import WidthKeyedHasher
 from matquant.vllm.step import StepWidth
-from matquant.vllm.step_drafts import StepDrafts
+from matquant.vllm.step_drafts import StepDrafts, reason_to_draft
 from matquant.vllm.width_policy import LoadPolicy, StepCounts, Turns, Width, logger, width_name
 from matquant.vllm.width_settings import WidthSettings
 
@@ -33,6 +33,7 @@ _STARTABLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 class SyncWidthScheduler(Scheduler):
     """Scheduler for engines without asynchronous scheduling."""
 
+    plans_drafts = True  # by which step_drafts knows this scheduler
     running: list[Request]
     dynamic_sd_lookup: list[int] | None  # of vLLM's scheduler: drafts by number of running requests
 
@@ -108,7 +109,7 @@ class SyncWidthScheduler(Scheduler):
         speculative = self.vllm_config.speculative_config
         if speculative is None or self.width_settings.speculation == "always":
             return None
-        if reason := _always_drafts(self.vllm_config):
+        if reason := reason_to_draft(self.vllm_config):
             logger.warning("Speculative decoding is always on, whether it pays or not: %s.", reason)
             return None
         if self.dynamic_sd_lookup is None:  # its presence says that the number of drafts changes between steps
@@ -249,15 +250,6 @@ def _settings(vllm_config: Any) -> WidthSettings:
             "matquant's scheduler needs a checkpoint with nested layers; leave --scheduler-cls out for others."
         )
     return WidthSettings.from_config(vllm_config.additional_config, choice.max_bits)
-
-
-def _always_drafts(vllm_config: Any) -> str | None:
-    """Reason why drafts cannot be left out of single steps; None if they can."""
-    if vllm_config.speculative_config.method != "draft_model":
-        return f"this is measured for the method draft_model only, and found {vllm_config.speculative_config.method}"
-    if vllm_config.parallel_config.data_parallel_size > 1:
-        return "data-parallel engines must agree on each step"
-    return None
 
 
 def _step_outputs(scheduler_output: Any, model_runner_output: Any) -> tuple[Any, Any]:

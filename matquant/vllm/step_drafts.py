@@ -12,10 +12,30 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from matquant.formats.bits import MAX_BITS
 from matquant.vllm.draft_policy import TRIAL_STEPS, DraftPolicy
+from matquant.vllm.width_settings import WidthSettings
 
 # A complete request lacks no more tokens than these, and this share of all.
 MISSED_TOKENS, MISSED_SHARE = 2 * TRIAL_STEPS, 0.1
+
+
+def reason_to_draft(vllm_config: Any) -> str | None:
+    """Reason why drafts cannot be left out of single steps of an engine that speculates; None if they can."""
+    if vllm_config.speculative_config.method != "draft_model":
+        return f"this is measured for the method draft_model only, and found {vllm_config.speculative_config.method}"
+    if vllm_config.parallel_config.data_parallel_size > 1:
+        return "data-parallel engines must agree on each step"
+    return None
+
+
+def may_leave_out_drafts(vllm_config: Any) -> bool:
+    """True for an engine that speculates and whose scheduler may leave drafts out of single steps."""
+    if vllm_config.speculative_config is None or reason_to_draft(vllm_config):
+        return False
+    settings = WidthSettings.from_config(vllm_config.additional_config, MAX_BITS)
+    scheduler = vllm_config.scheduler_config.get_scheduler_cls()
+    return settings.speculation == "adaptive" and hasattr(scheduler, "plans_drafts")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

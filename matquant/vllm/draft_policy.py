@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import logging
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 logger = logging.getLogger("vllm.matquant")  # vLLM shows what is below its own logger
@@ -45,7 +45,7 @@ class DraftPolicy:
 
     Args:
         first_steps: number of steps before a trial while a kind is not measured.
-        trial_share: largest share of trials in the steps, after the first ones.
+        trial_share: largest share of trials in the steps, and in their time, after the first ones.
 
     Attributes:
         changes: number of decisions that changed.
@@ -73,7 +73,7 @@ class DraftPolicy:
         if found.trial == 0:
             found.rest += 1
             unknown = found.rest >= self._first and self._speed(width, found, not found.on) is None
-            if unknown or found.rest >= self._pause:
+            if unknown or (found.rest >= self._pause and found.rest >= self._pause * _cost_of_trial(found)):
                 found.trial, found.rest = TRIAL_STEPS, 0
         if found.trial > 0:
             found.trial -= 1
@@ -156,6 +156,16 @@ class DraftPolicy:
             speeds["drafts"],
             speeds["plain"],
         )
+
+
+def _cost_of_trial(found: _Range) -> float:
+    """Duration of a step of the kind that is not used, over that of a step of the other; 1 if not measured."""
+    used, other = found.rates[found.on], found.rates[not found.on]
+    return _median_rate(used) / _median_rate(other) if used and other else 1.0
+
+
+def _median_rate(steps: Iterable[tuple[int, float]]) -> float:
+    return statistics.median(rate for _, rate in steps)
 
 
 def _range_end(batch: int) -> int:

@@ -436,16 +436,9 @@ def test_always_is_always(folder, ahead, section):
 
 
 def test_an_engine_whose_drafts_cannot_be_left_out_says_so(folder, caplog):
-    from types import SimpleNamespace
-
-    from matquant.vllm.scheduler import _always_drafts
-
     engine = Engine(folder, speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2})
     assert engine.scheduler._drafts is None
     assert engine.scheduler._state(None)["speculation"] == {"mode": "always"}
-    parallel = SimpleNamespace(data_parallel_size=2)
-    method = SimpleNamespace(method="draft_model")
-    assert "must agree" in _always_drafts(SimpleNamespace(speculative_config=method, parallel_config=parallel))
 
 
 def test_an_engine_without_nested_layers_is_refused(folder):

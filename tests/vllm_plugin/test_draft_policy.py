@@ -95,7 +95,7 @@ def test_drafting_stops_and_resumes_when_the_costs_change(ahead):
     engine.run(["a"], PAUSE)
     assert engine.run(["a"], 300) <= 2 * TRIAL_STEPS / 300
     engine.drafting = 1.1
-    engine.run(["a"], PAUSE)
+    engine.run(["a"], 5 * PAUSE)  # a trial was five times as slow as other steps
     assert engine.policy.to_json()["ranges"][0]["drafts"]
     assert engine.run(["a"], 300) == 0.0  # its tokens are missing in the draft model's cache
     assert engine.run(["b"], 300, new=1) > 0.95  # those of a new request are not
@@ -180,6 +180,19 @@ def test_a_decision_depends_on_both_kinds_in_the_same_load():
     assert engine.policy.to_json()["changes"] == 1
 
 
+@pytest.mark.parametrize("drafting", [3.0, 8.0, 30.0])
+def test_trials_take_a_share_of_the_time(drafting):
+    """However much slower a step with drafts is: with a share of the steps alone, 8 times as slow ones would take 7 %."""
+    engine = Engine()
+    engine.drafting, engine.accepted = drafting, 1
+    engine.run(["a"], 10 * FIRST_STEPS, new=1)
+    steps = round(4.5 * PAUSE * drafting)
+    begin = engine.now
+    trials = engine.run(["a"], steps) * steps
+    assert trials == 4 * TRIAL_STEPS
+    assert trials * drafting <= 1.01 * TRIAL_SHARE * (engine.now - begin)
+
+
 def test_outputs_of_empty_and_unknown_steps_are_ignored():
     engine = Engine(ahead=1)
     engine.run(["a"], 5, new=1)
@@ -193,7 +206,8 @@ def test_outputs_of_empty_and_unknown_steps_are_ignored():
     assert not engine.drafts._missed
 
 
-costs = st.floats(0.1, 10.0)
+costs = st.floats(0.5, 3.0)
+MOST = 6  # times that a step can cost more than another
 loads = st.tuples(st.integers(1, 40), costs, costs, st.integers(1, 200))  # batch size, seconds of both kinds, steps
 
 
@@ -211,7 +225,7 @@ def test_against_a_plain_count_of_costs(script, accepted):
     for batch, plain, drafting, steps in script:
         for _ in range(steps):
             step(batch, plain, drafting)
-    for _ in range(2 * PAUSE + FIRST_STEPS):  # two trials
+    for _ in range(2 * MOST * PAUSE + FIRST_STEPS):  # two trials
         step(batch, plain, drafting)
     speeds = {True: batch * (1 + accepted) / drafting, False: batch / plain}
     (found,) = (r for r in policy.to_json()["ranges"] if r["requests"][0] <= batch <= r["requests"][1])

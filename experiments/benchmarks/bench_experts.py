@@ -25,6 +25,7 @@ import importlib
 import inspect
 import itertools
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +56,7 @@ LAYERS = 3
 MIN_BYTES = 2**28  # weights that the launches of one graph read at least, beyond the second-level cache
 LOOP_CALLS = 4
 VLLM_FUSED = "vllm.model_executor.layers.fused_moe"
+PEER_LINE = "PEER "
 MARLIN_MODULES = (f"{VLLM_FUSED}.experts.marlin_moe", f"{VLLM_FUSED}.fused_marlin_moe")
 
 
@@ -295,36 +297,67 @@ def by_vllm(first: Tensor, down: Tensor, x: Tensor, weights: Tensor, ids: Tensor
     return fused(x, first, down, weights.float(), ids.int())
 
 
-def peer_times(model: Model, batches: Sequence[int]) -> dict[int, dict[str, float | str]]:
-    """Times of the peers by number of tokens."""
+# Columns of the peers, the dtype of the activations, and one layer.
+PEERS: dict[str, tuple[torch.dtype, Callable[..., Tensor]]] = {
+    "grouped_mm_us": (torch.bfloat16, by_grouped_mm),
+    "vllm_fp16_us": (torch.float16, by_vllm),
+    "vllm_4bit_us": (torch.float16, by_marlin),
+}
+
+
+def peer_times(name: str, batches: Sequence[int]) -> dict[int, dict[str, float | str]]:
+    """Times of the peers by number of tokens; each peer has a process, since it may leave the device unusable.
+
+    Args:
+        name: key of ``MODELS``.
+    """
     times: dict[int, dict[str, float | str]] = {tokens: {} for tokens in batches}
-    sizes = ((model.experts, 2 * model.inner, model.hidden), (model.experts, model.hidden, model.inner))
-    for column, dtype, function in (
-        ("grouped_mm_us", torch.bfloat16, by_grouped_mm),
-        ("vllm_fp16_us", torch.float16, by_vllm),
-        ("vllm_4bit_us", torch.float16, by_marlin),
-    ):
-        try:
-            if function is by_marlin:
-                marlin_moe()
-                made: list[Any] = [(marlin_layer(model),) for _ in range(LAYERS)]
-            else:
-                made = [
-                    tuple(torch.empty(size, dtype=dtype, device="cuda").normal_(0, 0.02) for size in sizes)
-                    for _ in range(LAYERS)
-                ]
-        except ImportError as error:
-            for tokens in batches:
-                times[tokens][column] = str(error)
-            continue
+    for column in PEERS:
+        command = [
+            sys.executable,
+            __file__,
+            "--peer",
+            column,
+            "--models",
+            name,
+            "--tokens",
+            ",".join(map(str, batches)),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found = {
+            int(tokens): value
+            for line in done.stdout.splitlines()
+            if line.startswith(PEER_LINE)
+            for tokens, value in json.loads(line.removeprefix(PEER_LINE)).items()
+        }
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        reason = f"its process ended with status {done.returncode}: {lines[-1][:200]}"
         for tokens in batches:
-            count = launches(model, tokens, 16)
-            steps = [random_step(model, tokens, seed, dtype) for seed in range(count)]
-            call = functools.partial(call_peer, function, made, steps)
-            times[tokens][column] = timed(call, count)
-        del made
-        torch.cuda.empty_cache()
+            times[tokens][column] = found.get(tokens, reason)
     return times
+
+
+def print_peer_times(column: str, model: Model, batches: Sequence[int]) -> None:
+    """Print the time of one peer for each number of tokens, as JSON."""
+    dtype, function = PEERS[column]
+    sizes = ((model.experts, 2 * model.inner, model.hidden), (model.experts, model.hidden, model.inner))
+    try:
+        if function is by_marlin:
+            marlin_moe()
+            made: list[Any] = [(marlin_layer(model),) for _ in range(LAYERS)]
+        else:
+            made = [
+                tuple(torch.empty(size, dtype=dtype, device="cuda").normal_(0, 0.02) for size in sizes)
+                for _ in range(LAYERS)
+            ]
+    except ImportError as error:
+        print(PEER_LINE + json.dumps(dict.fromkeys(batches, str(error))), flush=True)
+        return
+    for tokens in batches:
+        count = launches(model, tokens, 16)
+        steps = [random_step(model, tokens, seed, dtype) for seed in range(count)]
+        call = functools.partial(call_peer, function, made, steps)
+        print(PEER_LINE + json.dumps({tokens: timed(call, count)}), flush=True)
 
 
 def call_peer(function: Callable[..., Tensor], layers: Sequence[Any], steps: Sequence[Any], seed: int) -> Tensor:
@@ -342,9 +375,9 @@ def launches(model: Model, tokens: int, bits: int) -> int:
     return int(min(24, max(LAYERS, -(-MIN_BYTES // (active * model.bytes_of_expert(bits))))))
 
 
-def measure(model: Model, widths: Sequence[int], batches: Sequence[int], bandwidth: float) -> Iterator[dict[str, Any]]:
+def measure(name: str, widths: Sequence[int], batches: Sequence[int], bandwidth: float) -> Iterator[dict[str, Any]]:
     """Yield the times of each bit-width and number of tokens."""
-    peers = peer_times(model, batches)
+    model, peers = MODELS[name], peer_times(name, batches)
     layers = [random_layer(model) for _ in range(LAYERS)]
     for bits, tokens in itertools.product(widths, batches):
         count = launches(model, tokens, bits)
@@ -375,11 +408,15 @@ def main() -> None:
     parser.add_argument("--bits", default="2,3,4,8")
     parser.add_argument("--tokens", default="1,4,16,64")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench-experts.json"))
+    parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)  # of one peer's process
     given = parser.parse_args()
     widths, batches = ([int(one) for one in text.split(",")] for text in (given.bits, given.tokens))
     names = given.models.split(",")
     if unknown := set(names) - MODELS.keys():
         parser.error(f"--models: {', '.join(sorted(unknown))} is unknown; choose from {', '.join(MODELS)}")
+    if given.peer:
+        print_peer_times(given.peer, MODELS[names[0]], batches)
+        return
     start = time.perf_counter()
     error = worst_error()
     print(f"largest error: {error:.4f} times that of rounding", flush=True)
@@ -390,7 +427,7 @@ def main() -> None:
     bandwidth, rows = copy_bandwidth(), []
     torch.cuda.empty_cache()
     for name in names:
-        for row in measure(MODELS[name], widths, batches, bandwidth):
+        for row in measure(name, widths, batches, bandwidth):
             rows.append({"model": name, **row})
             print(json.dumps(rows[-1]), flush=True)
         torch.cuda.empty_cache()

@@ -20,7 +20,10 @@ NAMES = {
 }
 SETTINGS = {
     "none": "",
+    "self_300": ", `refine=scales` of 300 steps on 256 windows that the model wrote",
     "scales_300": ", `refine=scales` of 300 steps on 256 windows",
+    "codes": ", `refine=codes` of 600 steps (removed since)",
+    "mix_600": ", `refine=scales` on source and prose",
     "scales": ", **`refine=scales`**",
 }
 INTRODUCTION = """# Real models
@@ -31,8 +34,8 @@ calibrated on 128 windows of 512 tokens of source. With several calibration seed
 range.
 
 `matgptq` and `matgptq_v1` are one parent, of which each column is a slice; all other rows are a model for each bit-width. With
-`refine=scales` (600 steps on 1024 windows of source, the default) only the scales of 2, 3 and 4 bits change. Rows of other
-packages are AutoRound (200 iterations, zero points at 2 bits) and the GPTQ of llm-compressor, quantized by these packages on
+`refine=scales` (600 steps on 1024 windows of source, the default) only the scales of 2, 3 and 4 bits change. The row of source
+and prose has the same number of steps, on 1024 windows of each. Rows of other packages are AutoRound (200 iterations, zero points at 2 bits) and the GPTQ of llm-compressor, quantized by these packages on
 the same windows, each with its default settings. The KL of the unquantized model in bfloat16 and float16 is a floor: what is
 below it cannot be seen in that dtype.
 
@@ -42,6 +45,11 @@ below it cannot be seen in that dtype.
     python experiments/real/benchmark.py MODEL.gguf --methods matgptq --seeds 0 --refine scales --overrides refine=scales
     python experiments/real/benchmark.py MODEL.gguf --methods matgptq --seeds 0 --refine scales_300 \\
         --overrides refine=scales refine.steps=300 refine.text.sequences=256
+    python experiments/real/benchmark.py MODEL.gguf --methods matgptq --seeds 0 --refine self_300 \\
+        --overrides refine=scales refine.steps=300 refine.text.dataset=self refine.text.sequences=256
+    python experiments/real/benchmark.py MODEL.gguf --methods matgptq --seeds 0 --refine mix_600 \\
+        --overrides refine=scales refine.text.dataset=mix '++refine.text.mix={stdlib:1,local:1}' \\
+        refine.text.path=outputs/real/prose/calibration refine.text.sequences=2048
     python experiments/real/peers.py MODEL.gguf --peers auto_round llmcompressor
     python experiments/real/summary.py
 

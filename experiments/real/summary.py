@@ -35,9 +35,9 @@ range.
 
 `matgptq` and `matgptq_v1` are one parent, of which each column is a slice; all other rows are a model for each bit-width. With
 `refine=scales` (600 steps on 1024 windows of source, the default) only the scales of 2, 3 and 4 bits change. The row of source
-and prose has the same number of steps, on 1024 windows of each. Rows of other packages are AutoRound (200 iterations, zero points at 2 bits) and the GPTQ of llm-compressor, quantized by these packages on
-the same windows, each with its default settings. The KL of the unquantized model in bfloat16 and float16 is a floor: what is
-below it cannot be seen in that dtype.
+and prose has the same number of steps, on 1024 windows of each. Rows of other packages are AutoRound (200 iterations, zero
+points at 2 bits) and the GPTQ of llm-compressor, quantized by these packages on the same windows, each with its default
+settings. The KL of the unquantized model in bfloat16 and float16 is a floor: what is below it cannot be seen in that dtype.
 
     python experiments/real/prepare.py
     python experiments/real/benchmark.py MODEL.gguf --methods rtn gptq matgptq_v1 matgptq --seeds 0

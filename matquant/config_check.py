@@ -69,27 +69,10 @@ def _check_refine(config: Config) -> None:
             f"refine={config.refine.name} trains one parent, but method={config.method.name} makes one model per "
             "bit-width. Use method=matgptq, or refine=none."
         )
-    if config.refine.method == "codes":
-        _check_codes(config)
     check_refinement_text(text, "refine.text")
     if text.sequences < text.batch_size:
         raise UserError(
             f"refine.text.sequences={text.sequences} do not fill one batch of refine.text.batch_size={text.batch_size}."
-        )
-
-
-def _check_codes(config: Config) -> None:
-    """Refuse training of codes that could not move, or of slices whose bits are rounded."""
-    method, tolerance = config.method, config.refine.code_tolerance
-    if method.slicing != "msb":
-        raise UserError(
-            f"refine={config.refine.name} trains the first bits of codes, but slices of method.slicing={method.slicing} depend "
-            "on the bit after theirs too. Use method.slicing=msb, or refine=scales."
-        )
-    if method.stretch == 1 and tolerance < 1:
-        raise UserError(
-            f"refine.code_tolerance={tolerance:g} lets no code move: with method.stretch=1, codes with other first bits differ "
-            "by a whole step. Use refine.code_tolerance=1 or more, method.stretch=1.25, or refine=scales."
         )
 
 

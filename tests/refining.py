@@ -1,4 +1,4 @@
-"""Refinements of a small random model, for tests of several kinds of training."""
+"""Refinements of the scales of a small random model, for tests."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,8 @@ import torch
 from packing import Opened
 
 from matquant.formats.parent import Parent
-from matquant.refine.code_refinement import CodeRefinement
 from matquant.refine.config import RefineConfig
-from matquant.refine.refinement import RefineContext, Refinement
+from matquant.refine.refinement import RefineContext
 from matquant.refine.scale_refinement import ScaleRefinement
 from matquant.store import Store
 
@@ -25,8 +24,7 @@ def context_of(opened: Opened, **changes: Any) -> RefineContext:
 
 def refine(opened: Opened, store: Path, config: RefineConfig, **changes: Any) -> tuple[Parent, list[dict]]:
     """Refined parent and the history of its validations."""
-    kind: type[Refinement] = {"scales": ScaleRefinement, "codes": CodeRefinement}[config.method]
-    refinement = kind(config, context_of(opened, **changes))
+    refinement = ScaleRefinement(config, context_of(opened, **changes))
 
     def build(draft: Any) -> dict[str, Any]:
         return {"blocks": refinement.run(draft), "history": refinement.history}

@@ -138,10 +138,9 @@ def test_two_processes_give_the_results_of_one(fork_two, run_one, small_model, t
     "method",
     [
         ("method=rtn", "method.per_bit_models=false", "method.slicing=msb", "refine=scales"),
-        ("method=rtn", "method.per_bit_models=false", "method.slicing=msb", "method.stretch=1.25", "refine=codes"),
         ("method=matquant_qat", "refine.learning_rate=1e-3", "refine.warmup_steps=1", "objective.weights.2=10"),
     ],
-    ids=["scales", "codes", "qat"],
+    ids=["scales", "qat"],
 )
 def test_two_processes_refine_the_parent_of_one(method, fork_two, run_one, small_model, tmp_path):
     refine = (

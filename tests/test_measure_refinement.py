@@ -1,4 +1,4 @@
-"""Script that measures refinements of an 8B shape: a small model end to end, its arithmetic, and what it refuses."""
+"""Script that measures the refinement of an 8B shape: a small model end to end, its arithmetic, and what it refuses."""
 
 import json
 import sys
@@ -42,27 +42,25 @@ def timeline(script: Any, *events: tuple[str, float], device: str = "cpu", memor
 
 
 @pytest.mark.slow
-def test_both_refinements_of_a_small_model_are_measured(
+def test_the_refinement_of_a_small_model_is_measured(
     script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "found.json"
     call(script, monkeypatch, str(tmp_path / "work"), "--out", str(out), "--steps", "4", *SMALL, *TEXT)
     found, shown = json.loads(out.read_text()), capsys.readouterr().out
-    assert list(found["refinements"]) == ["scales", "codes"]
-    for name, record in found["refinements"].items():
-        events = [row["event"] for row in record["events"]]
-        end = ["validation", "save", "write a block", "write a block", "commit"]
-        assert events == ["start and validation", *["step"] * 4, *end]
-        assert record["extrapolated"]["steps"] == 600
-        assert record["extrapolated"]["validations"] == 12
-        assert record["planned"]["host"] > 0
-        assert (record["ratio"], record["goals"]) == (None, {"memory": None, "minutes": True})
-        assert [one["step"] for one in record["history"]] == [0, 4]
-        assert record["planned"]["disk"] > 2 * record["saved_bytes"]  # of the whole job, which saves more than once
-        assert f"refine={name}: plan: " in shown
-        assert "600 steps in" in shown
-    weights = found["sizes"]["quantized"]
-    assert found["refinements"]["codes"]["saved_bytes"] - found["refinements"]["scales"]["saved_bytes"] >= 5 * weights
+    assert list(found["refinements"]) == ["scales"]
+    record = found["refinements"]["scales"]
+    events = [row["event"] for row in record["events"]]
+    end = ["validation", "save", "write a block", "write a block", "commit"]
+    assert events == ["start and validation", *["step"] * 4, *end]
+    assert record["extrapolated"]["steps"] == 600
+    assert record["extrapolated"]["validations"] == 12
+    assert record["planned"]["host"] > 0
+    assert (record["ratio"], record["goals"]) == (None, {"memory": None, "minutes": True})
+    assert [one["step"] for one in record["history"]] == [0, 4]
+    assert record["planned"]["disk"] > 2 * record["saved_bytes"]  # of the whole job, which saves more than once
+    assert "refine=scales: plan: " in shown
+    assert "600 steps in" in shown
     assert not list((tmp_path / "work" / "store").glob("refined*"))
     assert not list((tmp_path / "work" / "store").glob("tmp*"))
     assert found["provenance"]["versions"]["torch"] == torch.__version__
@@ -122,14 +120,13 @@ def test_memory_within_15_percent_and_time_within_the_limit_meet_the_goals(
     found = script.summarize(measured, plan, RefineConfig(method="scales", steps=10))
     assert found["goals"] == {"memory": memory, "minutes": time}
     assert (found["ratio"], found["ratios"]["reserved"]) == (allocated / 100, 2.0)
-    assert f"{allocated / 100:.3f} of the plan" in script.describe("scales", found)
+    assert f"{allocated / 100:.3f} of the plan" in script.describe(found)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--steps", "2"], "--steps must be more than 2"),
-        (["--refine", "qat"], "invalid choice: 'qat'"),
         (["refine.steps=0"], "refine.steps must be at least 1"),
         (["--model", "missing"], "missing"),
         (["--out", "no/folder/found.json"], "no/folder is no folder"),
@@ -148,9 +145,3 @@ def test_bad_arguments_are_refused(
         call(script, monkeypatch, str(tmp_path), "--out", str(tmp_path / "found.json"), *SMALL, *arguments)
     assert message in f"{error.value} {capsys.readouterr().err}"
     assert error.value.code not in (0, None)
-
-
-def test_refinements_on_different_texts_are_refused(script: Any, tmp_path: Path) -> None:
-    configs = [script.make_config(tmp_path, tmp_path, "scales", [f"refine.text.sequences={n}"]) for n in (8, 9)]
-    with pytest.raises(script.UserError, match="different texts"):
-        script.load(configs, None)

@@ -1,14 +1,14 @@
-"""Run a few steps of refinements of a random 8B model; record memory, planned and measured, and seconds of a step.
+"""Run a few steps of ``refine=scales`` of a random 8B model; record memory, planned and measured, and seconds of a step.
 
-    python experiments/benchmarks/measure_refinement.py FOLDER --out 8b.json             # 32 blocks; scales, then codes
-    python experiments/benchmarks/measure_refinement.py FOLDER --out scales.json --refine scales --steps 12 --gpu-gb 80
+    python experiments/benchmarks/measure_refinement.py FOLDER --out 8b.json             # 32 blocks
+    python experiments/benchmarks/measure_refinement.py FOLDER --out 80gb.json --steps 12 --gpu-gb 80
     python experiments/benchmarks/measure_refinement.py FOLDER --out small.json --blocks 2 --width 0.015625 --vocabulary 2048 \
         refine.text.sequences=16 refine.text.sequence_length=32
 
 Makes the model in FOLDER if it is missing (or takes that of ``--model``), and its parent by rounding to nearest in the store in
 FOLDER; a second run finds both. The parent has the codes of the default method, but no scales of its own at low bits. Training
-is that of the stage refine, with the settings and the text of the presets ``refine=scales`` and ``refine=codes``; ``--steps``
-alone is smaller. Further arguments are overrides of the config. The refined parents are deleted.
+is that of the stage refine, with the settings and the text of the preset; ``--steps`` alone is smaller. Further arguments are
+overrides of the config. The refined parent is deleted.
 
 The JSON is rewritten after each event, so that an interrupted run has all events before. ``planned`` is the memory plan of such
 a job. ``measured`` has three peaks of the device: ``allocated`` counts tensors, ``needed`` also the memory that CUDA graphs
@@ -45,9 +45,8 @@ from matquant.errors import UserError
 from matquant.formats.parent import Parent
 from matquant.memory import MemoryPlan
 from matquant.paths import resource_root
-from matquant.refine.code_refinement import CodeRefinement
 from matquant.refine.config import RefineConfig
-from matquant.refine.refinement import RefineContext, Refinement
+from matquant.refine.refinement import RefineContext
 from matquant.refine.scale_refinement import ScaleRefinement
 from matquant.report.provenance import provenance
 from matquant.stages.load import LoadedJob, load_job
@@ -56,8 +55,7 @@ from matquant.stages.quantize import quantize
 from matquant.stages.runtime import Runtime
 from matquant.store import Draft, Store
 
-REFINEMENTS: dict[str, type[Refinement]] = {"scales": ScaleRefinement, "codes": CodeRefinement}
-GOAL_MINUTES = {"scales": 90, "codes": 360}  # of the whole job on one GPU of 80 GB
+GOAL_MINUTES = 90  # of the whole job on one GPU of 80 GB
 GOAL_RATIO = 0.15  # largest distance of the measured from the planned memory, as a share of the plan
 WARM_UP = 2  # steps: the first captures the CUDA graphs
 # Codes as of the default method, in the time of rounding.
@@ -70,7 +68,7 @@ PARENT = [
 ]
 
 
-def make_config(model: Path, folder: Path, refine: str, overrides: list[str]) -> Config:
+def make_config(model: Path, folder: Path, overrides: list[str]) -> Config:
     """Config of a job that makes the parent and refines it.
 
     Raises:
@@ -80,7 +78,7 @@ def make_config(model: Path, folder: Path, refine: str, overrides: list[str]) ->
     own = [
         f"model.path={model}",
         f"store.path={folder / 'store'}",
-        f"refine={refine}",
+        "refine=scales",
         "stages=[quantize]",
         "tracking=none",
     ]
@@ -115,7 +113,7 @@ def run_steps(
         progress=lambda steps: timeline.add("step") if steps else None,
         validated=lambda step, _: timeline.add("validation" if step else "start and validation"),
     )
-    refinement = REFINEMENTS[config.method](config, context)
+    refinement = ScaleRefinement(config, context)
     found: dict[str, Any] = {}
 
     def build(draft: Draft) -> dict[str, Any]:
@@ -175,7 +173,7 @@ def summarize(timeline: Timeline, plan: MemoryPlan, config: RefineConfig) -> dic
         "extrapolated": whole,
         "goals": {
             "memory": None if ratio is None else abs(ratio - 1) <= GOAL_RATIO,
-            "minutes": whole["minutes"] <= GOAL_MINUTES[config.method],
+            "minutes": whole["minutes"] <= GOAL_MINUTES,
         },
     }
 
@@ -183,7 +181,7 @@ def summarize(timeline: Timeline, plan: MemoryPlan, config: RefineConfig) -> dic
 def measure(
     job: LoadedJob, parent: Parent, runtime: Runtime, steps: int, record: dict[str, Any], write: Callable[[], None]
 ) -> None:
-    """Plan and run one refinement; fill ``record``.
+    """Plan and run the refinement; fill ``record``.
 
     Raises:
         UserError: the plan needs more memory or disk than there is.
@@ -227,8 +225,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of the model and the store")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--refine", nargs="+", choices=tuple(REFINEMENTS), default=list(REFINEMENTS))
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of each refinement, more than two")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps, more than two")
     parser.add_argument("--model", type=Path, help="folder of a checkpoint, instead of a random one")
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--width", type=float, default=1.0, help="factor on all sizes of the 8B shape")
@@ -242,39 +239,27 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     return arguments, overrides
 
 
-def load(configs: list[Config], runtime: Runtime) -> list[LoadedJob]:
-    """Jobs of several refinements of one parent on one text; the model and the text are loaded once.
-
-    Raises:
-        UserError: the refinements read different texts.
-    """
-    texts = {repr((config.refine.text, config.refine.validation_sequences)) for config in configs}
-    if len(texts) > 1:
-        raise UserError("The presets of --refine read different texts; measure them one at a time.")
-    job = load_job(configs[0], runtime)
-    return [dataclasses.replace(job, config=config) for config in configs]
-
-
 def measure_all(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
-    """Make the model and the parent, and measure each refinement. Returns the content of the JSON file.
+    """Make the model and the parent, and measure the refinement. Returns the content of the JSON file.
 
     Raises:
         UserError: a setting is out of range, or there is too little memory or disk.
     """
     name = f"llama-{arguments.width:g}-{arguments.vocabulary}-{arguments.blocks}"
     model = arguments.model or arguments.folder / name
-    configs = [make_config(model, arguments.folder, refine, overrides) for refine in arguments.refine]
-    machine.use_threads(configs[0].runtime.threads)
+    config = make_config(model, arguments.folder, overrides)
+    machine.use_threads(config.runtime.threads)
     machine.tune_malloc()
-    device = machine.device(configs[0].runtime.device)
+    device = machine.device(config.runtime.device)
     seconds: dict[str, float] = {}
+    record: dict[str, Any] = {}
     results = {
         "provenance": provenance(),
         "overrides": overrides,
         "steps": arguments.steps,
         "gpu_gb": arguments.gpu_gb,
         "seconds": seconds,
-        "refinements": {},
+        "refinements": {"scales": record},
     }
 
     def write() -> None:
@@ -295,26 +280,21 @@ def measure_all(arguments: argparse.Namespace, overrides: list[str]) -> dict[str
     if arguments.model is None and not (model / INDEX).is_file():
         sizes = (arguments.blocks, arguments.width, arguments.vocabulary)
         timed("make the model", lambda: make(model, *sizes, device=device.type))
-    runtime = Runtime.of(configs[0], device, SINGLE_PROCESS)
-    jobs = timed("load and check", lambda: load(configs, runtime))
-    results |= {"sizes": dataclasses.asdict(jobs[0].sizes), "dtype": str(jobs[0].dtype)}
-    parent = timed("make the parent", lambda: quantize(jobs[0], runtime).parent)
+    runtime = Runtime.of(config, device, SINGLE_PROCESS)
+    job = timed("load and check", lambda: load_job(config, runtime))
+    results |= {"sizes": dataclasses.asdict(job.sizes), "dtype": str(job.dtype)}
+    parent = timed("make the parent", lambda: quantize(job, runtime).parent)
     results["parent_bytes"] = parent.artifact.bytes
-    for job in jobs:
-        record = results["refinements"][job.config.refine.name] = {}
-        timed(
-            f"refine={job.config.refine.name}",
-            lambda job=job, record=record: measure(job, parent, runtime, arguments.steps, record, write),
-        )
+    timed("refine=scales", lambda: measure(job, parent, runtime, arguments.steps, record, write))
     return results
 
 
-def describe(name: str, record: dict[str, Any]) -> str:
-    """Line of the terminal for one refinement."""
+def describe(record: dict[str, Any]) -> str:
+    """Line of the terminal for the refinement."""
     whole, ratio = record["extrapolated"], record["ratio"]
     memory = "" if ratio is None else f"{record['measured']['needed'] / 1e9:.2f} GB, {ratio:.3f} of the plan; "
     return (
-        f"refine={name}: {memory}{whole['seconds_per_step']:.3f} s a step; {whole['steps']} steps in "
+        f"refine=scales: {memory}{whole['seconds_per_step']:.3f} s a step; {whole['steps']} steps in "
         f"{whole['minutes']:.1f} min"
     )
 
@@ -325,8 +305,7 @@ def main() -> None:
         results = measure_all(*parse_arguments())
     except UserError as error:
         sys.exit(f"error: {error}")
-    for name, record in results["refinements"].items():
-        print(describe(name, record))
+    print(describe(results["refinements"]["scales"]))
 
 
 if __name__ == "__main__":

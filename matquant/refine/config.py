@@ -8,49 +8,36 @@ from matquant.errors import UserError
 from matquant.formats.bits import MAX_BITS, MIN_BITS
 from matquant.quantize.config import check_distillation
 
-# Distance between two roundings of a value, in steps of the grid: no code tolerance is below.
-LEAST_CODE_TOLERANCE = 0.5
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RefineConfig:
-    """Training of the whole model after quantizing: of scales, of scales and codes, or (a published baseline) of the weights.
+    """Training of the whole model after quantizing: of scales, or (a published baseline) of the weights.
 
     Attributes:
         name: name of the preset.
         method: ``none``, or ``scales``: each of ``bits`` gets a set of scales of its own, trained so that the slice predicts
             like the full-precision model (KL divergence, temperature 1); codes, and the base set of scales, do not change. Or
-            ``codes``: the codes are trained too, as far as ``held_bits`` allow. Or ``qat``, for method=matquant_qat: the
-            weights are trained on the cross-entropy of the text, weighted over ``bits`` by the objective, and quantized anew.
+            ``qat``, for method=matquant_qat: the weights are trained on the cross-entropy of the text, weighted over ``bits``
+            by the objective, and quantized anew.
         bits: bit-widths to refine; with ``scales`` all others read what they read before.
         text: training text. A window of each step's batch is read at every bit-width. The dataset ``self``, alone or in a
             mix, is text that the full-precision model writes itself.
         top_k: of the dataset ``self``: number of the most likely tokens that each token is drawn from.
         validation_sequences: further windows of the text, for the held-out KL; with ``scales`` it chooses the best state of
-            each bit-width, with ``codes`` that of all together.
+            each bit-width.
         steps: optimizer steps of each bit-width.
         learning_rate: highest learning rate, of the log-scales or the weights (AdamW without weight decay, linear warm-up,
             cosine decay to a twentieth, with ``qat`` to 0).
         warmup_steps: steps of the warm-up.
         validate_every: steps between two validations; the state is saved at each, so that a killed job goes on from there.
         seed: of the order of the batches.
-        held_bits: with ``codes``: bit-widths above those of ``bits`` that shall stay as good as they are.
-        held_increase: with ``codes``: largest increase of the held-out KL of each of ``held_bits``, as a share of that at the
-            start; no state with a larger one is kept.
-        code_tolerance: with ``codes``: largest distance between the values of a code before and after at all bits, in steps of
-            that grid. Half a step is that of a rounding.
-        code_bits: with ``codes``: only codes move whose slice of one of these bit-widths can change; empty for all of ``bits``.
-        code_learning_rate: with ``codes``: highest learning rate of the positions of the codes: root mean square of their
-            movement in a layer at one optimizer step, in steps of a code.
-        code_curvature_power: with ``codes``: power of the mean square of the momentum by rows and columns that the momentum is
-            divided by: 0 for plain momentum, 0.5 as in Adafactor, 1 as in a natural-gradient step.
         distilled_bits: with ``qat``: bit-widths that aim at the predictions of the slice of all bits too, with equal weight
             (co-distillation; [2] is the published 8→2).
         distill_only: with ``qat``: let distilled_bits aim at these predictions alone.
     """
 
     name: str = "none"
-    method: Literal["none", "scales", "codes", "qat"] = "none"
+    method: Literal["none", "scales", "qat"] = "none"
     bits: tuple[int, ...] = (2, 3, 4)
     text: TextConfig | None = None
     top_k: int = 50
@@ -60,12 +47,6 @@ class RefineConfig:
     warmup_steps: int = 20
     validate_every: int = 50
     seed: int = 0
-    held_bits: tuple[int, ...] = ()
-    held_increase: float = 0.1
-    code_tolerance: float = LEAST_CODE_TOLERANCE
-    code_bits: tuple[int, ...] = ()
-    code_learning_rate: float = 0.005
-    code_curvature_power: float = 1.0
     distilled_bits: tuple[int, ...] = ()
     distill_only: bool = False
 
@@ -93,10 +74,6 @@ class RefineConfig:
                 "refine.warmup_steps cannot be negative, and refine.learning_rate lies between 0 and 1; found "
                 f"{self.warmup_steps} and {self.learning_rate}."
             )
-        if self.method == "codes":
-            self._check_codes(master_bits)
-        elif self.held_bits:
-            raise UserError(f"refine.held_bits is for refine.method=codes; found refine.method={self.method}.")
         if self.method == "qat":
             check_distillation(self.distilled_bits, self.distill_only, "refine", master_bits)
             if unread := set(self.distilled_bits) - set(self.bits):
@@ -109,27 +86,3 @@ class RefineConfig:
             )
         if self.text is None:
             raise UserError(f"refine.method={self.method} needs a text: choose the preset refine={self.method}.")
-
-    def _check_codes(self, master_bits: int) -> None:
-        """Refuse settings of ``codes`` that are out of range."""
-        held, trained = self.held_bits, max(self.bits)
-        if not held or len(set(held)) != len(held) or not all(trained < bits <= master_bits for bits in held):
-            raise UserError(
-                f"refine.held_bits must name at least one bit-width, each once, above those of refine.bits={list(self.bits)} "
-                f"and at most {master_bits}; found {list(held)}."
-            )
-        if not set(self.code_bits) <= set(self.bits):
-            raise UserError(
-                f"refine.code_bits must be among refine.bits={list(self.bits)}; found {list(self.code_bits)}."
-            )
-        if not self.held_increase >= 0 or not self.code_tolerance >= LEAST_CODE_TOLERANCE:
-            raise UserError(
-                f"refine.held_increase cannot be negative, and refine.code_tolerance is at least {LEAST_CODE_TOLERANCE}; found "
-                f"{self.held_increase} and {self.code_tolerance}."
-            )
-        if not 0 <= self.code_curvature_power <= 1:
-            raise UserError(f"refine.code_curvature_power lies in 0..1; found {self.code_curvature_power}.")
-        if not 0 < self.code_learning_rate <= 2**master_bits:
-            raise UserError(
-                f"refine.code_learning_rate is above 0 and at most {2**master_bits} steps; found {self.code_learning_rate}."
-            )

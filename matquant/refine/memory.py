@@ -8,8 +8,6 @@ from matquant.refine.slice_model import sequences_at_a_time
 
 _SETS = 5  # of scales per bit-width: start, ratio, two moments, best
 _LOGIT_ARRAYS = 6  # of the sequences at a time: two logits, two log-probabilities, two gradients
-_CODE_BYTES = 5  # of a trained code: present code, position and momentum of 2 bytes each
-_CODE_ARRAYS = 8  # float32 arrays of a layer while its codes move
 _LATENTS = 4  # of a trained weight: latent weight, gradient, two moments
 _SLICE_ARRAYS = 6  # float32 arrays of a block's weights while a slice of trained weights is made, with its gradient
 _GRADIENTS = 3  # activations of a block with their gradients, over the activations alone
@@ -35,17 +33,6 @@ def trained_scales_bytes(sizes: ModelSizes, bits: int, groups: int) -> TrainedBy
     scales = bits * _SETS * groups * FLOAT32_BYTES
     dense = 3 * max((layer.rows * layer.columns for layer in sizes.layers), default=0) * FLOAT32_BYTES
     return TrainedBytes(state=scales, saved=scales, reading=dense)
-
-
-def trained_codes_bytes(sizes: ModelSizes, bits: int, groups: int) -> TrainedBytes:
-    """Bytes of training all codes with the scales of so many bit-widths."""
-    scales = trained_scales_bytes(sizes, bits, groups)
-    largest = max((layer.rows * layer.columns for layer in sizes.layers), default=0)
-    return TrainedBytes(
-        state=scales.state + _CODE_BYTES * sizes.quantized,
-        saved=scales.saved + _CODE_BYTES * sizes.quantized,
-        reading=_CODE_ARRAYS * largest * FLOAT32_BYTES,
-    )
 
 
 def trained_weights_bytes(sizes: ModelSizes) -> TrainedBytes:

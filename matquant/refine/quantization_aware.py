@@ -36,8 +36,6 @@ class QuantizationAwareTraining(Refinement):
         latents: float32 [out_features, in_features] by layer name, once training has started.
     """
 
-    captured = False
-
     def start(self, model: SliceModel) -> None:
         self._step = 0
         self._format = {name: weight.format for name, weight in model.reader.weights.items()}
@@ -104,9 +102,8 @@ class QuantizationAwareTraining(Refinement):
         fmt = self._format[name]
         return MinMaxGrid.of_ranges(*group_ranges(self.latents[name], fmt.group_size), fmt)
 
-    def validated(self, losses: Mapping[int, float]) -> bool:
+    def validated(self, losses: Mapping[int, float]) -> None:
         self._check(losses, "held-out KL")
-        return False
 
     def _check(self, losses: Mapping[int, float], what: str) -> None:
         """Raise UserError for a loss that is not finite."""

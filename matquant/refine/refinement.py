@@ -62,11 +62,9 @@ class Refinement(abc.ABC):
         notes: sentences that the user should read, by layer.
         warnings: sentences on the training as a whole.
         linear: layers of a slice, see ``SliceReader``; None: of nested weights whose scales are trained.
-        captured: True to capture passes on a GPU as CUDA graphs, which copy the tensors of ``trained`` before each replay.
     """
 
     linear: LayerFunction | None = None
-    captured = True
 
     def __init__(self, config: RefineConfig, context: RefineContext) -> None:
         self.config, self.context = config, context
@@ -96,14 +94,9 @@ class Refinement(abc.ABC):
     def trained(self, bits: int) -> Trained:
         """Tensors by layer that the present slice of ``bits`` bits is made of; they require gradients."""
 
-    @property
-    def validated_bits(self) -> tuple[int, ...]:
-        """Bit-widths whose held-out KL each validation measures."""
-        return self.config.bits
-
     @abc.abstractmethod
-    def validated(self, losses: Mapping[int, float]) -> bool:
-        """Receive the validation loss of each bit-width, of the present state; True if it changed, to be validated again."""
+    def validated(self, losses: Mapping[int, float]) -> None:
+        """Receive the validation loss of each bit-width, of the present state."""
 
     @abc.abstractmethod
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -133,7 +126,6 @@ class Refinement(abc.ABC):
                 context.device,
                 context.dtype,
                 self.linear,
-                self.captured,
             ) as model,
         ):
             self.start(model)
@@ -174,23 +166,22 @@ class Refinement(abc.ABC):
 
     def _validate(self, model: SliceModel, held_out: list[int]) -> None:
         found = self._held_out_losses(model, held_out)
-        while self.validated(found):
-            found = self._held_out_losses(model, held_out)
+        self.validated(found)
         self.history.append({"step": self.step, "kl": {str(bits): loss for bits, loss in found.items()}})
         self.context.validated(self.step, found)
 
     @torch.no_grad()
     def _held_out_losses(self, model: SliceModel, held_out: list[int]) -> dict[int, float]:
         """KL of the present slices on the held-out windows of all processes, by bit-width."""
-        group, losses = self.context.process_group, torch.zeros(len(self.validated_bits), dtype=torch.float64)
+        group, losses = self.context.process_group, torch.zeros(len(self.config.bits), dtype=torch.float64)
         for batch in held_out:
             full, rows = model.hidden(batch), model.inputs.rows[batch]
-            for k, bits in enumerate(self.validated_bits):
+            for k, bits in enumerate(self.config.bits):
                 losses[k] += model.divergence(batch, full, bits, self.trained(bits)) * (rows.stop - rows.start)
         count = torch.tensor(sum(model.inputs.rows[b].stop - model.inputs.rows[b].start for b in held_out)).double()
         group.all_reduce(losses)
         group.all_reduce(count)
-        return {bits: float(loss / count) for bits, loss in zip(self.validated_bits, losses, strict=True)}
+        return {bits: float(loss / count) for bits, loss in zip(self.config.bits, losses, strict=True)}
 
     def _save(self, draft: DraftLike) -> None:
         tensors, numbers = self.state()

@@ -30,9 +30,9 @@ class ScaleRefinement(Refinement):
     def take_step(self, model: SliceModel, batch: int) -> None:
         full = model.hidden(batch)
         for one in self._trained.values():
-            self.descend(model, one, batch, full)
+            self._descend(model, one, batch, full)
 
-    def descend(self, model: SliceModel, one: TrainedScales, batch: int, full: Tensor) -> None:
+    def _descend(self, model: SliceModel, one: TrainedScales, batch: int, full: Tensor) -> None:
         """Take one optimizer step; processes average their gradients."""
         group, scales = self.context.process_group, one.scales()
         value, gradients = model.gradients(batch, full, one.bits, scales)
@@ -44,10 +44,9 @@ class ScaleRefinement(Refinement):
     def trained(self, bits: int) -> Trained:
         return self._trained[bits].scales()
 
-    def validated(self, losses: Mapping[int, float]) -> bool:
+    def validated(self, losses: Mapping[int, float]) -> None:
         for bits, one in self._trained.items():
             one.keep_if_best(losses[bits])
-        return False
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = {}

@@ -4,7 +4,6 @@ Only the codes are in memory: the dense weight is computed in the forward pass, 
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,36 +14,26 @@ from matquant.formats.groups import scale_groups, sum_groups
 from matquant.formats.nested import NestedWeight, WeightFormat
 
 
-def scaled_linear(
-    x: Tensor,
-    scales: Tensor,
-    weight: NestedWeight,
-    bits: int,
-    bias: Tensor | None,
-    observe: Callable[[Tensor], None] | None = None,
-) -> Tensor:
+def scaled_linear(x: Tensor, scales: Tensor, weight: NestedWeight, bits: int, bias: Tensor | None) -> Tensor:
     """Compute x W^T + bias, where W is the slice of ``bits`` bits with other scales.
 
     Args:
         x: [..., in_features].
         scales: float32 [out_features, groups].
         weight: codes and zero points, on the device of ``x``; its own scales are not read.
-        observe: called in the backward pass with the gradient of W, which it must not change.
 
     Returns:
         [..., out_features], in the dtype of ``x``.
     """
-    output: Tensor = _ScaledLinear.apply(x, scales, weight, bits, observe)
+    output: Tensor = _ScaledLinear.apply(x, scales, weight, bits)
     return output if bias is None else output + bias
 
 
 class _ScaledLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scales: Tensor, weight: NestedWeight, bits: int, observe: Callable[[Tensor], None] | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scales: Tensor, weight: NestedWeight, bits: int) -> Tensor:
         ctx.save_for_backward(x, scales)
-        ctx.weight, ctx.bits, ctx.observe = weight, bits, observe
+        ctx.weight, ctx.bits = weight, bits
         return F.linear(x, _dense(scales, weight, bits).to(x.dtype))
 
     @staticmethod
@@ -55,11 +44,9 @@ class _ScaledLinear(torch.autograd.Function):
             grad_x = grad_y @ _dense(scales, ctx.weight, ctx.bits).to(x.dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = grad_y.flatten(0, -2).T @ x.flatten(0, -2)
-            if ctx.observe is not None:
-                ctx.observe(grad_weight)
             levels = _dense(torch.ones_like(scales), ctx.weight, ctx.bits)
             grad_scales = sum_groups(grad_weight.float().mul_(levels), ctx.weight.format.group_size)
-        return grad_x, grad_scales, None, None, None
+        return grad_x, grad_scales, None, None
 
 
 def _dense(scales: Tensor, weight: NestedWeight, bits: int) -> Tensor:

@@ -175,15 +175,13 @@ def open_slice_model(
     device: torch.device,
     dtype: torch.dtype,
     linear: LayerFunction | None = None,
-    graphs: bool = True,
 ) -> Iterator[SliceModel]:
     """Put the whole model on ``device`` in ``dtype`` while the context is open.
 
     Args:
         weights: nested weights by layer name; copied to the device.
         windows: int64 [sequences, length].
-        linear: layers of a slice, see ``SliceReader``.
-        graphs: capture the passes on a GPU as CUDA graphs.
+        linear: layers of a slice, see ``SliceReader``; passes of other layers than the default are not captured as graphs.
     """
     inputs = blocks.capture_block_inputs(windows, batch_size, device, dtype)
     on_device = {name: weight.to(device) for name, weight in weights.items()}
@@ -193,4 +191,4 @@ def open_slice_model(
             stack.enter_context(blocks.on_device(index, device, dtype))
         reader = SliceReader(blocks, on_device, linear)
         stack.enter_context(reader.patched())
-        yield SliceModel(reader, inputs, windows.to(device), graphs)
+        yield SliceModel(reader, inputs, windows.to(device), graphs=linear is None)

@@ -28,12 +28,11 @@ class TrainedScales:
     Attributes:
         step: number of optimizer steps so far.
         best_loss: least validation loss, of the state that is kept.
-        mean_loss: running mean of the losses of the steps; 0 before the first.
     """
 
     def __init__(self, bits: int, weights: Mapping[str, NestedWeight], config: RefineConfig) -> None:
         self.bits, self.config, self.step = bits, config, 0
-        self.best_loss, self.mean_loss = math.inf, 0.0
+        self.best_loss, self._mean_loss = math.inf, 0.0
         self._start = {name: weight.scales_at(bits).float() for name, weight in weights.items()}
         self._dtype = {name: weight.scales.dtype for name, weight in weights.items()}
         self._ratio = {name: torch.zeros_like(s, requires_grad=True) for name, s in self._start.items()}
@@ -59,10 +58,10 @@ class TrainedScales:
         The gradients pass the rounding of the scales unchanged, are divided by the running mean of the losses, and clipped.
         """
         first = self.step == 0
-        self.mean_loss = loss if first else _MEAN_DECAY * self.mean_loss + (1 - _MEAN_DECAY) * loss
+        self._mean_loss = loss if first else _MEAN_DECAY * self._mean_loss + (1 - _MEAN_DECAY) * loss
         for name, ratio in self._ratio.items():
             if name in gradients:  # else an expert without tokens
-                ratio.grad = gradients[name] * self._exact(name) / self.mean_loss
+                ratio.grad = gradients[name] * self._exact(name) / self._mean_loss
         torch.nn.utils.clip_grad_norm_(self.parameters, _MAX_GRADIENT_NORM)
         for group in self._optimizer.param_groups:
             group["lr"] = self.config.learning_rate * rate_at(self.step, self.config)
@@ -70,12 +69,11 @@ class TrainedScales:
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
 
-    def keep_if_best(self, loss: float) -> bool:
-        """Keep the present state if its validation loss is the least so far; True if it is."""
-        if best := loss < self.best_loss:
+    def keep_if_best(self, loss: float) -> None:
+        """Keep the present state if its validation loss is the least so far."""
+        if loss < self.best_loss:
             self.best_loss = loss
             self._best = {name: ratio.detach().clone() for name, ratio in self._ratio.items()}
-        return best
 
     def refined(self, weights: Mapping[str, NestedWeight]) -> dict[str, NestedWeight]:
         """Weights whose set of scales of this bit-width is that of the best state; they stay on their device."""
@@ -94,11 +92,11 @@ class TrainedScales:
             moments = self._optimizer.state.get(ratio, {})
             parts = (ratio.detach(), *(moments.get(p, torch.zeros_like(ratio)) for p in _PARTS[1:3]), self._best[name])
             tensors |= {f"{self.bits}.{part}.{name}": t.cpu() for part, t in zip(_PARTS, parts, strict=True)}
-        return tensors, {"step": self.step, "best_loss": self.best_loss, "mean_loss": self.mean_loss}
+        return tensors, {"step": self.step, "best_loss": self.best_loss, "mean_loss": self._mean_loss}
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Continue from a ``state``."""
-        self.step, self.best_loss, self.mean_loss = (numbers[key] for key in ("step", "best_loss", "mean_loss"))
+        self.step, self.best_loss, self._mean_loss = (numbers[key] for key in ("step", "best_loss", "mean_loss"))
         for name, ratio in self._ratio.items():
             parts = [tensors[f"{self.bits}.{part}.{name}"].to(ratio.device) for part in _PARTS]
             with torch.no_grad():

@@ -316,8 +316,7 @@ def refine_sentence(refine: Mapping[str, Any] | None) -> str:
     bits = ", ".join(map(str, refine.get("bits", ())))
     if refine.get("method") == "qat":
         return f" Weights trained at {bits} bits in {refine.get('steps')} steps."
-    what = "Codes and scales" if refine.get("method") == "codes" else "Scales"
-    return f" {what} of {bits} bits refined in {refine.get('steps')} steps."
+    return f" Scales of {bits} bits refined in {refine.get('steps')} steps."
 
 
 def _task_figures(tasks: Tasks) -> dict[str, float]:

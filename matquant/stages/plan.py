@@ -13,13 +13,7 @@ from matquant.formats.nested import planes_read
 from matquant.memory import MemoryEstimate, MemoryPlan, Offload, make_plan
 from matquant.quantize.base import BlockQuantizer, CalibrationTokens
 from matquant.quantize.memory import quantize_memory
-from matquant.refine.memory import (
-    refine_memory,
-    refine_operations,
-    trained_codes_bytes,
-    trained_scales_bytes,
-    trained_weights_bytes,
-)
+from matquant.refine.memory import refine_memory, refine_operations, trained_scales_bytes, trained_weights_bytes
 from matquant.stages.generate import generate_memory
 from matquant.stages.load import LoadedJob, own_tokens
 from matquant.stages.runtime import Runtime
@@ -96,8 +90,7 @@ def _refine_estimate(job: LoadedJob, runtime: Runtime) -> MemoryEstimate:
             layer.out_features * group_count(layer.in_features, layer.format.group_size)
             for layer in job.layer_specs.values()
         )
-        trained_bytes = trained_codes_bytes if config.method == "codes" else trained_scales_bytes
-        trained = trained_bytes(job.sizes, len(config.bits), groups)
+        trained = trained_scales_bytes(job.sizes, len(config.bits), groups)
         captured = len(config.bits) if runtime.on_gpu else 0
     return refine_memory(
         job.sizes,

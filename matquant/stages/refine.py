@@ -13,7 +13,6 @@ from matquant.data import texts
 from matquant.errors import UserError
 from matquant.formats.parent import Parent
 from matquant.quantize.base import normalized
-from matquant.refine.code_refinement import CodeRefinement
 from matquant.refine.config import RefineConfig
 from matquant.refine.quantization_aware import QuantizationAwareTraining
 from matquant.refine.refinement import RefineContext, Refinement
@@ -27,23 +26,8 @@ from matquant.store.distributed_store import DraftLike, open_or_build
 
 # Part of the key of refined parents: raised when the same settings give other scales than before.
 _VERSION = 2
-_REFINEMENTS: dict[str, type[Refinement]] = {
-    "scales": ScaleRefinement,
-    "codes": CodeRefinement,
-    "qat": QuantizationAwareTraining,
-}
-# Settings of one method, which keys of other refinements lack.
-_OWN_SETTINGS = {
-    "codes": (
-        "held_bits",
-        "held_increase",
-        "code_tolerance",
-        "code_bits",
-        "code_learning_rate",
-        "code_curvature_power",
-    ),
-    "qat": ("distilled_bits", "distill_only"),
-}
+_REFINEMENTS: dict[str, type[Refinement]] = {"scales": ScaleRefinement, "qat": QuantizationAwareTraining}
+_ONLY_QAT = ("distilled_bits", "distill_only")  # settings that keys of other refinements lack
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +75,7 @@ def refine(job: LoadedJob, quantized: QuantizedJob, runtime: Runtime) -> tuple[Q
 
 def _key_of(config: RefineConfig) -> dict[str, Any]:
     """Settings that determine a refinement beside its text, for its key in the store."""
-    others = [name for method, names in _OWN_SETTINGS.items() if method != config.method for name in names]
-    dropped = ("name", "text", "top_k", *others)
+    dropped = ("name", "text", "top_k", *(() if config.method == "qat" else _ONLY_QAT))
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in dropped}
 
 

@@ -96,35 +96,3 @@ def test_captured_passes_of_a_refinement_give_the_gradients_of_eager_ones(kind, 
             assert found.keys() == gradients.keys()
             for name, one in gradients.items():
                 torch.testing.assert_close(found[name], one, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_captured_passes_of_trained_codes_move_them_like_eager_ones(kind, tmp_path):
-    from architectures import make_model, save
-    from packing import Opened
-
-    from matquant.refine.code_refinement import CodeRefinement
-    from matquant.refine.config import RefineConfig
-    from matquant.refine.refinement import RefineContext
-    from matquant.refine.slice_model import open_slice_model
-
-    opened = Opened(save(make_model(kind), tmp_path / "model"), tmp_path / "store", stretch=1.25)
-    weights = {n: w for i in range(len(opened.parent.blocks)) for n, w in opened.parent.block(i).items()}
-    windows = torch.randint(3, 120, (6, 12), generator=torch.Generator().manual_seed(0))
-    device, found = torch.device("cuda"), {}
-    config = RefineConfig(method="codes", held_bits=(6, 8), steps=3, code_learning_rate=0.3, warmup_steps=0)
-    for graphs in (True, False):
-        fields = {"blocks": opened.blocks, "parent": opened.parent, "windows": windows, "validation": windows}
-        refinement = CodeRefinement(config, RefineContext(**fields, batch_size=2, device=device, dtype=torch.float32))
-        with open_slice_model(
-            opened.blocks, weights, windows, 2, device, torch.float32, refinement.linear, graphs
-        ) as model:
-            refinement.start(model)
-            refinement.validated(dict.fromkeys((2, 3, 4, 6, 8), 0.1))
-            for batch in range(3):
-                refinement.take_step(model, batch)
-            assert not model.graphs_refused
-        found[graphs] = {name: codes.momentum.float() for name, codes in refinement._codes.items()}
-    for name, one in found[False].items():
-        torch.testing.assert_close(found[True][name], one, rtol=0.02, atol=0.02 * float(one.abs().max()))
-        assert one.any()

@@ -13,7 +13,7 @@ from refining import refine
 from matquant.formats.groups import group_count
 from matquant.models.model_sizes import measure_model
 from matquant.refine.config import RefineConfig
-from matquant.refine.memory import refine_memory, trained_codes_bytes, trained_scales_bytes
+from matquant.refine.memory import refine_memory, trained_scales_bytes
 from matquant.store.files import total_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,12 +39,9 @@ def planned_disk(opened: Opened, config: RefineConfig, states: int) -> int:
     sizes = measure_model(opened.blocks, opened.layers, torch.float32, torch.float32)
     layers = [layer for block in opened.layers for layer in block.values()]
     groups = sum(layer.out_features * group_count(layer.in_features, 32) for layer in layers)
-    trained = (trained_codes_bytes if config.method == "codes" else trained_scales_bytes)(
-        sizes, len(config.bits), groups
-    )
     return refine_memory(
         sizes,
-        trained,
+        trained_scales_bytes(sizes, len(config.bits), groups),
         parent=opened.parent.artifact.bytes,
         windows=10,
         length=12,
@@ -56,14 +53,11 @@ def planned_disk(opened: Opened, config: RefineConfig, states: int) -> int:
     ).disk
 
 
-@pytest.mark.parametrize("held", [(), (6, 8)], ids=["scales", "codes"])
 @pytest.mark.parametrize("validations", [1, 3])
 def test_a_later_state_is_written_beside_the_last_one(
-    opened: Opened, tmp_path: Path, peak_on_disk: Callable[[], int], held: tuple[int, ...], validations: int
+    opened: Opened, tmp_path: Path, peak_on_disk: Callable[[], int], validations: int
 ) -> None:
-    config = RefineConfig(
-        method="codes" if held else "scales", bits=(2, 3, 4), held_bits=held, steps=validations, validate_every=1
-    )
+    config = RefineConfig(method="scales", bits=(2, 3, 4), steps=validations, validate_every=1)
     refine(opened, tmp_path / "store", config)
     planned = planned_disk(opened, config, states=min(validations, 2))
     needed = opened.parent.artifact.bytes + peak_on_disk()

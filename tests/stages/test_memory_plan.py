@@ -18,7 +18,7 @@ from matquant.quantize.base import CalibrationTokens, QuantizerTask
 from matquant.quantize.gptq.config import GptqConfig
 from matquant.quantize.memory import quantize_memory
 from matquant.quantize.rtn.config import RtnConfig
-from matquant.refine.memory import refine_memory, trained_codes_bytes, trained_scales_bytes, trained_weights_bytes
+from matquant.refine.memory import refine_memory, trained_scales_bytes, trained_weights_bytes
 from matquant.stages.generate import generate_memory
 
 CPU = torch.device("cpu")
@@ -168,16 +168,6 @@ def test_training_of_the_weights_holds_a_latent_weight_its_gradient_and_two_mome
     scales = refined(trained=trained_scales_bytes(sizes, 1, groups=1), windows=0, batch=1, length=1)
     assert weights.device > scales.device + 3 * sizes.quantized * 4
     assert weights.disk >= 3 * sizes.quantized * 4
-
-
-@pytest.mark.parametrize("bits", [1, 3])
-def test_training_of_codes_holds_the_present_code_and_four_bytes_for_each_weight(bits: int) -> None:
-    sizes = model_sizes()
-    codes = refined(trained=trained_codes_bytes(sizes, bits, groups=10**4))
-    scales = refined(trained=trained_scales_bytes(sizes, bits, groups=10**4))
-    assert 5 * sizes.quantized <= codes.device - scales.device < 8 * sizes.quantized
-    assert codes.disk - scales.disk == 5 * sizes.quantized  # position, momentum and best code
-    assert codes.host >= scales.host
 
 
 def plan_of(estimates: list[MemoryEstimate], offload: torch.device | None = CPU) -> MemoryPlan:

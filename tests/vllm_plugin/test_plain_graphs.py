@@ -128,7 +128,9 @@ def test_plain_steps_have_full_graphs_of_their_own(runner_class):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"mode": Mode(decode="none")}, {"mode": Mode(separate=False)}, {"length": 1}], ids=str
+    "arguments",
+    [{"mode": Mode(decode="none")}, {"mode": Mode(separate=False)}, {"length": 1}],
+    ids=["no full graphs", "one set of graphs", "no drafts"],
 )
 def test_runners_without_full_graphs_of_decoding_get_none(runner_class, arguments):
     runner = runner_class(**arguments)
@@ -175,7 +177,7 @@ def test_release_without_the_runner_is_left_as_it_is(monkeypatch, missing):
         ({"additional_config": {"matquant": {"speculation": "always"}}}, False),
         ({"scheduler_config": SimpleNamespace(get_scheduler_cls=lambda: object)}, False),
     ],
-    ids=str,
+    ids=["adaptive", "no drafts", "another method", "data-parallel", "always", "another scheduler"],
 )
 def test_engines_whose_drafts_may_be_left_out(changed, expected):
     scheduler = type("WidthScheduler", (), {"plans_drafts": True})

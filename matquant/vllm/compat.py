@@ -217,9 +217,16 @@ def hook_plain_steps(adds: Callable[[Any], bool]) -> None:
     def capturing(runner: Any, key: Any, *_: Any, **__: Any) -> Any:
         return plain_graphs.capture_graphs(runner, key)
 
-    _hook(GPUModelRunner, "_check_and_update_cudagraph_mode", after=after)
-    _hook(GPUModelRunner, "_determine_batch_execution_and_padding", within=choosing)
-    _hook(GPUModelRunner, "_warmup_and_capture", within=capturing)
+    hooks: dict[str, dict[str, Any]] = {
+        "_check_and_update_cudagraph_mode": {"after": after},
+        "_determine_batch_execution_and_padding": {"within": choosing},
+        "_warmup_and_capture": {"within": capturing},
+    }
+    if missing := [method for method in hooks if not hasattr(GPUModelRunner, method)]:
+        logger.warning("Steps without drafts have no full CUDA graphs: this release of vLLM lacks %s.", missing[0])
+        return
+    for method, hook in hooks.items():
+        _hook(GPUModelRunner, method, **hook)
 
 
 def _hook(

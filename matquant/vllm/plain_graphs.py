@@ -33,6 +33,8 @@ class PlainGraphs:
 def add_plain_graphs(runner: Any, full: Any) -> None:
     """Have full graphs of plain steps captured, where the runner has full graphs of decoding.
 
+    None with sequence parallelism, which pads the tokens of a step to a multiple of the devices.
+
     Args:
         runner: model runner whose graphs have been chosen, but not captured.
         full: vLLM's mode of full graphs.
@@ -40,6 +42,8 @@ def add_plain_graphs(runner: Any, full: Any) -> None:
     dispatcher, mode = runner.cudagraph_dispatcher, runner.cudagraph_dispatcher.cudagraph_mode
     vars(runner).pop(ATTRIBUTE, None)
     if runner.uniform_decode_query_len == 1 or not mode.separate_routine() or mode.decode_mode() != full:
+        return
+    if getattr(runner.compilation_config.pass_config, "enable_sp", False):
         return
     sizes = graph_sizes(
         runner.compilation_config.cudagraph_capture_sizes,

@@ -58,7 +58,9 @@ class Runner:
     def __init__(self, mode: Mode | None = None, length: int = 4) -> None:
         self.uniform_decode_query_len = length
         self.cudagraph_dispatcher: Any = Dispatcher(length, self.sizes, mode or Mode())
-        self.compilation_config = SimpleNamespace(cudagraph_capture_sizes=self.sizes)
+        self.compilation_config: Any = SimpleNamespace(
+            cudagraph_capture_sizes=self.sizes, pass_config=SimpleNamespace(enable_sp=False)
+        )
         self.scheduler_config = SimpleNamespace(max_num_seqs=12)
         self.captured: list[Key] = []
 
@@ -147,6 +149,24 @@ def test_engines_that_always_draft_get_none(runner_class):
     before = set(runner.cudagraph_dispatcher.keys)
     runner._check_and_update_cudagraph_mode()
     assert runner.cudagraph_dispatcher.keys == before
+
+
+def test_sequence_parallelism_has_none(runner_class):
+    runner = runner_class()
+    runner.compilation_config.pass_config.enable_sp = True
+    before = set(runner.cudagraph_dispatcher.keys)
+    runner._check_and_update_cudagraph_mode()
+    assert runner.cudagraph_dispatcher.keys == before
+
+
+def test_release_without_a_method_is_left_as_it_is(monkeypatch, caplog):
+    lacking = type("GPUModelRunner", (), {"_check_and_update_cudagraph_mode": lambda self: "checked"})
+    monkeypatch.setitem(sys.modules, "vllm.config", SimpleNamespace(CUDAGraphMode=SimpleNamespace(FULL=FULL)))
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_model_runner", SimpleNamespace(GPUModelRunner=lacking))
+    method = lacking._check_and_update_cudagraph_mode
+    compat.hook_plain_steps(lambda _: True)
+    assert lacking._check_and_update_cudagraph_mode is method
+    assert "this release of vLLM lacks _determine_batch_execution_and_padding" in caplog.text
 
 
 def test_lengths_come_back_after_an_error(runner_class):

@@ -57,8 +57,9 @@ settings. The KL of the unquantized model in bfloat16 and float16 is a floor: wh
 Each record of the JSON files has its commit, machine and date. Seconds are of quantizing and refining, on a GPU that several
 jobs shared, so that they compare only roughly.
 
-On two cores of an AMD EPYC and 16 calibration windows SmolLM2 takes 13 minutes, from the GGUF file to a packed folder, beside other
-work (commit 5a4be93, 2026-11-29), and its slices have 2.05, 0.329, 0.0710, 0.00678 and 0.00146 nats on the first 8 windows of source:
+On two cores of an AMD EPYC, with 16 calibration windows and beside other work, SmolLM2 takes 13 minutes from the GGUF file to
+a packed folder (commit 5a4be93, 2026-11-29). Its slices have 2.05, 0.329, 0.0710, 0.00678 and 0.00146 nats on the first 8
+windows of source:
 
     python run.py model.path=MODEL.gguf model.dtype=float32 method.group_size=64 calibration.sequences=16 \\
         eval.datasets.stdlib.sequences=8 pack=nested tracking=none

@@ -74,7 +74,7 @@ def test_kl_and_acceptance_are_those_of_the_logits(script: Any, models: tuple[An
     drawn = [log_p(script.draw(names, 2, [8], seed)) for seed in range(script.DRAWS)]
     assert found["among 8", 2]["kl"] == kl(full, torch.stack(drawn))
     half = slice(16, None)
-    assert found["first half", 2]["kl"] == kl(full[:, half], log_p(2)[:, half])
+    assert found["after itself", 2]["kl"] == kl(full[:, half], log_p(2)[:, half])
     after = log_p(2, half, first=8)
     assert found["after 8", 2]["kl"] == kl(full[:, half], after)
     common = torch.minimum(log_p(8, half, first=8), after).exp().sum(-1).mean().item()
@@ -82,7 +82,7 @@ def test_kl_and_acceptance_are_those_of_the_logits(script: Any, models: tuple[An
     assert 0 < common < 1
     assert found["after 8", 8]["acceptance"] == pytest.approx(1.0, abs=1e-5)
     assert found["among 8", 8]["kl"] == pytest.approx(found["alone", 8]["kl"], rel=1e-5)
-    assert found["after 8", 8]["kl"] == pytest.approx(found["first half", 8]["kl"], rel=1e-3)
+    assert found["after 8", 8]["kl"] == pytest.approx(found["after itself", 8]["kl"], rel=1e-3)
 
 
 def test_records_of_all_parents_are_written(
@@ -94,7 +94,7 @@ def test_records_of_all_parents_are_written(
         model=Path("m.gguf"),
         parents=[f"a={folders[1]}", f"b={folders[1]}"],
         bits=[3],
-        texts=None,
+        texts=["source", "prose"],
         windows=1,
         device="cpu",
     )
@@ -105,4 +105,24 @@ def test_records_of_all_parents_are_written(
     ]
     lines = script.table(records).splitlines()
     assert len(lines) == 11
-    assert all(line.split()[-1] == "1.000" for line in lines[1:])
+    assert all(line.split()[4 + line.count("among") + line.count("after")] == "1.000" for line in lines[1:])
+    accepted = [line.split()[-2:] for line in lines if "after 8" in line]
+    assert accepted == [[f"{r['acceptance']:.3f}"] * 2 for r in records[4:10:5]]
+
+
+@pytest.mark.parametrize(
+    ("parents", "message"),
+    [
+        (["nothing"], "nothing is no NAME=FOLDER of a packed folder"),
+        (["a=missing"], "a=missing is no NAME=FOLDER"),
+        (["a={}", "a={}"], "two parents have the same name"),
+    ],
+)
+def test_wrong_parents_end_the_script_before_it_reads_a_model(
+    script: Any, folders: Any, parents: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(script, "open_reference", None)
+    monkeypatch.setattr("sys.argv", ["mixed_bits.py", "m.gguf", *(one.format(folders[1]) for one in parents)])
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert message in capsys.readouterr().err

@@ -11,7 +11,7 @@ parent, text, case, bits, kl (to the full-precision model), acceptance, commit, 
     alone           all layers at ``bits``
     among 8         half of the layers at ``bits``, drawn anew for each of three draws, the others at 8
     among others    the same, the others each at 2, 3, 4, 6 or 8, drawn too
-    first half      the second half of each window, all of which is read at ``bits``
+    after itself    the second half of each window, after a first half at ``bits`` too
     after 8         the same tokens, after a first half at 8 bits whose cache is kept; ``acceptance`` is then the probability
                     that the slice of 8 bits accepts a token drawn at ``bits``: the mean of sum(min(p8, p))
 
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from acceptance import keep_dequantized
-from benchmark import open_reference, origin, texts_of
+from benchmark import TEXTS, open_reference, origin, texts_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -113,27 +113,27 @@ def measure(exact: Any, model: Any, ids: Tensor, widths: Sequence[int]) -> Itera
 
     for bits in widths:
         alone, *among = mean_kl(full, [reader(model, bits), *drawn([HIGH]), *drawn(WIDTHS)], ids)
-        first, after = mean_kl(last, [second_half(model, bits, bits), second_half(model, HIGH, bits)], ids)
+        itself, after = mean_kl(last, [second_half(model, bits, bits), second_half(model, HIGH, bits)], ids)
         accepted = mean_acceptance(second_half(model, HIGH, HIGH), second_half(model, HIGH, bits), ids)
         found = {"alone": alone, "among 8": statistics.mean(among[:DRAWS])}
-        found |= {"among others": statistics.mean(among[DRAWS:]), "first half": first, "after 8": after}
+        found |= {"among others": statistics.mean(among[DRAWS:]), "after itself": itself, "after 8": after}
         for case, kl in found.items():
             yield {"case": case, "bits": bits, "kl": kl, "acceptance": accepted if case == "after 8" else None}
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """KL of the first parent, and of each other one the ratio to it, by text, case and bit-width."""
+    """KL of the first parent, the ratio of each other one to it, and acceptances, by text, case and bit-width."""
     parents = list(dict.fromkeys(record["parent"] for record in records))
-    lines = [
-        f"{'text':>7} {'case':>13} {'bits':>4} {parents[0]:>12} " + " ".join(f"{name:>12}" for name in parents[1:])
-    ]
-    keyed = {(r["parent"], r["text"], r["case"], r["bits"]): r["kl"] for r in records}
+    head = " ".join(f"{name:>12}" for name in parents)
+    lines = [f"{'text':>7} {'case':>13} {'bits':>4} {head}  acceptance of each"]
+    keyed = {(r["parent"], r["text"], r["case"], r["bits"]): r for r in records}
     for parent, *key in keyed:
         if parent == parents[0]:
-            base = keyed[parent, *key]
-            ratios = [keyed[other, *key] / base for other in parents[1:]]
-            listed = " ".join(f"{ratio:>12.3f}" for ratio in ratios)
-            lines.append(f"{key[0]:>7} {key[1]:>13} {key[2]:>4} {base:>12.4g} {listed}")
+            found = [keyed[one, *key] for one in parents]
+            ratios = " ".join(f"{one['kl'] / found[0]['kl']:>12.3f}" for one in found[1:])
+            accepted = " ".join(f"{one['acceptance']:.3f}" for one in found if one["acceptance"] is not None)
+            line = f"{key[0]:>7} {key[1]:>13} {key[2]:>4} {found[0]['kl']:>12.4g} {ratios}  {accepted}"
+            lines.append(line.rstrip())
     return "\n".join(lines)
 
 
@@ -143,7 +143,9 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="GGUF file")
     parser.add_argument("parents", nargs="+", metavar="NAME=FOLDER", help="folders that were packed with pack=nested")
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4], choices=WIDTHS)
-    parser.add_argument("--texts", nargs="+", help="default: all that the model has")
+    parser.add_argument(
+        "--texts", nargs="+", choices=TEXTS, default=list(TEXTS), help="default: all that the model has"
+    )
     parser.add_argument("--windows", type=int, default=16, help="windows of each text")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("experiments/real/results"))
@@ -152,7 +154,13 @@ def main() -> None:
         one for one in given.parents if "=" not in one or not Path(one.partition("=")[2], "config.json").exists()
     ]:
         parser.error(f"{wrong[0]} is no NAME=FOLDER of a packed folder")
+    if len({one.partition("=")[0] for one in given.parents}) < len(given.parents):
+        parser.error("two parents have the same name")
     exact, tokenizer, store = open_reference(given.model, given.device)
+    if not set(given.texts) & texts_of(tokenizer).keys():
+        parser.error(
+            f"{given.model.name} has none of the texts {', '.join(given.texts)}: its tokenizer has no chat template"
+        )
     file = given.out / "mixed_bits" / f"{given.model.stem}.json"
     print(table(run(given, exact, tokenizer, store, file)))
 
@@ -164,7 +172,7 @@ def run(given: argparse.Namespace, exact: Any, tokenizer: Any, store: Store, fil
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(given.device).eval()
         keep_dequantized(model, WIDTHS)
         for text, config in texts_of(tokenizer).items():
-            if given.texts and text not in given.texts:
+            if text not in given.texts:
                 continue
             ids = windows(config, "evaluation", tokenizer, store)[: given.windows].to(given.device)
             about = {"model": given.model.stem, "parent": name, "text": text}

@@ -68,9 +68,9 @@ windows of source:
 ALONE = "a model per bit-width"
 ABLATION_INTRODUCTION = """## Changes of the one-shot solver
 
-One setting of `method=matgptq` at a time, without refinement, on the same windows; the first row is the default. The last
-column is the geometric mean over the bit-widths of the ratio to a model per bit-width, made by the same solver for that
-bit-width alone (strict planes).
+One setting of `method=matgptq` at a time, without refinement, on the same windows; the first row is the default. Where a model
+per bit-width, made by the same solver for that bit-width alone (strict planes), is among the records, the last column is the
+geometric mean over the bit-widths of the ratio to it.
 
     python experiments/real/ablation.py MODEL.gguf --jobs 3 --overrides runtime.device=cuda
     python experiments/real/ablation.py MODEL.gguf --lists       # the settings of each row
@@ -158,14 +158,14 @@ def ablation_table(records: Sequence[dict[str, Any]], text: str) -> str:
     """KL of every change of the one-shot solver on one text, and the geometric mean of its ratio to a model per bit-width."""
     mine = [record for record in records if record["text"] == text]
     alone = {r["bits"]: r["kl"] for r in mine if r["change"] == ALONE and r["seed"] == 0}
-    lines = ["| change | " + " | ".join(f"{bits} bits" for bits in BITS) + " | times a model per bit-width |"]
-    lines.append("|---" * (len(BITS) + 2) + "|")
+    heads = ["change", *(f"{bits} bits" for bits in BITS), *(["times a model per bit-width"] if alone else [])]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for change in dict.fromkeys(record["change"] for record in mine):
         found = {bits: [r["kl"] for r in mine if (r["change"], r["bits"]) == (change, bits)] for bits in BITS}
         ratios = [statistics.mean(found[bits]) / alone[bits] for bits in BITS if bits in alone]
-        ratio = f"{statistics.geometric_mean(ratios):.2f}" if ratios else ""
+        ratio = [f"{statistics.geometric_mean(ratios):.2f}"] if ratios else []
         name = "**none**" if change == "none" else change
-        lines.append(f"| {name} | " + " | ".join([*(figure(found[bits]) for bits in BITS), ratio]) + " |")
+        lines.append("| " + " | ".join([name, *(figure(found[bits]) for bits in BITS), *ratio]) + " |")
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ from matquant.errors import UserError
 from matquant.vllm import compat
 from matquant.vllm.block_keys import WidthKeyedHasher
 from matquant.vllm.step import StepWidth
-from matquant.vllm.step_drafts import StepDrafts, reason_to_draft
+from matquant.vllm.step_drafts import StepDrafts, reason_for_all_drafts
 from matquant.vllm.width_policy import LoadPolicy, StepCounts, Turns, Width, logger, width_name
 from matquant.vllm.width_settings import WidthSettings
 
@@ -109,7 +109,7 @@ class SyncWidthScheduler(Scheduler):
         speculative = self.vllm_config.speculative_config
         if speculative is None or self.width_settings.speculation == "always":
             return None
-        if reason := reason_to_draft(self.vllm_config):
+        if reason := reason_for_all_drafts(self.vllm_config):
             logger.warning("Speculative decoding is always on, whether it pays or not: %s.", reason)
             return None
         if self.dynamic_sd_lookup is None:  # its presence says that the number of drafts changes between steps

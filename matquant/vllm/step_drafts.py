@@ -20,7 +20,7 @@ from matquant.vllm.width_settings import WidthSettings
 MISSED_TOKENS, MISSED_SHARE = 2 * TRIAL_STEPS, 0.1
 
 
-def reason_to_draft(vllm_config: Any) -> str | None:
+def reason_for_all_drafts(vllm_config: Any) -> str | None:
     """Reason why drafts cannot be left out of single steps of an engine that speculates; None if they can."""
     if vllm_config.speculative_config.method != "draft_model":
         return f"this is measured for the method draft_model only, and found {vllm_config.speculative_config.method}"
@@ -31,7 +31,7 @@ def reason_to_draft(vllm_config: Any) -> str | None:
 
 def may_leave_out_drafts(vllm_config: Any) -> bool:
     """True for an engine that speculates and whose scheduler may leave drafts out of single steps."""
-    if vllm_config.speculative_config is None or reason_to_draft(vllm_config):
+    if vllm_config.speculative_config is None or reason_for_all_drafts(vllm_config):
         return False
     settings = WidthSettings.from_config(vllm_config.additional_config, MAX_BITS)
     scheduler = vllm_config.scheduler_config.get_scheduler_cls()

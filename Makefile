@@ -32,7 +32,8 @@ architectures: $(VENV)/.ready
 
 # The vLLM engine on the CPU with the plugin, in an environment of its own (4.2 GB). make test does not run it.
 test-vllm: $(VLLM)/.ready
-	$(VLLM)/bin/python -m pytest tests/serving/test_serving.py tests/serving/test_scheduler.py tests/serving/test_widths.py
+	$(VLLM)/bin/python -m pytest tests/serving/test_serving.py tests/serving/test_scheduler.py tests/serving/test_scheduler_drafts.py \
+		tests/serving/test_widths.py
 
 # Exports of the shipped model in stock vLLM and stock Transformers, in environments without this project (1.5 GB more).
 test-exports: $(VENV)/.ready $(VLLM)/.ready $(STOCK)/.ready

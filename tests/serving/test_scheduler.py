@@ -1,147 +1,23 @@
 """Scheduler of steps with one bit-width: vLLM's real scheduler and KV cache manager, and a model that answers token 7."""
 
-import collections
 import importlib.util
 import logging
-import os
 from typing import Any
 
 import pytest
-import torch
-from engine import QUIET
-from packing import Opened
-from shared import TINY
+from scheduling import BLOCK, Engine, pack_tiny
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: make test-vllm"),
 ]
-os.environ.update(QUIET)
 
-BLOCK = 32
 SECTION = {"policy": {"bits": [8, 3], "lower_at_waiting": 4, "raise_at_waiting": 1, "hold_seconds": 0.0}}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    where = tmp_path_factory.mktemp("scheduler")
-    return str(Opened(TINY, where / "store", group_size=64).pack(where / "packed"))
-
-
-class Engine:
-    """Scheduler, and steps of a model in its place.
-
-    Args:
-        ahead: number of steps that are scheduled before the outputs of the first of them arrive.
-    """
-
-    def __init__(
-        self, folder: str, seats: int = 4, blocks: int = 100, ahead: int = 0, section: Any = None, **arguments: Any
-    ) -> None:
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.utils.hashing import sha256
-        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-        from vllm.v1.structured_output import StructuredOutputManager
-
-        from matquant.vllm.scheduler import WidthScheduler
-
-        config = EngineArgs(
-            model=folder,
-            dtype="float32",
-            max_model_len=128,
-            max_num_seqs=seats,
-            block_size=BLOCK,
-            enforce_eager=True,
-            scheduler_cls="matquant.vllm.scheduler.WidthScheduler",
-            additional_config={} if section is None else {"matquant": section},
-            **arguments,
-        ).create_engine_config()
-        config.cache_config.num_gpu_blocks = blocks
-        config.scheduler_config.async_scheduling = ahead > 0  # vLLM switches it off on a CPU
-        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=64, dtype=torch.float32)
-        init_none_hash(sha256)
-        self.hasher = get_request_block_hasher(BLOCK, sha256)
-        self.scheduler = WidthScheduler(
-            vllm_config=config,
-            kv_cache_config=KVCacheConfig(
-                num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
-            ),
-            structured_output_manager=StructuredOutputManager(config),
-            block_size=BLOCK,
-            log_stats=False,
-        )
-        self.ahead, self.pending = ahead, collections.deque()
-        self.accepted = 0  # drafts of each request, if it has so many
-        self.steps: list[tuple[Any, dict[str, int]]] = []  # bit-width, and tokens by request
-        self.errors: list[str] = []
-        self.requests: dict[str, Any] = {}
-        self.started: list[str] = []
-
-    def add(self, bits: Any, prompt: int = 40, tokens: int = 4, seed: int | None = None) -> str:
-        from vllm.sampling_params import SamplingParams
-        from vllm.v1.request import Request
-
-        name = str(len(self.requests))
-        first = len(self.requests) if seed is None else seed
-        parameters = SamplingParams(
-            max_tokens=tokens, ignore_eos=True, extra_args=None if bits is None else {"bits": bits}
-        )
-        request = Request(name, [1 + first, *([5] * (prompt - 1))], parameters, None, block_hasher=self.hasher)
-        self.requests[name] = request
-        self.scheduler.add_request(request)
-        return name
-
-    def step(self) -> dict[str, int]:
-        output = self.scheduler.schedule()
-        tokens = dict(output.num_scheduled_tokens)
-        self.steps.append((output.matquant_step.bits, tokens))
-        self.started += [name for name in tokens if name not in self.started]
-        self.pending.append(output)
-        while len(self.pending) > self.ahead:
-            self.deliver()
-        return tokens
-
-    def deliver(self) -> None:
-        """Outputs of the oldest step that has not delivered any."""
-        from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
-
-        output = self.pending.popleft()
-        names = list(output.num_scheduled_tokens)
-        ends = {**{r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}}
-        cached = output.scheduled_cached_reqs
-        ends |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        reads_prompt = {n: ends[n] + output.num_scheduled_tokens[n] < self.requests[n].num_prompt_tokens for n in names}
-        found = self.scheduler.update_from_output(
-            output,
-            ModelRunnerOutput(
-                req_ids=names,
-                req_id_to_index={name: index for index, name in enumerate(names)},
-                sampled_token_ids=[[] if reads_prompt[name] else self.sampled(output, name) for name in names],
-                logprobs=None,
-                prompt_logprobs_dict={},
-                pooler_output=[],
-            ),
-        )
-        if not self.ahead and (drafts := output.num_spec_tokens_to_schedule):
-            self.scheduler.update_draft_token_ids(DraftTokenIds(names, [[7] * drafts for _ in names]))
-        for outputs in found.values():
-            self.errors += [o.request_id for o in outputs.outputs if str(o.finish_reason) == "error"]
-
-    def sampled(self, output: Any, name: str) -> list[int]:
-        drafts = output.scheduled_spec_decode_tokens.get(name) or ()
-        return [7] * (1 + min(self.accepted, len(drafts)))
-
-    def run(self, limit: int = 1000) -> None:
-        for _ in range(limit):
-            if not self.scheduler.has_requests():
-                return
-            self.step()
-        raise AssertionError(f"not done after {limit} steps: {self.steps[-8:]}")
-
-    def assert_one_width_a_step(self, widths: dict[str, Any]) -> None:
-        for width, tokens in self.steps:
-            assert {widths[name] for name in tokens} <= {width}
+    return pack_tiny(tmp_path_factory.mktemp("scheduler"))
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -334,111 +210,6 @@ def test_a_preempted_request_has_the_keys_of_its_new_bit_width(folder):
     assert engine.requests[name].num_preemptions > 0
     first = next(width for width, tokens in engine.steps[2:] if name in tokens)
     assert found[0] == {3: three, 8: eight}[first][0]
-
-
-class Speculative(Engine):
-    """Engine with drafts, whose clock moves by the costs of its steps.
-
-    Args:
-        costs: seconds of a step with and of one without drafts.
-    """
-
-    def __init__(self, folder: str, costs: tuple[float, float], section: Any = None, **arguments: Any) -> None:
-        from matquant.vllm.draft_policy import DraftPolicy
-        from matquant.vllm.step_drafts import StepDrafts
-
-        draft = {"method": "draft_model", "model": folder, "num_speculative_tokens": 3}
-        super().__init__(folder, speculative_config=draft, section=section, **arguments)
-        self.costs, self.now, self.accepted = costs, 0.0, 2
-        self.outputs: list[Any] = []
-        if self.scheduler._drafts is not None:
-            self.scheduler._drafts = StepDrafts(DraftPolicy(first_steps=6), lambda: self.now)
-
-    def step(self) -> dict[str, int]:
-        before = len(self.pending)
-        schedule = self.scheduler.schedule
-
-        def kept() -> Any:
-            self.outputs.append(schedule())
-            return self.outputs[-1]
-
-        self.scheduler.schedule = kept
-        try:
-            assert before <= self.ahead
-            return super().step()
-        finally:
-            self.scheduler.schedule = schedule
-
-    def deliver(self) -> None:
-        output = self.pending[0]
-        if output.num_scheduled_tokens:
-            makes_drafts = output.num_spec_tokens_to_schedule > 0
-            assert makes_drafts == output.matquant_step.makes_drafts
-            self.now += self.costs[not makes_drafts]
-        super().deliver()
-
-
-@pytest.mark.parametrize("ahead", [0, 1])
-@pytest.mark.parametrize(("costs", "pays"), [((2.0, 1.0), True), ((4.0, 1.0), False)])
-@pytest.mark.parametrize("widths", [(None,), (8, 3)])
-def test_drafts_are_left_out_where_they_cost_more(folder, ahead, costs, pays, widths):
-    """A request receives three tokens in a step with drafts; a step without costs one second."""
-    engine = Speculative(folder, costs, ahead=ahead)
-    names = [engine.add(width, tokens=80) for width in widths for _ in range(2)]
-    engine.run()
-    assert all(len(engine.requests[name].output_token_ids) == 80 for name in names)
-    had = dict.fromkeys(names, 0)  # drafts that the last step of the request made
-    for output in engine.outputs:
-        for name in output.num_scheduled_tokens:
-            assert len(output.scheduled_spec_decode_tokens.get(name) or ()) <= had[name]
-            had[name] = output.num_spec_tokens_to_schedule
-    late = engine.outputs[len(engine.outputs) // 2 :]
-    assert {output.num_spec_tokens_to_schedule for output in late if output.num_scheduled_tokens} == {3 if pays else 0}
-    state = engine.scheduler._state(None)["speculation"]
-    assert (state["mode"], state["changes"]) == ("adaptive", 0 if pays else len(widths))
-    assert {(found["bits"], found["drafts"]) for found in state["ranges"] if found["requests"] == [2, 2]} == {
-        ("default" if width is None else str(width), pays) for width in widths
-    }
-
-
-@pytest.mark.parametrize(("costs", "drafting"), [((2.0, 1.0), 1.0), ((4.0, 1.0), 0.0)])
-def test_metrics_of_drafts(folder, costs, drafting):
-    from prometheus_client import REGISTRY
-
-    from matquant.vllm import metrics
-
-    engine = Speculative(folder, costs)
-    engine.add(5, tokens=80)
-    engine.run()
-    state = engine.scheduler._state(None)
-    metrics.update(state)
-    labels = {"bits": "5", "requests": "1-1"}
-    assert REGISTRY.get_sample_value("matquant_drafting", labels) == drafting
-    for kind, speed in (("drafts", 3 / costs[0]), ("plain", 1.0)):
-        found = REGISTRY.get_sample_value("matquant_measured_tokens_per_second", labels | {"kind": kind})
-        assert found == pytest.approx(speed, abs=0.01)
-    before = REGISTRY.get_sample_value("matquant_drafting_changes_total")
-    state["speculation"]["changes"] += 2
-    metrics.update(state)
-    assert REGISTRY.get_sample_value("matquant_drafting_changes_total") == before + 2
-
-
-@pytest.mark.parametrize("ahead", [0, 1])
-@pytest.mark.parametrize("section", [{"speculation": "always"}, {"speculation": "adaptive"}])
-def test_always_is_always(folder, ahead, section):
-    engine = Speculative(folder, (9.0, 1.0), ahead=ahead, section=section)
-    engine.add(None, tokens=90)
-    engine.run()
-    drafts = [output.num_spec_tokens_to_schedule for output in engine.outputs if output.num_scheduled_tokens]
-    assert set(drafts) == ({3} if section["speculation"] == "always" else {0, 3})
-    mode = engine.scheduler._state(None)["speculation"]["mode"]
-    assert mode == section["speculation"]
-
-
-def test_an_engine_whose_drafts_cannot_be_left_out_says_so(folder, caplog):
-    engine = Engine(folder, speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2})
-    assert engine.scheduler._drafts is None
-    assert engine.scheduler._state(None)["speculation"] == {"mode": "always"}
 
 
 def test_an_engine_without_nested_layers_is_refused(folder):

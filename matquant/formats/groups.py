@@ -41,27 +41,37 @@ def scale_groups(values: Tensor, scales: Tensor, zero_points: Tensor | float, gr
     Returns:
         ``values``.
     """
-    first = 0
-    for part in _whole_and_short(values, group_size):
-        groups = slice(first, first + part.shape[1])
-        part -= zero_points[:, groups, None] if isinstance(zero_points, Tensor) else zero_points
+    return multiply_groups(subtract_zero_points(values, zero_points, group_size), scales, group_size)
+
+
+def subtract_zero_points(values: Tensor, zero_points: Tensor | float, group_size: int) -> Tensor:
+    """Subtract the zero point of their group, or one number for all, from values [rows, in_features], in place."""
+    if not isinstance(zero_points, Tensor):
+        return values.sub_(zero_points)
+    for groups, part in _whole_and_short(values, group_size):
+        part -= zero_points[:, groups, None]
+    return values
+
+
+def multiply_groups(values: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """Multiply values [rows, in_features] by the scale of their group, [rows, groups], in place."""
+    for groups, part in _whole_and_short(values, group_size):
         part *= scales[:, groups, None]
-        first = groups.stop
     return values
 
 
 def largest_of_groups(matrix: Tensor, group_size: int) -> Tensor:
     """Largest absolute value of each group: [rows, in_features] to [rows, groups]."""
-    return torch.cat([part.abs().amax(2) for part in _whole_and_short(matrix, group_size)], 1)
+    return torch.cat([part.abs().amax(2) for _, part in _whole_and_short(matrix, group_size)], 1)
 
 
 def sum_groups(matrix: Tensor, group_size: int) -> Tensor:
     """Sums over the columns of each group: [rows, in_features] to [rows, groups]."""
-    return torch.cat([part.sum(2) for part in _whole_and_short(matrix, group_size)], 1)
+    return torch.cat([part.sum(2) for _, part in _whole_and_short(matrix, group_size)], 1)
 
 
-def _whole_and_short(matrix: Tensor, group_size: int) -> list[Tensor]:
-    """Views [rows, groups, size] of a matrix [rows, in_features]: of all whole groups, and of a short last one."""
-    whole = matrix.shape[1] // group_size * group_size
-    views = [matrix[:, :whole].unflatten(1, (-1, group_size))]
-    return views if whole == matrix.shape[1] else [*views, matrix[:, None, whole:]]
+def _whole_and_short(matrix: Tensor, group_size: int) -> list[tuple[slice, Tensor]]:
+    """Groups, and their views [rows, groups, size] of a matrix [rows, in_features]: all whole ones, and a short last one."""
+    count, rest = divmod(matrix.shape[1], group_size)
+    views = [(slice(0, count), matrix[:, : count * group_size].unflatten(1, (-1, group_size)))]
+    return [*views, (slice(count, count + 1), matrix[:, None, count * group_size :])] if rest else views

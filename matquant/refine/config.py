@@ -25,7 +25,9 @@ class RefineConfig:
         top_k: of the dataset ``self``: number of the most likely tokens that each token is drawn from.
         validation_sequences: further windows of the text, for the held-out KL; with ``scales`` it chooses the best state of
             each bit-width.
-        steps: optimizer steps of each bit-width.
+        steps: steps, each with a batch of its own.
+        step_every: with ``scales``: for each of ``bits``, in their order, the number of steps between its optimizer steps;
+            empty: each bit-width takes one at each step.
         learning_rate: highest learning rate, of the log-scales or the weights (AdamW without weight decay, linear warm-up,
             cosine decay to a twentieth, with ``qat`` to 0).
         warmup_steps: steps of the warm-up.
@@ -43,6 +45,7 @@ class RefineConfig:
     top_k: int = 50
     validation_sequences: int = 16
     steps: int = 600
+    step_every: tuple[int, ...] = ()
     learning_rate: float = 3e-3
     warmup_steps: int = 20
     validate_every: int = 50
@@ -54,6 +57,14 @@ class RefineConfig:
     def wanted(self) -> bool:
         """True unless ``method`` is ``none``."""
         return self.method != "none"
+
+    def steps_of(self, bits: int) -> int:
+        """Return the number of optimizer steps of a bit-width."""
+        return -(-self.steps // self.every(bits))
+
+    def every(self, bits: int) -> int:
+        """Return the number of steps between two optimizer steps of a bit-width."""
+        return self.step_every[self.bits.index(bits)] if self.step_every else 1
 
     def check(self, master_bits: int) -> None:
         """Raise UserError for a setting out of range. ``master_bits``: bits of the parent's codes."""
@@ -74,11 +85,20 @@ class RefineConfig:
                 "refine.warmup_steps cannot be negative, and refine.learning_rate lies between 0 and 1; found "
                 f"{self.warmup_steps} and {self.learning_rate}."
             )
+        if self.step_every and (len(self.step_every) != len(self.bits) or min(self.step_every) != 1):
+            raise UserError(
+                f"refine.step_every has a number of at least 1 for each of refine.bits={list(self.bits)}, one of them 1; found "
+                f"{list(self.step_every)}."
+            )
         if self.method == "qat":
             check_distillation(self.distilled_bits, self.distill_only, "refine", master_bits)
             if unread := set(self.distilled_bits) - set(self.bits):
                 raise UserError(
                     f"refine.distilled_bits names {min(unread)}, which refine.bits={list(self.bits)} does not."
+                )
+            if self.step_every:
+                raise UserError(
+                    "refine.step_every is for refine.method=scales; qat trains all bit-widths at every step."
                 )
         elif self.distilled_bits or self.distill_only:
             raise UserError(

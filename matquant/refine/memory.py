@@ -4,6 +4,7 @@ import dataclasses
 
 from matquant.memory import FLOAT32_BYTES, MemoryEstimate, Offload, estimate
 from matquant.models.model_sizes import ModelSizes
+from matquant.refine.config import RefineConfig
 from matquant.refine.slice_model import sequences_at_a_time
 
 _SETS = 5  # of scales per bit-width: start, ratio, two moments, best
@@ -89,7 +90,10 @@ def refine_memory(
     )
 
 
-def refine_operations(sizes: ModelSizes, steps: int, bits: int, tokens: int) -> float:
-    """Floating-point operations of ``steps`` steps of ``tokens`` tokens: forward, recomputed forward and backward passes."""
+def refine_operations(sizes: ModelSizes, config: RefineConfig, tokens: int) -> float:
+    """Floating-point operations of a refinement with ``tokens`` tokens a step.
+
+    A step runs the full-precision model, and each bit-width that learns in it forward, forward again, and backward.
+    """
     forward = 2.0 * (sizes.block * sizes.blocks + sizes.head) * tokens
-    return steps * forward * (1 + 4 * bits)
+    return forward * (config.steps + 4 * sum(config.steps_of(bits) for bits in config.bits))

@@ -1,7 +1,8 @@
 """Training of the scales of some bit-widths, with the full-precision model as the teacher.
 
-One step draws a batch, runs the full-precision model on it once, and takes an optimizer step at every bit-width. Bit-widths
-share nothing that is trained, so each keeps its own best state, judged on held-out windows: none ends worse than it began.
+One step draws a batch, runs the full-precision model on it once, and takes an optimizer step at every bit-width whose turn it
+is (``step_every``). Bit-widths share nothing that is trained, so each keeps its own best state, judged on held-out windows:
+none ends worse than it began.
 """
 
 from collections.abc import Mapping
@@ -21,16 +22,19 @@ class ScaleRefinement(Refinement):
     """Refinement of the scales of each bit-width; codes and all other scales stay."""
 
     def start(self, model: SliceModel) -> None:
+        self._step = 0
         self._trained = {bits: TrainedScales(bits, model.reader.weights, self.config) for bits in self.config.bits}
 
     @property
     def step(self) -> int:
-        return next(iter(self._trained.values())).step
+        return self._step
 
     def take_step(self, model: SliceModel, batch: int) -> None:
         full = model.hidden(batch)
-        for one in self._trained.values():
-            self._descend(model, one, batch, full)
+        for bits, one in self._trained.items():
+            if self._step % self.config.every(bits) == 0:
+                self._descend(model, one, batch, full)
+        self._step += 1
 
     def _descend(self, model: SliceModel, one: TrainedScales, batch: int, full: Tensor) -> None:
         """Take one optimizer step; processes average their gradients."""
@@ -54,11 +58,12 @@ class ScaleRefinement(Refinement):
         for one in self._trained.values():
             own, numbers[str(one.bits)] = one.state()
             tensors |= own
-        return tensors, numbers
+        return tensors, {"step": self._step, "bits": numbers}
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        self._step = numbers["step"]
         for one in self._trained.values():
-            one.load_state(tensors, numbers[str(one.bits)])
+            one.load_state(tensors, numbers["bits"][str(one.bits)])
 
     def refined(self, weights: Mapping[str, NestedWeight]) -> dict[str, NestedWeight]:
         for one in self._trained.values():

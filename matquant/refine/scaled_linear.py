@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from matquant.formats.groups import scale_groups, sum_groups
+from matquant.formats.groups import multiply_groups, subtract_zero_points, sum_groups
 from matquant.formats.nested import NestedWeight, WeightFormat
 
 
@@ -34,26 +34,26 @@ class _ScaledLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scales: Tensor, weight: NestedWeight, bits: int) -> Tensor:
         ctx.save_for_backward(x, scales)
         ctx.weight, ctx.bits = weight, bits
-        return F.linear(x, _dense(scales, weight, bits).to(x.dtype))
+        return F.linear(x, multiply_groups(_offsets(weight, bits), scales, weight.format.group_size).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,), (x, scales) = gradients, ctx.saved_tensors
+        offsets, group_size = _offsets(ctx.weight, ctx.bits), ctx.weight.format.group_size
         grad_x = grad_scales = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ _dense(scales, ctx.weight, ctx.bits).to(x.dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = grad_y.flatten(0, -2).T @ x.flatten(0, -2)
-            levels = _dense(torch.ones_like(scales), ctx.weight, ctx.bits)
-            grad_scales = sum_groups(grad_weight.float().mul_(levels), ctx.weight.format.group_size)
+            grad_scales = sum_groups(grad_weight.float().mul_(offsets), group_size)
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_y @ multiply_groups(offsets, scales, group_size).to(x.dtype)
         return grad_x, grad_scales, None, None
 
 
-def _dense(scales: Tensor, weight: NestedWeight, bits: int) -> Tensor:
-    """Slice of ``bits`` bits with these scales: float32 [out_features, in_features]."""
+def _offsets(weight: NestedWeight, bits: int) -> Tensor:
+    """Differences of the values of the slice of ``bits`` bits from their zero points: float32 [out_features, in_features]."""
     values = _levels(weight.format, bits, weight.codes.device)[weight.codes.int()]
     zero_points = weight.format.zero_point if weight.zeros is None else weight.zeros.float()
-    return scale_groups(values, scales, zero_points, weight.format.group_size)
+    return subtract_zero_points(values, zero_points, weight.format.group_size)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from matquant.store import Draft
 from matquant.store.distributed_store import DraftLike, open_or_build
 
 # Part of the key of refined parents: raised when the same settings give other scales than before.
-_VERSION = 2
+_VERSION = 3
 _REFINEMENTS: dict[str, type[Refinement]] = {"scales": ScaleRefinement, "qat": QuantizationAwareTraining}
 _ONLY_QAT = ("distilled_bits", "distill_only")  # settings that keys of other refinements lack
 

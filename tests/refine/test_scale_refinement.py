@@ -1,6 +1,7 @@
 """Refined scales: trained on the KL divergence, never worse than before, resumable with the same bytes."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,12 @@ def test_training_that_makes_it_worse_ends_with_the_scales_before(opened: Opened
     assert after == before
 
 
-def test_a_killed_refinement_goes_on_with_the_same_bytes(opened: Opened, tmp_path: Path) -> None:
-    whole, history = refine(opened, tmp_path / "whole", CONFIG)
+@pytest.mark.parametrize("step_every", [(), (1, 3)])
+def test_a_killed_refinement_goes_on_with_the_same_bytes(
+    opened: Opened, tmp_path: Path, step_every: tuple[int, ...]
+) -> None:
+    config = dataclasses.replace(CONFIG, step_every=step_every)
+    whole, history = refine(opened, tmp_path / "whole", config)
 
     class Killed(BaseException):
         pass
@@ -137,9 +142,9 @@ def test_a_killed_refinement_goes_on_with_the_same_bytes(opened: Opened, tmp_pat
 
     taken: list[int] = []
     with pytest.raises(Killed):
-        refine(opened, tmp_path / "resumed", CONFIG, progress=killing)
+        refine(opened, tmp_path / "resumed", config, progress=killing)
     steps: list[int] = []
-    resumed, resumed_history = refine(opened, tmp_path / "resumed", CONFIG, progress=steps.append)
+    resumed, resumed_history = refine(opened, tmp_path / "resumed", config, progress=steps.append)
     assert steps[0] == 16
     assert sum(steps) == 24
     assert resumed_history == history
@@ -154,6 +159,17 @@ def test_scales_of_one_bit_width_do_not_depend_on_the_others(opened: Opened, tmp
         assert torch.equal(weight.scales_at(3), both.block(0)[name].scales_at(3))
 
 
+def test_a_bit_width_that_learns_at_every_third_step_takes_a_third_of_the_steps(opened: Opened, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, step_every=(1, 3), steps=22, validate_every=1)
+    both, history = refine(opened, tmp_path / "both", config)
+    alone, _ = refine(opened, tmp_path / "alone", dataclasses.replace(config, bits=(2,), step_every=()))
+    for name, weight in alone.block(0).items():
+        assert torch.equal(weight.scales_at(2), both.block(0)[name].scales_at(2))
+    changed = [one["step"] for before, one in itertools.pairwise(history) if one["kl"]["3"] != before["kl"]["3"]]
+    assert changed == [1, 4, 7, 10, 13, 16, 19, 22]
+    assert (config.steps_of(2), config.steps_of(3)) == (22, len(changed))
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -161,6 +177,10 @@ def test_scales_of_one_bit_width_do_not_depend_on_the_others(opened: Opened, tmp
         ({"bits": (2, 2)}, "each once"),
         ({"bits": (9,)}, "refine.bits names 9"),
         ({"steps": 0}, "refine.steps must be at least 1; found 0"),
+        ({"step_every": (1, 2, 3)}, r"for each of refine.bits=\[2, 3\], one of them 1; found \[1, 2, 3\]"),
+        ({"step_every": (0, 1)}, r"found \[0, 1\]"),
+        ({"step_every": (2, 2)}, r"one of them 1; found \[2, 2\]"),
+        ({"method": "qat", "step_every": (1, 2)}, "refine.step_every is for refine.method=scales"),
         ({"learning_rate": 1.5}, "refine.learning_rate lies between 0 and 1"),
         ({}, "needs a text: choose the preset refine=scales"),
     ],

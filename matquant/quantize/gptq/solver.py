@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from matquant.formats.groups import expand_groups, fit_group_size, group_count, scale_groups
+from matquant.formats.groups import expand_groups, fit_group_size, group_count, scale_groups, subtract_zero_points
 from matquant.formats.nested import NestedWeight
 from matquant.quantize.gptq import column_solver, scale_refit
 from matquant.quantize.gptq.code_grid import FROM_RANGE, CodeGrid, ScaleSearchSpace
@@ -193,8 +193,7 @@ class _ColumnSolve:
         for bits in options.own_scale_bits:
             k = self.bits.index(bits)
             nearest = min(range(len(self.lambdas)), key=lambda i: (abs(self.bits[i] - bits), -i))
-            ones = torch.ones_like(self.zeros)
-            values = scale_groups(self.levels[k][self.codes.int()], ones, self.zeros, self.group_size)
+            values = subtract_zero_points(self.levels[k][self.codes.int()], self.zeros, self.group_size)
             fitted = scale_refit.refit_scales(
                 values,
                 targets[nearest % len(targets)],

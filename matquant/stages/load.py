@@ -115,6 +115,12 @@ class LoadedJob:
         """Bytes of the quantized layers in the model's own dtype."""
         return self.sizes.quantized * self.model.dtype.itemsize
 
+    @property
+    def refine_dtype(self) -> torch.dtype:
+        """Dtype in which blocks run in a refinement."""
+        name = self.config.refine.dtype
+        return self.dtype if name == "model" else getattr(torch, name)
+
     def quantizer(self, lambdas: Mapping[int, float] | None = None, master_bits: int | None = None) -> BlockQuantizer:
         """Quantizer of the job's method; for the job's objective by default."""
         config = self.config

@@ -62,7 +62,7 @@ def _later_stages(job: LoadedJob, runtime: Runtime) -> tuple[list[MemoryEstimate
     if job.refinement is not None:
         estimates.append(_refine_estimate(job, runtime))
         tokens = job.refinement.batch_size * job.refinement.length // runtime.process_group.world_size
-        operations[job.dtype] += refine_operations(job.sizes, config.refine, tokens)
+        operations[job.refine_dtype] += refine_operations(job.sizes, config.refine, tokens)
     for name, sequences in job.evaluation.items():
         tokens, batch = own_tokens(runtime, sequences), config.eval.datasets[name].batch_size
         offload = job.offload_target(runtime, sequences, 1 + slices, job.evaluation_dtype)
@@ -93,7 +93,7 @@ def _refine_estimate(job: LoadedJob, runtime: Runtime) -> MemoryEstimate:
         trained = trained_scales_bytes(job.sizes, len(config.bits), groups)
         captured = len(config.bits) if runtime.on_gpu else 0
     return refine_memory(
-        job.sizes,
+        dataclasses.replace(job.sizes, computing=job.refine_dtype.itemsize),
         trained,
         parent=job.parent_bytes,
         windows=text.sequences // processes,

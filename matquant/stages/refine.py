@@ -58,7 +58,7 @@ def refine(job: LoadedJob, quantized: QuantizedJob, runtime: Runtime) -> tuple[Q
         "text": texts.fingerprint(training),
         "validation": texts.fingerprint(validation),
         "batch_size": job.refinement.batch_size,
-        "dtype": str(job.dtype),
+        "dtype": str(job.refine_dtype),
         "version": _VERSION,
     }
     if config.method == "qat":
@@ -75,7 +75,7 @@ def refine(job: LoadedJob, quantized: QuantizedJob, runtime: Runtime) -> tuple[Q
 
 def _key_of(config: RefineConfig) -> dict[str, Any]:
     """Settings that determine a refinement beside its text, for its key in the store."""
-    dropped = ("name", "text", "top_k", *(() if config.method == "qat" else _ONLY_QAT))
+    dropped = ("name", "text", "dtype", "top_k", *(() if config.method == "qat" else _ONLY_QAT))
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in dropped}
 
 
@@ -136,7 +136,7 @@ def _train(
             validation=validation,
             batch_size=text.batch_size,
             device=runtime.device,
-            dtype=job.dtype,
+            dtype=job.refine_dtype,
             lambdas=_lambdas(job),
             process_group=runtime.process_group,
             progress=progress,

@@ -36,6 +36,17 @@ def job(matquant, tmp_path, small_model):
 
 
 @pytest.mark.slow
+def test_a_refinement_in_bfloat16_is_another_one_and_gains_as_much(job):
+    half, whole = (job(*REFINE, "bits=[2,8]", f"refine.dtype={dtype}") for dtype in ("bfloat16", "model"))
+    assert half["parent"]["sha256"] != whole["parent"]["sha256"]
+    assert half["slices"][1] == whole["slices"][1]  # 8 bits
+    first, last = half["refine"]["history"][0]["kl"]["2"], half["refine"]["history"][-1]["kl"]["2"]
+    assert first == pytest.approx(whole["refine"]["history"][0]["kl"]["2"], rel=0.05)
+    assert last < first
+    assert half["slices"][0]["kl"]["stdlib"] == pytest.approx(whole["slices"][0]["kl"]["stdlib"], rel=0.05)
+
+
+@pytest.mark.slow
 def test_a_refined_parent_is_stored_searched_packed_and_found_again(job, tmp_path):
     plain = job("bits=[2,8]")
     search = ("search.average_bits=3", "search.sequences=4", "search.sequence_length=32", "search.generations=1")

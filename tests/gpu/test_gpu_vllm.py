@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from on_gpu import NEEDS_GPU, TINY
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import matquant  # noqa: F401 - makes the format known to Transformers
 
@@ -74,6 +74,25 @@ def test_tokens_are_those_of_transformers_after_every_switch(folder, tmp_path):
     (found,) = lines(output, "TOKENS")
     assert found == expected(folder, *choices)
     assert len({str(tokens) for tokens in found}) == 5  # of four bit-widths, and of one with another for prefill
+
+
+def test_experts_predict_as_in_transformers(tmp_path):
+    """The routes of a random model lie close together, so that float16 may choose other experts for some tokens."""
+    from architectures import save
+    from packing import Opened
+
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64, "vocab_size": 4096}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, initializer_range=0.1))
+    folder = Opened(save(model, tmp_path / "model"), tmp_path / "store").pack(tmp_path / "packed")
+    choices = [(8, 8), (4, 4), (2, 2), (2, 8)]
+    output = run(folder, tmp_path, [[bits] if bits == prefill else [bits, prefill] for bits, prefill in choices])
+    (found,) = lines(output, "TOKENS")
+    for ours, theirs in zip(found, expected(folder, *choices), strict=True):
+        pairs = [(a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
+        assert sum(a == b for a, b in pairs) > 0.6 * len(pairs)
+    assert len({str(tokens) for tokens in found}) == len(choices)
 
 
 def test_drafts_that_come_and_go_leave_the_tokens_of_plain_decoding(folder, tmp_path):

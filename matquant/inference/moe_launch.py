@@ -95,7 +95,7 @@ def make_moe_launch(shape: GemmShape, device: DeviceLimits) -> MoeLaunch:
         source=_FAMILY.source,
         function=_FAMILY.function,
         defines=shape.defines() | _FAMILY.defines(tile) | {"SHARED_BYTES": shared},
-        row_tiles=-(-tiles(shape.rows) // tile.warps_n),
+        row_tiles=-(-tiles(shape.rows) // tile.row_blocks),
         block=_FAMILY.threads(tile),
         shared_bytes=shared,
         affine=shape.affine(),

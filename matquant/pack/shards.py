@@ -35,7 +35,7 @@ class TensorFile:
             offsets = [end, end := end + spec.nbytes]
             header[name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the format wants its data aligned
+        text += b" " * (-len(text) % 8)  # the format requires aligned data
         self._put(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""One job: the stages one after the other, and what it writes."""
+"""One job: its stages in order, and its outputs."""
 
 import dataclasses
 import logging
@@ -76,7 +76,7 @@ def run_job(config: Config, info: JobInfo) -> float | None:
         raise
     if config.tracking.wandb:
         failure = report.track(results, config.tracking, info.folder, info.group, info.name)
-        if failure is not None:  # the results are written already; now they also say what is missing
+        if failure is not None:  # written again, with a sentence on the missing wandb run
             results = dataclasses.replace(results, warnings=[*results.warnings, failure])
             _write(results, info.folder)
     _show(results, page, Console())

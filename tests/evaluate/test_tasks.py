@@ -104,7 +104,7 @@ def test_logits_that_are_not_finite_end_a_task(task):
         next(scores)
 
 
-def test_variants_differ_and_recovery_is_a_share_of_full_precision(scored):
+def test_slices_differ_and_recovery_is_a_share_of_full_precision(scored):
     found, _, _ = scored
     bits = {name: scores["stdlib_docstrings"]["bits_per_byte"] for name, scores in found.items()}
     assert bits["4"] > bits["16"] > 0

@@ -171,7 +171,7 @@ class KernelFamily(abc.ABC):
         return config
 
     def find(self, shape: GemmShape, device: DeviceLimits) -> TileConfig | None:
-        """Return what ``choose`` returns, or None if no candidate fits."""
+        """Return the result of ``choose``, or None if no candidate fits."""
         for tile in self.candidates(shape, device):
             if self.spills(shape, tile) or _divides_a_group(shape, tile):
                 continue

@@ -55,6 +55,11 @@ class RefineConfig:
         """True unless ``method`` is ``none``."""
         return self.method != "none"
 
+    @property
+    def trains_weights(self) -> bool:
+        """True for training of the weights, False for that of scales."""
+        return self.method == "qat"
+
     def check(self, master_bits: int) -> None:
         """Raise UserError for a setting out of range. ``master_bits``: bits of the parent's codes."""
         if not self.wanted:
@@ -74,7 +79,7 @@ class RefineConfig:
                 "refine.warmup_steps cannot be negative, and refine.learning_rate lies between 0 and 1; found "
                 f"{self.warmup_steps} and {self.learning_rate}."
             )
-        if self.method == "qat":
+        if self.trains_weights:
             check_distillation(self.distilled_bits, self.distill_only, "refine", master_bits)
             if unread := set(self.distilled_bits) - set(self.bits):
                 raise UserError(

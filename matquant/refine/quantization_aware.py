@@ -36,6 +36,8 @@ class QuantizationAwareTraining(Refinement):
         latents: float32 [out_features, in_features] by layer name, once training has started.
     """
 
+    version = 2
+
     def start(self, model: SliceModel) -> None:
         self._step = 0
         self._format = {name: weight.format for name, weight in model.reader.weights.items()}

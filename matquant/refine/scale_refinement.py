@@ -20,6 +20,8 @@ from matquant.refine.trained_scales import TrainedScales
 class ScaleRefinement(Refinement):
     """Refinement of the scales of each bit-width; codes and all other scales stay."""
 
+    version = 2
+
     def start(self, model: SliceModel) -> None:
         self._trained = {bits: TrainedScales(bits, model.reader.weights, self.config) for bits in self.config.bits}
 

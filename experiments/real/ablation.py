@@ -1,4 +1,4 @@
-"""One change of the one-shot solver at a time, on a real model: what each technique of ``matgptq`` is worth.
+"""One change of the one-shot solver at a time, on a real model: the gain of each technique of ``matgptq``.
 
     python experiments/real/ablation.py outputs/real/smollm2-135m-instruct.gguf --jobs 4 --overrides runtime.device=cuda
     python experiments/real/ablation.py MODEL.gguf --changes "strict planes" rotation --seeds 1 2

@@ -39,7 +39,7 @@ class TensorFile:
         self._put(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Raises ValueError unless it is the next tensor of the file."""
+        """Write the next tensor. Raises ValueError for one that is not the next of the file."""
         expected, spec = self._waiting.pop()
         if name != expected or TensorSpec(tuple(tensor.shape), tensor.dtype) != spec:
             raise ValueError(

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from matquant.errors import UserError
 from matquant.formats.nested import NestedWeight
-from matquant.quantize.layers import check_scales
+from matquant.quantize.layer_selection import check_scales
 from matquant.quantize.straight_through import MinMaxGrid, group_ranges
 from matquant.refine.block_passes import Trained
 from matquant.refine.config import RefineConfig

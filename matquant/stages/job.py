@@ -25,7 +25,7 @@ from matquant.stages.load import LoadedJob, load_job
 from matquant.stages.plan import plan_without_quantize
 from matquant.stages.quantize import quantize
 from matquant.stages.refine import refine
-from matquant.stages.results import StageOutputs, assemble, failure_record, mean_figure, resources
+from matquant.stages.results_builder import StageOutputs, assemble, failure_record, mean_figure, resources
 from matquant.stages.runtime import Runtime
 from matquant.stages.search import search
 from matquant.store.files import translate_os_errors, try_writing

@@ -51,7 +51,7 @@ def windows() -> Tensor:
 
 
 class Noise:
-    """Variants are weights with noise of a size by name; the layer ``skip`` is left out."""
+    """Slices are weights with noise of a size by name; the layer ``skip`` is left out."""
 
     def __init__(self, blocks: BlockModel, skip: str = "") -> None:
         self.skip = skip

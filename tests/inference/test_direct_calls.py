@@ -47,7 +47,7 @@ def make_layer(rows=70, columns=128, bits=4, bias=False, **options):
 
 
 class Seen(TorchDispatchMode):
-    """Keeps the operators that run."""
+    """Record of the operators that run."""
 
     def __init__(self):
         super().__init__()

@@ -16,7 +16,7 @@ from matquant.formats.parent import read_block
 from matquant.models import tracing
 from matquant.models.blocks import BlockModel
 from matquant.quantize.driver import BlockwiseQuantizer
-from matquant.quantize.layers import check_layers, layers_to_quantize
+from matquant.quantize.layer_selection import check_layers, layers_to_quantize
 from matquant.store import Store
 from matquant.timing import PhaseTimer
 

@@ -20,7 +20,7 @@ from matquant.models.blocks import BlockModel
 from matquant.quantize.base import BlockContext, QuantizerTask
 from matquant.quantize.config import LayerOverride, check_method
 from matquant.quantize.driver import BlockwiseQuantizer
-from matquant.quantize.layers import layers_to_quantize
+from matquant.quantize.layer_selection import layers_to_quantize
 from matquant.quantize.omniquant.config import OmniQuantConfig
 from matquant.quantize.omniquant.quantizer import BlockTraining, OmniQuantizer
 from matquant.store import Store

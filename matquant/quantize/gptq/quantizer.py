@@ -33,13 +33,13 @@ from matquant.quantize.gptq.hessians import (
 from matquant.quantize.gptq.memory import GptqSettings
 from matquant.quantize.gptq.options import LayerOptions, SolverOptions
 from matquant.quantize.gptq.solver import compile_column_solver, solve
-from matquant.quantize.layers import check_errors, check_scales, float_weight
+from matquant.quantize.layer_selection import check_errors, check_scales, float_weight
 
 Hessians = dict[int, HessianAccumulator]  # of one input, by the bit-width of the stream
 
 
 class GptqQuantizer(BlockQuantizer):
-    """Quantizes blocks by GPTQ (arXiv 2210.17323), extended to all bit-widths of the objective."""
+    """GPTQ of blocks (arXiv 2210.17323), extended to all bit-widths of the objective."""
 
     version = 4
     calibration: CalibrationNeeds

@@ -133,7 +133,7 @@ def test_blocks_of_code_begin_with_their_first_line(page):
 def test_links_of_the_pages_reach_files():
     for page in documents():
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
-            if "://" in target or target.startswith(("reference/", "real_models.md")):
+            if "://" in target or target.startswith("reference/"):
                 continue
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 

@@ -12,7 +12,7 @@ from matquant import cli
 from matquant.config import from_hydra
 from matquant.config_check import check_config
 
-FOLDER = ROOT / "experiments" / "real"
+FOLDER = ROOT / "experiments" / "benchmarks" / "real"
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from packing import Opened, read
 from shared import ROOT, load_script
 from transformers import AutoModelForCausalLM
 
-FOLDER = ROOT / "experiments" / "real"
+FOLDER = ROOT / "experiments" / "benchmarks" / "real"
 IDS = torch.arange(64).view(2, 32) * 37 % 128
 
 pytestmark = pytest.mark.usefixtures("one_thread")

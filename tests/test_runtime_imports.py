@@ -13,10 +13,13 @@ UPPER_LAYERS = (
     "transforms",
     "calibration",
     "quantize",
+    "refine",
     "evaluate",
     "search",
     "pack",
     "report",
+    "stages",
+    "cli",
     "config",
 )
 MODULES = (

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from matquant.errors import UserError
+from matquant.errors import UserError, shorten
 from matquant.formats.packed import LayerSpec
 from matquant.pack.integer_grid import IntegerGrid, exact_grid
 
@@ -120,11 +120,10 @@ def _refusal(
     stored_bits: int | None,
     alternatives: Sequence["IntegerFormat"],
 ) -> str:
-    more = f" and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
-    asked = sorted({layers.bits[name] for name in refused})
+    sliced = sorted({layers.bits[name] for name in refused})
     codes = "of any size that the format has" if stored_bits is None else f"of {stored_bits} bits"
     sentence = (
-        f"pack={target.name}: the {_list(asked)}-bit slice of {', '.join(refused[:_SHOWN])}{more} is not exact in codes "
+        f"pack={target.name}: the {_list(sliced)}-bit slice of {shorten(refused, _SHOWN)} is not exact in codes "
         f"{codes}. "
     )
     offers = [(other.name, _exact_bits(layers, other)) for other in alternatives]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from matquant.errors import UserError
+from matquant.errors import UserError, shorten
 from matquant.formats.groups import expand_groups, group_count
 from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.formats.packed import LayerSpec
@@ -169,13 +169,12 @@ def refusal(
         reason: sentence on the layers, if their bit-width has an exact type as such.
     """
     names = list(refused)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     sliced = sorted(set(refused.values()))
     codes = "" if stored_bits is None else f" with codes of {stored_bits} bits"
     exact = "; ".join(_exact_bits(specs, stored_bits))
     nearest = _nearest_bytes(specs, max(sliced), stored_bits)
     return UserError(
-        f"pack=gguf: the {', '.join(map(str, sliced))}-bit slice of {', '.join(names[:_SHOWN])}{more} is not exact in any "
+        f"pack=gguf: the {', '.join(map(str, sliced))}-bit slice of {shorten(names, _SHOWN)} is not exact in any "
         f"type of GGUF{codes}. {reason}{f'Exact are {exact}. ' if exact else ''}pack.rounding=nearest stores the nearest "
         f"values, with a recorded error: {nearest}. pack=nested holds every bit-width."
     )

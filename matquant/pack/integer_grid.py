@@ -1,6 +1,6 @@
 """Slices as the whole-number codes of stock formats: value = scale (code - zero), with codes of 2 to 8 bits.
 
-A slice of b bits of codes of M bits decodes to s (2^d (c + h) - z), with d = M - b, and h = 1/2 (msb) or 0 (round). For a whole
+A b-bit slice of M-bit codes has the value s (2^d (c + h) - z), with d = M - b, and h = 1/2 (msb) or 0 (round). For a whole
 k such that every u = k (h - z / 2^d) is whole, that is s t (k c + u) with t = 2^d / k: the scale s t, the codes k c and the
 zero point -u, both moved by the same number into 0..2^B - 1. A symmetric code has the zero point 2^(B-1). Scales keep their
 sign, as a mirrored group is one whose scale is negative; nothing that multiplies by a scale minds. All groups of a row are

@@ -34,7 +34,7 @@ TYPES = {kind.name: gguf.GGMLQuantizationType[kind.name] for kind in BLOCK_TYPES
 SHARES = {2: 0.5, 3: 0.75, 4: 0.75}  # scales of their own
 
 
-def decode(data: Any, name: str) -> Tensor:
+def dequantize(data: Any, name: str) -> Tensor:
     return torch.from_numpy(np.array(gguf.quants.dequantize(np.asarray(data), TYPES[name])))
 
 
@@ -90,7 +90,7 @@ def test_exact_types_hold_every_value(weight: NestedWeight, bits: int) -> None:
     for kind in layer.exact:
         data = type_choice.encode(layer, weight, kind)
         assert data.shape == (len(weight.codes), kind.row_bytes(weight.codes.shape[1]))
-        assert torch.equal(decode(data, kind.name), weight.dequantize(bits))
+        assert torch.equal(dequantize(data, kind.name), weight.dequantize(bits))
     predicted = type_choice.representative(_spec(weight), bits)
     assert predicted is not None
     assert set(predicted.exact) <= set(layer.exact)  # fewer codes may fit more types
@@ -142,14 +142,14 @@ def test_scales_beyond_float16_are_not_exact(large: float, small: float) -> None
 def test_nearest_values_of_each_type(kind: Any) -> None:
     """No worse than rounding to the widest grid of each block, and exact for zeros and for constants."""
     values = torch.randn(8, 512, generator=torch.Generator().manual_seed(kind.bits)) * 0.03
-    found = decode(kind.nearest(values.view(-1, kind.block_size)).view(8, -1), kind.name)
+    found = dequantize(kind.nearest(values.view(-1, kind.block_size)).view(8, -1), kind.name)
     blocks = values.view(-1, 16)
     step = 2 * blocks.abs().amax(1, keepdim=True) / (2**kind.bits - 1)
     rounded = ((blocks / step - 0.5).round() + 0.5) * step
     assert (found - values).norm() < 1.25 * (rounded.view_as(values) - values).norm()
     for constant in (0.0, 0.25, -0.25):
         same = torch.full((1, 256), constant)
-        back = decode(kind.nearest(same.view(-1, kind.block_size)).view(1, -1), kind.name)
+        back = dequantize(kind.nearest(same.view(-1, kind.block_size)).view(1, -1), kind.name)
         assert torch.allclose(back, same, rtol=0.02)
 
 
@@ -173,7 +173,7 @@ def test_slices_in_k_types(bits: int, offset: float, name: str, group_size: int,
     )
     layer = SliceLayer.measure("x", weight, bits)
     (kind,) = (kind for kind in BLOCK_TYPES if kind.name == name)
-    found = decode(type_choice.encode(layer, weight, kind), name)
+    found = dequantize(type_choice.encode(layer, weight, kind), name)
     exact = weight.dequantize(bits)
     assert (found - exact).norm() / exact.norm() < largest
 
@@ -182,8 +182,8 @@ def test_slices_in_k_types(bits: int, offset: float, name: str, group_size: int,
 def test_nearest_is_no_worse_than_the_package_gguf(name: str) -> None:
     values = torch.randn(16, 256, generator=torch.Generator().manual_seed(1))
     (kind,) = (kind for kind in WHOLE_NUMBERS if kind.name == name)
-    own = decode(kind.nearest(values.view(-1, 32)).view(16, -1), name)
-    other = decode(gguf.quants.quantize(values.numpy(), TYPES[name]), name)
+    own = dequantize(kind.nearest(values.view(-1, 32)).view(16, -1), name)
+    other = dequantize(gguf.quants.quantize(values.numpy(), TYPES[name]), name)
     assert (own - values).norm() <= (other - values).norm()
 
 
@@ -330,7 +330,7 @@ def test_type_of_embeddings(llama_model: Opened, tmp_path: Path, setting: str, k
 
 def test_embeddings_take_the_smallest_exact_type() -> None:
     values = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
-    rounded = decode(gguf.quants.quantize(values.numpy(), TYPES["Q8_0"]), "Q8_0")
+    rounded = dequantize(gguf.quants.quantize(values.numpy(), TYPES["Q8_0"]), "Q8_0")
     assert type_choice.dense_type(rounded, "auto") == "Q8_0"
     assert type_choice.dense_type(rounded[:, :40], "auto") == "F32"  # rows of no whole blocks
     assert type_choice.dense_type(values.half(), "auto") == "F16"

@@ -229,7 +229,7 @@ class _Writing:
         if isinstance(kind, str):
             values = self._dense_values(tensor)
             dense = type_choice.encode_dense(values, kind)
-            self._dense_errors.append(type_choice.relative_error(type_choice.decode_dense(dense, kind), values))
+            self._dense_errors.append(type_choice.relative_error(type_choice.dequantize_dense(dense, kind), values))
             return dense
         parts = []
         for piece, layer in zip(tensor.pieces, self._nested(tensor), strict=True):
@@ -245,7 +245,7 @@ class _Writing:
         Raises:
             RuntimeError: the type was chosen as exact, and is not.
         """
-        error = type_choice.relative_error(type_choice.decode(data, kind.name), exact)
+        error = type_choice.relative_error(type_choice.dequantize(data, kind.name), exact)
         if error and kind in layer.exact:
             raise RuntimeError(f"{layer.name} is not exact in {kind.name}: relative error {error}")
         self._errors[layer.name] = max(error, self._errors.get(layer.name, 0.0))

@@ -61,7 +61,7 @@ def encode(layer: SliceLayer, weight: NestedWeight, kind: BlockType) -> Tensor:
     return torch.cat(parts)
 
 
-def decode(data: Tensor, name: str) -> Tensor:
+def dequantize(data: Tensor, name: str) -> Tensor:
     """Values of rows in a GGUF type, by the package gguf: uint8 [rows, row bytes] to float32 [rows, columns]."""
     import gguf
 
@@ -106,7 +106,7 @@ def nearest_type(
         total = 0.0
         for layer in layers:
             weight = weights(layer.name)
-            found = decode(encode(layer, weight, kind), kind.name)
+            found = dequantize(encode(layer, weight, kind), kind.name)
             total += (found - weight.dequantize(layer.bits)).square().sum(dtype=torch.float64).item()
         return total
 
@@ -129,7 +129,7 @@ def encode_dense(tensor: Tensor, name: str) -> np.ndarray:
     return gguf.quants.quantize(tensor.float().contiguous().numpy(), gguf.GGMLQuantizationType[name])
 
 
-def decode_dense(data: np.ndarray, name: str) -> Tensor:
+def dequantize_dense(data: np.ndarray, name: str) -> Tensor:
     """Values of ``encode_dense``: float32."""
     import gguf
 
@@ -209,7 +209,7 @@ def _bytes(kinds: Mapping[str, Any], specs: Mapping[str, LayerSpec]) -> str:
 def _holds(tensor: Tensor, name: str) -> bool:
     """True if a type holds all values of a tensor exactly."""
     values = tensor.float()
-    return torch.equal(decode_dense(encode_dense(values, name), name), values)
+    return torch.equal(dequantize_dense(encode_dense(values, name), name), values)
 
 
 def _blocks_share_scales(weight: NestedWeight) -> bool:

@@ -14,7 +14,7 @@ run: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --maxschedchunk 16
 
-# Under two minutes on 2 cores: no whole jobs, no compilation of kernels.
+# Under two minutes on 2 idle cores: no whole models and jobs, no compilation of kernels.
 test-fast: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not vllm and not compiler"
 

@@ -57,6 +57,7 @@ def test_the_pages_have_commands():
     assert {shlex.split(command)[0] for _, command in other_commands()} >= {"make", "pip", "matquant", "python"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "command"), commands())
 def test_every_command_composes(page, command, monkeypatch):
     for placeholder, value in PLACEHOLDERS.items():
@@ -175,6 +176,7 @@ def test_the_interface_lists_every_function_with_what_it_does():
         assert re.match(r"[A-Z]", text), entry[:80]
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     from mkdocs.commands.build import build

@@ -13,6 +13,8 @@ from matquant.evaluate import docstrings
 from matquant.evaluate.tasks import Tasks, evaluate_tasks, recovery
 from matquant.models.blocks import BlockModel
 
+pytestmark = pytest.mark.slow
+
 ITEMS = 4
 
 

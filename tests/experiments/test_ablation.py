@@ -12,6 +12,8 @@ from matquant import cli
 from matquant.config import from_hydra
 from matquant.config_check import check_config
 
+pytestmark = pytest.mark.slow
+
 FOLDER = ROOT / "experiments" / "benchmarks" / "real"
 
 

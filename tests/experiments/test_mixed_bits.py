@@ -85,6 +85,7 @@ def test_kl_and_acceptance_are_those_of_the_logits(script: Any, models: tuple[An
     assert found["after 8", 8]["kl"] == pytest.approx(found["after itself", 8]["kl"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_records_of_all_parents_are_written(
     script: Any, models: tuple[Any, Any], folders: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -311,6 +311,7 @@ def test_nvrtc_makes_a_cubin_without_a_gpu(nvrtc, sources, name):
         nvrtc_compile(source.name, source.text, source.headers, compile_options(name))
 
 
+@pytest.mark.slow
 def test_import_needs_only_torch_numpy_and_safetensors():
     program = """
 import sys

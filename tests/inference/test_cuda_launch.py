@@ -127,6 +127,7 @@ def test_a_call_reaches_the_kernel_with_what_it_expects(device, about, bits, tok
     assert not cuda_ops.workspaces[x.get_device()].semaphores.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["sm_90a"], indirect=True)
 @pytest.mark.parametrize(
     ("rows", "bits", "tokens"), [(128, 2, 1), (100, 8, 1), (128, 3, 7), (390, 2, 32), (128, 4, 64)]

@@ -117,6 +117,7 @@ def test_fake_tensors_and_traces_see_the_operator(on_cuda):
     assert not on_cuda
 
 
+@pytest.mark.slow
 def test_compiled_calls_see_the_operator(on_cuda):
     for call in callers():
         graphs = []

@@ -132,6 +132,7 @@ def test_many_tokens_gradients_and_inference_mode_are_separate_and_end_no_sharin
     torch.testing.assert_close(attention.k_proj.bias.grad, torch.full((70,), 2.0))
 
 
+@pytest.mark.slow
 def test_outputs_live_no_longer_than_the_tensor_or_until_they_are_taken():
     attention, _ = make_attention()
     x = torch.randn(2, COLUMNS)

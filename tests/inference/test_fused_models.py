@@ -69,6 +69,7 @@ def test_layers_that_leave_for_another_device_take_the_memory_along():
     assert not attention.q_proj.fused.is_packed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replace", [lambda layer: nn.Linear(COLUMNS, 70), lambda layer: copy.copy(layer)])
 def test_a_replaced_layer_leaves_the_others_right(replace, launches):
     attention, weights = make_attention()

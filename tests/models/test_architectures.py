@@ -22,6 +22,8 @@ from matquant.quantize.driver import BlockwiseQuantizer
 from matquant.quantize.layer_selection import layers_to_quantize
 from matquant.store import Store
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

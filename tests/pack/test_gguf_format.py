@@ -212,6 +212,7 @@ NAMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, "allocation"])
 def test_tensors_of_a_file_are_those_of_the_slice(llama_model: Opened, tmp_path: Path, bits: Any) -> None:
     own = {"q_proj": 2, "k_proj": 4, "v_proj": 3, "o_proj": 4, "gate_proj": 5, "up_proj": 4, "down_proj": 6}
@@ -262,6 +263,7 @@ def check_read_by_transformers(folder: Path, opened: Opened) -> None:
         assert equal, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_reads_the_slice_from_the_file(family: str, tmp_path: Path) -> None:
     opened = Opened(
@@ -338,6 +340,7 @@ def test_embeddings_take_the_smallest_exact_type() -> None:
     assert type_choice.dense_type(values, "auto") == "F32"
 
 
+@pytest.mark.slow
 def test_a_rotated_model_has_norms_of_one_and_a_head(tmp_path: Path) -> None:
     opened = Opened(
         save(make_model("llama", torch.float16, vocab_size=2048), tmp_path / "model"),
@@ -359,6 +362,7 @@ def test_a_quantized_head_is_the_output(tmp_path: Path) -> None:
     assert fields["types"]["output.weight"] == "Q4_0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", ["experts", "experts.3."])
 def test_experts_that_are_not_quantized_are_stacked(tmp_path: Path, skip: str) -> None:
     model = save(make_model("qwen3_moe", torch.float16, vocab_size=2048), tmp_path / "model")
@@ -398,6 +402,7 @@ def test_zero_points_of_groups_have_no_exact_type(tmp_path: Path) -> None:
     assert not fields["matquant.exact"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1e-9, 1e8])
 def test_scales_beyond_float16_are_refused(tmp_path: Path, factor: float) -> None:
     model = make_model("llama", torch.bfloat16, vocab_size=2048)
@@ -455,6 +460,7 @@ def test_the_package_gguf_is_named_when_it_is_missing(
         llama_model.pack(tmp_path / "out", 4, name="gguf")
 
 
+@pytest.mark.slow
 def test_sliding_windows_that_llama_cpp_ignores_end_the_context(tmp_path: Path) -> None:
     for family, expected in (("mistral", 8), ("gemma2", 64)):
         model = save(make_model(family, torch.float16, vocab_size=2048), tmp_path / family)

@@ -155,6 +155,7 @@ def test_the_nearest_codes_and_their_error(mirrored, tmp_path, form):
         assert 0 < error < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["gptq", "compressed_tensors", "matgptq_v1"])
 @pytest.mark.parametrize(
     ("sizes", "sentence"),

@@ -20,6 +20,8 @@ from matquant.quantize.layer_selection import check_layers, layers_to_quantize
 from matquant.store import Store
 from matquant.timing import PhaseTimer
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 LAMBDAS = {2: 1.0, 4: 4.0, 8: 64.0}
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

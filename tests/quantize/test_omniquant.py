@@ -26,7 +26,7 @@ from matquant.quantize.omniquant.quantizer import BlockTraining, OmniQuantizer
 from matquant.store import Store
 from matquant.timing import PhaseTimer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 CPU = torch.device("cpu")
 LAMBDAS = {2: 1.0, 4: 0.1, 8: 0.1}

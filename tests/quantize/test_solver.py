@@ -223,6 +223,7 @@ def test_zero_points_help_a_shifted_weight():
     assert errors[1] < 0.5 * errors[0]
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), slicing=st.sampled_from(["msb", "round"]), columns=st.sampled_from([32, 40, 71]))
 def test_a_sweep_never_raises_the_objective(seed, slicing, columns):
@@ -236,6 +237,7 @@ def test_a_sweep_never_raises_the_objective(seed, slicing, columns):
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(costs))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("columns", [32, 41])
 def test_a_sweep_ends_where_no_single_code_helps(columns):

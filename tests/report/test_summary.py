@@ -14,6 +14,8 @@ from matquant.report.summary import summarize
 from matquant.report.summary_table import print_summary
 from matquant.report.sweep import curves, read_jobs
 
+pytestmark = pytest.mark.slow
+
 APP = """
 import dataclasses, json, os, sys
 import hydra

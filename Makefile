@@ -14,7 +14,7 @@ run: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --maxschedchunk 16
 
-# Under two minutes on 2 cores: no whole jobs, no compilation of kernels.
+# Under two minutes on 2 idle cores: no whole models and jobs, no compilation of kernels.
 test-fast: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not vllm and not compiler"
 
@@ -39,8 +39,9 @@ test-vllm: $(VLLM)/.ready
 test-exports: $(VENV)/.ready $(VLLM)/.ready $(STOCK)/.ready
 	STOCK_PYTHON=$(STOCK)/bin/python VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest tests/serving/test_exports.py
 
-# GGUF files of the shipped model, of small models of every architecture and, after `python experiments/real/prepare.py --only
-# smollm2`, of SmolLM2 in llama.cpp, which is built from source in an environment without this project (0.2 GB).
+# GGUF files of the shipped model, of small models of every architecture and, after
+# `python experiments/benchmarks/real/prepare.py --only smollm2`, of SmolLM2 in llama.cpp, which is built from source in an
+# environment without this project (0.2 GB).
 test-gguf: $(VENV)/.ready $(GGUF)/.ready
 	GGUF_PYTHON=$(GGUF)/bin/python $(BIN)/python -m pytest tests/serving/test_gguf_engine.py
 

@@ -24,7 +24,6 @@ from matquant.transforms.config import TransformConfig
 DOCS = Path(__file__).resolve().parent
 REPOSITORY = DOCS.parent
 PAGE = "reference/settings.md"
-REAL = REPOSITORY / "experiments" / "real"
 RESULTS = REPOSITORY / "experiments" / "results"
 _ATTRIBUTE = re.compile(r"^ {4}(\w[\w, ]*): ((?:.|\n)*?)(?=^ {4}\w|\Z)", re.MULTILINE)
 
@@ -68,11 +67,6 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages and their pictures."""
     files.append(File.generated(config, PAGE, content=settings_page()))
     files.append(File.generated(config, "reference/api.md", content=_module(DOCS / "api_page.py").api_page()))
-    summary = _module(REAL / "summary.py")
-    models = summary.read(REAL / "results")
-    files.append(File.generated(config, "real_models.md", content=summary.page(models)))
-    for name in models:
-        files.append(File.generated(config, f"{name}.png", abs_src_path=str(REAL / "results" / f"{name}.png")))
     for readme in sorted(RESULTS.glob("*/README.md")):
         name = readme.parent.name
         files.append(File.generated(config, f"measured/{name}/index.md", content=results_page(readme)))

@@ -2,7 +2,7 @@
 #pragma once
 #include "gemm_config.cuh"
 
-// value[c * TOKEN_TILES + t]: row tile c and token tile t, in the accumulator layout of mma.m16n8k16.
+// value[c * kTokenTiles + t]: row tile c and token tile t, in the accumulator layout of mma.m16n8k16.
 struct Accumulator {
     float value[kAccumulators][4];
 
@@ -23,7 +23,7 @@ struct Accumulator {
         UNROLL
         for (int part = 0; part < parts; part++)
             UNROLL
-            for (int c = 0; c < kRowTiles; c++) wgmma<TOKEN_TILES, BFLOAT>(value + c * TOKEN_TILES, step[part][c], b);
+            for (int c = 0; c < kRowTiles; c++) wgmma<kTokenTiles, BFLOAT>(value + c * kTokenTiles, step[part][c], b);
         wgmma_commit();
         wgmma_wait<1>(); /*bug:fragment-wait*/
     }
@@ -35,7 +35,7 @@ struct Accumulator {
         for (int step = 0; step < steps; step++)
             UNROLL
             for (int c = 0; c < kRowTiles; c++)
-                wgmma<TOKEN_TILES, BFLOAT>(value + c * TOKEN_TILES, fragments[step][c], wgmma_descriptor(x + step * 32));
+                wgmma<kTokenTiles, BFLOAT>(value + c * kTokenTiles, fragments[step][c], wgmma_descriptor(x + step * 32));
         wgmma_commit();
         wgmma_wait<1>(); /*bug:batch-wait*/
     }

@@ -67,8 +67,8 @@ DEVICE float4 add(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y,
 // Block that computes a k-tile, of `total` that stream-K distributes in equal contiguous ranges.
 DEVICE u32 stream_k_block(u32 k_tile, u32 total) { return ((k_tile + 1) * gridDim.x - 1) / total; }
 
-// Accumulators that each warp along K finalizes: sums[i] is accumulator k_warp + i * K_WARPS.
-constexpr int kShares = (kAccumulators + K_WARPS - 1) / K_WARPS;
+// Accumulators that each warp along K finalizes: sums[i] is accumulator warp_k + i * WARPS_K.
+constexpr int kShares = (kAccumulators + WARPS_K - 1) / WARPS_K;
 
 DEVICE float4 accumulator_sum(const Accumulator& accumulator, int j) {
     const float(&value)[4] = accumulator.value[j];
@@ -79,13 +79,13 @@ DEVICE float4 accumulator_sum(const Accumulator& accumulator, int j) {
 template <class Shared> DEVICE void share_accumulators(Shared& shared, const WarpCoord& coord, const Accumulator& accumulator) {
     UNROLL
     for (int j = 0; j < kAccumulators; j++)
-        shared.partial_sums[coord.k_warp][coord.n_warp()][j][coord.lane] = accumulator_sum(accumulator, j);
+        shared.partial_sums[coord.warp_k][coord.warp_n()][j][coord.lane] = accumulator_sum(accumulator, j);
 }
 
 // Reduce the accumulators of the warps along K through shared memory.
 template <class Shared>
-DEVICE void reduce_k_warps(Shared& shared, const WarpCoord& coord, const Accumulator& accumulator, float4 (&sums)[kShares]) {
-#if K_WARPS == 1
+DEVICE void reduce_warps_k(Shared& shared, const WarpCoord& coord, const Accumulator& accumulator, float4 (&sums)[kShares]) {
+#if WARPS_K == 1
     UNROLL
     for (int j = 0; j < kAccumulators; j++) sums[j] = accumulator_sum(accumulator, j);
 #else
@@ -94,11 +94,11 @@ DEVICE void reduce_k_warps(Shared& shared, const WarpCoord& coord, const Accumul
     __syncthreads(); /*bug:k-warps-written*/
     UNROLL
     for (int i = 0; i < kShares; i++) {
-        const int j = coord.k_warp + i * K_WARPS;
+        const int j = coord.warp_k + i * WARPS_K;
         sums[i] = make_float4(0, 0, 0, 0);
         if (j >= kAccumulators) continue;
         UNROLL
-        for (int k = 0; k < K_WARPS; k++) sums[i] = add(sums[i], shared.partial_sums[k][coord.n_warp()][j][coord.lane]);
+        for (int k = 0; k < WARPS_K; k++) sums[i] = add(sums[i], shared.partial_sums[k][coord.warp_n()][j][coord.lane]);
     }
 #endif
 }
@@ -106,14 +106,14 @@ DEVICE void reduce_k_warps(Shared& shared, const WarpCoord& coord, const Accumul
 // Address in the workspace of one block's partial sums of one tile, for this warp along N. block + tile is unique: from one work unit to
 // the next at least one of them increases, and none decreases.
 template <class Pointer> DEVICE Pointer partial_tile(Pointer workspace, u32 block, u32 tile, const WarpCoord& coord) {
-    return workspace + ((u64)(block + tile) * ROW_WARPS * TILE_WARPS + coord.row_warp * TILE_WARPS + coord.tile_warp) * kAccumulators * 32;
+    return workspace + ((u64)(block + tile) * kRowBlocks * ROW_BLOCK_WARPS + coord.row_block * ROW_BLOCK_WARPS + coord.warp_in_row_block) * kAccumulators * 32;
 }
 
 DEVICE void store_partial(float4* workspace, u32 block, u32 tile, const WarpCoord& coord, const float4 (&sums)[kShares]) {
     float4* partial = partial_tile(workspace, block, tile, coord);
     UNROLL
     for (int i = 0; i < kShares; i++)
-        if (coord.k_warp + i * K_WARPS < kAccumulators) store_cg(partial + (coord.k_warp + i * K_WARPS) * 32 + coord.lane, sums[i]);
+        if (coord.warp_k + i * WARPS_K < kAccumulators) store_cg(partial + (coord.warp_k + i * WARPS_K) * 32 + coord.lane, sums[i]);
 }
 
 // Sum the partial sums of blocks first .. last in this order, so that the result is deterministic.
@@ -126,8 +126,8 @@ DEVICE void reduce_partials(const float4* workspace, u32 first, u32 last, u32 ti
         const float4* partial = partial_tile(workspace, block, tile, coord);
         UNROLL
         for (int i = 0; i < kShares; i++) {
-            if (coord.k_warp + i * K_WARPS >= kAccumulators) continue;
-            sums[i] = add(sums[i], load_cg(partial + (coord.k_warp + i * K_WARPS) * 32 + coord.lane));
+            if (coord.warp_k + i * WARPS_K >= kAccumulators) continue;
+            sums[i] = add(sums[i], load_cg(partial + (coord.warp_k + i * WARPS_K) * 32 + coord.lane));
         }
     }
 }
@@ -152,9 +152,9 @@ template <class Shared>
 DEVICE void epilogue(const GemmArgs& args, const Output& out, Shared& shared, const WarpCoord& coord, const OutputTile& tile, float4* workspace,
                      u32* tile_semaphores, const Accumulator& accumulator) {
     float4 sums[kShares];
-    reduce_k_warps(shared, coord, accumulator, sums);
-    const int row_block = (int)tile.row_tile * ROW_WARPS + coord.row_warp;
-    if (row_block >= args.row_blocks || coord.k_warp >= kAccumulators) return;
+    reduce_warps_k(shared, coord, accumulator, sums);
+    const int row_block = (int)tile.row_tile * kRowBlocks + coord.row_block;
+    if (row_block >= args.row_blocks || coord.warp_k >= kAccumulators) return;
     const u32 number = tile.stream_k_tile, total = tile.stream_k_total;
     const u32 first = total ? stream_k_block(number * args.k_tiles, total) : 0;
     const u32 last = total ? stream_k_block((number + 1) * args.k_tiles - 1, total) : 0;
@@ -167,10 +167,10 @@ DEVICE void epilogue(const GemmArgs& args, const Output& out, Shared& shared, co
     UNROLL
     for (int i = 0; i < kShares; i++) {
         // Rows vary fastest: values that are constant per token occupy registers.
-        const int share = K_WARPS > 1 ? i : i % kRowTiles * TOKEN_TILES + i / kRowTiles, j = coord.k_warp + share * K_WARPS;
+        const int share = WARPS_K > 1 ? i : i % kRowTiles * kTokenTiles + i / kRowTiles, j = coord.warp_k + share * WARPS_K;
         if (j >= kAccumulators) continue;
-        const int row = row_block * 64 + (coord.tile_warp * kRowTiles + j / TOKEN_TILES) * 16;
-        store_output(out, row, first_token + j % TOKEN_TILES * 8, coord.lane, sums[share]);
+        const int row = row_block * 64 + (coord.warp_in_row_block * kRowTiles + j / kTokenTiles) * 16;
+        store_output(out, row, first_token + j % kTokenTiles * 8, coord.lane, sums[share]);
     }
 }
 
@@ -189,27 +189,27 @@ template <class Shared>
 DEVICE void cluster_epilogue(const GemmArgs& args, const Output& out, Shared& shared, const WarpCoord& coord, u32 row_tile, int first_token,
                              u32 rank, const Accumulator& accumulator) {
     float4 sums[kShares];
-    reduce_k_warps(shared, coord, accumulator, sums);
+    reduce_warps_k(shared, coord, accumulator, sums);
     cluster_wait(); /*bug:cluster-begun*/ // all blocks expect partial sums
     const SharedAddress barrier = shared_address(&shared.cluster_barrier);
     UNROLL
     for (int i = 0; i < kShares; i++) {
-        const int j = coord.k_warp + i * K_WARPS;
+        const int j = coord.warp_k + i * WARPS_K;
         if (j >= kAccumulators) continue;
-        const SharedAddress to = shared_address(&shared.cluster_sums[rank][coord.n_warp()][j / CLUSTER][coord.lane]);
+        const SharedAddress to = shared_address(&shared.cluster_sums[rank][coord.warp_n()][j / CLUSTER][coord.lane]);
         store_cluster_async(to, barrier, j % CLUSTER, sums[i]); /*bug:cluster-rank*/
     }
     mbarrier_wait_cluster(barrier, 0); /*bug:cluster-written*/
-    const int row_block = (int)row_tile * ROW_WARPS + coord.row_warp;
+    const int row_block = (int)row_tile * kRowBlocks + coord.row_block;
     UNROLL
-    for (int i = 0; i * K_WARPS < kClusterShares; i++) {
-        const int share = coord.k_warp + i * K_WARPS, j = share * CLUSTER + (int)rank;
+    for (int i = 0; i * WARPS_K < kClusterShares; i++) {
+        const int share = coord.warp_k + i * WARPS_K, j = share * CLUSTER + (int)rank;
         if (share >= kClusterShares || j >= kAccumulators || row_block >= args.row_blocks) continue;
         float4 sum = make_float4(0, 0, 0, 0);
         UNROLL
-        for (int block = 0; block < CLUSTER; block++) sum = add(sum, shared.cluster_sums[block][coord.n_warp()][share][coord.lane]);
-        const int row = row_block * 64 + (coord.tile_warp * kRowTiles + j / TOKEN_TILES) * 16;
-        store_output(out, row, first_token + j % TOKEN_TILES * 8, coord.lane, sum);
+        for (int block = 0; block < CLUSTER; block++) sum = add(sum, shared.cluster_sums[block][coord.warp_n()][share][coord.lane]);
+        const int row = row_block * 64 + (coord.warp_in_row_block * kRowTiles + j / kTokenTiles) * 16;
+        store_output(out, row, first_token + j % kTokenTiles * 8, coord.lane, sum);
     }
 }
 #endif

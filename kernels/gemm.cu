@@ -1,13 +1,13 @@
-// Nested GEMM: y[M, N] = x[M, K] W[N, K]^T + bias with W in bit planes, of which the kernel reads the first BITS. M <= 8 * TOKEN_TILES.
+// Nested GEMM: y[M, N] = x[M, K] W[N, K]^T + bias with W in bit planes, of which the kernel reads the first BITS. M <= BLOCK_M.
 // More tokens on sm_90a: gemm_sm90_ws.cu.
 //
 // Weight value: gain * scale * (2^(8 - BITS) * code + offset - zero point), with one scale and zero point per group. `code` is the slice
 // of BITS bits of an 8-bit code, its bits after the fourth times STRETCH / 4. Codes of fewer master bits are the first planes of an 8-bit code; `gain` and `offset` are adapted.
 //
 // Tiling
-//   An output tile has BLOCK_M = 8 * TOKEN_TILES tokens and BLOCK_N = 64 * ROW_WARPS rows. A block has ROW_WARPS x TILE_WARPS warps along N
-//   (ROW_WARPS row blocks of 64 rows, each split among TILE_WARPS warps) and K_WARPS warps along K. A k-tile has BLOCK_K = 64 * UNITS
-//   columns per warp along K, BLOCK_K * K_WARPS in all. The warps along K are reduced through shared memory (sliced K).
+//   An output tile has BLOCK_M tokens and BLOCK_N rows. A block has BLOCK_N / 64 * ROW_BLOCK_WARPS warps along N (each row block
+//   of 64 rows is split among ROW_BLOCK_WARPS warps) and WARPS_K warps along K. A k-tile has BLOCK_K columns per warp along K,
+//   BLOCK_K * WARPS_K in all. The warps along K are reduced through shared memory (sliced K).
 // Schedule
 //   CLUSTER > 1: the blocks of a cluster share an output tile, each with an equal contiguous range of its k-tiles, and exchange partial sums
 //   through distributed shared memory. Fast for matrices of few k-tiles: it needs no exchange through global memory.
@@ -15,9 +15,9 @@
 //   end within a tile. If several blocks share a tile, each stores partial sums to the workspace. The last warp to arrive at the tile's
 //   semaphore reduces them in a fixed order and resets the semaphore to 0.
 // Pipeline
-//   Weights are loaded by cp.async, STAGES - 1 k-tiles ahead, into a ring in shared memory that belongs to one warp (to TILE_WARPS warps
-//   that share a row block), so a k-tile needs no block-wide barrier. x belongs to the whole block. It is loaded in x stages of PANEL
-//   k-tiles, at least as far ahead as the weights; the block synchronizes once or twice per x stage.
+//   Weights are loaded by cp.async, STAGES - 1 k-tiles ahead, into a ring in shared memory that belongs to the ROW_BLOCK_WARPS warps
+//   of a row block, so a k-tile needs no block-wide barrier. x belongs to the whole block. It is loaded in x stages of
+//   X_STAGE_TILES k-tiles, at least as far ahead as the weights; the block synchronizes once or twice per x stage.
 // Mainloop
 //   mma.sync (gemm_mma.cuh): codes stay integers in the tensor cores (fragments.cuh). With t = sum of x * fragment and X = sum of x over a
 //   group, the group contributes  scale / code_scale * 2^(8 - BITS) * (t + X * (code_scale * (offset - zero) / 2^(8 - BITS) - bias)).
@@ -32,22 +32,22 @@
 //   ZEROS         1 if groups have zero points
 //   BFLOAT        1 if x, bias and y are bfloat16; 0 for float16
 //   SCALE_BFLOAT  1 if scales are bfloat16; 0 for float16
-//   TOKEN_TILES   1, 2, 4 or 8: BLOCK_M / 8
-//   ROW_WARPS     BLOCK_N / 64
-//   TILE_WARPS    1, 2 or 4: warps per 64-row block
-//   K_WARPS       warps along K
-//   UNITS         1, 2 or 4: BLOCK_K / 64
+//   BLOCK_M       tokens of an output tile: 8, 16, 32 or 64
+//   BLOCK_N       rows of an output tile, a multiple of 64
+//   BLOCK_K       columns of a k-tile per warp along K: 64, 128 or 256
+//   ROW_BLOCK_WARPS  1, 2 or 4: warps per 64-row block
+//   WARPS_K       warps along K
 //   STAGES        >= 2: pipeline stages of the weights
-//   PANEL         >= 1: k-tiles per x stage
+//   X_STAGE_TILES >= 1: k-tiles per x stage
 //   BLOCKS_PER_SM resident blocks per multiprocessor, the second number of __launch_bounds__
 //   CLUSTER       2..8: blocks that share an output tile, on sm_90 and later; 1 for stream-K
 //   X_ROWS        optional: tokens of x in shared memory, 1 or BLOCK_M (the default); fewer leave room for weights. 1 for one token
-//   WGMMA         1 for WGMMA, on sm_90a with TOKEN_TILES 2, 4 or 8 and ROW_WARPS * TILE_WARPS a multiple of 4; 0 for mma.sync
+//   WGMMA         1 for WGMMA, on sm_90a with BLOCK_M 16, 32 or 64 and whole warpgroups along N; 0 for mma.sync
 //   SHARED_BYTES  optional: sizeof(GemmSharedStorage) as computed by the launcher, checked at compile time
 // Launch
-//   block       32 * ROW_WARPS * TILE_WARPS * K_WARPS threads
+//   block       32 * (BLOCK_N / 64) * ROW_BLOCK_WARPS * WARPS_K threads
 //   grid        1 .. tiles * k_tiles blocks; best is the number of resident blocks. tiles * CLUSTER blocks for CLUSTER > 1
-//               tiles = ceil(N / BLOCK_N), k_tiles = ceil(ceil(K / 64) / (UNITS * K_WARPS)) per output tile
+//               tiles = ceil(N / BLOCK_N), k_tiles = ceil(ceil(K / 64) * 64 / (BLOCK_K * WARPS_K)) per output tile
 //   shared      sizeof(GemmSharedStorage) bytes
 //   workspace   (grid + tiles) * BLOCK_N * BLOCK_M float32, uninitialized; not used for CLUSTER > 1
 //   semaphores  tiles * warps of a block, uint32: 0 before the first launch and after every launch; not used for CLUSTER > 1
@@ -86,14 +86,14 @@ void nested_gemm(const uint4* planes,  // [planes, N / 64, K / 64, 32, 4 words];
     GemmSharedStorage& shared = *(GemmSharedStorage*)memory;
     const WarpCoord coord = warp_coord();
     GemmArgs args = {planes, plane_stride, scales, zeros, x, tokens, rows, depth, (rows + 63) / 64, scale_row_blocks, (depth + 63) / 64, 0};
-    args.k_tiles = (args.units + UNITS * K_WARPS - 1) / (UNITS * K_WARPS);
+    args.k_tiles = (args.units + kUnits * WARPS_K - 1) / (kUnits * WARPS_K);
     const Output out = {y, bias, tokens, rows};
 
-    const u32 total = (u32)(args.row_blocks + ROW_WARPS - 1) / ROW_WARPS * args.k_tiles;
+    const u32 total = (u32)(args.row_blocks + kRowBlocks - 1) / kRowBlocks * args.k_tiles;
     const KTileRange range = block_range(args.k_tiles, total);
     const u32 count = range.end - range.begin;
     const u32 tile = range.begin / args.k_tiles, k_tile = range.begin % args.k_tiles;
-    LoadCursor next = {nullptr, tile, k_tile, 0, shared_address(shared.ring[coord.k_warp][coord.row_warp])};
+    LoadCursor next = {nullptr, tile, k_tile, 0, shared_address(shared.ring[coord.warp_k][coord.row_block])};
     seek_tile(args, coord, next);
     prefetch_weights(args, coord, next, (int)min(count, (u32)(kNumStages - 1)));
 #if CLUSTER > 1

@@ -14,27 +14,30 @@
 #ifndef WHOLE_TILES
 #define WHOLE_TILES 0
 #endif
-// 1 if each warp of mma.sync adds up x itself: 1 MMA more for each 4 / TILE_WARPS, and no barrier.
-#define OWN_SUMS (!WGMMA && TOKEN_TILES * TILE_WARPS <= 2)
+// 1 if each warp of mma.sync adds up x itself: 1 MMA more for each 4 / ROW_BLOCK_WARPS, and no barrier.
+#define OWN_SUMS (!WGMMA && BLOCK_M * ROW_BLOCK_WARPS <= 16)
 #ifndef X_ROWS
-#define X_ROWS (8 * TOKEN_TILES)
+#define X_ROWS BLOCK_M
 #endif
 // 1 in moe_gemm.cu: rows of x and of y are those of a list.
 #ifndef GATHER
 #define GATHER 0
 #endif
 
-constexpr int kBlockM = 8 * TOKEN_TILES;   // tokens of an output tile
-constexpr int kBlockN = 64 * ROW_WARPS;    // rows of an output tile
-constexpr int kBlockK = 64 * UNITS;        // columns of a k-tile, per warp along K
-constexpr int kTileK = kBlockK * K_WARPS;  // columns of a k-tile
+constexpr int kBlockM = BLOCK_M;           // tokens of an output tile
+constexpr int kBlockN = BLOCK_N;           // rows of an output tile
+constexpr int kBlockK = BLOCK_K;           // columns of a k-tile, per warp along K
+constexpr int kTileK = kBlockK * WARPS_K;  // columns of a k-tile
+constexpr int kTokenTiles = kBlockM / 8;   // tiles of 8 tokens of an output tile
+constexpr int kRowBlocks = kBlockN / 64;   // 64-row blocks of an output tile
+constexpr int kUnits = kBlockK / 64;       // 64-column units of a k-tile, per warp along K
 constexpr int kXUnitBytes = kBlockM * 128; // x of 64 columns, as a swizzled TMA box
 constexpr int kNumStages = STAGES;         // pipeline stages of the weights
-constexpr int kWarpsN = ROW_WARPS * TILE_WARPS; // warps along N
-constexpr int kWarps = kWarpsN * K_WARPS;  // warps that execute MMAs
+constexpr int kWarpsN = kRowBlocks * ROW_BLOCK_WARPS; // warps along N
+constexpr int kWarps = kWarpsN * WARPS_K;  // warps that execute MMAs
 constexpr int kThreads = 32 * kWarps;
-constexpr int kRowTiles = 4 / TILE_WARPS;  // 16-row tiles of a warp
-constexpr int kAccumulators = kRowTiles * TOKEN_TILES; // 16x8 accumulators of a warp, 4 floats per lane each
+constexpr int kRowTiles = 4 / ROW_BLOCK_WARPS;  // 16-row tiles of a warp
+constexpr int kAccumulators = kRowTiles * kTokenTiles; // 16x8 accumulators of a warp, 4 floats per lane each
 constexpr int kClusterShares = (kAccumulators + CLUSTER - 1) / CLUSTER; // of a warp's accumulators: those that one block of a cluster adds up
 constexpr bool kOwnSums = OWN_SUMS;
 constexpr int kXRows = X_ROWS;             // tokens of x in shared memory
@@ -66,10 +69,10 @@ struct GemmArgs {
     const int* x_rows;       // row of x of each token; used if GATHER
 };
 
-// Lane, and warp along N (the 64-row block, then the part of it) and along K.
+// Lane, and warp along N (the row block of the tile, then the warp in it) and along K.
 struct WarpCoord {
-    int lane, row_warp, tile_warp, k_warp;
+    int lane, row_block, warp_in_row_block, warp_k;
 
     // Index among the warps along N.
-    DEVICE_MEMBER int n_warp() const { return row_warp * TILE_WARPS + tile_warp; }
+    DEVICE_MEMBER int warp_n() const { return row_block * ROW_BLOCK_WARPS + warp_in_row_block; }
 };

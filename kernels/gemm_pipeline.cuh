@@ -14,13 +14,13 @@ typedef CpAsyncXPipeline XPipeline;
 
 DEVICE WarpCoord warp_coord() {
     const int warp = threadIdx.x / 32;
-    return {(int)threadIdx.x % 32, warp % ROW_WARPS, warp / ROW_WARPS % TILE_WARPS, K_WARPS > 1 ? warp / kWarpsN : 0};
+    return {(int)threadIdx.x % 32, warp % kRowBlocks, warp / kRowBlocks % ROW_BLOCK_WARPS, WARPS_K > 1 ? warp / kWarpsN : 0};
 }
 
 // Synchronize the warps that share a ring.
 DEVICE void sync_ring(const WarpCoord& coord) {
-    if (TILE_WARPS == 1) __syncwarp();
-    else named_barrier_sync(1 + coord.k_warp * ROW_WARPS + coord.row_warp, 32 * TILE_WARPS);
+    if (ROW_BLOCK_WARPS == 1) __syncwarp();
+    else named_barrier_sync(1 + coord.warp_k * kRowBlocks + coord.row_block, 32 * ROW_BLOCK_WARPS);
 }
 
 // Multiply `count` k-tiles of consecutive output tiles, from k-tile `k_tile` of the first one on.
@@ -31,7 +31,7 @@ template <class Store>
 DEVICE void multiply_k_tiles(const GemmArgs& args, GemmSharedStorage& shared, const WarpCoord& coord, u32 k_tile, u32 count, LoadCursor& next,
                              float offset, float zero_step, const Store& store) {
     const int warp = threadIdx.x / 32;
-    const WeightStage(&ring)[kNumStages] = shared.ring[coord.k_warp][coord.row_warp];
+    const WeightStage(&ring)[kNumStages] = shared.ring[coord.warp_k][coord.row_block];
     XPipeline x_pipeline;
     x_pipeline.start(args, shared, k_tile, count);
     cp_async_commit();

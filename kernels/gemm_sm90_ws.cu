@@ -16,12 +16,12 @@
 //
 // Macros and launch as in gemm.cu, except for
 //   WGMMA       1
-//   K_WARPS     1
-//   TOKEN_TILES 2, 4, 8, 16 or 32: BLOCK_M = 16 to 256
+//   WARPS_K     1
+//   BLOCK_M     16, 32, 64, 128 or 256
 //   WHOLE_TILES optional: 1 for no stream-K, if CLUSTER is 1
-//   PANEL       unused; x has the stages of the weights
+//   X_STAGE_TILES  unused; x has the stages of the weights
 //   SHARED_BYTES  optional: sizeof(WarpSpecializedSharedStorage)
-//   block       32 * (ROW_WARPS * TILE_WARPS + 4) threads: 8, 12 or 16 consumer warps, 4 producer warps
+//   block       32 * (BLOCK_N / 64 * ROW_BLOCK_WARPS + 4) threads: 8, 12 or 16 consumer warps, 4 producer warps
 //   grid        1 .. tiles * k_tiles blocks; best is one per multiprocessor. tiles * CLUSTER blocks for CLUSTER > 1
 //               tiles = ceil(M / BLOCK_M) * ceil(N / BLOCK_N); stream-K distributes tiles % grid of them
 //   workspace   (grid + tiles % grid) * BLOCK_N * BLOCK_M float32; not used for CLUSTER > 1
@@ -31,7 +31,7 @@
 #include "tile_scheduler.cuh"
 #include "warp_fragments.cuh"
 
-static_assert(WGMMA && K_WARPS == 1 && kWarps >= 8 && kWarps <= 16, "two to four consumer warpgroups");
+static_assert(WGMMA && WARPS_K == 1 && kWarps >= 8 && kWarps <= 16, "two to four consumer warpgroups");
 
 constexpr int kTmaAlignment = 128; // bytes, of the destination of a load
 // Registers per thread, in multiples of 8: of a launch, and after those of the producer have been given to the consumers.
@@ -42,22 +42,22 @@ constexpr int kConsumerRegisters = (kLaunchRegisters * (kThreads + kProducerThre
 
 // Stages of the pipeline.
 struct LoadStages {
-    alignas(kTmaAlignment) u8 x[kNumStages][UNITS][kXUnitBytes]; // first: the swizzled tiles of TMA need an alignment of 1024 bytes
-    uint4 planes[kNumStages][kPlanes][ROW_WARPS][UNITS][32];
-    u16 scales[kNumStages][kGroups][ROW_WARPS][8][8]; // [lane / 4][c, p]
+    alignas(kTmaAlignment) u8 x[kNumStages][kUnits][kXUnitBytes]; // first: the swizzled tiles of TMA need an alignment of 1024 bytes
+    uint4 planes[kNumStages][kPlanes][kRowBlocks][kUnits][32];
+    u16 scales[kNumStages][kGroups][kRowBlocks][8][8]; // [lane / 4][c, p]
 #if ZEROS
-    struct alignas(kTmaAlignment) { u8 of[kGroups][ROW_WARPS][8][8]; } zeros[kNumStages];
+    struct alignas(kTmaAlignment) { u8 of[kGroups][kRowBlocks][8][8]; } zeros[kNumStages];
 #endif
 
     // Affine parameters of a warp's rows in one group of a stage.
     DEVICE_MEMBER GroupScales<kRowTiles> load_group(u32 stage, int group, const WarpCoord& coord, float offset, float zero_step) const {
-        const int first = coord.tile_warp * kRowTiles * 2;
+        const int first = coord.warp_in_row_block * kRowTiles * 2;
 #if ZEROS
-        const u8* of_zeros = zeros[stage].of[group][coord.row_warp][coord.lane / 4];
+        const u8* of_zeros = zeros[stage].of[group][coord.row_block][coord.lane / 4];
 #else
         const u8* of_zeros = nullptr;
 #endif
-        return load_group_scales<kRowTiles>(scales[stage][group][coord.row_warp][coord.lane / 4], of_zeros, first, offset, zero_step);
+        return load_group_scales<kRowTiles>(scales[stage][group][coord.row_block][coord.lane / 4], of_zeros, first, offset, zero_step);
     }
 };
 
@@ -74,8 +74,8 @@ struct WarpSpecializedSharedStorage {
 #endif
 };
 
-constexpr u32 kWeightBytes = kPlanes * UNITS * 512 + kGroups * (ZEROS ? 192 : 128); // of one stage and row block
-constexpr u32 kStageBytes = UNITS * kXUnitBytes + ROW_WARPS * kWeightBytes; /*bug:expect-bytes*/
+constexpr u32 kWeightBytes = kPlanes * kUnits * 512 + kGroups * (ZEROS ? 192 : 128); // of one stage and row block
+constexpr u32 kStageBytes = kUnits * kXUnitBytes + kRowBlocks * kWeightBytes; /*bug:expect-bytes*/
 
 #ifdef SHARED_BYTES
 static_assert(sizeof(WarpSpecializedSharedStorage) == SHARED_BYTES, "SHARED_BYTES of the launcher must equal the size of the shared storage");
@@ -100,7 +100,7 @@ struct TmaDescriptors {
 // Load one k-tile into a stage after its empty barrier. is_empty: the stage was never filled.
 DEVICE void load_stage(const TmaDescriptors& from, WarpSpecializedSharedStorage& shared, u32 row_tile, u32 token_tile, u32 k_tile,
                        const PipelineState& stage, bool is_empty) {
-    const int row_block = (int)row_tile * ROW_WARPS, unit = (int)k_tile * UNITS, s = stage.index;
+    const int row_block = (int)row_tile * kRowBlocks, unit = (int)k_tile * kUnits, s = stage.index;
     const SharedAddress full_barrier = shared_address(shared.full_barriers + s);
     if (!is_empty) mbarrier_wait(shared_address(shared.empty_barriers + s), stage.parity ^ 1); /*bug:empty-wait*/
     mbarrier_arrive_expect_tx(full_barrier, kStageBytes);
@@ -110,7 +110,7 @@ DEVICE void load_stage(const TmaDescriptors& from, WarpSpecializedSharedStorage&
 #if ZEROS
     tma_load_2d(shared_address(shared.stages.zeros[s].of), from.zeros, index, row_block * 8, full_barrier);
 #endif
-    for (int j = 0; j < UNITS; j++)
+    for (int j = 0; j < kUnits; j++)
         tma_load_2d(shared_address(shared.stages.x[s][j]), from.x, (int)token_tile * kBlockM, (unit + j) * 64, full_barrier);
 }
 
@@ -128,8 +128,8 @@ DEVICE void produce(const TmaDescriptors& from, WarpSpecializedSharedStorage& sh
 }
 
 // K-steps whose WGMMAs are issued together: fewer synchronize the warps of a warpgroup more often, more need more registers.
-constexpr int kBatchSteps = UNITS > 1 && kRowTiles == 1 ? 4 : 2;
-static_assert(UNITS * 4 / kBatchSteps % 2 == 0, "a k-tile leaves the double buffer as it was");
+constexpr int kBatchSteps = kUnits > 1 && kRowTiles == 1 ? 4 : 2;
+static_assert(kUnits * 4 / kBatchSteps % 2 == 0, "a k-tile leaves the double buffer as it was");
 typedef u32 BatchFragments[kBatchSteps][kRowTiles][4];
 
 struct WarpSpecializedMainloop {
@@ -144,10 +144,10 @@ struct WarpSpecializedMainloop {
         ZeroPointFolding zero_point;
         ScaleFolding scale;
         UNROLL
-        for (int unit = 0; unit < UNITS; unit++) {
+        for (int unit = 0; unit < kUnits; unit++) {
             uint4 words[kPlanes];
             UNROLL
-            for (int d = 0; d < kPlanes; d++) words[d] = shared.stages.planes[stage][d][coord.row_warp][unit][coord.lane];
+            for (int d = 0; d < kPlanes; d++) words[d] = shared.stages.planes[stage][d][coord.row_block][unit][coord.lane];
             UNROLL
             for (int r = 0; r < 4; r++) {
                 const int step = unit * 4 + r;
@@ -197,10 +197,10 @@ KERNEL CLUSTER_DIMS(CLUSTER) LAUNCH_BOUNDS(kThreads + kProducerThreads, 1)
 #else
 KERNEL LAUNCH_BOUNDS(kThreads + kProducerThreads, 1)
 #endif
-void nested_gemm_sm90_ws(const GRID_CONSTANT TensorMap planes, // box: all planes read, ROW_WARPS row blocks, UNITS * 512 bytes
-                         const GRID_CONSTANT TensorMap scales, // box: the groups of a k-tile, ROW_WARPS * 128 bytes
+void nested_gemm_sm90_ws(const GRID_CONSTANT TensorMap planes, // box: all planes read, BLOCK_N / 64 row blocks, BLOCK_K * 8 bytes
+                         const GRID_CONSTANT TensorMap scales, // box: the groups of a k-tile, BLOCK_N * 2 bytes
 #if ZEROS
-                         const GRID_CONSTANT TensorMap zeros, // box: the groups of a k-tile, ROW_WARPS * 64 bytes
+                         const GRID_CONSTANT TensorMap zeros, // box: the groups of a k-tile, BLOCK_N bytes
 #else
                          const TensorMap* zeros, // null
 #endif
@@ -210,18 +210,18 @@ void nested_gemm_sm90_ws(const GRID_CONSTANT TensorMap planes, // box: all plane
     SHARED_MEMORY(memory);
     WarpSpecializedSharedStorage& shared = *(WarpSpecializedSharedStorage*)memory;
     const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0); // warp-uniform for the compiler
-    const WarpCoord coord = {(int)threadIdx.x % 32, warp % ROW_WARPS, warp / ROW_WARPS % TILE_WARPS, 0};
+    const WarpCoord coord = {(int)threadIdx.x % 32, warp % kRowBlocks, warp / kRowBlocks % ROW_BLOCK_WARPS, 0};
 #if ZEROS
     const TmaDescriptors from = {&planes, &scales, &zeros, &x};
 #else
     const TmaDescriptors from = {&planes, &scales, nullptr, &x};
 #endif
     GemmArgs args = {nullptr, 0, nullptr, nullptr, nullptr, tokens, rows, depth, (rows + 63) / 64, 0, (depth + 63) / 64, 0};
-    args.k_tiles = (args.units + UNITS - 1) / UNITS;
+    args.k_tiles = (args.units + kUnits - 1) / kUnits;
     const u32 token_tiles = (tokens + kBlockM - 1) / kBlockM;
     const Output out = {y, bias, tokens, rows};
     TileScheduler scheduler;
-    scheduler.start((u32)(args.row_blocks + ROW_WARPS - 1) / ROW_WARPS * token_tiles, args.k_tiles);
+    scheduler.start((u32)(args.row_blocks + kRowBlocks - 1) / kRowBlocks * token_tiles, args.k_tiles);
     if (threadIdx.x == 0) {
         for (int i = 0; i < kNumStages; i++) {
             mbarrier_init(shared_address(shared.full_barriers + i), 1);

@@ -24,11 +24,11 @@ struct WgmmaMainloop {
     // Add the products of one k-tile. x_stage: address of the x stage. slot: the k-tile's index in it.
     DEVICE_MEMBER void add_k_tile(const WeightStage& weights, GemmSharedStorage&, SharedAddress x_stage, u32 slot, const WarpCoord& coord,
                                   float offset, float zero_step) {
-        const SharedAddress x = x_stage + slot * kXTileBytes + coord.k_warp * UNITS * kXUnitBytes;
+        const SharedAddress x = x_stage + slot * kXTileBytes + coord.warp_k * kUnits * kXUnitBytes;
         StepFragments fragment[2]; // double buffer: WGMMA may still read the previous step
         ZeroPointFolding zero_point;
         UNROLL
-        for (int unit = 0; unit < UNITS; unit++) {
+        for (int unit = 0; unit < kUnits; unit++) {
             uint4 words[kPlanes];
             UNROLL
             for (int d = 0; d < kPlanes; d++) words[d] = weights.planes[unit][d][coord.lane];
@@ -57,7 +57,7 @@ struct WgmmaMainloop {
         for (int j = 0; j < kAccumulators; j++)
             UNROLL
             for (int e = 0; e < 4; e++) {
-                const int c = j / TOKEN_TILES, p = e >> 1;
+                const int c = j / kTokenTiles, p = e >> 1;
                 accumulator.value[j][e] *= gain / ZeroPointFolding::code_scale(c, p) * scale[c][p];
             }
     }
@@ -80,6 +80,6 @@ struct WgmmaMainloop {
         UNROLL
         for (int j = 0; j < kAccumulators; j++)
             UNROLL
-            for (int e = 0; e < 4; e++) accumulator.value[j][e] *= ratio[j / TOKEN_TILES][e >> 1];
+            for (int e = 0; e < 4; e++) accumulator.value[j][e] *= ratio[j / kTokenTiles][e >> 1];
     }
 };

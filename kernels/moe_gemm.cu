@@ -11,7 +11,7 @@
 //
 // Macros      those of gemm.cu with WGMMA 0, and GATHER 1
 // Launch
-//   block       32 * ROW_WARPS * TILE_WARPS * K_WARPS threads
+//   block       32 * (BLOCK_N / 64) * ROW_BLOCK_WARPS * WARPS_K threads
 //   grid        x: ceil(N / BLOCK_N); y: number of entries of `items`
 //   shared      sizeof(GemmSharedStorage) bytes
 //   PDL         may be launched with programmatic stream serialization
@@ -54,10 +54,10 @@ void nested_moe_gemm(const uint4* planes, u64 plane_stride, const u16* scales, c
     const int units = (depth + 63) / 64;
     GemmArgs args = {planes + row_block * units * 32, plane_stride, scales + row_block * 64, ZEROS ? zeros + row_block * 64 : nullptr, x, tokens,
                      rows, depth, rows / 64, scale_row_blocks, units, 0, shared.x_rows};
-    args.k_tiles = (units + UNITS * K_WARPS - 1) / (UNITS * K_WARPS);
+    args.k_tiles = (units + kUnits * WARPS_K - 1) / (kUnits * WARPS_K);
     const Output out = {y, nullptr, tokens, rows, shared.y_rows, y_stride};
 
-    LoadCursor next = {nullptr, blockIdx.x, 0, 0, shared_address(shared.ring[coord.k_warp][coord.row_warp])};
+    LoadCursor next = {nullptr, blockIdx.x, 0, 0, shared_address(shared.ring[coord.warp_k][coord.row_block])};
     seek_tile(args, coord, next);
     multiply_k_tiles(args, shared, coord, 0, args.k_tiles, next, offset, zero_step, [&](u32, Mainloop& mainloop) {
         mainloop.finish(gain);

@@ -9,7 +9,7 @@ DEVICE void unpack_rotated_words(const uint4 (&words)[kPlanes], int step, const 
     load_step_planes(words, step, planes);
     UNROLL
     for (int d = 0; d < BITS; d++)
-        if (TILE_WARPS > 1) planes[d] = rotate_right(planes[d], coord.tile_warp * kRowTiles * 2);
+        if (ROW_BLOCK_WARPS > 1) planes[d] = rotate_right(planes[d], coord.warp_in_row_block * kRowTiles * 2);
     Fragment::unpack<kRowTiles>(slice_planes(planes), fragment);
 }
 
@@ -17,5 +17,5 @@ DEVICE void unpack_rotated_words(const uint4 (&words)[kPlanes], int step, const 
 DEVICE void unpack_rotated_masks(const uint4 (&words)[kPlanes], int step, const WarpCoord& coord, StepFragments& fragment) {
     u32 planes[kPlanes];
     load_step_planes(words, step, planes);
-    Fragment::unpack<kRowTiles>(slice_planes(planes), fragment, coord.tile_warp * kRowTiles);
+    Fragment::unpack<kRowTiles>(slice_planes(planes), fragment, coord.warp_in_row_block * kRowTiles);
 }

@@ -44,19 +44,19 @@ DEVICE void add_sums(float (&d)[4], u32 b0, u32 b1, const float (&c)[4]) {
 
 #if !OWN_SUMS
 // Sum x over each group for `count` k-tiles and all tokens, by MMAs with a fragment of ones. All warps share the work.
-DEVICE void sum_x(SharedAddress x, float (&sums)[kXStageTiles][K_WARPS][kGroups][kBlockM], int count, int lane, int warp) {
-    for (int task = warp; task < count * K_WARPS * kGroups * TOKEN_TILES; task += kWarps) {
-        const int tile = task % TOKEN_TILES, i = task / TOKEN_TILES % kGroups;
-        const int k_warp = task / (TOKEN_TILES * kGroups) % K_WARPS, slot = task / (TOKEN_TILES * kGroups * K_WARPS);
+DEVICE void sum_x(SharedAddress x, float (&sums)[kXStageTiles][WARPS_K][kGroups][kBlockM], int count, int lane, int warp) {
+    for (int task = warp; task < count * WARPS_K * kGroups * kTokenTiles; task += kWarps) {
+        const int tile = task % kTokenTiles, i = task / kTokenTiles % kGroups;
+        const int warp_k = task / (kTokenTiles * kGroups) % WARPS_K, slot = task / (kTokenTiles * kGroups * WARPS_K);
         float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
         UNROLL
         for (int step = 0; step < kStepsPerGroup; step += 2) {
             u32 b[4];
-            load_two_steps(x + slot * kXTileBytes + x_offset(tile * 8, k_warp * kBlockK + i * kGroupK + step * kStepK), lane, b);
+            load_two_steps(x + slot * kXTileBytes + x_offset(tile * 8, warp_k * kBlockK + i * kGroupK + step * kStepK), lane, b);
             add_sums(even, b[0], b[1], even);
             add_sums(odd, b[2], b[3], odd);
         }
-        if (lane < 4) *(float2*)&sums[slot][k_warp][i][tile * 8 + 2 * lane] = make_float2(even[0] + odd[0], even[1] + odd[1]);
+        if (lane < 4) *(float2*)&sums[slot][warp_k][i][tile * 8 + 2 * lane] = make_float2(even[0] + odd[0], even[1] + odd[1]);
     }
 }
 #endif

@@ -19,7 +19,7 @@ def _register(_module: object) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """Public names that take time: Transformers is imported in seconds, and git may be asked for the version."""
+    """Public names that are costly to load: Transformers takes seconds to import, and the version may need git."""
     if name == "__version__":
         from matquant.version import version
 

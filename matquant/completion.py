@@ -1,7 +1,7 @@
 """Completion of command lines in a shell: its scripts, and the words that may stand at the cursor.
 
 A script calls ``matquant completion query LINE`` with the command line up to the cursor. Hydra's own scripts are not used: they
-run any ``python FILE.py`` to ask it for words, and know no commands.
+run any ``python FILE.py`` to get words, and have no commands.
 """
 
 import contextlib

@@ -55,14 +55,14 @@ def _check_packages(config: Config) -> None:
 def _check_refine(config: Config) -> None:
     """Refuse a refinement without a parent or with too little text."""
     text = config.refine.text
-    if config.method.name == _QAT and config.refine.method != "qat":
+    if config.method.name == _QAT and not config.refine.trains_weights:
         raise UserError(
             f"method={_QAT} is round to nearest until refine=qat trains it; found refine={config.refine.name}. Leave out what "
             "sets refine (refine=, quality=), or use method=rtn."
         )
     if not config.refine.wanted or text is None:
         return
-    if config.refine.method == "qat":
+    if config.refine.trains_weights:
         _check_qat(config)
     if config.method.per_bit_models:
         raise UserError(

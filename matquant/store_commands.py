@@ -22,7 +22,7 @@ def run(config: StoreConfig) -> None:
 def _list(store: Store, console: Console) -> None:
     table = Table("kind", box=None)
     table.add_column("key", no_wrap=True, min_width=24)
-    for name in ("what", "MB", "modified", "state"):
+    for name in ("content", "MB", "modified", "state"):
         table.add_column(name)
     for entry in store.ls():
         modified = datetime.datetime.fromtimestamp(entry.modified).strftime("%Y-%m-%d %H:%M")

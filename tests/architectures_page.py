@@ -20,7 +20,7 @@ from decoder_families import NO_GENERATION, NOT_TRIED, REFUSED, SUPPORTED, Outco
 from shared import ROOT
 from small_configs import KINDS
 
-from matquant.models.summary import OUTSIDE
+from matquant.models.unquantized import OUTSIDE
 
 DOCS = ROOT / "docs" / "architectures.md"
 

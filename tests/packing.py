@@ -25,7 +25,7 @@ from matquant.pack.config import PackConfig
 from matquant.pack.stage import Packing
 from matquant.quantize.base import QuantizerTask
 from matquant.quantize.driver import BlockwiseQuantizer
-from matquant.quantize.layers import layers_to_quantize
+from matquant.quantize.layer_selection import layers_to_quantize
 from matquant.quantize.rtn.config import RtnConfig
 from matquant.store import Store
 from matquant.store.draft import Draft

@@ -13,6 +13,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 CHOICES = [f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.yaml"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_preset_composes(choice, monkeypatch, tmp_path):
     cli.register()
@@ -37,6 +38,7 @@ def composed(*overrides: str):
         return from_hydra(compose("config", list(overrides)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["matquant_omniquant", "matquant_qat"])
 def test_a_published_method_brings_its_objective_which_the_command_line_replaces(method):
     published = composed(f"method={method}")
@@ -63,6 +65,7 @@ def test_a_tilt_multiplies_each_weight_by_a_factor_for_every_bit_above_two():
     assert tilted.lambdas == pytest.approx({b: w * 1.5 ** (b - 2) for b, w in plain.weights.items()})
 
 
+@pytest.mark.slow
 def test_help_names_the_groups_and_the_word_for_word_uses(matquant):
     status, out, _ = matquant("--help")
     assert status == 0

@@ -184,6 +184,7 @@ def test_a_job_whose_process_died_resumes_with_another_world_size(start_two, run
     assert resumed["sha256"] == run_one(*job, f"store.path={tmp_path}/other")["parent"]["sha256"]
 
 
+@pytest.mark.slow
 def test_too_few_sequences_and_multiruns_are_rejected(matquant, small_model, monkeypatch):
     job = (*JOB, f"model.path={small_model}")
     monkeypatch.setattr(distributed, "init_distributed", lambda _: contextlib.nullcontext(ProcessGroup(0, 2)))

@@ -11,6 +11,8 @@ from shared import ROOT
 from matquant import cli
 from matquant.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 # Packages of the extras cannot be imported in a program that begins with this.
 _WITHOUT = """
 import importlib.machinery, sys

@@ -6,6 +6,8 @@ import sys
 import pytest
 from shared import ROOT
 
+pytestmark = pytest.mark.slow
+
 QUANTIZATION_PACKAGES = {"hydra", "omegaconf", "lm_eval", "wandb", "datasets", "numba", "scipy", "matplotlib"}
 UPPER_LAYERS = (
     "models",
@@ -13,10 +15,13 @@ UPPER_LAYERS = (
     "transforms",
     "calibration",
     "quantize",
+    "refine",
     "evaluate",
     "search",
     "pack",
     "report",
+    "stages",
+    "cli",
     "config",
 )
 MODULES = (

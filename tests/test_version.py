@@ -103,6 +103,7 @@ def test_a_copy_without_a_repository_has_no_version(tmp_path, checkout, monkeypa
     assert version_in(checkout) == UNKNOWN
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_in_a_copy_without_a_repository(tmp_path):
     for name in ("matquant", "conf", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

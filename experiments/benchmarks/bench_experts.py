@@ -1,4 +1,4 @@
-"""Times the experts of one layer in decoding: all in one launch, in a loop, and peers in 16 and 4 bits.
+"""Time the experts of one layer in decoding: all in one launch, in a loop, and peers in 16 and 4 bits.
 
     python experiments/benchmarks/bench_experts.py
     python experiments/benchmarks/bench_experts.py --models qwen3_moe --bits 4 --tokens 1,16

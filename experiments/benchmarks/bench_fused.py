@@ -1,4 +1,4 @@
-"""Times layers that share an input: one launch for all of them, a launch for each, and one dense float16 layer.
+"""Time layers that share an input: one launch for all of them, a launch for each, and one dense float16 layer.
 
     python experiments/benchmarks/bench_fused.py
     python experiments/benchmarks/bench_fused.py --groups 4096+1024+1024x4096 --bits 2 --tokens 1,16

@@ -69,7 +69,7 @@ def pack(model: Path, overrides: Sequence[str], target: Path) -> Path:
 
 
 def write_allocation(folder: Path, target: Path) -> Path:
-    """Allocation file with a width for each kind of projection."""
+    """Allocation file with a bit-width for each kind of projection."""
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and "." in name]
     target.write_text("".join(f"{name}: {WIDTHS[name.rpartition('.')[2]]}\n" for name in names))

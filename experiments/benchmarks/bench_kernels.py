@@ -1,6 +1,6 @@
-"""Times the matmul of ``kernels/gemm.cu`` against ``F.linear`` in float16, after checking it against float64.
+"""Time the matmul of ``kernels/gemm.cu`` against ``F.linear`` in float16, after checking it against float64.
 
-    make bench-kernels                                                     # all shapes, widths and batches
+    make bench-kernels                                                     # all shapes, bit-widths and batches
     .venv/bin/python experiments/benchmarks/bench_kernels.py --shapes 4096x4096 --bits 2,4 --tokens 1,16
     .venv/bin/python experiments/benchmarks/bench_kernels.py --candidates             # times other tile configurations too
     .venv/bin/python experiments/benchmarks/bench_kernels.py --peers humming,marlin   # other packages in the same run
@@ -80,7 +80,7 @@ def timed_tiles(bench: Bench, tokens: int, *, candidates: bool) -> Iterator[tupl
 
 
 def draw(timings: Sequence[Timing], path: Path) -> None:
-    """Times faster than float16 against the batch, a panel for each shape and a line for each width."""
+    """Draw the speedup over float16 against the batch, a panel for each shape and a line for each bit-width."""
     import matplotlib
 
     matplotlib.use("Agg")

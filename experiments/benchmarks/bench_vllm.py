@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
-sys.path.append(str(Path(__file__).resolve().parents[1] / "real"))
+sys.path.append(str(Path(__file__).resolve().parent / "real"))
 
 from matquant.report.provenance import provenance
 

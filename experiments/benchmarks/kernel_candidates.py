@@ -10,88 +10,121 @@ from matquant.inference.kernel_families import FAMILIES, choose_tile_config
 from matquant.inference.kernel_families.base import TileConfig
 from matquant.inference.kernel_families.mma import GEMM_MAX_M
 
-# (warps_n, warps_m, warps_k, units of 64 columns, x_panel, ctas_per_sm) by tiles of 8 tokens.
+
+def _tile(
+    *,
+    block_n: int,
+    block_k: int,
+    row_block_warps: int = 1,
+    warps_k: int = 1,
+    x_stage_tiles: int = 1,
+    ctas_per_sm: int = 1,
+) -> dict[str, int]:
+    """Fields of ``TileConfig`` but ``block_m``, ``stages`` and those that all candidates of the tables share."""
+    return {
+        "block_n": block_n,
+        "block_k": block_k,
+        "row_block_warps": row_block_warps,
+        "warps_k": warps_k,
+        "x_stage_tiles": x_stage_tiles,
+        "ctas_per_sm": ctas_per_sm,
+    }
+
+
+# Candidates by block_m.
 MMA_CANDIDATES = {
-    1: [
-        (8, 1, 1, 2, 4, 3),
-        (8, 1, 1, 1, 4, 3),
-        (8, 1, 1, 2, 8, 2),
-        (8, 1, 1, 4, 4, 2),
-        (16, 1, 1, 2, 8, 1),
-        (16, 1, 1, 4, 4, 1),
-        (4, 1, 2, 2, 2, 3),
-        (4, 1, 2, 2, 4, 2),
-        (4, 1, 2, 1, 4, 2),
-        (8, 1, 2, 2, 4, 1),
-        (2, 1, 4, 2, 1, 3),
-        (2, 1, 4, 1, 2, 2),
-        (1, 1, 8, 2, 1, 2),
-        (1, 1, 8, 2, 1, 3),
-        (1, 1, 8, 1, 2, 2),
-        (1, 1, 4, 1, 2, 4),
-        (2, 1, 2, 1, 2, 4),
-        (2, 1, 8, 1, 2, 1),
+    8: [
+        _tile(block_n=512, block_k=128, x_stage_tiles=4, ctas_per_sm=3),
+        _tile(block_n=512, block_k=64, x_stage_tiles=4, ctas_per_sm=3),
+        _tile(block_n=512, block_k=128, x_stage_tiles=8, ctas_per_sm=2),
+        _tile(block_n=512, block_k=256, x_stage_tiles=4, ctas_per_sm=2),
+        _tile(block_n=1024, block_k=128, x_stage_tiles=8),
+        _tile(block_n=1024, block_k=256, x_stage_tiles=4),
+        _tile(block_n=256, block_k=128, warps_k=2, x_stage_tiles=2, ctas_per_sm=3),
+        _tile(block_n=256, block_k=128, warps_k=2, x_stage_tiles=4, ctas_per_sm=2),
+        _tile(block_n=256, block_k=64, warps_k=2, x_stage_tiles=4, ctas_per_sm=2),
+        _tile(block_n=512, block_k=128, warps_k=2, x_stage_tiles=4),
+        _tile(block_n=128, block_k=128, warps_k=4, ctas_per_sm=3),
+        _tile(block_n=128, block_k=64, warps_k=4, x_stage_tiles=2, ctas_per_sm=2),
+        _tile(block_n=64, block_k=128, warps_k=8, ctas_per_sm=2),
+        _tile(block_n=64, block_k=128, warps_k=8, ctas_per_sm=3),
+        _tile(block_n=64, block_k=64, warps_k=8, x_stage_tiles=2, ctas_per_sm=2),
+        _tile(block_n=64, block_k=64, warps_k=4, x_stage_tiles=2, ctas_per_sm=4),
+        _tile(block_n=128, block_k=64, warps_k=2, x_stage_tiles=2, ctas_per_sm=4),
+        _tile(block_n=128, block_k=64, warps_k=8, x_stage_tiles=2),
     ],
-    2: [
-        (8, 1, 1, 2, 4, 1),
-        (8, 1, 1, 4, 2, 1),
-        (8, 1, 1, 2, 4, 2),
-        (8, 1, 1, 4, 2, 2),
-        (4, 1, 2, 2, 2, 2),
-        (4, 1, 2, 2, 4, 1),
-        (2, 1, 4, 4, 1, 1),
-        (2, 1, 4, 2, 1, 1),
-        (2, 1, 4, 2, 1, 2),
-        (2, 1, 4, 1, 1, 1),
-        (1, 1, 8, 1, 1, 2),
+    16: [
+        _tile(block_n=512, block_k=128, x_stage_tiles=4),
+        _tile(block_n=512, block_k=256, x_stage_tiles=2),
+        _tile(block_n=512, block_k=128, x_stage_tiles=4, ctas_per_sm=2),
+        _tile(block_n=512, block_k=256, x_stage_tiles=2, ctas_per_sm=2),
+        _tile(block_n=256, block_k=128, warps_k=2, x_stage_tiles=2, ctas_per_sm=2),
+        _tile(block_n=256, block_k=128, warps_k=2, x_stage_tiles=4),
+        _tile(block_n=128, block_k=256, warps_k=4),
+        _tile(block_n=128, block_k=128, warps_k=4),
+        _tile(block_n=128, block_k=128, warps_k=4, ctas_per_sm=2),
+        _tile(block_n=128, block_k=64, warps_k=4),
+        _tile(block_n=64, block_k=64, warps_k=8, ctas_per_sm=2),
     ],
-    4: [
-        (8, 1, 1, 2, 2, 1),
-        (4, 1, 2, 2, 1, 1),
-        (4, 1, 2, 1, 2, 1),
-        (2, 1, 4, 2, 1, 1),
-        (2, 1, 4, 1, 1, 1),
-        (4, 2, 2, 2, 1, 1),
-        (4, 1, 1, 2, 2, 2),
-        (8, 2, 1, 2, 2, 1),
+    32: [
+        _tile(block_n=512, block_k=128, x_stage_tiles=2),
+        _tile(block_n=256, block_k=128, warps_k=2),
+        _tile(block_n=256, block_k=64, warps_k=2, x_stage_tiles=2),
+        _tile(block_n=128, block_k=128, warps_k=4),
+        _tile(block_n=128, block_k=64, warps_k=4),
+        _tile(block_n=256, block_k=128, row_block_warps=2, warps_k=2),
+        _tile(block_n=256, block_k=128, x_stage_tiles=2, ctas_per_sm=2),
+        _tile(block_n=512, block_k=128, row_block_warps=2, x_stage_tiles=2),
     ],
-    8: [(4, 2, 1, 2, 1, 1), (4, 2, 1, 1, 2, 1), (2, 2, 2, 2, 1, 1), (2, 4, 2, 2, 1, 1), (4, 4, 1, 2, 1, 1)],
+    64: [
+        _tile(block_n=256, block_k=128, row_block_warps=2),
+        _tile(block_n=256, block_k=64, row_block_warps=2, x_stage_tiles=2),
+        _tile(block_n=128, block_k=128, row_block_warps=2, warps_k=2),
+        _tile(block_n=128, block_k=128, row_block_warps=4, warps_k=2),
+        _tile(block_n=256, block_k=128, row_block_warps=4),
+    ],
 }
 WGMMA_CANDIDATES = {
-    2: [(2, 2, 4, 2, 1, 1), (4, 1, 4, 2, 1, 1), (8, 1, 1, 4, 1, 1), (4, 1, 1, 4, 1, 2), (4, 1, 2, 2, 2, 1)],
-    4: [
-        (2, 2, 4, 2, 1, 1),
-        (4, 1, 2, 2, 1, 1),
-        (1, 4, 4, 2, 1, 1),
-        (8, 1, 1, 4, 1, 1),
-        (8, 1, 1, 2, 2, 1),
-        (4, 1, 1, 4, 1, 2),
-        (4, 1, 4, 2, 1, 1),
-        (4, 2, 1, 4, 1, 2),
-        (4, 2, 2, 2, 1, 1),
+    16: [
+        _tile(block_n=128, block_k=128, row_block_warps=2, warps_k=4),
+        _tile(block_n=256, block_k=128, warps_k=4),
+        _tile(block_n=512, block_k=256),
+        _tile(block_n=256, block_k=256, ctas_per_sm=2),
+        _tile(block_n=256, block_k=128, warps_k=2, x_stage_tiles=2),
     ],
-    8: [
-        (1, 4, 4, 2, 1, 1),
-        (2, 4, 2, 2, 1, 1),
-        (2, 2, 2, 2, 1, 1),
-        (8, 1, 1, 4, 1, 1),
-        (8, 1, 1, 2, 2, 1),
-        (4, 1, 1, 4, 1, 2),
-        (4, 2, 1, 4, 1, 1),
-        (4, 2, 2, 2, 1, 1),
-        (2, 2, 4, 2, 1, 1),
-        (4, 1, 2, 2, 1, 1),
-        (2, 2, 1, 4, 1, 2),
+    32: [
+        _tile(block_n=128, block_k=128, row_block_warps=2, warps_k=4),
+        _tile(block_n=256, block_k=128, warps_k=2),
+        _tile(block_n=64, block_k=128, row_block_warps=4, warps_k=4),
+        _tile(block_n=512, block_k=256),
+        _tile(block_n=512, block_k=128, x_stage_tiles=2),
+        _tile(block_n=256, block_k=256, ctas_per_sm=2),
+        _tile(block_n=256, block_k=128, warps_k=4),
+        _tile(block_n=256, block_k=256, row_block_warps=2, ctas_per_sm=2),
+        _tile(block_n=256, block_k=128, row_block_warps=2, warps_k=2),
+    ],
+    64: [
+        _tile(block_n=64, block_k=128, row_block_warps=4, warps_k=4),
+        _tile(block_n=128, block_k=128, row_block_warps=4, warps_k=2),
+        _tile(block_n=128, block_k=128, row_block_warps=2, warps_k=2),
+        _tile(block_n=512, block_k=256),
+        _tile(block_n=512, block_k=128, x_stage_tiles=2),
+        _tile(block_n=256, block_k=256, ctas_per_sm=2),
+        _tile(block_n=256, block_k=256, row_block_warps=2),
+        _tile(block_n=256, block_k=128, row_block_warps=2, warps_k=2),
+        _tile(block_n=128, block_k=128, row_block_warps=2, warps_k=4),
+        _tile(block_n=256, block_k=128, warps_k=2),
+        _tile(block_n=128, block_k=256, row_block_warps=2, ctas_per_sm=2),
     ],
 }
-# The same after the number of tiles of 8 tokens, for more than ``GEMM_MAX_M`` tokens.
+# For more than ``GEMM_MAX_M`` tokens: block_m and the other fields.
 WGMMA_WS_CANDIDATES = [
-    (16, 4, 2, 1, 2, 1, 1),
-    (16, 4, 2, 1, 1, 1, 1),
-    (16, 2, 4, 1, 2, 1, 1),
-    (16, 2, 4, 1, 4, 1, 1),
-    (32, 2, 4, 1, 1, 1, 1),
-    (32, 2, 4, 1, 2, 1, 1),
+    (128, _tile(block_n=256, block_k=128, row_block_warps=2)),
+    (128, _tile(block_n=256, block_k=64, row_block_warps=2)),
+    (128, _tile(block_n=128, block_k=128, row_block_warps=4)),
+    (128, _tile(block_n=128, block_k=256, row_block_warps=4)),
+    (256, _tile(block_n=128, block_k=64, row_block_warps=4)),
+    (256, _tile(block_n=128, block_k=128, row_block_warps=4)),
 ]
 _MMA_MAX_M = 16  # tokens that WGMMA is not used for
 _MIN_WAVE = 0.84
@@ -101,71 +134,73 @@ _MAX_STAGES = 6
 _RESERVED_BYTES = 1024  # shared memory that each CTA costs beside its own
 
 
-def _candidates(shape: GemmShape, device: DeviceLimits) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Family, and numbers in the order of ``WGMMA_WS_CANDIDATES``, of each candidate for a shape."""
+def _from_tables(shape: GemmShape, device: DeviceLimits) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Family, and fields, of each candidate of the tables for a shape."""
+    x_rows = {"x_rows": 1} if shape.tokens == 1 else {}
     if shape.tokens > GEMM_MAX_M:
-        yield from (("wgmma_ws", numbers) for numbers in WGMMA_WS_CANDIDATES if 8 * numbers[0] < 2 * shape.tokens)
+        for block_m, fields in WGMMA_WS_CANDIDATES:
+            if block_m < 2 * shape.tokens:
+                yield "wgmma_ws", fields | {"block_m": block_m}
         return
     for family, table in (("mma", MMA_CANDIDATES), ("wgmma", WGMMA_CANDIDATES if device.wgmma else {})):
         if table:
-            token_tiles = next(count for count in sorted(table) if shape.tokens <= 8 * count)
-            yield from ((family, (token_tiles, *numbers)) for numbers in table[token_tiles])
+            block_m = next(size for size in sorted(table) if shape.tokens <= size)
+            yield from ((family, fields | {"block_m": block_m} | x_rows) for fields in table[block_m])
 
 
 def _one_wave(shape: GemmShape, device: DeviceLimits) -> Iterator[tuple[str, dict[str, Any]]]:
     """Family, and fields, of the tiles without stream-K whose CTAs fill at least 84 % of one wave."""
     family = "mma" if shape.tokens <= _MMA_MAX_M or not device.wgmma else "wgmma"
     block_m = next(count for count in (8, 16, 32, 64) if shape.tokens <= count)
-    warps_m = (1, 2, 4) if family == "wgmma" else (1,)
-    sizes = itertools.product(range(1, 9), warps_m, (1, 2, 4, 8), range(1, 9), range(1, 5), (1, 2, 4))
-    for warps_n, m, k, cluster, ctas_per_sm, units in sizes:
-        warps = warps_n * m * k
-        ctas = -(-tiles(shape.rows) // warps_n) * cluster
-        k_tiles = -(-tiles(shape.depth) // (units * k * cluster))
-        few_registers = block_m // 8 * warps * ctas_per_sm // m > 32  # for the accumulators
+    split = (1, 2, 4) if family == "wgmma" else (1,)
+    sizes = itertools.product(range(1, 9), split, (1, 2, 4, 8), range(1, 9), range(1, 5), (1, 2, 4))
+    for row_blocks, row_block_warps, warps_k, cluster, ctas_per_sm, units in sizes:
+        warps = row_blocks * row_block_warps * warps_k
+        ctas = -(-tiles(shape.rows) // row_blocks) * cluster
+        k_tiles = -(-tiles(shape.depth) // (units * warps_k * cluster))
+        few_registers = block_m // 8 * warps * ctas_per_sm // row_block_warps > 32  # for the accumulators
         if (
             warps * ctas_per_sm > 32
             or not warps * ctas_per_sm >= 8
             or few_registers
-            or (family == "wgmma" and warps_n * m % 4)
+            or (family == "wgmma" and row_blocks * row_block_warps % 4)
         ):
             continue
         if _MIN_WAVE <= ctas / (device.multiprocessors * ctas_per_sm) <= 1:
-            panel = 1 if family == "wgmma" else min(4 if block_m == 8 else 2, 1 << k_tiles.bit_length() - 1)
-            fields = {"block_m": block_m, "block_n": 64 * warps_n, "block_k": 64 * units, "warps_m": m, "warps_k": k}
-            fields |= {"x_panel": panel, "ctas_per_sm": ctas_per_sm, "cluster": cluster, "whole_tiles": cluster == 1}
-            yield family, fields | {"x_rows": 1 if shape.tokens == 1 else block_m}
+            fields = _tile(
+                block_n=64 * row_blocks,
+                block_k=64 * units,
+                row_block_warps=row_block_warps,
+                warps_k=warps_k,
+                x_stage_tiles=1 if family == "wgmma" else min(4 if block_m == 8 else 2, 1 << k_tiles.bit_length() - 1),
+                ctas_per_sm=ctas_per_sm,
+            )
+            schedule = {"cluster": cluster, "whole_tiles": cluster == 1}
+            yield family, fields | schedule | {"block_m": block_m, "x_rows": 1 if shape.tokens == 1 else block_m}
 
 
 def _full_waves(shape: GemmShape, device: DeviceLimits) -> Iterator[tuple[str, dict[str, Any]]]:
     """Family, and fields, of the warp-specialized tiles that fill the device: clusters one wave, whole tiles several."""
-    sizes = (4, 8) if shape.tokens <= GEMM_MAX_M else (16, 32)
-    for token_tiles, warps_n, warps_m, cluster, units in itertools.product(
+    sizes = (32, 64) if shape.tokens <= GEMM_MAX_M else (128, 256)
+    for block_m, row_blocks, row_block_warps, cluster, units in itertools.product(
         sizes, (2, 3, 4, 6, 8, 12), (1, 2, 4), range(1, 9), (1, 2, 4)
     ):
-        warps = warps_n * warps_m
-        accumulators = 4 // warps_m * token_tiles  # of a thread, 4 registers each
-        output_tiles = -(-tiles(shape.rows) // warps_n) * -(-shape.tokens // (8 * token_tiles))
+        warps = row_blocks * row_block_warps
+        accumulators = 4 // row_block_warps * block_m // 8  # of a thread, 4 registers each
+        output_tiles = -(-tiles(shape.rows) // row_blocks) * -(-shape.tokens // block_m)
         waves = -(-output_tiles * cluster // device.multiprocessors)
         share = output_tiles * cluster / (waves * device.multiprocessors)
         if accumulators > _MAX_ACCUMULATORS.get(warps, 0) or (cluster > 1 and waves > 1):
             continue
-        if share >= _MIN_WAVE_OF_LARGE_TILES and 8 * token_tiles < 2 * shape.tokens:
-            fields = {"block_m": 8 * token_tiles, "block_n": 64 * warps_n, "block_k": 64 * units, "warps_m": warps_m}
-            fields |= {"warps_k": 1, "x_panel": 1, "ctas_per_sm": 1, "cluster": cluster, "whole_tiles": cluster == 1}
-            yield "wgmma_ws", fields
+        if share >= _MIN_WAVE_OF_LARGE_TILES and block_m < 2 * shape.tokens:
+            fields = _tile(block_n=64 * row_blocks, block_k=64 * units, row_block_warps=row_block_warps)
+            yield "wgmma_ws", fields | {"block_m": block_m, "cluster": cluster, "whole_tiles": cluster == 1}
 
 
 def tile_configs(shape: GemmShape, device: DeviceLimits, *, candidates: bool) -> list[TileConfig]:
     """Return the chosen tile configuration, and then the candidates that fit, with as many stages as there is room for."""
     found = [choose_tile_config(shape, device)]
-    tables: list[tuple[str, dict[str, Any]]] = []
-    for family, numbers in _candidates(shape, device) if candidates else ():
-        fields = dict(
-            zip(("warps_n", "warps_m", "warps_k", "units", "x_panel", "ctas_per_sm"), numbers[1:], strict=True)
-        )
-        sizes = {"block_m": 8 * numbers[0], "block_n": 64 * fields.pop("warps_n"), "block_k": 64 * fields.pop("units")}
-        tables.append((family, fields | sizes | {"x_rows": 1 if shape.tokens == 1 else 8 * numbers[0]}))
+    tables = list(_from_tables(shape, device)) if candidates else []
     if candidates and device.clusters and shape.tokens <= GEMM_MAX_M:
         tables += _one_wave(shape, device)
     if candidates and device.clusters and device.wgmma and shape.tokens > _MMA_MAX_M:

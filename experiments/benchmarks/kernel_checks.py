@@ -79,7 +79,7 @@ class Check:
         packed = NestedPlanes.pack(weight)
         packed.planes[planes_read(self.bits, 8, self.slicing) :] = -1
         x, bias = activations(self.tokens, self.depth, self.dtype), torch.randn(self.rows, device="cuda").to(self.dtype)
-        # float32 holds every decoded weight to 2^-24, far below what is allowed.
+        # float32 holds every dequantized weight to 2^-24, far below what is allowed.
         exact, by_dense = (
             x.double() @ weight.dequantize(self.bits, dtype).double().T + bias.double()
             for dtype in (torch.float32, self.dtype)

@@ -1,6 +1,6 @@
 """Kernels of other packages for the same products as ``bench_kernels.py`` times: ``--peers humming,marlin``.
 
-A peer gets random symmetric codes with float16 scales, so that it decodes (code - 2^(bits-1)) * scale. Before a time is taken,
+A peer gets random symmetric codes with float16 scales, so that a weight is (code - 2^(bits-1)) * scale. Before a time is taken,
 its product is compared with float64. A peer is one class here and one entry in ``PEERS``; its package is imported when the peer
 is named, and is no requirement of this project.
 

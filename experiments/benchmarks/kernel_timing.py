@@ -129,7 +129,7 @@ def precompile(plans: Sequence[LaunchConfig]) -> None:
 
 
 class Bench:
-    """Weights of one shape, width and stretch, in as many copies as exceed the cache."""
+    """Weights of one shape, bit-width and stretch, in as many copies as exceed the cache."""
 
     def __init__(
         self, rows: int, depth: int, bits: int, group: int, stretch: float, device: DeviceLimits, *, pdl: bool

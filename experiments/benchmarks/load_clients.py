@@ -1,4 +1,4 @@
-"""Clients of a server at mixed bit-widths, and what they see: answers, times, bit-widths and memory."""
+"""Clients of a server at mixed bit-widths, and their records: answers, times, bit-widths and memory."""
 
 import argparse
 import asyncio
@@ -35,7 +35,7 @@ def read_policy(content: dict[str, Any]) -> PolicySettings:
 
 
 class Load:
-    """Clients of one server, and what they saw.
+    """Clients of one server, and their records.
 
     Args:
         arguments: the command line.

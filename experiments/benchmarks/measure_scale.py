@@ -41,7 +41,7 @@ from matquant.models.tracing import check_blockwise_forward
 from matquant.quantize.base import CalibrationTokens, QuantizerTask
 from matquant.quantize.driver import BlockwiseQuantizer
 from matquant.quantize.gptq.config import GptqConfig
-from matquant.quantize.layers import layers_to_quantize
+from matquant.quantize.layer_selection import layers_to_quantize
 from matquant.quantize.memory import quantize_memory
 from matquant.report.provenance import provenance
 from matquant.store import Store

@@ -103,7 +103,7 @@ class ActivationStreams:
 
 
 class _AllCaptured(Exception):
-    """Ends a block's forward pass once all inputs are captured."""
+    """End of a block's forward pass, once all inputs are captured."""
 
 
 @contextmanager

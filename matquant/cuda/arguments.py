@@ -14,7 +14,7 @@ _SCALARS = "?bBhHiIlLqQefd"  # format characters of ``struct`` for scalar argume
 
 
 class Address(int):
-    """Address of device memory as a kernel argument, like a tensor; whoever passes it makes sure that the memory exists."""
+    """Address of device memory as a kernel argument, like a tensor; the caller keeps the memory allocated."""
 
 
 class Signature:

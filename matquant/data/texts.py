@@ -80,7 +80,7 @@ def check_sizes(text: TextConfig, where: str) -> None:
 
 
 def notes(text: TextConfig) -> list[str]:
-    """Sentences for the user on what a text leaves out."""
+    """Sentences for the user on omitted parts of a text."""
     return [note for name in _source_names(text) for note in SOURCES[name].notes(text)]
 
 

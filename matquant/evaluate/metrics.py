@@ -22,7 +22,7 @@ class Metrics:
     Attributes:
         perplexity: exp of the mean negative log-likelihood; infinite when that overflows.
         kl: mean KL(full || model), in nats a token.
-        top1_agreement: fraction of tokens where both think the same token the likeliest.
+        top1_agreement: fraction of tokens for which both predict the same next token.
         tokens: how many were predicted.
     """
 

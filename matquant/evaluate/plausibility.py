@@ -132,9 +132,9 @@ def layer_warnings(errors: Mapping[str, Mapping[str, float]]) -> list[str]:
         errors: relative output errors of each layer by bit-width.
     """
     lost = {
-        name: bits
+        name: at
         for name, of_layer in errors.items()
-        if (bits := [width for width, error in of_layer.items() if error >= _LOST_OUTPUT])
+        if (at := [bits for bits, error in of_layer.items() if error >= _LOST_OUTPUT])
     }
     if not lost:
         return []

@@ -1,12 +1,12 @@
-"""Measures the full-precision model and any number of variants of its weights in one pass over the blocks.
+"""Measurement of the full-precision model and any number of its slices in one pass over the blocks.
 
-Only one block at a time is converted and on the device. The hidden states of every model wait side by side between two
-blocks, so each block is loaded once for all of them.
+Only one block at a time is converted and on the device. The hidden states of all models are stored between two blocks, so each
+block is loaded once for all of them.
 
 Lifecycle:
-  1. ``capture_block_inputs`` makes what enters block 0, once for all;
-  2. block by block, each model's weights are lent to the block and its hidden states go through;
-  3. batch by batch, the head gives each model's logits, which become sums and are dropped.
+  1. ``capture_block_inputs`` makes the inputs of block 0, once for all models;
+  2. block by block, each model's weights replace those of the block, which maps the model's hidden states;
+  3. batch by batch, the head gives each model's logits, which are added to its sums and freed.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,16 +37,16 @@ def model_name(name: str) -> str:
     return f"the slice of {name} bits" if name.isdecimal() else f"the slice {name}"
 
 
-def steps(blocks: BlockModel, windows: Tensor, variants: Sequence[str]) -> int:
+def steps(blocks: BlockModel, windows: Tensor, slices: Sequence[str]) -> int:
     """Number of ``progress`` steps of ``evaluate_slices``."""
-    return (len(blocks) + 1) * (len(variants) + 1) * len(windows)
+    return (len(blocks) + 1) * (len(slices) + 1) * len(windows)
 
 
 def evaluate_slices(
     blocks: BlockModel,
     windows: Tensor,
     weights_of: WeightsOf,
-    variants: Sequence[str],
+    slices: Sequence[str],
     batch_size: int,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
@@ -54,45 +54,45 @@ def evaluate_slices(
     place: OffloadTarget | None = None,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, Metrics]:
-    """Perplexity, KL to the full-precision model and top-1 agreement of every variant.
+    """Perplexity, KL to the full-precision model and top-1 agreement of every slice.
 
     Args:
-        blocks: the full-precision model; its weights are what they were afterwards.
+        blocks: the full-precision model; its weights are restored at the end.
         windows: int64 [sequences, length].
-        weights_of: gives for a block's number and a variant the weights that differ, [out, in] by full layer name. It
-            is asked once for each block and variant, block by block, and for the head as the block after the last.
-        variants: names, none of them ``"full"``.
-        batch_size: windows at a time. The figures do not depend on it but by rounding.
+        weights_of: returns for a block's index and a slice the weights that differ, [out, in] by full layer name. It is
+            called once for each block and slice, block by block, and for the head as the block after the last.
+        slices: their names, none of them ``"full"``.
+        batch_size: windows at a time. The figures depend on it by rounding only.
         device, dtype: of blocks and head while they are computed. The rounding of 16-bit activations alone makes a KL of
             about 1e-3 (bfloat16) or 2e-5 (float16) nats per token.
         progress: called with the number of windows that went through a block or the head; ``steps`` of them in all.
-        place: where hidden states wait between two blocks; ``device`` when None.
+        place: storage of hidden states between two blocks; ``device`` if None.
         process_group: the processes that share the windows; each calls this with the same arguments and gets the same figures.
 
     Returns:
-        For ``"full"`` and each variant. Every window predicts its tokens but the first.
+        Figures of ``"full"`` and of each slice. Every window predicts its tokens but the first.
 
     Raises:
-        ValueError: a name occurs twice or is ``"full"``, ``weights_of`` returned what does not fit the block, or there
-            is nothing to predict.
+        ValueError: a name occurs twice or is ``"full"``, ``weights_of`` returned weights that do not fit the block, or
+            there is nothing to predict.
         UserError: hidden states or logits of a model are not finite.
     """
-    if FULL in variants or len(set(variants)) != len(variants):
-        raise ValueError(f"variants need different names, and none may be {FULL!r}: {list(variants)}")
+    if FULL in slices or len(set(slices)) != len(slices):
+        raise ValueError(f"slices need different names, and none may be {FULL!r}: {list(slices)}")
     advance = progress or (lambda _: None)
     device = torch.device(device)
     windows = windows[process_group.shard(len(windows))]
-    # Not inference mode: what weights_of makes may be kept by its owner, and must stay an ordinary tensor.
+    # Not inference mode: the caller may keep the tensors of weights_of, which must stay ordinary ones.
     with torch.no_grad():
         start = blocks.capture_block_inputs(windows, batch_size, device, dtype, place)
-        hidden: Hidden = {FULL: start.hidden, **{name: start.hidden.clone() for name in variants}}
+        hidden: Hidden = {FULL: start.hidden, **{name: start.hidden.clone() for name in slices}}
         for index in range(len(blocks)):
             with blocks.on_device(index, device, dtype):
                 for name, states in hidden.items():
-                    # Not kept in a variable: the weights of one variant would live while the next one's are made.
+                    # Not kept in a variable: the weights of one slice would stay allocated while the next one's are made.
                     with blocks.with_weights(index, {} if name == FULL else weights_of(index, name)):
                         _through_block(blocks, index, name, states, start, advance)
-        heads = {name: weights_of(len(blocks), name) for name in variants}
+        heads = {name: weights_of(len(blocks), name) for name in slices}
         with blocks.head_on_device(device, dtype):
             totals = _score(blocks, windows, hidden, heads, batch_size, device, advance)
     return {name: _added_up(total, process_group).metrics() for name, total in totals.items()}

@@ -1,9 +1,8 @@
-"""Tasks of lm-eval on every variant of a model, one after the other in one process, with one model in memory.
+"""Tasks of lm-eval on every slice of a model, one after the other in one process, with one model in memory.
 
 Lifecycle:
-  1. ``Tasks`` finds and loads the tasks, before any long work: a name that does not exist or data that are not there are
-     refused at once;
-  2. ``evaluate_tasks`` puts the model on the device once, and for each variant lends its layers the variant's weights.
+  1. ``Tasks`` finds and loads the tasks, before any long work: unknown names and missing data are refused at once;
+  2. ``evaluate_tasks`` puts the model on the device once, and scores it with the weights of each slice.
 """
 
 import contextlib
@@ -34,7 +33,7 @@ class Tasks:
     Args:
         names: of lm-eval's own tasks and groups, of tasks in ``folder``, or of ``docstrings.NAMES``.
         folder: of task files (YAML), with data of their own; None for none.
-        fewshot: examples before each question; None leaves it to the task.
+        fewshot: examples before each question; None for the task's own number.
 
     Raises:
         UserError: there is no such task or folder, or a task's data cannot be loaded.
@@ -59,7 +58,7 @@ class Tasks:
             )
         try:
             self.loaded = manager.load(list(names))
-        except Exception as error:  # whatever a data set's loader raises
+        except Exception as error:  # any error of a data set's loader
             reason = " ".join(": ".join(str(e) for e in (error, error.__cause__) if e is not None).split())
             raise UserError(
                 f"The data of eval.tasks={list(names)} cannot be loaded: {reason}. Without a network, give local task files "
@@ -90,23 +89,23 @@ def evaluate_tasks(
     blocks: BlockModel,
     tokenizer: Any,
     weights_of: WeightsOf,
-    variants: Sequence[str],
+    slices: Sequence[str],
     *,
     limit: int | None,
     batch_size: int,
     device: torch.device,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Iterator[tuple[str, Scores]]:
-    """Yield the scores of the full-precision model (``"full"``), and of every variant.
+    """Yield the scores of the full-precision model (``"full"``), and of every slice.
 
     Args:
-        tasks: what is asked.
-        blocks: the full-precision model; its weights are what they were afterwards.
+        tasks: tasks to score.
+        blocks: the full-precision model; its weights are restored at the end.
         weights_of: as of ``evaluate_slices``.
-        variants: names, none of them ``"full"``.
+        slices: their names, none of them ``"full"``.
         limit: questions of each task; None for all.
         batch_size: requests at a time.
-        device: where the whole model is computed, in float32 on a CPU and in the stored dtype elsewhere.
+        device: device of the whole model, computed in float32 on a CPU and in the stored dtype elsewhere.
         progress: called with 1 after each model.
 
     Yields:
@@ -125,10 +124,10 @@ def evaluate_tasks(
             placed.enter_context(blocks.on_device(index, device, dtype))
         with _quiet():
             model = HFLM(pretrained=blocks.model, tokenizer=tokenizer, batch_size=batch_size)
-        for name in (FULL, *variants):
-            with contextlib.ExitStack() as lent:
+        for name in (FULL, *slices):
+            with contextlib.ExitStack() as replaced:
                 for index in range(len(blocks) + 1) if name != FULL else ():
-                    lent.enter_context(blocks.with_weights(index, weights_of(index, name)))
+                    replaced.enter_context(blocks.with_weights(index, weights_of(index, name)))
                 with checked_logits(blocks.model, model_name(name)), _quiet():
                     results = evaluate(model, tasks.loaded, limit=limit, log_samples=False, verbosity="ERROR")
             progress(1)
@@ -186,7 +185,7 @@ def _folder(folder: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval tells of every step and draws bars of its own; only errors are of use here."""
+    """Suppress log messages of lm-eval below errors, and its progress bars, inside the context."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

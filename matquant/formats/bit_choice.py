@@ -1,4 +1,4 @@
-"""Bit-widths at which a reader uses a nested checkpoint: the defaults of its config, or what the caller requests instead."""
+"""Bit-widths at which a reader uses a nested checkpoint: the defaults of its config, or the caller's request."""
 
 import dataclasses
 import difflib

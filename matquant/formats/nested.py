@@ -13,7 +13,7 @@ The zero point z of symmetric weights is one constant of the matrix, 2^(M-1) + z
 point per group. With an offset the representable range is longer on one side. A negative scale mirrors it, so each group can
 take the better orientation at no storage cost. (An offset of 2^(M-5) also puts zero on the 4-bit grid.)
 
-Eight bits want a longer range than four. So the steps of the fifth and later planes of ``msb`` codes may be longer than halves:
+Eight bits need a longer range than four. So the steps of the fifth and later planes of ``msb`` codes may be longer than halves:
 with the stretch t, a slice of more than four bits has the value
 
     value = s (h + t (2^d (c_b + 1/2) - h) - z)                h = centre of the cell of the code's first four bits
@@ -21,7 +21,7 @@ with the stretch t, a slice of more than four bits has the value
 and t = 1 for strict halves. Cells of four bits then overlap at higher bit-widths, and a code leaves the cell of its first four
 bits. Slices of up to four bits do not depend on t.
 
-A bit-width may have a set of scales of its own, since a low bit-width wants a shorter range than eight bits. All others share
+A bit-width may have a set of scales of its own, since a low bit-width needs a shorter range than eight bits. All others share
 the base set s. A slice reads one set, so it reads as many bytes as without.
 """
 

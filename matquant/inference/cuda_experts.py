@@ -151,8 +151,8 @@ def _plan(call: GroupedCall) -> list[PlannedLaunch] | None:
     _check_no_capture()
     index = call.x.get_device()
     device, planned = device_limits(index), []
-    for first, rows, widths in _ranges(call):
-        for bits in sorted(set(widths)):
+    for first, rows, by_expert in _ranges(call):
+        for bits in sorted(set(by_expert)):
             shape = GemmShape(
                 tokens=call.block_m, rows=rows, depth=call.in_features, bits=bits, format=fmt, dtype=call.x.dtype
             )
@@ -160,7 +160,7 @@ def _plan(call: GroupedCall) -> list[PlannedLaunch] | None:
             kernel = load(
                 launch.source, launch.function, defines=launch.defines, device=index, prefer_shared=True, pdl=True
             )
-            mask = expert_mask(place for place, width in enumerate(widths) if width == bits)
+            mask = expert_mask(expert for expert, own in enumerate(by_expert) if own == bits)
             planned.append(PlannedLaunch(kernel, launch, mask, bits, first // TILE, first, rows))
     return planned
 
@@ -168,9 +168,9 @@ def _plan(call: GroupedCall) -> list[PlannedLaunch] | None:
 def _ranges(call: GroupedCall) -> list[tuple[int, int, tuple[int, ...]]]:
     """First row, number of rows, and bit-width by expert, of neighbouring matrices that each expert reads at one bit-width."""
     parts = len(call.out_features)
-    widths = [tuple(call.bits[part::parts]) for part in range(parts)]
+    bits = [tuple(call.bits[part::parts]) for part in range(parts)]
     ranges, first = [], 0
-    for of_experts, run in itertools.groupby(zip(widths, call.out_features, strict=True), lambda one: one[0]):
+    for of_experts, run in itertools.groupby(zip(bits, call.out_features, strict=True), lambda one: one[0]):
         rows = sum(count for _, count in run)
         ranges.append((first, rows, of_experts))
         first += rows

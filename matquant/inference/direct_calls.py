@@ -37,7 +37,7 @@ def operators_are_followed() -> bool:
     Such as modes of ``torch_dispatch`` and ``torch_function`` (fake tensors, ``make_fx``, ``torch.device`` as a context),
     transforms of ``torch.func``, ``torch.jit.trace``, and profilers.
     """
-    # Functions that torch itself asks, in autograd.Function and before operators; it has no public ones.
+    # Functions that torch itself calls, in autograd.Function and before operators; it has no public ones.
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()

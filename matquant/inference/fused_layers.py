@@ -197,8 +197,8 @@ class FusedLayers:
         current.remaining.discard(index)
         if not current.remaining:
             self._thread.round, self._shares = None, True
-        width, y = current.outputs.pop(index, (None, None))
-        if width == bits:
+        computed_at, y = current.outputs.pop(index, (None, None))
+        if computed_at == bits:
             return y
         if not current.stream.is_capturing:
             self._launched.add((self._tokens(x), x.dtype, index, bits))
@@ -209,9 +209,9 @@ class FusedLayers:
         previous, self._thread.round = self._thread.round, None
         if previous is not None and previous.remaining:
             self._shares = False
-        widths, outputs = self._current_bits(), {}
-        if widths is not None and self._fuses(index, x, widths, stream.is_capturing):
-            outputs = dict(enumerate(zip(widths, self._multiply(x, widths), strict=True)))
+        bits, outputs = self._current_bits(), {}
+        if bits is not None and self._fuses(index, x, bits, stream.is_capturing):
+            outputs = dict(enumerate(zip(bits, self._multiply(x, bits), strict=True)))
         _, y = outputs.pop(index, (None, None))
         remaining = set(range(len(self._members)))
         remaining.discard(index)
@@ -220,33 +220,33 @@ class FusedLayers:
 
     def _current_bits(self) -> tuple[int, ...] | None:
         """Bit-width of each member in the current phase; None if one was deleted or moved, or its phase is unknown."""
-        widths = []
+        found = []
         for index, ref in enumerate(self._members):
             member: Any = ref()
             bits = member.current_bits() if self._is_intact(index, member) else None
             if bits is None:
                 return None
-            widths.append(bits)
-        return tuple(widths)
+            found.append(bits)
+        return tuple(found)
 
-    def _fuses(self, index: int, x: Tensor, widths: tuple[int, ...], is_capturing: bool) -> bool:
+    def _fuses(self, index: int, x: Tensor, bits: tuple[int, ...], is_capturing: bool) -> bool:
         """Decide whether to compute all outputs. A CUDA graph captures what has run before, in which kernels were loaded."""
         tokens, dtype = self._tokens(x), x.dtype
-        together, alone = (tokens, dtype, widths), (tokens, dtype, index, widths[index])
-        fuses = self._shares and len(equal_runs(widths, self._sizes.rows)) < len(widths)
+        together, alone = (tokens, dtype, bits), (tokens, dtype, index, bits[index])
+        fuses = self._shares and len(equal_runs(bits, self._sizes.rows)) < len(bits)
         if is_capturing:
             return together in self._launched and (fuses or alone not in self._launched)
         self._launched.add(together if fuses else alone)
         return fuses
 
-    def _multiply(self, x: Tensor, widths: tuple[int, ...]) -> list[Tensor]:
+    def _multiply(self, x: Tensor, bits: tuple[int, ...]) -> list[Tensor]:
         """Outputs of all members, one launch for neighbours of equal bit-width."""
         sizes = self._sizes
         if self._operands is None:
             self._operands = self._make_operands()
-        products = multiply_ranges(x, *self._operands, widths, sizes.rows, sizes.in_features, *sizes.format.op_args)
+        products = multiply_ranges(x, *self._operands, bits, sizes.rows, sizes.in_features, *sizes.format.op_args)
         outputs: list[Tensor] = []
-        for product, (_, rows) in zip(products, equal_runs(widths, sizes.rows), strict=True):
+        for product, (_, rows) in zip(products, equal_runs(bits, sizes.rows), strict=True):
             outputs += product.split(rows, -1)
         if sizes.is_padded:
             return [y[..., :count] for y, count in zip(outputs, sizes.out_features, strict=True)]

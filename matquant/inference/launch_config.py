@@ -148,7 +148,7 @@ def make_launch_config(shape: GemmShape, device: DeviceLimits, tile: TileConfig 
     tile = choose_tile_config(shape, device) if tile is None else tile
     family = FAMILIES[tile.family]
     shared = family.shared_bytes(shape, tile)
-    output_tiles = -(-tiles(shape.rows) // tile.warps_n) * -(-shape.tokens // tile.block_m)
+    output_tiles = -(-tiles(shape.rows) // tile.row_blocks) * -(-shape.tokens // tile.block_m)
     k_tiles = -(-tiles(shape.depth) // (tile.k_units * tile.warps_k))
     in_clusters = tile.cluster > 1
     grid = _grid(device.multiprocessors * tile.ctas_per_sm, output_tiles, k_tiles)

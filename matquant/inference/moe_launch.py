@@ -31,7 +31,7 @@ def prefers_grouped(tokens: int, top_k: int, experts: int) -> bool:
     """Return True if one launch for all experts beats a loop over experts, which has to read the routing on the host.
 
     True up to a mean of ``MOE_MAX_M`` pairs for an expert. From there on, each expert fills a launch of its own; a CTA of the
-    fused kernel would read and decode its planes once for every ``MOE_MAX_M`` pairs. At 4 bits, 64 pairs make 256 operations
+    fused kernel would dequantize its planes once for every ``MOE_MAX_M`` pairs. At 4 bits, 64 pairs make 256 operations
     for each byte of weights, about as many as an H100 executes in the time of loading one (990 TFLOP/s, 3.35 TB/s).
     """
     return tokens * top_k <= MOE_MAX_M * experts
@@ -95,7 +95,7 @@ def make_moe_launch(shape: GemmShape, device: DeviceLimits) -> MoeLaunch:
         source=_FAMILY.source,
         function=_FAMILY.function,
         defines=shape.defines() | _FAMILY.defines(tile) | {"SHARED_BYTES": shared},
-        row_tiles=-(-tiles(shape.rows) // tile.warps_n),
+        row_tiles=-(-tiles(shape.rows) // tile.row_blocks),
         block=_FAMILY.threads(tile),
         shared_bytes=shared,
         affine=shape.affine(),

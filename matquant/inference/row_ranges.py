@@ -28,7 +28,7 @@ def empty_whole(parts: Sequence[Tensor]) -> Tensor:
 def equal_runs(bits: tuple[int, ...], rows: tuple[int, ...]) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """Bit-width and rows of each layer of each run of neighbours of equal bit-width."""
     pairs = itertools.groupby(zip(bits, rows, strict=True), lambda one: one[0])
-    return tuple((width, tuple(count for _, count in run)) for width, run in pairs)
+    return tuple((common, tuple(count for _, count in run)) for common, run in pairs)
 
 
 def multiply_ranges(
@@ -58,17 +58,16 @@ def multiply_ranges(
         One tensor [..., rows] for each of ``equal_runs``, by one launch each.
     """
     outputs, first, total = [], 0, sum(rows)
-    for width, run in equal_runs(tuple(bits), tuple(rows)):
+    for own_bits, run in equal_runs(tuple(bits), tuple(rows)):
         count = sum(run)
-        own = scale_bits.index(width) + 1 if width in scale_bits else 0  # the base set is the first
+        own = scale_bits.index(own_bits) + 1 if own_bits in scale_bits else 0  # the base set is the first
         weight = (planes, scales[own], zeros)
         if count < total:
             part = slice(first // TILE, tiles(first + count))
-            read = WeightFormat.from_op_args(scales[own], zeros, *op_args).planes_read(
-                width
-            )  # others may be in host memory
+            # The other planes may be in host memory.
+            read = WeightFormat.from_op_args(scales[own], zeros, *op_args).planes_read(own_bits)
             weight = (planes[:read, part], scales[own][:, part], None if zeros is None else zeros[:, part])
         own_bias = None if bias is None else bias[first : first + count]
-        outputs.append(ops.nested_linear(x, *weight, own_bias, width, count, in_features, *op_args))
+        outputs.append(ops.nested_linear(x, *weight, own_bias, own_bits, count, in_features, *op_args))
         first += count
     return outputs

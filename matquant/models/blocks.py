@@ -228,7 +228,7 @@ class BlockModel:
 
     @torch.no_grad()
     def _detect_output_forms(self, input_ids: Tensor) -> None:
-        """Find out what blocks return, once for each class of blocks."""
+        """Detect the form of the blocks' outputs, once for each class of blocks."""
         forms = self._forward.output_forms
         for index, block in enumerate(self.blocks):
             if type(block) not in forms:

@@ -64,7 +64,7 @@ def _owner_config(model: nn.Module, name: str) -> Any:
 
 
 def _decoder(model: Any) -> nn.Module:
-    """Decoder of a model, as far as Transformers knows it; else the model."""
+    """Decoder of a model by ``get_decoder`` of Transformers; else the model."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     return decoder if isinstance(decoder, nn.Module) else model
 

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from matquant.errors import shorten
 from matquant.models.blocks import BlockModel
 from matquant.models.patched_forward import unsupported_errors
-from matquant.models.summary import without_numbers
 from matquant.models.tensor_swap import swapped_tensors
 from matquant.models.tracing import block_kind
+from matquant.models.unquantized import without_numbers
 
 READ_ELSEWHERE = "the module around it reads its weight instead of calling it"
 SHARED = "it shares its weight with another layer"

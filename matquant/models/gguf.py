@@ -1,6 +1,6 @@
 """GGUF files as input: their tensors are dequantized once, into a checkpoint of the store that the rest of the project reads.
 
-Config and tokenizer come out of the file's metadata; Transformers knows how for the architectures that it supports.
+Transformers reads config and tokenizer from the file's metadata, for the architectures that it supports.
 """
 
 import dataclasses
@@ -117,7 +117,7 @@ def _tensor_types(file: Path) -> dict[str, int]:
     try:
         reader = package.GGUFReader(file)
         types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
-    except Exception as error:  # whatever the reader meets in a damaged file
+    except Exception as error:  # any error of the reader on a damaged file
         raise UserError(f"The GGUF file {file} is damaged: {error}. Copy or download it again.") from error
     parts = reader.fields.get("split.count")
     if parts is not None and parts.contents() > 1:

@@ -74,7 +74,7 @@ class LoadedModel:
 
 
 def load_model(model: ModelConfig) -> LoadedModel:
-    """Check and load a model with all weights in memory. Raises what ``open_model`` raises."""
+    """Check and load a model with all weights in memory. Raises the errors of ``open_model``."""
     loaded = open_model(model)
     fill(loaded.model, loaded.checkpoint)
     return loaded

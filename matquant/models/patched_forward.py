@@ -18,7 +18,7 @@ from matquant.models.tensor_swap import patched_forwards
 
 
 class ForwardStopped(Exception):
-    """Ends the model's forward pass once everything is recorded."""
+    """End of the model's forward pass, once everything is recorded."""
 
 
 @dataclass(frozen=True, slots=True)

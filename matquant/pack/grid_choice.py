@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from matquant.errors import UserError
+from matquant.errors import UserError, shorten
 from matquant.formats.packed import LayerSpec
-from matquant.pack.integer_grid import Grid, exact_grid
+from matquant.pack.integer_grid import IntegerGrid, exact_grid
 
 if TYPE_CHECKING:
     from matquant.pack.formats.integer_format import IntegerFormat
@@ -35,7 +35,7 @@ class SliceLayers:
 class GridChoice:
     """Grid of each layer, and the layers that are stored with the nearest codes."""
 
-    grids: Mapping[str, Grid]
+    grids: Mapping[str, IntegerGrid]
     inexact: frozenset[str]
 
 
@@ -63,7 +63,7 @@ def choose_grids(
         raise UserError(f"pack={target.name} has codes of {_list(known)} bits; found pack.stored_bits={stored_bits}.")
     if allow_nearest:
         return _nearest_grids(layers, target, stored_bits)
-    grids: dict[str, Grid] = {}
+    grids: dict[str, IntegerGrid] = {}
     refused: list[str] = []
     for unit in _fused_units(layers.specs):
         exact = (found for kind in kinds if len(found := _exact_grids(unit, layers, target, [kind])) == len(unit))
@@ -76,20 +76,20 @@ def choose_grids(
 
 def _nearest_grids(layers: SliceLayers, target: "IntegerFormat", stored_bits: int | None) -> GridChoice:
     """Symmetric grids, exact where there is an exact one of the same bits."""
-    grids: dict[str, Grid] = {}
+    grids: dict[str, IntegerGrid] = {}
     inexact: set[str] = set()
     for unit in _fused_units(layers.specs):
         wanted = stored_bits or max(layers.bits[name] for name in unit)
         bits = min(b for b, symmetric in target.supported if symmetric and b >= wanted)
         exact = _exact_grids(unit, layers, target, [(bits, True)])
-        grids |= {name: exact.get(name, Grid(bits=bits, symmetric=True, factor=1)) for name in unit}
+        grids |= {name: exact.get(name, IntegerGrid(bits=bits, symmetric=True, factor=1)) for name in unit}
         inexact |= {name for name in unit if name not in exact}
     return GridChoice(grids={name: grids[name] for name in layers.specs}, inexact=frozenset(inexact))
 
 
 def _exact_grids(
     names: Iterable[str], layers: SliceLayers, target: "IntegerFormat", kinds: Sequence[tuple[int, bool]]
-) -> dict[str, Grid]:
+) -> dict[str, IntegerGrid]:
     """Exact grids of those layers that have one of these kinds (bits, symmetric)."""
     found = {}
     for name in names:
@@ -120,11 +120,10 @@ def _refusal(
     stored_bits: int | None,
     alternatives: Sequence["IntegerFormat"],
 ) -> str:
-    more = f" and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
-    asked = sorted({layers.bits[name] for name in refused})
+    sliced = sorted({layers.bits[name] for name in refused})
     codes = "of any size that the format has" if stored_bits is None else f"of {stored_bits} bits"
     sentence = (
-        f"pack={target.name}: the {_list(asked)}-bit slice of {', '.join(refused[:_SHOWN])}{more} is not exact in codes "
+        f"pack={target.name}: the {_list(sliced)}-bit slice of {shorten(refused, _SHOWN)} is not exact in codes "
         f"{codes}. "
     )
     offers = [(other.name, _exact_bits(layers, other)) for other in alternatives]

@@ -1,6 +1,6 @@
 """Slices as the whole-number codes of stock formats: value = scale (code - zero), with codes of 2 to 8 bits.
 
-A slice of b bits of codes of M bits decodes to s (2^d (c + h) - z), with d = M - b, and h = 1/2 (msb) or 0 (round). For a whole
+A b-bit slice of M-bit codes has the value s (2^d (c + h) - z), with d = M - b, and h = 1/2 (msb) or 0 (round). For a whole
 k such that every u = k (h - z / 2^d) is whole, that is s t (k c + u) with t = 2^d / k: the scale s t, the codes k c and the
 zero point -u, both moved by the same number into 0..2^B - 1. A symmetric code has the zero point 2^(B-1). Scales keep their
 sign, as a mirrored group is one whose scale is negative; nothing that multiplies by a scale minds. All groups of a row are
@@ -22,7 +22,7 @@ _CHUNK = 2**22  # weights of which ``nearest`` holds float32 values at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Grid:
+class IntegerGrid:
     """The whole-number grid of one layer.
 
     Attributes:
@@ -62,17 +62,17 @@ class IntegerWeight:
 
 
 def exact_grid(
-    width: int,
+    slice_bits: int,
     master_bits: int,
     slicing: Slicing,
     zero_points: Iterable[float],
     supported: Sequence[tuple[int, bool]],
     min_zero_point: int = 0,
-) -> Grid | None:
+) -> IntegerGrid | None:
     """The first grid of a format that holds a slice exactly.
 
     Args:
-        width, master_bits, slicing: of the slice.
+        slice_bits, master_bits, slicing: of the slice.
         zero_points: z of all groups, in steps of a master code.
         supported: (bits, symmetric) of the codes that the format has, the best first.
         min_zero_point: the smallest zero point that it can store.
@@ -80,25 +80,25 @@ def exact_grid(
     Returns:
         None when there is none.
     """
-    ratio = 2 ** (master_bits - width)
-    half = Fraction(1, 2) if slicing == "msb" and width <= master_bits else Fraction(0)
+    ratio = 2 ** (master_bits - slice_bits)
+    half = Fraction(1, 2) if slicing == "msb" and slice_bits <= master_bits else Fraction(0)
     shifts = {half - Fraction(z) / ratio for z in set(zero_points)}
     factor = next((k for k in _FACTORS if all((k * shift).denominator == 1 for shift in shifts)), None)
     if factor is None:
         return None
     lows = [int(factor * shift) for shift in shifts]
-    span = factor * (2**width - 1)
+    span = factor * (2**slice_bits - 1)
     for bits, symmetric in supported:
         middle, top = 2 ** (bits - 1), 2**bits - 1
         if not symmetric:
             moves = [max(0, low + min_zero_point) for low in lows]
             fits = all(span + m <= top and m - low <= top for m, low in zip(moves, lows, strict=True))
             if fits:
-                return Grid(bits=bits, symmetric=False, factor=factor)
+                return IntegerGrid(bits=bits, symmetric=False, factor=factor)
         elif all(-middle <= low and low + span < middle for low in lows):
-            return Grid(bits=bits, symmetric=True, factor=factor)
+            return IntegerGrid(bits=bits, symmetric=True, factor=factor)
         elif all(-middle <= -low - span and -low < middle for low in lows):
-            return Grid(bits=bits, symmetric=True, factor=factor, flipped=True)
+            return IntegerGrid(bits=bits, symmetric=True, factor=factor, flipped=True)
     return None
 
 
@@ -109,17 +109,19 @@ def zero_points(weight: NestedWeight) -> Tensor:
     return weight.zeros.float()
 
 
-def on_grid(weight: NestedWeight, width: int, grid: Grid, min_zero_point: int = 0) -> IntegerWeight:
+def on_grid(weight: NestedWeight, slice_bits: int, grid: IntegerGrid, min_zero_point: int = 0) -> IntegerWeight:
     """A slice as codes of a grid that ``exact_grid`` found for it, without any loss.
 
     Raises:
         UserError: a scale on that grid is no number of the scales' dtype.
     """
     rows, groups = weight.scales.shape
-    ratio = 2.0 ** (weight.format.master_bits - width)
+    ratio = 2.0 ** (weight.format.master_bits - slice_bits)
     half = 0.5 if weight.format.slicing == "msb" else 0.0
     low = (grid.factor * (half - zero_points(weight).double() / ratio)).round().int().expand(rows, groups)
-    sliced = slice_codes(weight.codes, width, weight.format.master_bits, weight.format.slicing).view(rows, groups, -1)
+    sliced = slice_codes(weight.codes, slice_bits, weight.format.master_bits, weight.format.slicing).view(
+        rows, groups, -1
+    )
     steps = grid.factor * sliced.int()
     sign = -1 if grid.flipped else 1
     if grid.symmetric:
@@ -132,8 +134,8 @@ def on_grid(weight: NestedWeight, width: int, grid: Grid, min_zero_point: int = 
     scales = wanted.to(weight.scales.dtype)
     if not torch.equal(scales.double(), wanted):
         raise UserError(
-            f"At {width} bits, scales of this grid are too large or too small for {weight.scales.dtype}. Quantize the model "
-            "in bfloat16 (model.dtype=bfloat16), or take the nearest codes: pack.rounding=nearest."
+            f"At {slice_bits} bits, scales of this grid are too large or too small for {weight.scales.dtype}. Quantize the "
+            "model in bfloat16 (model.dtype=bfloat16), or take the nearest codes: pack.rounding=nearest."
         )
     return IntegerWeight(
         bits=grid.bits,
@@ -144,7 +146,7 @@ def on_grid(weight: NestedWeight, width: int, grid: Grid, min_zero_point: int = 
     )
 
 
-def nearest(weight: NestedWeight, width: int, bits: int) -> IntegerWeight:
+def nearest(weight: NestedWeight, slice_bits: int, bits: int) -> IntegerWeight:
     """The symmetric codes of ``bits`` bits nearest to a slice, by squared error.
 
     Each group's scale is the best of some that reach from its largest value down to a part of it.
@@ -160,7 +162,7 @@ def nearest(weight: NestedWeight, width: int, bits: int) -> IntegerWeight:
             scales=weight.scales[strip],
             zeros=None if weight.zeros is None else weight.zeros[strip],
         )
-        values = part.dequantize(width).view(-1, groups, weight.format.group_size)
+        values = part.dequantize(slice_bits).view(-1, groups, weight.format.group_size)
         found, chosen = fit_groups(values, bits, weight.scales.dtype)
         codes[strip], scales[strip] = found.view(-1, weight.codes.shape[1]), chosen
     zeros = torch.full((rows, groups), 2 ** (bits - 1), dtype=torch.int32)
@@ -192,8 +194,8 @@ def _rounded(values: Tensor, scales: Tensor, middle: int) -> Tensor:
 def pack_bits(values: Tensor, bits: int) -> Tensor:
     """Codes as a stream of bits in 32-bit words, along the last dimension: code i has the bits from ``bits * i`` on.
 
-    It is the order of both formats, for widths that divide 32 and others. (compressed-tensors before 0.18 left bits unused
-    where a width does not divide 32; vLLM never read it so.)
+    It is the order of both formats, whether ``bits`` divides 32 or not. (compressed-tensors before 0.18 left bits unused where
+    it does not; vLLM never read it so.)
 
     Args:
         values: whole numbers below 2^bits, [..., n].

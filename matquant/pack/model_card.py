@@ -1,4 +1,4 @@
-"""The model card: what the folder holds, how it is loaded, and what was measured."""
+"""Model card: contents of the folder, commands that load it, and measurements."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -44,7 +44,7 @@ def _about(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     loading = _LOADING
     return (
         f"One checkpoint ({size}) whose top 2 to {most} bits of every weight are each a model. Loaded without an argument "
-        f"it has {record['bits']} bits; `bits=` gives another width, `max_bits=` fetches no more planes than that width "
+        f"it has {record['bits']} bits; `bits=` gives another bit-width, `max_bits=` fetches no more planes than it "
         f"needs.\n\n{loading}\nMade by `{results['command']}`."
     )
 

@@ -35,11 +35,11 @@ class TensorFile:
             offsets = [end, end := end + spec.nbytes]
             header[name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the format wants its data aligned
+        text += b" " * (-len(text) % 8)  # the format requires aligned data
         self._put(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Raises ValueError unless it is the next tensor of the file."""
+        """Write the next tensor. Raises ValueError for one that is not the next of the file."""
         expected, spec = self._waiting.pop()
         if name != expected or TensorSpec(tuple(tensor.shape), tensor.dtype) != spec:
             raise ValueError(

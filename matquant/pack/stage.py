@@ -76,14 +76,14 @@ class Packing:
         self,
         loaded: LoadedModel,
         blocks: BlockModel,
-        variants: Sequence[SliceSpec],
+        slices: Sequence[SliceSpec],
         results: Mapping[str, Any],
         progress: Callable[[int], None] = lambda _: None,
     ) -> dict[str, Any]:
         """Write the folder.
 
         Args:
-            variants: slices of the job, all of one parent.
+            slices: those of the job, all of one parent.
             results: for the model card.
             progress: called with 1 after each layer.
 
@@ -94,10 +94,10 @@ class Packing:
             UserError: the format cannot store the parent or the bit-widths, or the disk is full.
         """
         config = self.config
-        source = PackInput(loaded, blocks, variants[0].parent)
+        source = PackInput(loaded, blocks, slices[0].parent)
         master = max(layer.format.master_bits for layer in source.layers.values())
         max_bits = min(config.max_bits or master, master)
-        bits = self.allocated or _default_bits(config, variants, max_bits)
+        bits = self.allocated or _default_bits(config, slices, max_bits)
         _check_allocation(bits, max_bits)
         file_bytes = source.original_shard() if config.shard_gb is None else int(config.shard_gb * _GIGABYTE)
         with _replacing(self.folder) as folder:
@@ -188,12 +188,12 @@ def _check_allocation(bits: int | Mapping[str, int], max_bits: int) -> None:
     check_planes(max_bits, wanted)
 
 
-def _default_bits(config: PackConfig, variants: Sequence[SliceSpec], max_bits: int) -> int | Mapping[str, int]:
+def _default_bits(config: PackConfig, slices: Sequence[SliceSpec], max_bits: int) -> int | Mapping[str, int]:
     """Default bits of a reader: ``pack.bits``, else the job's only bit-width or allocation, else ``max_bits``."""
-    allocated = [v for v in variants if v.allocation is not None]
+    allocated = [one for one in slices if one.allocation is not None]
     if config.uniform_bits is not None:
         return config.uniform_bits
-    for only in (allocated, list(variants)):
+    for only in (allocated, list(slices)):
         if len(only) == 1:
             return only[0].bits
     return max_bits

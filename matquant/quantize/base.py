@@ -1,8 +1,8 @@
 """Seam of the quantization methods: a block quantizer maps one decoder block to nested weights.
 
 A method is a subclass of ``BlockQuantizer`` and a subclass of ``MethodConfig`` whose ``build`` constructs it. The driver
-(``matquant.quantize.driver``) loads blocks, propagates activations, commits and resumes; it knows neither Hessians nor scales.
-A method knows neither the checkpoint nor the store. Nothing around ``quantize_block`` disables gradients.
+(``matquant.quantize.driver``) loads blocks, propagates activations, commits and resumes; it handles no Hessians or scales.
+A method has no access to the checkpoint or the store. Nothing around ``quantize_block`` disables gradients.
 """
 
 import abc
@@ -253,4 +253,4 @@ class BlockQuantizer(abc.ABC):
         return 2.0 * sizes.block * sizes.blocks * tokens.total
 
     def prepare(self) -> None:  # noqa: B027  (optional)
-        """Compile what the method needs, before free memory is measured."""
+        """Compile the method's functions, before free memory is measured."""

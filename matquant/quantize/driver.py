@@ -28,7 +28,7 @@ from matquant.timing import PhaseTimer
 
 
 class BlockwiseQuantizer:
-    """Quantizes all blocks of one model with one method.
+    """Quantization of all blocks of one model with one method.
 
     Args:
         model: blocks of the model.

@@ -60,6 +60,11 @@ class RefineConfig:
         """True unless ``method`` is ``none``."""
         return self.method != "none"
 
+    @property
+    def trains_weights(self) -> bool:
+        """True for training of the weights, False for that of scales."""
+        return self.method == "qat"
+
     def steps_of(self, bits: int) -> int:
         """Return the number of optimizer steps of a bit-width."""
         return -(-self.steps // self.every(bits))
@@ -92,7 +97,7 @@ class RefineConfig:
                 f"refine.step_every has a number of at least 1 for each of refine.bits={list(self.bits)}, one of them 1; found "
                 f"{list(self.step_every)}."
             )
-        if self.method == "qat":
+        if self.trains_weights:
             check_distillation(self.distilled_bits, self.distill_only, "refine", master_bits)
             if unread := set(self.distilled_bits) - set(self.bits):
                 raise UserError(

@@ -16,7 +16,7 @@ _GRADIENTS = 3  # activations of a block with their gradients, over the activati
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedBytes:
-    """Bytes that depend on what is trained.
+    """Bytes that depend on the trained tensors.
 
     Attributes:
         state: trained tensors, their gradients, moments and copies, on the device.

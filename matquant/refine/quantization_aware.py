@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from matquant.errors import UserError
 from matquant.formats.nested import NestedWeight
-from matquant.quantize.layers import check_scales
+from matquant.quantize.layer_selection import check_scales
 from matquant.quantize.straight_through import MinMaxGrid, group_ranges
 from matquant.refine.block_passes import Trained
 from matquant.refine.config import RefineConfig
@@ -35,6 +35,8 @@ class QuantizationAwareTraining(Refinement):
     Attributes:
         latents: float32 [out_features, in_features] by layer name, once training has started.
     """
+
+    version = 2
 
     def start(self, model: SliceModel) -> None:
         self._step = 0

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -62,8 +62,10 @@ class Refinement(abc.ABC):
         notes: sentences that the user should read, by layer.
         warnings: sentences on the training as a whole.
         linear: layers of a slice, see ``SliceReader``; None: of nested weights whose scales are trained.
+        version: part of a refined parent's key; raise it when the same settings give other codes or scales than before.
     """
 
+    version: ClassVar[int] = 1
     linear: LayerFunction | None = None
 
     def __init__(self, config: RefineConfig, context: RefineContext) -> None:

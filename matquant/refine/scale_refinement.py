@@ -21,6 +21,8 @@ from matquant.refine.trained_scales import TrainedScales
 class ScaleRefinement(Refinement):
     """Refinement of the scales of each bit-width; codes and all other scales stay."""
 
+    version = 3
+
     def start(self, model: SliceModel) -> None:
         self._step = 0
         self._trained = {bits: TrainedScales(bits, model.reader.weights, self.config) for bits in self.config.bits}

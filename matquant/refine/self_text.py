@@ -10,9 +10,10 @@ from torch import Tensor
 from matquant.data.config import TextConfig
 from matquant.errors import UserError
 from matquant.models.blocks import BlockModel
-from matquant.models.vocabulary import embedded_tokens
+from matquant.models.token_ids import embedded_tokens
 
 BATCH = 64  # sequences that are sampled at a time
+SELF_TEXT_VERSION = 2  # part of the key of sampled sequences: raised when the same settings give others than before
 
 
 def sample_windows(

@@ -50,7 +50,7 @@ class SliceReader:
             self._read = before
 
     def patched(self) -> Any:
-        """Context in which the layers of the model read what ``reading`` says, and full precision outside of it."""
+        """Context in which the layers read the slice that ``reading`` sets, and full precision outside of it."""
         forwards = [self._forward_of(name, layer) for name, layer in self._layers.items()]
         return patched_forwards(list(self._layers.values()), forwards)
 

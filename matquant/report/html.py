@@ -79,7 +79,7 @@ def _header(results: JobResults) -> Markup:
 
 
 def _failure(results: JobResults) -> Markup:
-    """Stage that failed, if the job did; the rest of the page is what the stages before it gave."""
+    """Stage that failed, if the job did; the rest of the page shows the results of the stages before it."""
     if results.failure is None:
         return Markup()
     note = element("p", "The figures below are those of the stages before it.")

@@ -1,4 +1,4 @@
-"""Commands that a user may want next, filled in with what a job wrote."""
+"""Commands for the next steps of a user, with the paths of a job's outputs."""
 
 import shlex
 

@@ -39,7 +39,7 @@ def print_table(results: JobResults, console: Console) -> None:
             console.print(_tasks_table(results, tasks))
     cost = cost_sentence(results.seconds.get("quantize"), results.parent.stored)
     cost += refine_sentence(results.refine)
-    console.print(Text(f"{cost} MB: what a runtime reads for the quantized layers. KL: nats per token.", style="dim"))
+    console.print(Text(f"{cost} MB: read by a runtime for the quantized layers. KL: nats per token.", style="dim"))
     if results.failure is not None:
         console.print(Text(failure_sentence(results.failure), style="red"))
     for warning in results.warnings:

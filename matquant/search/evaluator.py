@@ -153,7 +153,7 @@ class Evaluator:
 
     @torch.no_grad()
     def _make_reference(self) -> tuple[Tensor, ...]:
-        """Run the full-precision model on the whole text and keep what the fitness function needs."""
+        """Run the full-precision model on the whole text and keep the tensors of the fitness function."""
         kept = []
         for rows, _ in self.all_tokens().batches(self.config.batch_size):
             path = BlockPath(TokenBatch(self.model.blocks, self.sequences[rows].to(self.config.device)))

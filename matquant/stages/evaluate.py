@@ -7,7 +7,7 @@ from matquant.evaluate.metrics import Metrics
 from matquant.evaluate.slices import WeightsOf, evaluate_slices, steps
 from matquant.evaluate.tasks import Scores, Tasks, evaluate_tasks
 from matquant.formats.slice_spec import SliceSpec
-from matquant.models.vocabulary import check_token_ids, has_foreign_tokens
+from matquant.models.token_ids import check_token_ids, has_foreign_tokens
 from matquant.stages.load import LoadedJob
 from matquant.stages.runtime import Runtime
 

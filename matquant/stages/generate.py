@@ -85,7 +85,7 @@ def generate(job: LoadedJob, slices: Sequence[SliceSpec], runtime: Runtime) -> d
                 "bytes": one.bytes_read(),
             }
         )
-    return {"prompt": prompt, "variants": rows}
+    return {"prompt": prompt, "slices": rows}
 
 
 def generate_memory(
@@ -119,7 +119,7 @@ def show(generated: Mapping[str, Any] | None, console: Console) -> None:
     table = Table(title=repr(generated["prompt"]), show_lines=True)
     for column in ("bits", "tokens/s", "MB a token", "text"):
         table.add_column(column)
-    for row in generated["variants"]:
+    for row in generated["slices"]:
         speed = number_format.significant(row["tokens_per_second"])
         table.add_row(row["name"], speed, number_format.megabytes(row["bytes"]), repr(row["text"])[1:-1])
     console.print(table)

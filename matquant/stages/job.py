@@ -1,4 +1,4 @@
-"""One job: the stages one after the other, and what it writes."""
+"""One job: its stages in order, and its outputs."""
 
 import dataclasses
 import logging
@@ -25,7 +25,7 @@ from matquant.stages.load import LoadedJob, load_job
 from matquant.stages.plan import plan_without_quantize
 from matquant.stages.quantize import quantize
 from matquant.stages.refine import refine
-from matquant.stages.results import StageOutputs, assemble, failure_record, mean_figure, resources
+from matquant.stages.results_builder import StageOutputs, assemble, failure_record, mean_figure, resources
 from matquant.stages.runtime import Runtime
 from matquant.stages.search import search
 from matquant.store.files import translate_os_errors, try_writing
@@ -76,7 +76,7 @@ def run_job(config: Config, info: JobInfo) -> float | None:
         raise
     if config.tracking.wandb:
         failure = report.track(results, config.tracking, info.folder, info.group, info.name)
-        if failure is not None:  # the results are written already; now they also say what is missing
+        if failure is not None:  # written again, with a sentence on the missing wandb run
             results = dataclasses.replace(results, warnings=[*results.warnings, failure])
             _write(results, info.folder)
     _show(results, page, Console())

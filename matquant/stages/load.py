@@ -24,10 +24,10 @@ from matquant.models.gguf import convert_gguf, is_gguf
 from matquant.models.loading import LoadedModel, open_model
 from matquant.models.model_sizes import ModelSizes, measure_model
 from matquant.models.stock_comparison import check_against_stock
+from matquant.models.token_ids import check_token_ids, embedded_tokens
 from matquant.models.tracing import check_blockwise_forward
-from matquant.models.vocabulary import check_token_ids, embedded_tokens
 from matquant.quantize.base import BlockQuantizer, QuantizerTask
-from matquant.quantize.layers import check_layers, check_weight_range, layers_to_quantize
+from matquant.quantize.layer_selection import check_layers, check_weight_range, layers_to_quantize
 from matquant.refine.self_text import check_generates
 from matquant.search.stage import check_budgets
 from matquant.stages.runtime import Runtime

@@ -83,7 +83,7 @@ def _refine_estimate(job: LoadedJob, runtime: Runtime) -> MemoryEstimate:
     config, text, processes = job.config.refine, job.refinement, runtime.process_group.world_size
     assert text is not None
     captured = 0
-    if config.method == "qat":
+    if config.trains_weights:
         trained = trained_weights_bytes(job.sizes)
     else:
         groups = sum(

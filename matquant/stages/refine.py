@@ -17,17 +17,17 @@ from matquant.refine.config import RefineConfig
 from matquant.refine.quantization_aware import QuantizationAwareTraining
 from matquant.refine.refinement import RefineContext, Refinement
 from matquant.refine.scale_refinement import ScaleRefinement
-from matquant.refine.self_text import sample_windows
+from matquant.refine.self_text import SELF_TEXT_VERSION, sample_windows
 from matquant.stages.load import LoadedJob, RefinementText
 from matquant.stages.quantize import QuantizedJob, transform_entry
 from matquant.stages.runtime import Runtime
 from matquant.store import Draft
 from matquant.store.distributed_store import DraftLike, open_or_build
 
-# Part of the key of refined parents: raised when the same settings give other scales than before.
-_VERSION = 3
 _REFINEMENTS: dict[str, type[Refinement]] = {"scales": ScaleRefinement, "qat": QuantizationAwareTraining}
-_ONLY_QAT = ("distilled_bits", "distill_only")  # settings that keys of other refinements lack
+# Settings that keys of the other kind of refinement lack.
+_OF_SCALES = ("step_every",)
+_OF_WEIGHTS = ("distilled_bits", "distill_only")
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,9 @@ def refine(job: LoadedJob, quantized: QuantizedJob, runtime: Runtime) -> tuple[Q
         "validation": texts.fingerprint(validation),
         "batch_size": job.refinement.batch_size,
         "dtype": str(job.refine_dtype),
-        "version": _VERSION,
+        "version": _REFINEMENTS[config.method].version,
     }
-    if config.method == "qat":
+    if config.trains_weights:
         inputs |= {"model": job.model.fingerprint, "lambdas": {str(bits): _lambdas(job)[bits] for bits in config.bits}}
     artifact = open_or_build(runtime.store, runtime.process_group, "refined", inputs, build)
     runtime.log.warnings.extend(artifact.notes)
@@ -75,7 +75,7 @@ def refine(job: LoadedJob, quantized: QuantizedJob, runtime: Runtime) -> tuple[Q
 
 def _key_of(config: RefineConfig) -> dict[str, Any]:
     """Settings that determine a refinement beside its text, for its key in the store."""
-    dropped = ("name", "text", "dtype", "top_k", *(() if config.method == "qat" else _ONLY_QAT))
+    dropped = ("name", "text", "dtype", "top_k", *(_OF_SCALES if config.trains_weights else _OF_WEIGHTS))
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in dropped}
 
 
@@ -107,7 +107,7 @@ def _windows(job: LoadedJob, text: RefinementText, runtime: Runtime) -> Tensor:
         "text": {"sequences": text.written, "sequence_length": text.length, "seed": config.seed},
         "top_k": job.config.refine.top_k,
         "dtype": str(job.dtype),
-        "version": _VERSION,
+        "version": SELF_TEXT_VERSION,
         **transform_entry(job),
     }
     artifact = runtime.process_group.rank0_first(lambda: runtime.store.open_or_build("windows", inputs, build))

@@ -91,7 +91,7 @@ class Runtime:
                 logger.warning(sentence)
 
     def announce(self, plan: MemoryPlan | None) -> None:
-        """Log what the job needs, and refuse a job that cannot fit. The first plan of a job counts."""
+        """Log the memory plan, and refuse a job that cannot fit. The first plan of a job counts."""
         if self.log.plan is not None or plan is None:
             return
         self.log.plan = plan

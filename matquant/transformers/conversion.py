@@ -19,7 +19,7 @@ def nested_converters(planes: int) -> list[WeightConverter]:
 
 
 def matgptq_converters(spec: NestedSpec, planes: int) -> list[WeightConverter]:
-    """Converters for a published checkpoint whose first ``planes`` planes are kept."""
+    """Converters for a MatGPTQ checkpoint whose first ``planes`` planes are kept."""
     return [
         WeightConverter(matgptq.CODES[1:], "planes", [PackCodes(planes)]),
         WeightConverter(matgptq.SCALES[1:], "scales", [PackScales(spec)]),

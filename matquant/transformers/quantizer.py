@@ -74,13 +74,13 @@ class HfMatGptqConfig(QuantizationConfigMixin):
 
 
 class NestedQuantizer(HfQuantizer):
-    """Loader of nested and published checkpoints; it does not quantize.
+    """Loader of nested and MatGPTQ checkpoints; it does not quantize.
 
     Attributes:
-        nested: description of a nested checkpoint; None for a published one.
-        published: description of a published checkpoint; None for a nested one.
+        nested: description of a nested checkpoint; None for a MatGPTQ one.
+        matgptq: description of a MatGPTQ checkpoint; None for a nested one.
         requested: arguments of the caller of ``from_pretrained``.
-        spec: layers, planes and bit-widths that are loaded. For a published checkpoint it is set with its files.
+        spec: layers, planes and bit-widths that are loaded. For a MatGPTQ checkpoint it is set with its files.
     """
 
     requires_calibration = True
@@ -89,7 +89,7 @@ class NestedQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         parsed = quantization_config.spec
         self.nested: NestedSpec | None = parsed if isinstance(parsed, NestedSpec) else None
-        self.published: MatGptqSpec | None = parsed if isinstance(parsed, MatGptqSpec) else None
+        self.matgptq: MatGptqSpec | None = parsed if isinstance(parsed, MatGptqSpec) else None
         self.requested = RequestedBits()
         self.spec: NestedSpec
 
@@ -140,16 +140,16 @@ class NestedQuantizer(HfQuantizer):
 
     def _select_tensors(self, stored: Mapping[str, StoredTensor]) -> tuple[dict[str, TensorSpec], set[str]]:
         """Tensors of the nested layers to load, and patterns of stored tensors to ignore."""
-        if self.published is not None:
-            self.spec = _requested_spec(self.published.to_nested_spec(stored), self.requested)
-            return self.published.tensors(self.spec.layers), {_ROTARY_FREQUENCIES}
+        if self.matgptq is not None:
+            self.spec = _requested_spec(self.matgptq.to_nested_spec(stored), self.requested)
+            return self.matgptq.tensors(self.spec.layers), {_ROTARY_FREQUENCIES}
         assert self.nested is not None
         dropped = {rf"\.plane{d}$" for d in range(_plane_count(self.spec), _plane_count(self.nested))}
         dropped |= {rf"\.scales{bits}$" for bits in range(self.spec.max_bits + 1, self.nested.max_bits + 1)}
         return self.spec.tensors(), dropped
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
-        if self.published is not None:  # tensors have the names of the original checkpoint
+        if self.matgptq is not None:  # tensors have the names of the original checkpoint
             return [*weight_conversions, *matgptq_converters(self.spec, _plane_count(self.spec))]
         return nested_converters(_plane_count(self.spec))  # tensors have the names of the model: nothing is renamed
 

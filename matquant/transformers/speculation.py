@@ -38,7 +38,7 @@ _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _WARM_UP, _PLAIN, _SPECULATIVE = 1, 4, 8  # rounds of each kind before costs are compared
 _DECAY = 0.9  # weight of the costs so far when a round is added
 
-WidthPair = tuple[int, int]  # of decoding and of prefill
+BitsPair = tuple[int, int]  # of decoding and of prefill
 
 
 def speculate(
@@ -64,11 +64,11 @@ def speculate(
     if not layers:
         raise UserError("The model has no nested layers, so there is no low slice to draft with. Load a packed folder.")
     return Speculation(
-        model, _widths(layers, draft), {} if target is None else _widths(layers, target), tokens, adaptive
+        model, _bits_by_layer(layers, draft), {} if target is None else _bits_by_layer(layers, target), tokens, adaptive
     )
 
 
-def _widths(layers: Mapping[str, NestedLinear], bits: Bits) -> dict[str, WidthPair]:
+def _bits_by_layer(layers: Mapping[str, NestedLinear], bits: Bits) -> dict[str, BitsPair]:
     """Bit-widths of the layers that ``bits`` names, for both phases. Raises UserError."""
     by_layer = bits_by_layer(bits, layers)
     for name, value in by_layer.items():
@@ -86,7 +86,7 @@ class Speculation:
     """
 
     def __init__(
-        self, model: Any, draft: Mapping[str, WidthPair], target: Mapping[str, WidthPair], tokens: int, adaptive: bool
+        self, model: Any, draft: Mapping[str, BitsPair], target: Mapping[str, BitsPair], tokens: int, adaptive: bool
     ) -> None:
         self.model, self.draft, self.target, self.tokens = model, draft, target, tokens
         self.rounds = self.drafted = self.accepted = 0
@@ -112,8 +112,8 @@ class Speculation:
         del self.model.generate
         self._set(self._before)
 
-    def _set(self, widths: Mapping[str, WidthPair]) -> None:
-        for name, pair in widths.items():
+    def _set(self, bits: Mapping[str, BitsPair]) -> None:
+        for name, pair in bits.items():
             self._layers[name].set_bits(*pair)
 
     def _generate(self, generate: Callable[..., Any], *args: Any, streamer: Any = None, **kwargs: Any) -> Any:

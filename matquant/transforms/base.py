@@ -1,6 +1,6 @@
 """Seam of the weight transforms: a transform maps the tensors of a model to other tensors that give the same outputs.
 
-A transform knows the model's structure (``plan``) but neither files nor devices. ``BlockModel`` applies the plan
+A transform depends on the model's structure (``plan``), but on no files and devices. ``BlockModel`` applies the plan
 wherever weights are
 materialized: while blocks run, when a model is filled, and when it is packed.
 """

@@ -186,7 +186,7 @@ def _unit_weight(norm: nn.Module) -> float | None:
     weight: Any = norm.weight
     if len(list(norm.parameters())) != 1:
         return None
-    # The mean of 1 tells an RMSNorm from a LayerNorm, which subtracts it.
+    # A LayerNorm subtracts the mean of 1; an RMSNorm does not.
     x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)) + 1
     expected = x * x.square().mean(-1, keepdim=True).rsqrt()
     for unit in (1.0, 0.0):

@@ -20,7 +20,7 @@ imports this one, and only this one needs vLLM.
     step.py                  bit-width of a step, from scheduler to workers (works without vLLM)
     plane_memory.py          planes in host memory (works without vLLM)
     endpoint.py              bit-widths over HTTP
-    metrics.py               Prometheus metrics
+    prometheus.py            Prometheus metrics
     compat.py                differences between releases of vLLM
 """
 

@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-logger = logging.getLogger("vllm.matquant")  # vLLM shows what is below its own logger
+logger = logging.getLogger("vllm.matquant")  # vLLM shows messages of its own logger and those below it
 
 TRIAL_STEPS = 6  # steps of a trial of the kind that is not used
 TRIAL_SHARE, FIRST_STEPS = 0.01, 24  # see DraftPolicy

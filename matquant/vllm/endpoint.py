@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from matquant.errors import UserError
-from matquant.vllm import metrics
+from matquant.vllm import prometheus
 from matquant.vllm.width_settings import WidthSettings
 
 router = APIRouter()
@@ -63,7 +63,7 @@ class WidthEndpoint:
                 server.state.matquant_routes = True
             path = scope["path"].rstrip("/")
             if path == "/metrics":
-                metrics.update(await _step_state(server.state.engine_client))
+                prometheus.update(await _step_state(server.state.engine_client))
             elif scope["method"] == "POST" and path.endswith(GENERATING_PATHS):
                 try:
                     scope, receive = await _name_bits(server.state.engine_client.vllm_config, scope, receive)
@@ -123,7 +123,7 @@ async def _read_body(receive: Receive) -> bytes:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Give the body again, and after it what the client sends."""
+    """Return the body again, and after it the client's further messages."""
     pending = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

@@ -1,4 +1,4 @@
-"""Quantization configs of vLLM for nested and published checkpoints. Importing this module registers them.
+"""Quantization configs of vLLM for nested and MatGPTQ checkpoints. Importing this module registers them.
 
 Bit-widths are those of the checkpoint's config, or of ``--hf-overrides``: ``{"bits": 3, "prefill_bits": 8, "max_bits": 4}``.
 ``bits`` may also be the path of an allocation file.
@@ -201,9 +201,9 @@ class VllmMatGptqConfig(VllmNestedConfig):
     Such a checkpoint does not list its layers: all linear layers are quantized but the head and ``modules_to_not_convert``.
     """
 
-    def __init__(self, published: matgptq.MatGptqSpec, skipped: Sequence[str]) -> None:
-        super().__init__(packed.NestedSpec(layers={}, bits=published.bits, max_bits=matgptq.MASTER_BITS))
-        self._published, self._skipped = published, skipped
+    def __init__(self, spec: matgptq.MatGptqSpec, skipped: Sequence[str]) -> None:
+        super().__init__(packed.NestedSpec(layers={}, bits=spec.bits, max_bits=matgptq.MASTER_BITS))
+        self._matgptq, self._skipped = spec, skipped
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "VllmMatGptqConfig":
@@ -218,8 +218,8 @@ class VllmMatGptqConfig(VllmNestedConfig):
         return not any(part in name for part in ("lm_head", *self._skipped))
 
     def _stored_layer(self, name: str, shard: WeightShard) -> tuple[str, LayerSpec, dict[str, TensorSpec]]:
-        layer = self._published.layer_spec(name, shard.out_features, shard.in_features)
-        tensors = self._published.tensors({name: layer})
+        layer = self._matgptq.layer_spec(name, shard.out_features, shard.in_features)
+        tensors = self._matgptq.tensors({name: layer})
         return name, layer, {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items()}
 
 

@@ -33,7 +33,7 @@ _STARTABLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 class SyncWidthScheduler(Scheduler):
     """Scheduler for engines without asynchronous scheduling."""
 
-    plans_drafts = True  # by which step_drafts knows this scheduler
+    plans_drafts = True  # step_drafts recognizes this scheduler by it
     running: list[Request]
     dynamic_sd_lookup: list[int] | None  # of vLLM's scheduler: drafts by number of running requests
 
@@ -253,7 +253,7 @@ def _settings(vllm_config: Any) -> WidthSettings:
 
 
 def _step_outputs(scheduler_output: Any, model_runner_output: Any) -> tuple[Any, Any]:
-    """Return what the scheduler returned for a step, and the tokens of each of its requests."""
+    """Return the scheduler's outputs of a step, and the tokens of each of its requests."""
     return scheduler_output, model_runner_output.sampled_token_ids
 
 

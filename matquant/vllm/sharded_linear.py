@@ -59,7 +59,7 @@ class ShardedNestedLinear(nn.Module):
         name: name of the layer in the checkpoint.
         spec: size and format of the whole layer.
         stored: its tensors in the checkpoint by last part of their name: ``scales``, ``zeros``, ``plane0``, ...; or ``qweight``
-            and unpacked ``scales`` of a published checkpoint.
+            and unpacked ``scales`` of a MatGPTQ checkpoint.
         shard: rows and columns to hold.
         num_planes: number of planes to keep; other stored planes are dropped.
         bits, prefill: initial bit-widths of decoding and of prefill.
@@ -164,7 +164,7 @@ class ShardedNestedLinear(nn.Module):
         self.expected.clear()
 
     def _load_codes(self, codes: Tensor) -> None:
-        """Load the codes of a published checkpoint: uint8 [out_features, in_features] of the whole layer."""
+        """Load the codes of a MatGPTQ checkpoint: uint8 [out_features, in_features] of the whole layer."""
         rows, columns = self.shard.shape
         weight = NestedWeight(
             codes=self.shard.slice_matrix(codes),

@@ -1,4 +1,4 @@
-"""Choice of the bit-width of a step: by load, and in turns among the bit-widths that requests ask for. Works without vLLM."""
+"""Choice of the bit-width of a step: by load, and in turns among the requested bit-widths. Works without vLLM."""
 
 import logging
 import time
@@ -7,7 +7,7 @@ from typing import Any
 
 from matquant.vllm.width_settings import PolicySettings
 
-logger = logging.getLogger("vllm.matquant")  # vLLM shows what is below its own logger
+logger = logging.getLogger("vllm.matquant")  # vLLM shows messages of its own logger and those below it
 
 Width = int | None  # None: the bit-widths by layer that set_bits or the start chose
 

@@ -40,7 +40,7 @@ class WidthSettings:
 
     Attributes:
         max_bits: largest bit-width that the resident planes hold.
-        model_bits: bit-width of requests by the served model name that they ask for.
+        model_bits: bit-width of requests by the served model name that they contain.
         policy: bit-widths by load; None if the server's choice changes only by ``/v1/matquant/bits``.
         draft_bits: bit-width of a draft model that is the same checkpoint.
         speculation: ``adaptive`` leaves drafts out where that is measured to be faster, ``always`` does not.
@@ -79,7 +79,7 @@ class WidthSettings:
 
         Args:
             bits: what the request names; None for nothing.
-            model: the model name that it asks for.
+            model: the model name that it contains.
 
         Raises:
             UserError: ``bits`` is no bit-width that the planes hold.

@@ -6,7 +6,7 @@ import sys
 import pytest
 from shared import ROOT
 
-RESULTS = ROOT / "experiments" / "real" / "results"
+RESULTS = ROOT / "experiments" / "results" / "real"
 IDENTITY = ("model", "method", "refine", "seed", "text", "group_size", "bits")
 KEYS = {*IDENTITY, "kl", "perplexity", "evaluation_dtype", "seconds", "commit"}
 ROWS = {
@@ -21,7 +21,7 @@ ROWS = {
 
 @pytest.fixture
 def summary(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "real"))
+    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "benchmarks" / "real"))
     import summary
 
     yield summary

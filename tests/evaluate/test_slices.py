@@ -51,7 +51,7 @@ def windows() -> Tensor:
 
 
 class Noise:
-    """Variants are weights with noise of a size by name; the layer ``skip`` is left out."""
+    """Slices are weights with noise of a size by name; the layer ``skip`` is left out."""
 
     def __init__(self, blocks: BlockModel, skip: str = "") -> None:
         self.skip = skip
@@ -194,12 +194,12 @@ def test_progress_reaches_the_number_of_steps(windows: Tensor) -> None:
     assert sum(done) == steps(blocks, windows, ["0", "1"]) == 4 * 3 * 5
 
 
-def test_no_variants_and_wrong_names(windows: Tensor) -> None:
+def test_no_slices_and_wrong_names(windows: Tensor) -> None:
     blocks = make()
     assert list(evaluate_slices(blocks, windows, Noise(blocks), [], 2, "cpu")) == [FULL]
-    for variants in (["full"], ["1", "1"]):
-        with pytest.raises(ValueError, match="variants need different names"):
-            evaluate_slices(blocks, windows, Noise(blocks), variants, 2, "cpu")
+    for names in (["full"], ["1", "1"]):
+        with pytest.raises(ValueError, match="slices need different names"):
+            evaluate_slices(blocks, windows, Noise(blocks), names, 2, "cpu")
     with pytest.raises(ValueError, match="is not a linear layer of"):
         evaluate_slices(blocks, windows, lambda *_: {"nothing": torch.ones(1)}, ["1"], 2, "cpu")
 

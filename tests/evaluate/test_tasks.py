@@ -13,6 +13,8 @@ from matquant.evaluate import docstrings
 from matquant.evaluate.tasks import Tasks, evaluate_tasks, recovery
 from matquant.models.blocks import BlockModel
 
+pytestmark = pytest.mark.slow
+
 ITEMS = 4
 
 
@@ -104,7 +106,7 @@ def test_logits_that_are_not_finite_end_a_task(task):
         next(scores)
 
 
-def test_variants_differ_and_recovery_is_a_share_of_full_precision(scored):
+def test_slices_differ_and_recovery_is_a_share_of_full_precision(scored):
     found, _, _ = scored
     bits = {name: scores["stdlib_docstrings"]["bits_per_byte"] for name, scores in found.items()}
     assert bits["4"] > bits["16"] > 0

@@ -23,7 +23,7 @@ CPU = -1  # what Tensor.get_device says of the CPU, on which the tests' tensors 
 
 
 class RecordingDriver:
-    """Keeps what it was asked to launch; reads each argument's first 8 bytes through the array of addresses."""
+    """Record of the launches; reads each argument's first 8 bytes through the array of addresses."""
 
     def __init__(self, arguments: int, available: int = 200_000) -> None:
         self.arguments, self.available = arguments, available
@@ -311,6 +311,7 @@ def test_nvrtc_makes_a_cubin_without_a_gpu(nvrtc, sources, name):
         nvrtc_compile(source.name, source.text, source.headers, compile_options(name))
 
 
+@pytest.mark.slow
 def test_import_needs_only_torch_numpy_and_safetensors():
     program = """
 import sys

@@ -47,7 +47,7 @@ def make_layer(rows=70, columns=128, bits=4, bias=False, **options):
 
 
 class Seen(TorchDispatchMode):
-    """Keeps the operators that run."""
+    """Record of the operators that run."""
 
     def __init__(self):
         super().__init__()
@@ -117,6 +117,7 @@ def test_fake_tensors_and_traces_see_the_operator(on_cuda):
     assert not on_cuda
 
 
+@pytest.mark.slow
 def test_compiled_calls_see_the_operator(on_cuda):
     for call in callers():
         graphs = []

@@ -151,6 +151,7 @@ def test_caches_and_prompts_in_chunks(models, kind, settings):
     assert_same_generation(generated(model, PROMPTS, **settings), generate_by_hand(reference, PROMPTS))
 
 
+@pytest.mark.slow
 def test_static_cache_with_compiled_decoding(models):
     model, reference = models("opt")
     compilation = CompileConfig(fullgraph=True, backend="eager")
@@ -295,6 +296,7 @@ def test_threads_have_their_own_phase(models):
     assert not wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiled", "kind"), [("module", "llama"), ("call", "opt"), ("forward", "llama"), ("around", "opt")]
 )

@@ -80,6 +80,7 @@ class Adapter(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_adapters_are_trained_on_nested_layers(checkpointing):
     torch.manual_seed(0)

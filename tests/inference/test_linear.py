@@ -197,6 +197,7 @@ def test_repr_and_bytes_read():
     assert layer.bytes_read() == layer.bytes_read(2) < layer.bytes_read(4)
 
 
+@pytest.mark.slow
 def test_compiled_layer_follows_its_bits():
     """Inductor compiles the whole layer into one graph."""
     layer, weight, bias = make_layer()
@@ -269,6 +270,7 @@ def generate(model, prompt, before_step, steps=10):
 PROMPT = torch.tensor([[17, 301, 5, 1200, 44, 9, 820, 33]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_tokens_equal_those_of_dense_weights(tiny, bits):
     nested, dense, parent = tiny
@@ -279,6 +281,7 @@ def test_tokens_equal_those_of_dense_weights(tiny, bits):
     assert nested.generate(PROMPT, **settings).tolist() == dense.generate(PROMPT, **settings).tolist()
 
 
+@pytest.mark.slow
 def test_bits_change_between_tokens(tiny):
     nested, dense, parent = tiny
     order = [4, 2, 8, 3, 6, 5, 7, 2, 4, 8]

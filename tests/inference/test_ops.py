@@ -83,6 +83,7 @@ def test_dequantize_equals_that_of_the_format(dtype, options):
         assert torch.equal(dequantize(NestedPlanes.pack(weight), bits, dtype), weight.dequantize(bits, dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("zeros", "dtype", "shape"), [(True, torch.float16, (2, 3)), (False, torch.float32, (1,))])
 def test_opcheck(zeros, dtype, shape):
     packed = NestedPlanes.pack(make_weight(66, 96, 32, zeros=zeros))

@@ -28,6 +28,7 @@ def shards(draw: st.DrawFn) -> tuple[NestedWeight, WeightShard]:
     return weight, WeightShard(rows, columns, (*ranges[:-1], last), (rank * part, (rank + 1) * part))
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(shards(), st.integers(2, 8))
 def test_shard_dequantizes_to_the_slice_of_the_weight(case, bits):

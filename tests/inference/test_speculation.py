@@ -22,7 +22,7 @@ PROMPT = torch.tensor([[17, 101, 5, 120, 44, 9, 82, 33]])
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 KINDS = ["llama", "gemma3", "mistral", "opt", "gpt2", "mixtral"]  # gemma3 and mistral have sliding windows of 8 tokens
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def plain(model: Any, bits: Any, prefill: int | None = None, prompt: Tensor = PROMPT, **settings: Any) -> Any:

@@ -33,13 +33,13 @@ class GemmConfig:
     slicing: Slicing = "msb"
     has_zero_points: bool = False
     stretch: float = 1.0
-    token_tiles: int = 1
-    row_warps: int = 1
-    k_warps: int = 1
-    tile_warps: int = 1
-    units: int = 2
+    block_m: int = 8
+    block_n: int = 64
+    block_k: int = 128
+    row_block_warps: int = 1
+    warps_k: int = 1
     stages: int = 3
-    panel: int = 2
+    x_stage_tiles: int = 2
     cluster: int = 1
     x_rows: int = 0
     whole_tiles: bool = False
@@ -60,13 +60,13 @@ class GemmConfig:
     def defines(self) -> dict[str, int]:
         """Macros of a GEMM kernel."""
         return self.format_defines() | {
-            "TOKEN_TILES": self.token_tiles,
-            "ROW_WARPS": self.row_warps,
-            "K_WARPS": self.k_warps,
-            "TILE_WARPS": self.tile_warps,
-            "UNITS": self.units,
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "ROW_BLOCK_WARPS": self.row_block_warps,
+            "WARPS_K": self.warps_k,
             "STAGES": self.stages,
-            "PANEL": self.panel,
+            "X_STAGE_TILES": self.x_stage_tiles,
             "WGMMA": int(self.family != "mma"),
             "CLUSTER": self.cluster,
             "WHOLE_TILES": int(self.whole_tiles),
@@ -84,17 +84,12 @@ class GemmConfig:
         return "nested_gemm_sm90_ws" if self.family == "wgmma_ws" else "nested_gemm"
 
     @property
-    def block_m(self) -> int:
-        return 8 * self.token_tiles
+    def token_tiles(self) -> int:
+        return self.block_m // 8
 
     @property
-    def block_n(self) -> int:
-        return 64 * self.row_warps
-
-    @property
-    def block_k(self) -> int:
-        """Columns of a k-tile per warp along K."""
-        return 64 * self.units
+    def row_blocks(self) -> int:
+        return self.block_n // 64
 
     @property
     def groups_per_k_tile(self) -> int:
@@ -103,7 +98,7 @@ class GemmConfig:
     @property
     def warps(self) -> int:
         """Number of MMA warps."""
-        return self.row_warps * self.k_warps * self.tile_warps
+        return self.row_blocks * self.warps_k * self.row_block_warps
 
     @property
     def threads(self) -> int:
@@ -111,26 +106,32 @@ class GemmConfig:
 
     def cluster_sums_bytes(self) -> int:
         """Size of the partial sums from the blocks of a cluster."""
-        shares = -(-4 // self.tile_warps * self.token_tiles // self.cluster)
-        return self.cluster * self.row_warps * self.tile_warps * shares * 512 if self.cluster > 1 else 0
+        shares = -(-4 // self.row_block_warps * self.token_tiles // self.cluster)
+        return self.cluster * self.row_blocks * self.row_block_warps * shares * 512 if self.cluster > 1 else 0
 
     def shared_bytes(self) -> int:
         """Size of the kernel's shared storage in bytes; the kernel asserts the same number."""
         groups = self.groups_per_k_tile
         planes = planes_read(self.bits, 8, self.slicing)
-        weights = self.units * planes * 512 + groups * 128 + self.has_zero_points * groups * 64
+        weights = self.block_k // 64 * planes * 512 + groups * 128 + self.has_zero_points * groups * 64
         if self.family == "wgmma_ws":
-            stages = self.stages * (-(-self.row_warps * weights // 128) * 128 + self.block_k * self.block_m * 2)
+            stages = self.stages * (-(-self.row_blocks * weights // 128) * 128 + self.block_k * self.block_m * 2)
             barriers = 2 * self.stages + (self.cluster > 1)
             return -(-(max(stages, self.cluster_sums_bytes()) + 8 * barriers) // 128) * 128
         wgmma = self.family == "wgmma"
-        x_stages = 1 + -(-(self.stages - 1) // self.panel)
-        x = x_stages * self.panel * (self.x_rows or self.block_m) * (self.block_k * self.k_warps + 8 * (not wgmma)) * 2
-        own_sums = self.token_tiles * self.tile_warps <= 2
-        x_sums = 0 if own_sums else self.panel * self.k_warps * groups * self.block_m * 4
-        total = self.k_warps * self.row_warps * self.stages * weights + x
-        if self.k_warps > 1:
-            total += self.warps * 4 // self.tile_warps * self.token_tiles * 512
+        x_stages = 1 + -(-(self.stages - 1) // self.x_stage_tiles)
+        x = (
+            x_stages
+            * self.x_stage_tiles
+            * (self.x_rows or self.block_m)
+            * (self.block_k * self.warps_k + 8 * (not wgmma))
+            * 2
+        )
+        own_sums = self.token_tiles * self.row_block_warps <= 2
+        x_sums = 0 if own_sums else self.x_stage_tiles * self.warps_k * groups * self.block_m * 4
+        total = self.warps_k * self.row_blocks * self.stages * weights + x
+        if self.warps_k > 1:
+            total += self.warps * 4 // self.row_block_warps * self.token_tiles * 512
         total += self.cluster_sums_bytes() + 16 * (self.cluster > 1)
         return total + (-(-8 * x_stages // 16) * 16 if wgmma else x_sums)
 
@@ -279,8 +280,8 @@ def run(
         rows, groups = weight.scales.shape
         weight.scales[(torch.arange(rows)[:, None] + torch.arange(groups)) % 3 == 0] = 0
     x, bias = make_inputs(config, case)
-    output_tiles = -(-tiles(case.rows) // config.row_warps) * -(-case.tokens // config.block_m)
-    k_tiles = -(-tiles(case.depth) // (config.units * config.k_warps))
+    output_tiles = -(-tiles(case.rows) // config.row_blocks) * -(-case.tokens // config.block_m)
+    k_tiles = -(-tiles(case.depth) // (config.block_k // 64 * config.warps_k))
     blocks = output_tiles * config.cluster if config.cluster > 1 else min(case.blocks, output_tiles * k_tiles)
     stream_k_tiles = output_tiles % blocks if config.family == "wgmma_ws" else output_tiles
     if config.whole_tiles:
@@ -335,8 +336,8 @@ def weight_maps(config: GemmConfig, planes: Tensor, scales: Tensor, zeros: Tenso
     """TMA descriptors of planes, scales and zero points for ``gemm_sm90_ws.cu``, with 8-byte elements."""
     rows, units, groups = planes.shape[1], planes.shape[2], config.groups_per_k_tile
     read = planes_read(config.bits, 8, config.slicing)
-    of_planes = TmaDescriptor(8, (read, rows, 64 * units), (read, config.row_warps, config.block_k))
-    of_groups = [TmaDescriptor(8, (scales.shape[0], n * rows), (groups, n * config.row_warps)) for n in (16, 8)]
+    of_planes = TmaDescriptor(8, (read, rows, 64 * units), (read, config.row_blocks, config.block_k))
+    of_groups = [TmaDescriptor(8, (scales.shape[0], n * rows), (groups, n * config.row_blocks)) for n in (16, 8)]
     return [
         TensorMap(planes, of_planes),
         TensorMap(scales, of_groups[0]),

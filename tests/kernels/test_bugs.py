@@ -17,13 +17,13 @@ from tests.kernels.emulator import EmulatorError, have_compiler, read_source
 pytestmark = [pytest.mark.compiler, pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")]
 
 STREAM_K = GemmCase(tokens=5, rows=192, depth=1024, blocks=5)
-MMA = GemmConfig(row_warps=2, panel=1)
-STRETCHED = GemmConfig(bits=8, stretch=1.25, row_warps=2, panel=1)
-CLUSTER = GemmConfig(row_warps=2, k_warps=2, units=1, panel=1, cluster=4)
-SHARED_RING = GemmConfig(row_warps=2, tile_warps=2, panel=8)
-WGMMA = GemmConfig(family="wgmma", token_tiles=4, row_warps=4, panel=2)
+MMA = GemmConfig(block_n=128, x_stage_tiles=1)
+STRETCHED = GemmConfig(bits=8, stretch=1.25, block_n=128, x_stage_tiles=1)
+CLUSTER = GemmConfig(block_n=128, warps_k=2, block_k=64, x_stage_tiles=1, cluster=4)
+SHARED_RING = GemmConfig(block_n=128, row_block_warps=2, x_stage_tiles=8)
+WGMMA = GemmConfig(family="wgmma", block_m=32, block_n=256, x_stage_tiles=2)
 WGMMA_CASE = GemmCase(tokens=29, rows=640, depth=1024, blocks=2)
-WS = GemmConfig(family="wgmma_ws", token_tiles=16, row_warps=4, tile_warps=2, units=1, panel=1)
+WS = GemmConfig(family="wgmma_ws", block_m=128, block_n=256, row_block_warps=2, block_k=64, x_stage_tiles=1)
 WS_CASE = GemmCase(tokens=140, rows=300, depth=640, blocks=3)
 WS_CLUSTER = dataclasses.replace(WS, cluster=2, stages=4)
 SHORT_CASE = GemmCase(tokens=29, rows=192, depth=576, blocks=2)  # in groups of 128 the fifth one has 64 columns
@@ -66,11 +66,11 @@ def ws_bug(marker: str, pattern: str = Bug.pattern, wrong: str = "", **changes: 
 
 BUGS = {
     "no barrier before an x stage is read": Bug(marker="x-stage-full-sync"),
-    "no barrier after the group sums of x": Bug(marker="x-sums-sync", config=dataclasses.replace(MMA, token_tiles=4)),
+    "no barrier after the group sums of x": Bug(marker="x-sums-sync", config=dataclasses.replace(MMA, block_m=32)),
     "warps that share a ring are not synchronized": Bug(marker="ring-sync", config=SHARED_RING),
     "one cp.async group too few is waited for": Bug(marker="ring-wait", pattern="- 2", wrong="- 1"),
     "pending cp.async groups at the end of the kernel": Bug(
-        marker="final-wait", config=GemmConfig(row_warps=2, panel=4)
+        marker="final-wait", config=GemmConfig(block_n=128, x_stage_tiles=4)
     ),
     "load into a ring stage that is still read": Bug(marker="ring-wrap", pattern=r"== (\w+)", wrong=r">= \1 - 1"),
     "fragment registers in the wrong order": Bug(
@@ -92,7 +92,7 @@ BUGS = {
         marker="scale-group",
         pattern=r"(\w+ / max\(GROUP, 1\))",
         wrong=r"min(\1, 3)",
-        config=dataclasses.replace(MMA, token_tiles=4),
+        config=dataclasses.replace(MMA, block_m=32),
         case=SHORT_CASE,
     ),
     "wgmma: scales of a short last group taken from the group in front": dataclasses.replace(
@@ -132,11 +132,11 @@ BUGS = {
     "tile semaphore not reset": Bug(marker="semaphore-reset"),
     "last arrival detected one too early": Bug(marker="last-arrival", pattern="- 1", wrong="- 2"),
     "K-warp reduction before all partial sums are written": Bug(
-        marker="k-warps-written", config=GemmConfig(k_warps=4, panel=1)
+        marker="k-warps-written", config=GemmConfig(warps_k=4, x_stage_tiles=1)
     ),
     "K-warp partial sums overwritten while they are read": Bug(
         marker="k-warps-read",
-        config=GemmConfig(bits=8, family="wgmma", tile_warps=4, k_warps=2, token_tiles=2, panel=4),
+        config=GemmConfig(bits=8, family="wgmma", row_block_warps=4, warps_k=2, block_m=16, x_stage_tiles=4),
         case=GemmCase(tokens=16, rows=300, depth=640, blocks=2),
     ),
     "sums of x over the last 16 columns of a group alone": Bug(

@@ -17,17 +17,17 @@ pytestmark = [pytest.mark.compiler, pytest.mark.skipif(not have_compiler(), reas
 
 HALVES = (torch.float16, torch.bfloat16)
 GROUP_SIZES = (32, 64, 128, -1)
-TOKENS = {1: (1, 2, 3, 4, 5, 8), 2: (12, 13, 16), 4: (17, 31, 32), 8: (33, 48, 64)}  # by token_tiles
-BLOCK_M_256 = {"token_tiles": 32, "row_warps": 2, "tile_warps": 4}  # tiles of wgmma_ws
+TOKENS = {8: (1, 2, 3, 4, 5, 8), 16: (12, 13, 16), 32: (17, 31, 32), 64: (33, 48, 64)}  # by block_m
+BLOCK_M_256 = {"block_m": 256, "block_n": 128, "row_block_warps": 4}  # tiles of wgmma_ws
 
 
 def wgmma_config(**fields: object) -> GemmConfig:
-    return GemmConfig(**({"family": "wgmma", "token_tiles": 4, "row_warps": 4, "panel": 1} | fields))
+    return GemmConfig(**({"family": "wgmma", "block_m": 32, "block_n": 256, "x_stage_tiles": 1} | fields))
 
 
 def ws_config(**fields: object) -> GemmConfig:
     """Configuration of ``gemm_sm90_ws.cu``, by default with tiles of 256 rows and 128 tokens."""
-    tile = {"token_tiles": 16, "row_warps": 4, "tile_warps": 2, "units": 1, "panel": 1}
+    tile = {"block_m": 128, "block_n": 256, "row_block_warps": 2, "block_k": 64, "x_stage_tiles": 1}
     return GemmConfig(**(tile | {"family": "wgmma_ws"} | fields))
 
 
@@ -62,7 +62,7 @@ def test_stretched_planes(bits: int, stretch: float, dtype: torch.dtype) -> None
     )
     for seed, case in enumerate((GemmCase(tokens=5, blocks=3), GemmCase(tokens=1, master_bits=bits, offset=2.0))):
         check(config, dataclasses.replace(case, seed=seed, bias=True))
-    split = dataclasses.replace(config, tile_warps=2, row_warps=2, token_tiles=4, panel=1)
+    split = dataclasses.replace(config, row_block_warps=2, block_n=128, block_m=32, x_stage_tiles=1)
     check(split, GemmCase(tokens=29, rows=131, depth=352, blocks=2))
 
 
@@ -74,17 +74,19 @@ def test_wgmma_stretched_planes(bits: int, stretch: float, dtype: torch.dtype) -
     check(ws_config(**fields), GemmCase(tokens=90, rows=200, blocks=2, seed=bits))
 
 
-@pytest.mark.parametrize("token_tiles", TOKENS)
-def test_every_number_of_tokens(token_tiles: int) -> None:
-    config = GemmConfig(bits=3, token_tiles=token_tiles, row_warps=2, tile_warps=max(1, token_tiles // 2), panel=1)
-    for tokens in TOKENS[token_tiles]:
+@pytest.mark.parametrize("block_m", TOKENS)
+def test_every_number_of_tokens(block_m: int) -> None:
+    config = GemmConfig(bits=3, block_m=block_m, block_n=128, row_block_warps=max(1, block_m // 16), x_stage_tiles=1)
+    for tokens in TOKENS[block_m]:
         check(config, GemmCase(tokens=tokens, blocks=2, seed=tokens))
 
 
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_group_sizes_zero_points_and_ragged_shapes(group_size: int, zeros: bool) -> None:
-    config = GemmConfig(bits=4, group_size=group_size, has_zero_points=zeros, row_warps=2, units=1 + (group_size == 32))
+    config = GemmConfig(
+        bits=4, group_size=group_size, has_zero_points=zeros, block_n=128, block_k=128 if group_size == 32 else 64
+    )
     for blocks in (1, 4):
         case = GemmCase(tokens=3, rows=131, depth=ragged_depth(group_size), blocks=blocks, bias=True, seed=blocks)
         check(config, case)
@@ -93,8 +95,8 @@ def test_group_sizes_zero_points_and_ragged_shapes(group_size: int, zeros: bool)
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize(("depth", "group_size"), SHORT_LAST_GROUPS)
 def test_short_last_group(depth: int, group_size: int, zeros: bool) -> None:
-    for k_warps, units in ((1, 2), (2, 1)):
-        config = GemmConfig(bits=3, group_size=group_size, has_zero_points=zeros, k_warps=k_warps, units=units)
+    for warps_k, block_k in ((1, 128), (2, 64)):
+        config = GemmConfig(bits=3, group_size=group_size, has_zero_points=zeros, warps_k=warps_k, block_k=block_k)
         check(config, GemmCase(tokens=5, rows=131, depth=depth, blocks=3, bias=True, seed=depth))
 
 
@@ -114,22 +116,24 @@ def test_fewer_master_bits(bits: int, master_bits: int) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        GemmConfig(bits=2, row_warps=4, stages=2, panel=4),
-        GemmConfig(bits=5, row_warps=2, k_warps=2, stages=4, panel=1),
-        GemmConfig(bits=3, k_warps=8, units=1, token_tiles=2, panel=1),
-        GemmConfig(bits=4, row_warps=2, tile_warps=2, k_warps=2, token_tiles=4, has_zero_points=True, panel=1),
-        GemmConfig(bits=8, dtype=torch.bfloat16, tile_warps=4, token_tiles=2, units=1),
+        GemmConfig(bits=2, block_n=256, stages=2, x_stage_tiles=4),
+        GemmConfig(bits=5, block_n=128, warps_k=2, stages=4, x_stage_tiles=1),
+        GemmConfig(bits=3, warps_k=8, block_k=64, block_m=16, x_stage_tiles=1),
+        GemmConfig(
+            bits=4, block_n=128, row_block_warps=2, warps_k=2, block_m=32, has_zero_points=True, x_stage_tiles=1
+        ),
+        GemmConfig(bits=8, dtype=torch.bfloat16, row_block_warps=4, block_m=16, block_k=64),
     ],
 )
 def test_stream_k_ranges(config: GemmConfig) -> None:
     """Ranges start and end within tiles, cross them, or hold several; three schedules of threads and blocks."""
-    case = GemmCase(tokens=8 * config.token_tiles - 3, rows=300, depth=640)
+    case = GemmCase(tokens=config.block_m - 3, rows=300, depth=640)
     for seed, blocks in enumerate((1, 2, 7)):
         check(config, dataclasses.replace(case, blocks=blocks, seed=seed), launches=2)
 
 
 def test_result_is_independent_of_the_schedule() -> None:
-    config, case = GemmConfig(row_warps=2, k_warps=2), GemmCase(tokens=6, rows=192, depth=1024, blocks=5)
+    config, case = GemmConfig(block_n=128, warps_k=2), GemmCase(tokens=6, rows=192, depth=1024, blocks=5)
     first = run(config, case).y
     for order in range(1, 5):
         assert torch.equal(run(config, case, order=order).y, first)
@@ -138,7 +142,7 @@ def test_result_is_independent_of_the_schedule() -> None:
 def test_no_access_outside_buffers() -> None:
     """Address sanitizer: ragged rows and columns, zero points, bias, several blocks per tile."""
     config = GemmConfig(
-        bits=3, group_size=32, has_zero_points=True, row_warps=2, k_warps=2, tile_warps=2, token_tiles=2
+        bits=3, group_size=32, has_zero_points=True, block_n=128, warps_k=2, row_block_warps=2, block_m=16
     )
     check(config, GemmCase(tokens=13, rows=131, depth=352, blocks=3, bias=True, seed=1), sanitize=True)
 
@@ -154,8 +158,8 @@ def test_clusters_every_bit_width(bits: int, dtype: torch.dtype) -> None:
         group_size=GROUP_SIZES[bits % 4],
         has_zero_points=bits % 3 == 0,
         stretch=1.25,
-        k_warps=(1, 2, 4)[bits % 3],
-        units=1,
+        warps_k=(1, 2, 4)[bits % 3],
+        block_k=64,
         cluster=(2, 4, 8)[bits % 3],
     )
     for seed, depth in enumerate((352, 1344)):
@@ -165,13 +169,13 @@ def test_clusters_every_bit_width(bits: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        GemmConfig(bits=2, cluster=2, row_warps=4, stages=2, panel=4),
-        GemmConfig(bits=5, cluster=3, row_warps=2, k_warps=2, tile_warps=2, token_tiles=4, panel=1),
-        GemmConfig(bits=4, cluster=8, k_warps=8, units=1, token_tiles=2, panel=1),
+        GemmConfig(bits=2, cluster=2, block_n=256, stages=2, x_stage_tiles=4),
+        GemmConfig(bits=5, cluster=3, block_n=128, warps_k=2, row_block_warps=2, block_m=32, x_stage_tiles=1),
+        GemmConfig(bits=4, cluster=8, warps_k=8, block_k=64, block_m=16, x_stage_tiles=1),
     ],
 )
 def test_clusters_are_independent_of_the_schedule(config: GemmConfig) -> None:
-    case = GemmCase(tokens=8 * config.token_tiles - 3, rows=300, depth=1344)
+    case = GemmCase(tokens=config.block_m - 3, rows=300, depth=1344)
     check(config, case, launches=2)
     first = run(config, case).y
     for order in range(1, 4):
@@ -179,7 +183,7 @@ def test_clusters_are_independent_of_the_schedule(config: GemmConfig) -> None:
 
 
 def test_clusters_without_access_outside_buffers() -> None:
-    config = GemmConfig(bits=3, group_size=32, has_zero_points=True, k_warps=2, row_warps=2, cluster=4, token_tiles=2)
+    config = GemmConfig(bits=3, group_size=32, has_zero_points=True, warps_k=2, block_n=128, cluster=4, block_m=16)
     check(config, GemmCase(tokens=13, rows=131, depth=352, bias=True, seed=1), sanitize=True)
 
 
@@ -196,9 +200,9 @@ def test_wgmma_every_bit_width(bits: int, dtype: torch.dtype) -> None:
     check(config, GemmCase(tokens=29, blocks=3, bias=True, seed=bits))
 
 
-@pytest.mark.parametrize(("token_tiles", "tokens"), [(2, 13), (4, 31), (8, 33), (8, 64)])
-def test_wgmma_every_number_of_tokens(token_tiles: int, tokens: int) -> None:
-    config = wgmma_config(bits=3, token_tiles=token_tiles, row_warps=1, tile_warps=4)
+@pytest.mark.parametrize(("block_m", "tokens"), [(16, 13), (32, 31), (64, 33), (64, 64)])
+def test_wgmma_every_number_of_tokens(block_m: int, tokens: int) -> None:
+    config = wgmma_config(bits=3, block_m=block_m, block_n=64, row_block_warps=4)
     check(config, GemmCase(tokens=tokens, blocks=2, seed=tokens))
 
 
@@ -206,7 +210,11 @@ def test_wgmma_every_number_of_tokens(token_tiles: int, tokens: int) -> None:
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_wgmma_group_sizes_zero_points_and_ragged_shapes(group_size: int, zeros: bool) -> None:
     config = wgmma_config(
-        group_size=group_size, has_zero_points=zeros, row_warps=2, tile_warps=2, slicing="round" if zeros else "msb"
+        group_size=group_size,
+        has_zero_points=zeros,
+        block_n=128,
+        row_block_warps=2,
+        slicing="round" if zeros else "msb",
     )
     case = GemmCase(tokens=29, rows=131, depth=ragged_depth(group_size), bias=True, offset=0.0)
     for blocks in (1, 4):
@@ -223,14 +231,16 @@ def test_wgmma_short_last_group(depth: int, group_size: int, zeros: bool) -> Non
 @pytest.mark.parametrize(
     "config",
     [
-        wgmma_config(bits=2, row_warps=2, tile_warps=2, k_warps=2, units=1, stages=4, panel=2),
-        wgmma_config(bits=5, row_warps=8, units=4, stages=2),
-        wgmma_config(bits=8, dtype=torch.bfloat16, row_warps=1, tile_warps=4, k_warps=2, token_tiles=2, panel=4),
-        wgmma_config(bits=4, group_size=-1, has_zero_points=True, row_warps=1, tile_warps=4, k_warps=4),
+        wgmma_config(bits=2, block_n=128, row_block_warps=2, warps_k=2, block_k=64, stages=4, x_stage_tiles=2),
+        wgmma_config(bits=5, block_n=512, block_k=256, stages=2),
+        wgmma_config(
+            bits=8, dtype=torch.bfloat16, block_n=64, row_block_warps=4, warps_k=2, block_m=16, x_stage_tiles=4
+        ),
+        wgmma_config(bits=4, group_size=-1, has_zero_points=True, block_n=64, row_block_warps=4, warps_k=4),
     ],
 )
 def test_wgmma_stream_k_ranges(config: GemmConfig) -> None:
-    case = GemmCase(tokens=8 * config.token_tiles - 5, rows=300, depth=640)
+    case = GemmCase(tokens=config.block_m - 5, rows=300, depth=640)
     for seed, blocks in enumerate((1, 7)):
         check(config, dataclasses.replace(case, blocks=blocks, seed=seed), launches=2)
 
@@ -242,7 +252,7 @@ def test_wgmma_scales_of_zero() -> None:
 
 def test_wgmma_no_access_outside_buffers() -> None:
     config = wgmma_config(
-        bits=3, group_size=32, has_zero_points=True, row_warps=2, k_warps=2, tile_warps=2, token_tiles=2
+        bits=3, group_size=32, has_zero_points=True, block_n=128, warps_k=2, row_block_warps=2, block_m=16
     )
     check(config, GemmCase(tokens=13, rows=131, depth=352, blocks=3, bias=True, seed=1), sanitize=True)
 
@@ -276,10 +286,10 @@ def test_ws_whole_tiles(blocks: int, tokens: int) -> None:
 
 
 WS_CLUSTERS = {
-    "128 tokens": ws_config(bits=3, row_warps=3, tile_warps=4, cluster=5, has_zero_points=True),
+    "128 tokens": ws_config(bits=3, block_n=192, row_block_warps=4, cluster=5, has_zero_points=True),
     "256 tokens, 2 blocks": ws_config(bits=8, stretch=1.25, **BLOCK_M_256, cluster=2),
     "two row tiles in a warp": ws_config(bits=4, cluster=3, dtype=torch.bfloat16),
-    "sixteen warps": ws_config(bits=2, token_tiles=4, row_warps=4, tile_warps=4, cluster=4, has_zero_points=True),
+    "sixteen warps": ws_config(bits=2, block_m=32, block_n=256, row_block_warps=4, cluster=4, has_zero_points=True),
 }
 
 
@@ -318,9 +328,9 @@ def test_ws_group_sizes_zero_points_and_ragged_shapes(group_size: int, zeros: bo
         group_size=group_size,
         has_zero_points=zeros,
         slicing="round" if zeros else "msb",
-        units=2,
-        row_warps=2,
-        tile_warps=4,
+        block_k=128,
+        block_n=128,
+        row_block_warps=4,
     )
     depth = ragged_depth(group_size)
     check(config, GemmCase(tokens=135, rows=131, depth=depth, blocks=3, bias=True, offset=0.0, seed=3))
@@ -329,7 +339,9 @@ def test_ws_group_sizes_zero_points_and_ragged_shapes(group_size: int, zeros: bo
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize(("depth", "group_size"), SHORT_LAST_GROUPS)
 def test_ws_short_last_group(depth: int, group_size: int, zeros: bool) -> None:
-    config = ws_config(bits=3, group_size=group_size, has_zero_points=zeros, units=2, row_warps=2, tile_warps=4)
+    config = ws_config(
+        bits=3, group_size=group_size, has_zero_points=zeros, block_k=128, block_n=128, row_block_warps=4
+    )
     check(config, GemmCase(tokens=135, rows=131, depth=depth, blocks=3, bias=True, seed=depth))
 
 
@@ -351,9 +363,9 @@ def test_ws_no_access_outside_buffers() -> None:
 
 PARTS = [
     GemmConfig(bits=3, group_size=32, has_zero_points=True),
-    GemmConfig(bits=8, group_size=64, stretch=1.25, row_warps=2),
+    GemmConfig(bits=8, group_size=64, stretch=1.25, block_n=128),
     GemmConfig(bits=4, group_size=-1),
-    GemmConfig(bits=2, cluster=2, k_warps=2),
+    GemmConfig(bits=2, cluster=2, warps_k=2),
     wgmma_config(bits=5, has_zero_points=True),
     wgmma_config(bits=8, group_size=-1),
     ws_config(bits=2, group_size=32),

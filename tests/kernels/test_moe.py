@@ -246,8 +246,8 @@ def test_every_bit_width(bits):
         dtype=HALVES[bits % 2],
         scale_dtype=HALVES[bits // 2 % 2],
         group_size=(32, 64, 128, -1)[bits % 4],
-        k_warps=2,
-        units=1,
+        warps_k=2,
+        block_k=64,
     )
     check(config, MoeCase(seed=bits))
     check(config, MoeCase(seed=bits, share_x=False, held=(1, 2), before=2, between=1))
@@ -256,13 +256,13 @@ def test_every_bit_width(bits):
 @pytest.mark.parametrize(
     "config",
     [
-        GemmConfig(bits=3, group_size=32, has_zero_points=True, k_warps=4, units=1),
-        GemmConfig(bits=4, slicing="round", k_warps=2),
-        GemmConfig(bits=8, stretch=1.25, k_warps=2, units=1),
+        GemmConfig(bits=3, group_size=32, has_zero_points=True, warps_k=4, block_k=64),
+        GemmConfig(bits=4, slicing="round", warps_k=2),
+        GemmConfig(bits=8, stretch=1.25, warps_k=2, block_k=64),
         GemmConfig(bits=6, stretch=1.5, dtype=torch.bfloat16, has_zero_points=True),
-        GemmConfig(bits=2, token_tiles=2, row_warps=2, k_warps=2, panel=1),
-        GemmConfig(bits=5, token_tiles=4, row_warps=2, k_warps=2, panel=1),
-        GemmConfig(bits=4, token_tiles=8, row_warps=2, tile_warps=2, panel=1),
+        GemmConfig(bits=2, block_m=16, block_n=128, warps_k=2, x_stage_tiles=1),
+        GemmConfig(bits=5, block_m=32, block_n=128, warps_k=2, x_stage_tiles=1),
+        GemmConfig(bits=4, block_m=64, block_n=128, row_block_warps=2, x_stage_tiles=1),
     ],
 )
 def test_formats_and_tiles(config):
@@ -278,7 +278,7 @@ def test_formats_and_tiles(config):
 @pytest.mark.parametrize(("depth", "group_size"), [(72, 32), (200, 64), (576, 128)])
 def test_short_last_groups_and_ragged_columns(depth, group_size):
     for zeros in (False, True):
-        config = GemmConfig(bits=3, group_size=group_size, has_zero_points=zeros, k_warps=2, units=1)
+        config = GemmConfig(bits=3, group_size=group_size, has_zero_points=zeros, warps_k=2, block_k=64)
         check(config, MoeCase(depth=depth, seed=depth))
 
 
@@ -298,14 +298,14 @@ def test_a_launch_without_experts_writes_nothing():
 
 
 def test_result_is_independent_of_the_schedule():
-    config, case = GemmConfig(k_warps=4, units=1), MoeCase(tokens=20, popular=0.9)
+    config, case = GemmConfig(warps_k=4, block_k=64), MoeCase(tokens=20, popular=0.9)
     first = run(config, case).y
     for order in range(2, 5):
         assert torch.equal(run(config, case, order=order).y, first)
 
 
 def test_no_access_outside_buffers():
-    config = GemmConfig(bits=3, group_size=32, has_zero_points=True, k_warps=2, units=1)
+    config = GemmConfig(bits=3, group_size=32, has_zero_points=True, warps_k=2, block_k=64)
     check(config, MoeCase(tokens=7, depth=328, held=(1, 3), seed=1), sanitize=True)
 
 

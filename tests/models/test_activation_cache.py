@@ -17,7 +17,7 @@ from matquant.formats.parent import Parent
 from matquant.models.activation_cache import ActivationCache, OffloadTarget, choose_offload_target
 from matquant.models.blocks import BlockModel
 from matquant.quantize.driver import BlockwiseQuantizer
-from matquant.quantize.layers import layers_to_quantize
+from matquant.quantize.layer_selection import layers_to_quantize
 from matquant.store import Store
 
 CPU = torch.device("cpu")

@@ -16,11 +16,13 @@ from matquant.formats.parent import Parent
 from matquant.models.blocks import BlockModel
 from matquant.models.config import ModelConfig
 from matquant.models.loading import LoadedModel, load_model, open_model
-from matquant.models.summary import unquantized_parameters
 from matquant.models.tracing import check_blockwise_forward
+from matquant.models.unquantized import unquantized_parameters
 from matquant.quantize.driver import BlockwiseQuantizer
-from matquant.quantize.layers import layers_to_quantize
+from matquant.quantize.layer_selection import layers_to_quantize
 from matquant.store import Store
+
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 

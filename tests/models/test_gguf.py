@@ -15,6 +15,8 @@ from matquant.models.config import ModelConfig
 from matquant.models.gguf import convert_gguf
 from matquant.store import Store
 
+pytestmark = pytest.mark.slow
+
 QUANTIZED = gguf.GGMLQuantizationType.Q8_0
 
 

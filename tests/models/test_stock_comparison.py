@@ -32,6 +32,7 @@ def config(folder: Path, **settings: Any) -> ModelConfig:
     return ModelConfig(path=str(folder), trust_remote_code=True, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_tensor_and_the_logits_are_those_of_a_stock_load(kind: str, dtype: str, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from matquant.inference import NestedPlanes, nested_layers, set_bits
 from matquant.models.blocks import BlockModel
 from matquant.models.loading import load_model
 
+pytestmark = pytest.mark.slow
+
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in CONFIGS if kind not in ("mistral", "qwen2", "gemma2", "granite", "olmo2")),
     *((kind, {}) for kind in ("llama4_text", "phimoe", "deepseek_v4")),  # routers, grouped layers: no linear layers

@@ -21,6 +21,8 @@ from matquant.formats.packed import NestedSpec, parse_nested_config
 from matquant.formats.shard_index import INDEX
 from matquant.inference import set_bits
 
+pytestmark = pytest.mark.slow
+
 ONE_FOLDER = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 300) | st.integers() | st.floats() | st.text(max_size=8),

@@ -34,7 +34,7 @@ TYPES = {kind.name: gguf.GGMLQuantizationType[kind.name] for kind in BLOCK_TYPES
 SHARES = {2: 0.5, 3: 0.75, 4: 0.75}  # scales of their own
 
 
-def decode(data: Any, name: str) -> Tensor:
+def dequantize(data: Any, name: str) -> Tensor:
     return torch.from_numpy(np.array(gguf.quants.dequantize(np.asarray(data), TYPES[name])))
 
 
@@ -90,7 +90,7 @@ def test_exact_types_hold_every_value(weight: NestedWeight, bits: int) -> None:
     for kind in layer.exact:
         data = type_choice.encode(layer, weight, kind)
         assert data.shape == (len(weight.codes), kind.row_bytes(weight.codes.shape[1]))
-        assert torch.equal(decode(data, kind.name), weight.dequantize(bits))
+        assert torch.equal(dequantize(data, kind.name), weight.dequantize(bits))
     predicted = type_choice.representative(_spec(weight), bits)
     assert predicted is not None
     assert set(predicted.exact) <= set(layer.exact)  # fewer codes may fit more types
@@ -142,14 +142,14 @@ def test_scales_beyond_float16_are_not_exact(large: float, small: float) -> None
 def test_nearest_values_of_each_type(kind: Any) -> None:
     """No worse than rounding to the widest grid of each block, and exact for zeros and for constants."""
     values = torch.randn(8, 512, generator=torch.Generator().manual_seed(kind.bits)) * 0.03
-    found = decode(kind.nearest(values.view(-1, kind.block_size)).view(8, -1), kind.name)
+    found = dequantize(kind.nearest(values.view(-1, kind.block_size)).view(8, -1), kind.name)
     blocks = values.view(-1, 16)
     step = 2 * blocks.abs().amax(1, keepdim=True) / (2**kind.bits - 1)
     rounded = ((blocks / step - 0.5).round() + 0.5) * step
     assert (found - values).norm() < 1.25 * (rounded.view_as(values) - values).norm()
     for constant in (0.0, 0.25, -0.25):
         same = torch.full((1, 256), constant)
-        back = decode(kind.nearest(same.view(-1, kind.block_size)).view(1, -1), kind.name)
+        back = dequantize(kind.nearest(same.view(-1, kind.block_size)).view(1, -1), kind.name)
         assert torch.allclose(back, same, rtol=0.02)
 
 
@@ -173,7 +173,7 @@ def test_slices_in_k_types(bits: int, offset: float, name: str, group_size: int,
     )
     layer = SliceLayer.measure("x", weight, bits)
     (kind,) = (kind for kind in BLOCK_TYPES if kind.name == name)
-    found = decode(type_choice.encode(layer, weight, kind), name)
+    found = dequantize(type_choice.encode(layer, weight, kind), name)
     exact = weight.dequantize(bits)
     assert (found - exact).norm() / exact.norm() < largest
 
@@ -182,8 +182,8 @@ def test_slices_in_k_types(bits: int, offset: float, name: str, group_size: int,
 def test_nearest_is_no_worse_than_the_package_gguf(name: str) -> None:
     values = torch.randn(16, 256, generator=torch.Generator().manual_seed(1))
     (kind,) = (kind for kind in WHOLE_NUMBERS if kind.name == name)
-    own = decode(kind.nearest(values.view(-1, 32)).view(16, -1), name)
-    other = decode(gguf.quants.quantize(values.numpy(), TYPES[name]), name)
+    own = dequantize(kind.nearest(values.view(-1, 32)).view(16, -1), name)
+    other = dequantize(gguf.quants.quantize(values.numpy(), TYPES[name]), name)
     assert (own - values).norm() <= (other - values).norm()
 
 
@@ -212,6 +212,7 @@ NAMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, "allocation"])
 def test_tensors_of_a_file_are_those_of_the_slice(llama_model: Opened, tmp_path: Path, bits: Any) -> None:
     own = {"q_proj": 2, "k_proj": 4, "v_proj": 3, "o_proj": 4, "gate_proj": 5, "up_proj": 4, "down_proj": 6}
@@ -262,6 +263,7 @@ def check_read_by_transformers(folder: Path, opened: Opened) -> None:
         assert equal, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_reads_the_slice_from_the_file(family: str, tmp_path: Path) -> None:
     opened = Opened(
@@ -330,7 +332,7 @@ def test_type_of_embeddings(llama_model: Opened, tmp_path: Path, setting: str, k
 
 def test_embeddings_take_the_smallest_exact_type() -> None:
     values = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
-    rounded = decode(gguf.quants.quantize(values.numpy(), TYPES["Q8_0"]), "Q8_0")
+    rounded = dequantize(gguf.quants.quantize(values.numpy(), TYPES["Q8_0"]), "Q8_0")
     assert type_choice.dense_type(rounded, "auto") == "Q8_0"
     assert type_choice.dense_type(rounded[:, :40], "auto") == "F32"  # rows of no whole blocks
     assert type_choice.dense_type(values.half(), "auto") == "F16"
@@ -338,6 +340,7 @@ def test_embeddings_take_the_smallest_exact_type() -> None:
     assert type_choice.dense_type(values, "auto") == "F32"
 
 
+@pytest.mark.slow
 def test_a_rotated_model_has_norms_of_one_and_a_head(tmp_path: Path) -> None:
     opened = Opened(
         save(make_model("llama", torch.float16, vocab_size=2048), tmp_path / "model"),
@@ -359,6 +362,7 @@ def test_a_quantized_head_is_the_output(tmp_path: Path) -> None:
     assert fields["types"]["output.weight"] == "Q4_0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", ["experts", "experts.3."])
 def test_experts_that_are_not_quantized_are_stacked(tmp_path: Path, skip: str) -> None:
     model = save(make_model("qwen3_moe", torch.float16, vocab_size=2048), tmp_path / "model")
@@ -398,6 +402,7 @@ def test_zero_points_of_groups_have_no_exact_type(tmp_path: Path) -> None:
     assert not fields["matquant.exact"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1e-9, 1e8])
 def test_scales_beyond_float16_are_refused(tmp_path: Path, factor: float) -> None:
     model = make_model("llama", torch.bfloat16, vocab_size=2048)
@@ -455,6 +460,7 @@ def test_the_package_gguf_is_named_when_it_is_missing(
         llama_model.pack(tmp_path / "out", 4, name="gguf")
 
 
+@pytest.mark.slow
 def test_sliding_windows_that_llama_cpp_ignores_end_the_context(tmp_path: Path) -> None:
     for family, expected in (("mistral", 8), ("gemma2", 64)):
         model = save(make_model(family, torch.float16, vocab_size=2048), tmp_path / family)

@@ -66,6 +66,7 @@ def test_smallest_codes(slicing, offset, found):
     assert {b: grid and (grid.bits, grid.symmetric) for b, grid in grids.items()} == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", range(2, 9))
 @pytest.mark.parametrize("offset", [0, 2, 8, 20])
 def test_no_smaller_symmetric_codes_exist(width, offset):

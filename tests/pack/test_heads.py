@@ -13,6 +13,8 @@ from torch import Tensor
 from matquant.errors import UserError
 from matquant.inference import nested_layers
 
+pytestmark = pytest.mark.slow
+
 HEADS = [
     ("llama", tf.AutoModel, set()),
     ("llama", tf.AutoModelForSequenceClassification, {"score.weight"}),

@@ -129,7 +129,7 @@ def test_a_prompt_goes_on_at_every_width_as_the_packed_model_does(job: Any, tmp_
     model = read(tmp_path / "run" / "packed")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "packed")
     prompt = tokenizer("def f(", return_tensors="pt")
-    found = results["generate"]["variants"]
+    found = results["generate"]["slices"]
     assert [row["bytes"] for row in found] == [entry["bytes"] for entry in results["slices"]]
     for row in found:
         model.set_bits(int(row["name"]))

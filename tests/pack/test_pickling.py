@@ -14,6 +14,8 @@ from packing import IDS, Opened, logits, read
 
 from matquant.inference import nested_layers, set_bits
 
+pytestmark = pytest.mark.slow
+
 
 def through_torch(model: Any, folder: Path) -> Any:
     torch.save(model, folder / "model.pt")

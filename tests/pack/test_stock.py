@@ -58,15 +58,15 @@ def stored_bits(config: dict[str, Any], name: str) -> int:
 
 
 def check(opened: Opened, folder: Path, widths: Any) -> dict[str, Any]:
-    """Every layer decodes to its slice, and all else is as in the model."""
+    """Every layer dequantizes to its slice, and all else is as in the model."""
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    decode = gptq_weight if config["quant_method"] == "gptq" else compressed_weight
+    dequantize = gptq_weight if config["quant_method"] == "gptq" else compressed_weight
     tensors = load_file(folder / "model.safetensors")
     names = set()
     for index in range(len(opened.parent.blocks)):
         for name, weight in opened.parent.block(index).items():
             width = widths if isinstance(widths, int) else widths[name]
-            assert torch.equal(decode(tensors, name, stored_bits(config, name)), weight.dequantize(width)), name
+            assert torch.equal(dequantize(tensors, name, stored_bits(config, name)), weight.dequantize(width)), name
             names.add(name)
     original = load_file(Path(opened.config.path) / "model.safetensors")
     for key, tensor in original.items():
@@ -146,15 +146,16 @@ def test_what_is_not_exact_is_refused_with_alternatives(mirrored, tmp_path):
 def test_the_nearest_codes_and_their_error(mirrored, tmp_path, form):
     folder = mirrored.pack(tmp_path / "out", 8, name=form, rounding="nearest")
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    decode = gptq_weight if form == "gptq" else compressed_weight
+    dequantize = gptq_weight if form == "gptq" else compressed_weight
     tensors = load_file(folder / "model.safetensors")
     for name, weight in mirrored.parent.block(0).items():
-        error = (decode(tensors, name, stored_bits(config, name)) - weight.dequantize(8)).norm() / weight.dequantize(
-            8
-        ).norm()
+        error = (
+            dequantize(tensors, name, stored_bits(config, name)) - weight.dequantize(8)
+        ).norm() / weight.dequantize(8).norm()
         assert 0 < error < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["gptq", "compressed_tensors", "matgptq_v1"])
 @pytest.mark.parametrize(
     ("sizes", "sentence"),

@@ -38,6 +38,7 @@ def costs_of_all(u, lam, widths, master_bits, slicing, stretch):
     return cost
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     data=st.data(),

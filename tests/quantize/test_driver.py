@@ -16,9 +16,11 @@ from matquant.formats.parent import read_block
 from matquant.models import tracing
 from matquant.models.blocks import BlockModel
 from matquant.quantize.driver import BlockwiseQuantizer
-from matquant.quantize.layers import check_layers, layers_to_quantize
+from matquant.quantize.layer_selection import check_layers, layers_to_quantize
 from matquant.store import Store
 from matquant.timing import PhaseTimer
+
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 LAMBDAS = {2: 1.0, 4: 4.0, 8: 64.0}

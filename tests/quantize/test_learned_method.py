@@ -9,6 +9,8 @@ import torch
 from shared import SMALL
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow
+
 TOY = Path(__file__).resolve().parents[1] / "toy"
 
 

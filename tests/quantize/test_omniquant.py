@@ -20,13 +20,13 @@ from matquant.models.blocks import BlockModel
 from matquant.quantize.base import BlockContext, QuantizerTask
 from matquant.quantize.config import LayerOverride, check_method
 from matquant.quantize.driver import BlockwiseQuantizer
-from matquant.quantize.layers import layers_to_quantize
+from matquant.quantize.layer_selection import layers_to_quantize
 from matquant.quantize.omniquant.config import OmniQuantConfig
 from matquant.quantize.omniquant.quantizer import BlockTraining, OmniQuantizer
 from matquant.store import Store
 from matquant.timing import PhaseTimer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 CPU = torch.device("cpu")
 LAMBDAS = {2: 1.0, 4: 0.1, 8: 0.1}

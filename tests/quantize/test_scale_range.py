@@ -10,7 +10,7 @@ from matquant.formats.nested import WeightFormat
 from matquant.quantize.base import BlockQuantizer, QuantizerTask
 from matquant.quantize.gptq.options import LayerOptions
 from matquant.quantize.gptq.solver import solve
-from matquant.quantize.layers import check_errors, check_scales, check_weight_range, float_weight
+from matquant.quantize.layer_selection import check_errors, check_scales, check_weight_range, float_weight
 from matquant.quantize.rtn.config import RtnConfig
 
 

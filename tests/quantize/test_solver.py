@@ -131,7 +131,7 @@ def test_a_short_last_group_is_solved_as_in_the_textbook(columns, group_size, bl
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_dedicated_gptq_is_the_textbooks(bits):
+def test_gptq_of_one_bit_width_is_the_textbooks(bits):
     weight, hessian = layer(seed=bits)
     expected, _, costs = textbook(weight, hessian, {bits: 1.0}, bits, "round", 64, shared=False)
     options = SolverOptions(lambdas={bits: 1.0}, master_bits=bits, slicing="round", group_size=64, scale="minmax")
@@ -162,7 +162,7 @@ def test_codes_are_the_textbooks_for_any_objective(seed, weights, damp, slicing)
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("scale", ["minmax", "search"])
-def test_one_width_alone_is_dedicated_gptq_on_the_same_grid(bits, scale):
+def test_one_bit_width_alone_is_gptq_on_the_same_grid(bits, scale):
     """A parent whose objective names one width has the slice that a model of that width alone has."""
     weight, hessian = layer(16, 128, seed=3)
     options = {"lambdas": {bits: 1.0}, "scale": scale, "cd_passes": 1}
@@ -223,6 +223,7 @@ def test_zero_points_help_a_shifted_weight():
     assert errors[1] < 0.5 * errors[0]
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), slicing=st.sampled_from(["msb", "round"]), columns=st.sampled_from([32, 40, 71]))
 def test_a_sweep_never_raises_the_objective(seed, slicing, columns):
@@ -236,6 +237,7 @@ def test_a_sweep_never_raises_the_objective(seed, slicing, columns):
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(costs))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("columns", [32, 41])
 def test_a_sweep_ends_where_no_single_code_helps(columns):
@@ -465,7 +467,7 @@ def test_mirrored_codes_decode_to_what_the_solver_chose(act_order, columns):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("offset", [0.0, 8.0])
 @pytest.mark.parametrize("act_order", [False, True])
-def test_one_width_alone_is_dedicated_gptq_however_refined(bits, offset, act_order):
+def test_one_bit_width_alone_is_gptq_however_refined(bits, offset, act_order):
     weight, hessian = layer(16, 128, seed=bits)
     refined = {"lambdas": {bits: 1.0}, "cd_passes": 2, "act_order": act_order, "group_size": 64}
     nested = solve(weight, hessian, SolverOptions(**refined, master_bits=8, zero_point_offset=offset))

@@ -21,7 +21,7 @@ from matquant.refine.refinement import RefineContext
 from matquant.refine.slice_model import open_slice_model
 from matquant.store import Store
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(3, 120, (14, 12), generator=torch.Generator().manual_seed(0))

@@ -23,7 +23,7 @@ from matquant.refine.scale_refinement import ScaleRefinement
 from matquant.refine.slice_model import SliceModel, open_slice_model
 from matquant.store import Store
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 CONFIG = RefineConfig(method="scales", bits=(2, 3), steps=24, learning_rate=0.03, warmup_steps=2, validate_every=8)
 

@@ -14,6 +14,8 @@ from matquant.config import TrackingConfig
 from matquant.errors import UserError
 from matquant.report import JobResults, dashboard, track
 
+pytestmark = pytest.mark.slow
+
 SECTIONS = ["Quality", "Allocations", "Search", "Runs"]
 
 

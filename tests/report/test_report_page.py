@@ -3,6 +3,8 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import pytest
+
 from matquant.report import JobResults, write, write_report
 from matquant.report.html import render
 from matquant.report.markup import Markup, element
@@ -112,6 +114,7 @@ def test_ids_are_unique(make_results):
     assert len(ids) == len(set(ids))
 
 
+@pytest.mark.slow
 def test_same_results_same_bytes_also_in_another_process(make_results, tmp_path):
     results = make_results(allocation=True, datasets=("stdlib", "wikitext"))
     write(JobResults.from_json(results), tmp_path)

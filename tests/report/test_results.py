@@ -115,8 +115,8 @@ def test_results_of_older_versions_are_read(make_results):
 
 def test_the_model_behind_a_slice(make_results):
     models = {"2": {"sha256": "two"}, "3": {"sha256": "three"}}
-    dedicated = make_results(parent={"models": models})
-    assert JobResults.from_json(dedicated).parent.of(3) == ParentRecord(sha256="three")
+    per_bit_models = make_results(parent={"models": models})
+    assert JobResults.from_json(per_bit_models).parent.of(3) == ParentRecord(sha256="three")
     assert JobResults.from_json(make_results()).parent.of(3).sha256 == "ab" * 32
 
 

@@ -14,6 +14,8 @@ from matquant.report.summary import summarize
 from matquant.report.summary_table import print_summary
 from matquant.report.sweep import curves, read_jobs
 
+pytestmark = pytest.mark.slow
+
 APP = """
 import dataclasses, json, os, sys
 import hydra
@@ -121,7 +123,7 @@ def test_jobs_of_other_datasets_share_the_columns(make_results, tmp_path):
     assert "On b<" in page
 
 
-def test_dedicated_models_have_their_own_sums(make_results, tmp_path):
+def test_per_bit_models_have_their_own_sums(make_results, tmp_path):
     models = {str(bits): {"sha256": str(bits) * 64, "reused": bits == 3, "bytes": 1} for bits in (2, 3)}
     add_job(tmp_path, "0", [], make_results("gptq", (2, 3), parent={"models": models}))
     rows = summarize(tmp_path)

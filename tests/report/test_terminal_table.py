@@ -30,7 +30,7 @@ def test_says_when_the_parent_was_reused(make_results):
     assert "Parent reused from the store; the parent takes 1.30 MB." in printed(make_results(parent=parent))
 
 
-def test_says_what_dedicated_models_weigh_together(make_results):
+def test_per_bit_models_show_their_total_size(make_results):
     models = {"2": {"bytes": 1_000_000, "reused": True}, "3": {"bytes": 2_000_000, "reused": False}}
     text = " ".join(printed(make_results(parent={"bytes": 0, "models": models})).split())
     assert "(1 of 2 models reused); 2 models, one per bit-width, take 3.00 MB together." in text

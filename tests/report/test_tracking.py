@@ -11,6 +11,8 @@ from shared import SMALL
 from matquant.config import TrackingConfig
 from matquant.report import JobResults, track
 
+pytestmark = pytest.mark.slow
+
 CONFIG = TrackingConfig(wandb=True, project="matquant", group=None, tags=("one", "two"))
 
 

@@ -39,6 +39,7 @@ def record_rows(blocks, monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fitness", [KlDivergence(), SparseKlDivergence(top_k=8), Perplexity()])
 @pytest.mark.parametrize("make_forwards", [dense_forwards, plane_forwards])
 @pytest.mark.parametrize("batch_size", [10, 15, 1000])

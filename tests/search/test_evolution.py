@@ -80,6 +80,7 @@ def test_generations_end_once_max_tokens_are_spent():
     assert len(history) == 2
 
 
+@pytest.mark.slow
 def test_guided_evolution_is_within_two_percent_of_the_best_of_all_candidates(make_model):
     blocks, weights = make_model()
     problem = problem_of_model(blocks, weights, bits=(2, 3, 5))

@@ -35,6 +35,7 @@ def problems_with_losses(draw):
     return problem, [{b: draw(loss) for b in problem.bits} for _ in problem.units]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(problems_with_losses(), st.sampled_from([knapsack.MAX_TABLE_CELLS, BRANCH_AND_BOUND]))
 def test_optimum_equals_enumeration(case, max_table_cells):
@@ -46,6 +47,7 @@ def test_optimum_equals_enumeration(case, max_table_cells):
     assert total_loss(losses, found) == pytest.approx(least, rel=1e-6, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_both_solvers_agree_on_the_layers_of_llama_8b():
     sizes = [4096 * 4096, 1024 * 4096, 1024 * 4096, 4096 * 4096] + [14336 * 4096] * 3
     layers = [

@@ -10,6 +10,8 @@ from shared import SMALL
 from matquant import cli
 from matquant.store.draft import Draft
 
+pytestmark = pytest.mark.slow
+
 # Rounded to nearest: these tests do not depend on the quality of the parent.
 QUICK = (
     *SMALL,

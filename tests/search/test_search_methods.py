@@ -12,6 +12,8 @@ from matquant.search.methods import SEARCH_METHODS, Finalists, SearchMethod
 from matquant.search.search_run import SearchRun
 from tests.search.evaluation import AdditiveEvaluator, MemoryJournal, problem_of_sizes
 
+pytestmark = pytest.mark.slow
+
 SIZES = [4] * 6 + [16] * 4
 BUDGETS = (2.5, 3.0, 4.0)
 

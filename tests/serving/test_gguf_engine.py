@@ -142,7 +142,7 @@ def tiny(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Slices:
 @pytest.fixture(scope="module")
 def smollm2(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Slices:
     if not SMOLLM2.is_file():
-        pytest.skip(f"no {SMOLLM2}: python experiments/real/prepare.py --only smollm2")
+        pytest.skip(f"no {SMOLLM2}: python experiments/benchmarks/real/prepare.py --only smollm2")
     folder = tmp_path_factory.mktemp("smollm2")
     converted = convert_gguf(ModelConfig(path=str(SMOLLM2)), Store(folder / "checkpoints"))[0].path
     return Slices(bench, Path(str(converted)), folder, length=64)

@@ -86,13 +86,13 @@ def test_drafts_are_left_out_where_they_cost_more(folder, ahead, costs, pays, wi
 def test_metrics_of_drafts(folder, costs, drafting):
     from prometheus_client import REGISTRY
 
-    from matquant.vllm import metrics
+    from matquant.vllm import prometheus
 
     engine = Speculative(folder, costs)
     engine.add(5, tokens=80)
     engine.run()
     state = engine.scheduler._state(None)
-    metrics.update(state)
+    prometheus.update(state)
     labels = {"bits": "5", "requests": "1-1"}
     assert REGISTRY.get_sample_value("matquant_drafting", labels) == drafting
     for kind, speed in (("drafts", 3 / costs[0]), ("plain", 1.0)):
@@ -100,7 +100,7 @@ def test_metrics_of_drafts(folder, costs, drafting):
         assert found == pytest.approx(speed, abs=0.01)
     before = REGISTRY.get_sample_value("matquant_drafting_changes_total")
     state["speculation"]["changes"] += 2
-    metrics.update(state)
+    prometheus.update(state)
     assert REGISTRY.get_sample_value("matquant_drafting_changes_total") == before + 2
 
 

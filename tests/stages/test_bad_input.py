@@ -6,6 +6,8 @@ import pytest
 import torch
 from shared import SMALL, TINY
 
+pytestmark = pytest.mark.slow
+
 
 def model_copy(folder, source=TINY):
     return shutil.copytree(source, folder / "model")

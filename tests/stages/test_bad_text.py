@@ -8,6 +8,8 @@ import pytest
 from shared import SMALL
 from transformers import AutoTokenizer
 
+pytestmark = pytest.mark.slow
+
 ADDED = "<extra>"  # token 2048 of a tokenizer whose model has 2048 embeddings
 LOCAL = ("calibration=local", "calibration.sequences=2", "calibration.sequence_length=8", "calibration.seed=null")
 MINE = ("+eval.datasets.mine.dataset=local", "+eval.datasets.mine.sequences=2", "+eval.datasets.mine.sequence_length=8")

@@ -104,7 +104,7 @@ def test_a_short_last_group_is_searched_packed_and_read(job: Any, tmp_path: Path
     packed = tmp_path / "run" / "packed"
     model, tokenizer = read(packed), AutoTokenizer.from_pretrained(packed)
     prompt = tokenizer("def f(", return_tensors="pt")
-    for row in results["generate"]["variants"]:
+    for row in results["generate"]["slices"]:
         model.set_bits(int(row["name"]) if row["name"].isdecimal() else tmp_path / "run" / "allocation.yaml")
         tokens = model.generate(**prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)[0]
         assert row["text"] == tokenizer.decode(tokens[prompt.input_ids.shape[1] :], skip_special_tokens=True)

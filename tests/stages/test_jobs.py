@@ -83,7 +83,7 @@ def test_ours_beats_the_published_algorithm_and_bit_widths_that_the_objective_do
     assert all(more > less for more, less in itertools.pairwise(ours))
 
 
-def test_dedicated_methods_make_one_model_per_width(job, shallow_model):
+def test_baseline_methods_make_one_model_per_bit_width(job, shallow_model):
     enough = (*QUICK, f"model.path={shallow_model}", "calibration.sequences=32", "bits=[3,4]")
     results = job(*enough, "method=gptq")
     assert results["parent"]["models"].keys() == {"3", "4"}

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from matquant.formats.parent import Parent
 from matquant.store.artifact import read_artifact
 
+pytestmark = pytest.mark.slow
+
 OMNIQUANT = ("method=matquant_omniquant", "method.epochs=2")
 QAT = (
     "method=matquant_qat",

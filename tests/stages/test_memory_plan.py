@@ -21,6 +21,8 @@ from matquant.quantize.rtn.config import RtnConfig
 from matquant.refine.memory import refine_memory, trained_scales_bytes, trained_weights_bytes
 from matquant.stages.generate import generate_memory
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 GB = 10**9
 BITS = (2, 3, 4, 6, 8)

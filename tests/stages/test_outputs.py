@@ -29,6 +29,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("matquant.stages.job.load_job", lambda *_: pytest.fail("the model was loaded"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [

@@ -7,9 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from store_builds import INPUTS, Builder, digest_of
 
 from matquant.store import Store
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = """
 import logging, sys, time

@@ -38,7 +38,7 @@ class LearnedScalesConfig(MethodConfig):
 
 
 class LearnedScales(BlockQuantizer):
-    """Rounds to nearest, then trains log-scales so that the block's output matches that of the full-precision block."""
+    """Round to nearest, then training of log-scales so that the block's output matches that of the full-precision block."""
 
     def __init__(self, config: LearnedScalesConfig, task: QuantizerTask) -> None:
         self.config, self.task = config, task

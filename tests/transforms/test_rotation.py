@@ -54,6 +54,7 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.square().mean().sqrt()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_logits_of_the_shipped_model_are_equal_in_float32(matrix: Literal["hadamard", "orthogonal"]) -> None:
     original = load_model(ModelConfig(path=str(TINY), dtype="float32")).model

@@ -180,6 +180,7 @@ def test_a_decision_depends_on_both_kinds_in_the_same_load():
     assert engine.policy.to_json()["changes"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafting", [3.0, 8.0, 30.0])
 def test_trials_take_a_share_of_the_time(drafting):
     """However much slower a step with drafts is: with a share of the steps alone, 8 times as slow ones would take 7 %."""
@@ -211,6 +212,7 @@ MOST = 6  # times that a step can cost more than another
 loads = st.tuples(st.integers(1, 40), costs, costs, st.integers(1, 200))  # batch size, seconds of both kinds, steps
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(script=st.lists(loads, min_size=1, max_size=5), accepted=st.integers(0, 3))
 def test_against_a_plain_count_of_costs(script, accepted):

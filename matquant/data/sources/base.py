@@ -58,7 +58,7 @@ class TextSource(abc.ABC):
         return []
 
     def notes(self, text: TextConfig) -> list[str]:
-        """Sentences for the user on what the text leaves out."""
+        """Sentences for the user on omitted parts of the text."""
         return []
 
     def describe(self, text: TextConfig, split: str) -> str:
@@ -80,7 +80,7 @@ class TextSource(abc.ABC):
     def too_short(self, text: TextConfig, split: str, tokens: int, available: int) -> UserError:
         """Error of a text with fewer windows than ``sequences``."""
         return UserError(
-            f"Too little text: {text.sequences} windows of {text.sequence_length} tokens were asked for "
+            f"Too little text: {text.sequences} windows of {text.sequence_length} tokens were requested "
             f"({text.sequences * text.sequence_length} tokens), but {self.describe(text, split)} gives {tokens} tokens, "
             f"which make {available}. Lower sequences or sequence_length, or give a longer text."
         )

@@ -150,5 +150,5 @@ def _text(row: Any, field: str | None, tokenizer: Any, where: str) -> str:
         raise UserError(f"{where}: {name} holds chat messages, but the model's tokenizer has no chat template.")
     try:
         return str(tokenizer.apply_chat_template(value, tokenize=False))
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # templates raise errors of any class
         raise UserError(f"{where}: the model's chat template refuses these messages: {error}") from error

@@ -33,9 +33,9 @@ class TileCandidate:
     block_n: int
     block_k: int
     block_m: int = 0
-    warps_m: int = 1
+    row_block_warps: int = 1
     warps_k: int = 1
-    x_panel: int = 1
+    x_stage_tiles: int = 1
     ctas_per_sm: int = 1
     min_stages: int = 2
     cluster: int = 1
@@ -55,9 +55,10 @@ class TileConfig:
         block_m: tokens of a CTA tile, a multiple of 8.
         block_n: rows of W of a CTA tile, a multiple of 64; a warp (or a warpgroup's quarter) has 64.
         block_k: columns of a k-tile per K warp, a multiple of 64.
-        warps_m, warps_k: warps along the tokens and along K.
+        row_block_warps: warps that share 64 rows of W: 1, 2 or 4.
+        warps_k: warps along K.
         stages: pipeline stages of weights in shared memory.
-        x_panel: k-tiles of activations that are copied together.
+        x_stage_tiles: k-tiles of activations in one pipeline stage of x.
         ctas_per_sm: CTAs that are resident on a multiprocessor.
         cluster: CTAs that share a tile and reduce it through distributed shared memory; 1 for stream-K.
         whole_tiles: a CTA computes a whole tile: there are as many CTAs as tiles.
@@ -68,10 +69,10 @@ class TileConfig:
     block_m: int
     block_n: int
     block_k: int
-    warps_m: int
+    row_block_warps: int
     warps_k: int
     stages: int
-    x_panel: int
+    x_stage_tiles: int
     ctas_per_sm: int
     cluster: int = 1
     whole_tiles: bool = False
@@ -82,14 +83,14 @@ class TileConfig:
             object.__setattr__(self, "x_rows", self.block_m)
 
     @property
-    def warps_n(self) -> int:
-        """Warps along the rows of W."""
+    def row_blocks(self) -> int:
+        """Blocks of 64 rows in a CTA tile."""
         return self.block_n // TILE
 
     @property
     def mma_warps(self) -> int:
         """Number of consumer (MMA) warps."""
-        return self.warps_n * self.warps_m * self.warps_k
+        return self.row_blocks * self.row_block_warps * self.warps_k
 
     @property
     def token_tiles(self) -> int:
@@ -145,13 +146,13 @@ class KernelFamily(abc.ABC):
     def defines(self, tile: TileConfig) -> dict[str, int]:
         """Macros of the tile configuration."""
         return {
-            "TOKEN_TILES": tile.token_tiles,
-            "ROW_WARPS": tile.warps_n,
-            "TILE_WARPS": tile.warps_m,
-            "K_WARPS": tile.warps_k,
-            "UNITS": tile.k_units,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+            "ROW_BLOCK_WARPS": tile.row_block_warps,
+            "WARPS_K": tile.warps_k,
             "STAGES": tile.stages,
-            "PANEL": tile.x_panel,
+            "X_STAGE_TILES": tile.x_stage_tiles,
             "BLOCKS_PER_SM": tile.ctas_per_sm,
             "WGMMA": int(self.wgmma),
             "CLUSTER": tile.cluster,
@@ -170,7 +171,7 @@ class KernelFamily(abc.ABC):
         return config
 
     def find(self, shape: GemmShape, device: DeviceLimits) -> TileConfig | None:
-        """Return what ``choose`` returns, or None if no candidate fits."""
+        """Return the result of ``choose``, or None if no candidate fits."""
         for tile in self.candidates(shape, device):
             if self.spills(shape, tile) or _divides_a_group(shape, tile):
                 continue
@@ -198,7 +199,7 @@ def weight_stage_bytes(shape: GemmShape, tile: TileConfig) -> int:
 
 def registers_per_thread(tile: TileCandidate) -> int:
     """Registers that a thread can have, so that all CTAs of a multiprocessor are resident."""
-    warps = tile.block_n // TILE * tile.warps_m * tile.warps_k * tile.ctas_per_sm
+    warps = tile.block_n // TILE * tile.row_block_warps * tile.warps_k * tile.ctas_per_sm
     return min(65536 // (WARP * warps), 255)
 
 

@@ -30,17 +30,17 @@ _FALLBACK = (
     TileCandidate(block_n=64, block_k=64),
 )
 _FALLBACK_32 = (
-    TileCandidate(block_n=256, block_k=64, warps_m=2, x_panel=2),
+    TileCandidate(block_n=256, block_k=64, row_block_warps=2, x_stage_tiles=2),
     TileCandidate(block_n=256, block_k=64),
     TileCandidate(block_n=128, block_k=64),
-    TileCandidate(block_n=64, block_k=64, warps_m=2),
+    TileCandidate(block_n=64, block_k=64, row_block_warps=2),
 )
 _NARROW = {
     8: (
         TileCandidate(block_n=64, block_k=128, warps_k=8, ctas_per_sm=2),
         TileCandidate(block_n=64, block_k=128, warps_k=4, ctas_per_sm=2, min_stages=3),
-        TileCandidate(block_n=64, block_k=64, warps_k=8, x_panel=2, ctas_per_sm=2),
-        TileCandidate(block_n=128, block_k=64, warps_k=8, x_panel=2),
+        TileCandidate(block_n=64, block_k=64, warps_k=8, x_stage_tiles=2, ctas_per_sm=2),
+        TileCandidate(block_n=128, block_k=64, warps_k=8, x_stage_tiles=2),
         *_FALLBACK,
     ),
     16: (
@@ -51,48 +51,48 @@ _NARROW = {
     32: (
         TileCandidate(block_n=128, block_k=128, warps_k=4),
         TileCandidate(block_n=256, block_k=128, warps_k=2),
-        TileCandidate(block_n=256, block_k=64, warps_k=2, x_panel=2),
+        TileCandidate(block_n=256, block_k=64, warps_k=2, x_stage_tiles=2),
         *_FALLBACK_32,
     ),
     64: (
-        TileCandidate(block_n=256, block_k=128, warps_m=2),
-        TileCandidate(block_n=256, block_k=64, warps_m=2, x_panel=2),
-        TileCandidate(block_n=128, block_k=64, warps_m=4),
-        TileCandidate(block_n=64, block_k=64, warps_m=2),
+        TileCandidate(block_n=256, block_k=128, row_block_warps=2),
+        TileCandidate(block_n=256, block_k=64, row_block_warps=2, x_stage_tiles=2),
+        TileCandidate(block_n=128, block_k=64, row_block_warps=4),
+        TileCandidate(block_n=64, block_k=64, row_block_warps=2),
     ),
 }
 _WIDE = {
     8: (
-        TileCandidate(block_n=256, block_k=128, warps_k=2, x_panel=4, ctas_per_sm=2),
-        TileCandidate(block_n=512, block_k=128, warps_k=2, x_panel=4),
-        TileCandidate(block_n=256, block_k=64, warps_k=2, x_panel=4, ctas_per_sm=2),
+        TileCandidate(block_n=256, block_k=128, warps_k=2, x_stage_tiles=4, ctas_per_sm=2),
+        TileCandidate(block_n=512, block_k=128, warps_k=2, x_stage_tiles=4),
+        TileCandidate(block_n=256, block_k=64, warps_k=2, x_stage_tiles=4, ctas_per_sm=2),
         *_FALLBACK,
     ),
     16: (
-        TileCandidate(block_n=256, block_k=128, warps_k=2, x_panel=4),
-        TileCandidate(block_n=512, block_k=128, x_panel=4),
+        TileCandidate(block_n=256, block_k=128, warps_k=2, x_stage_tiles=4),
+        TileCandidate(block_n=512, block_k=128, x_stage_tiles=4),
         TileCandidate(block_n=256, block_k=64),
         *_FALLBACK,
     ),
     32: (
         TileCandidate(block_n=256, block_k=128, warps_k=2),
-        TileCandidate(block_n=512, block_k=128, x_panel=2),
+        TileCandidate(block_n=512, block_k=128, x_stage_tiles=2),
         *_FALLBACK_32,
     ),
     64: _NARROW[64],
 }
 _LARGE = {
     8: (
-        TileCandidate(block_n=1024, block_k=256, x_panel=4),
-        TileCandidate(block_n=1024, block_k=128, x_panel=8),
+        TileCandidate(block_n=1024, block_k=256, x_stage_tiles=4),
+        TileCandidate(block_n=1024, block_k=128, x_stage_tiles=8),
         *_WIDE[8],
     ),
     16: (
-        TileCandidate(block_n=512, block_k=256, x_panel=2),
-        TileCandidate(block_n=512, block_k=128, x_panel=4),
+        TileCandidate(block_n=512, block_k=256, x_stage_tiles=2),
+        TileCandidate(block_n=512, block_k=128, x_stage_tiles=4),
         *_WIDE[16],
     ),
-    32: (TileCandidate(block_n=512, block_k=128, x_panel=2), *_FALLBACK_32),
+    32: (TileCandidate(block_n=512, block_k=128, x_stage_tiles=2), *_FALLBACK_32),
     64: _NARROW[64],
 }
 
@@ -101,38 +101,38 @@ _LARGE = {
 # which its CTAs fill one wave (``fills_wave``). Measured on an H100, see experiments/results/kernels.
 _ONE_WAVE = {
     1: (
-        TileCandidate(block_n=64, block_k=128, warps_k=8, x_panel=4, cluster=2),
-        TileCandidate(block_n=64, block_k=64, warps_k=8, x_panel=4, cluster=2),
-        TileCandidate(block_n=64, block_k=128, warps_k=8, x_panel=4, ctas_per_sm=2, cluster=2),
-        TileCandidate(block_n=64, block_k=64, warps_k=8, x_panel=4, ctas_per_sm=2, cluster=2),
-        TileCandidate(block_n=64, block_k=128, warps_k=4, x_panel=2, ctas_per_sm=3, cluster=4, max_planes=3),
-        TileCandidate(block_n=448, block_k=128, warps_k=2, x_panel=2, cluster=8),
-        TileCandidate(block_n=448, block_k=64, warps_k=2, x_panel=4, cluster=8),
-        TileCandidate(block_n=128, block_k=128, warps_k=4, x_panel=4, ctas_per_sm=2, cluster=2),
-        TileCandidate(block_n=128, block_k=64, warps_k=4, x_panel=4, ctas_per_sm=2, cluster=2),
-        TileCandidate(block_n=256, block_k=128, warps_k=2, x_panel=4, ctas_per_sm=2, cluster=2),
-        TileCandidate(block_n=256, block_k=64, warps_k=4, x_panel=4, whole_tiles=True),
+        TileCandidate(block_n=64, block_k=128, warps_k=8, x_stage_tiles=4, cluster=2),
+        TileCandidate(block_n=64, block_k=64, warps_k=8, x_stage_tiles=4, cluster=2),
+        TileCandidate(block_n=64, block_k=128, warps_k=8, x_stage_tiles=4, ctas_per_sm=2, cluster=2),
+        TileCandidate(block_n=64, block_k=64, warps_k=8, x_stage_tiles=4, ctas_per_sm=2, cluster=2),
+        TileCandidate(block_n=64, block_k=128, warps_k=4, x_stage_tiles=2, ctas_per_sm=3, cluster=4, max_planes=3),
+        TileCandidate(block_n=448, block_k=128, warps_k=2, x_stage_tiles=2, cluster=8),
+        TileCandidate(block_n=448, block_k=64, warps_k=2, x_stage_tiles=4, cluster=8),
+        TileCandidate(block_n=128, block_k=128, warps_k=4, x_stage_tiles=4, ctas_per_sm=2, cluster=2),
+        TileCandidate(block_n=128, block_k=64, warps_k=4, x_stage_tiles=4, ctas_per_sm=2, cluster=2),
+        TileCandidate(block_n=256, block_k=128, warps_k=2, x_stage_tiles=4, ctas_per_sm=2, cluster=2),
+        TileCandidate(block_n=256, block_k=64, warps_k=4, x_stage_tiles=4, whole_tiles=True),
     ),
     8: (
-        TileCandidate(block_n=64, block_k=128, warps_k=8, x_panel=4, cluster=2),
-        TileCandidate(block_n=64, block_k=64, warps_k=8, x_panel=4, cluster=2),
-        TileCandidate(block_n=128, block_k=64, warps_k=2, x_panel=4, ctas_per_sm=3, cluster=8, max_planes=3),
-        TileCandidate(block_n=448, block_k=128, warps_k=2, x_panel=2, cluster=8),
-        TileCandidate(block_n=448, block_k=64, warps_k=2, x_panel=4, cluster=8),
-        TileCandidate(block_n=512, block_k=128, x_panel=4, ctas_per_sm=2, cluster=8, max_k_tiles=8, min_stages=3),
-        TileCandidate(block_n=512, block_k=128, x_panel=4, cluster=4, max_k_tiles=16),
-        TileCandidate(block_n=256, block_k=128, warps_k=2, x_panel=4, ctas_per_sm=2, cluster=2),
-        TileCandidate(block_n=512, block_k=64, x_panel=4, ctas_per_sm=2, cluster=4),
+        TileCandidate(block_n=64, block_k=128, warps_k=8, x_stage_tiles=4, cluster=2),
+        TileCandidate(block_n=64, block_k=64, warps_k=8, x_stage_tiles=4, cluster=2),
+        TileCandidate(block_n=128, block_k=64, warps_k=2, x_stage_tiles=4, ctas_per_sm=3, cluster=8, max_planes=3),
+        TileCandidate(block_n=448, block_k=128, warps_k=2, x_stage_tiles=2, cluster=8),
+        TileCandidate(block_n=448, block_k=64, warps_k=2, x_stage_tiles=4, cluster=8),
+        TileCandidate(block_n=512, block_k=128, x_stage_tiles=4, ctas_per_sm=2, cluster=8, max_k_tiles=8, min_stages=3),
+        TileCandidate(block_n=512, block_k=128, x_stage_tiles=4, cluster=4, max_k_tiles=16),
+        TileCandidate(block_n=256, block_k=128, warps_k=2, x_stage_tiles=4, ctas_per_sm=2, cluster=2),
+        TileCandidate(block_n=512, block_k=64, x_stage_tiles=4, ctas_per_sm=2, cluster=4),
     ),
     16: (
-        TileCandidate(block_n=448, block_k=128, warps_k=2, x_panel=2, cluster=8),
-        TileCandidate(block_n=448, block_k=64, warps_k=2, x_panel=2, cluster=8, max_planes=5),
-        TileCandidate(block_n=128, block_k=128, warps_k=4, x_panel=2, cluster=2),
-        TileCandidate(block_n=128, block_k=64, warps_k=4, x_panel=2, cluster=2),
-        TileCandidate(block_n=256, block_k=128, warps_k=4, x_panel=2, cluster=2),
-        TileCandidate(block_n=256, block_k=128, warps_k=2, x_panel=2, cluster=2),
-        TileCandidate(block_n=512, block_k=128, warps_k=2, x_panel=2, cluster=2),
-        TileCandidate(block_n=256, block_k=128, x_panel=2, ctas_per_sm=2, cluster=2),
+        TileCandidate(block_n=448, block_k=128, warps_k=2, x_stage_tiles=2, cluster=8),
+        TileCandidate(block_n=448, block_k=64, warps_k=2, x_stage_tiles=2, cluster=8, max_planes=5),
+        TileCandidate(block_n=128, block_k=128, warps_k=4, x_stage_tiles=2, cluster=2),
+        TileCandidate(block_n=128, block_k=64, warps_k=4, x_stage_tiles=2, cluster=2),
+        TileCandidate(block_n=256, block_k=128, warps_k=4, x_stage_tiles=2, cluster=2),
+        TileCandidate(block_n=256, block_k=128, warps_k=2, x_stage_tiles=2, cluster=2),
+        TileCandidate(block_n=512, block_k=128, warps_k=2, x_stage_tiles=2, cluster=2),
+        TileCandidate(block_n=256, block_k=128, x_stage_tiles=2, ctas_per_sm=2, cluster=2),
     ),
 }
 _REGISTERS_OF_16_TOKENS = 160  # that any format needs
@@ -141,7 +141,7 @@ _MIN_WAVE_SHARE = 0.83  # of the resident CTAs that have work
 
 
 class MmaFamily(KernelFamily):
-    """Split-K with ``mma.m16n8k16``; weights through a cp.async ring, activations through panels."""
+    """Split-K with ``mma.m16n8k16``; weights and activations through cp.async pipelines."""
 
     name = "mma"
     source, function = "gemm.cu", "nested_gemm"
@@ -161,13 +161,15 @@ class MmaFamily(KernelFamily):
         token_tiles, units = tile.block_m // 8, tile.block_k // TILE
         if token_tiles == 2 and registers_per_thread(tile) < _REGISTERS_OF_16_TOKENS and not needs_few_registers(shape):
             return True
-        return small_groups and (units > 2 or (token_tiles > 2 and (units > 1 or tile.warps_m < token_tiles // 2)))
+        return small_groups and (
+            units > 2 or (token_tiles > 2 and (units > 1 or tile.row_block_warps < token_tiles // 2))
+        )
 
     def shared_bytes(self, shape: GemmShape, tile: TileConfig) -> int:
         groups = tile.block_k // (shape.group if 0 < shape.group < tile.block_k else tile.block_k)
-        ring, x, exchange = ring_bytes(shape, tile), x_panel_bytes(tile, padding=8), exchange_bytes(tile)
-        own_sums = tile.token_tiles * tile.warps_m <= 2
-        x_sums = 0 if own_sums else tile.x_panel * tile.warps_k * groups * tile.block_m * 4
+        ring, x, exchange = ring_bytes(shape, tile), x_bytes(tile, padding=8), exchange_bytes(tile)
+        own_sums = tile.token_tiles * tile.row_block_warps <= 2
+        x_sums = 0 if own_sums else tile.x_stage_tiles * tile.warps_k * groups * tile.block_m * 4
         return x + ring + exchange + cluster_exchange_bytes(tile) + x_sums
 
     def tma_descriptors(self, shape: GemmShape, tile: TileConfig) -> TmaDescriptors | None:
@@ -199,7 +201,7 @@ def is_meant_for(shape: GemmShape, tile: TileCandidate) -> bool:
     """Return True if a CTA has as many k-tiles, and the weight as many planes, as the candidate is for."""
     k_tiles = k_tiles_per_cta(shape, tile)
     few_planes = shape.planes <= (tile.max_planes or shape.planes)
-    return max(tile.x_panel, tile.min_k_tiles) <= k_tiles <= (tile.max_k_tiles or k_tiles) and few_planes
+    return max(tile.x_stage_tiles, tile.min_k_tiles) <= k_tiles <= (tile.max_k_tiles or k_tiles) and few_planes
 
 
 def by_matrix_size(
@@ -223,32 +225,32 @@ def by_matrix_size(
 
 def ring_bytes(shape: GemmShape, tile: TileConfig) -> int:
     """Bytes of the weight pipelines of all warps."""
-    return tile.warps_k * tile.warps_n * tile.stages * weight_stage_bytes(shape, tile)
+    return tile.warps_k * tile.row_blocks * tile.stages * weight_stage_bytes(shape, tile)
 
 
-def x_panels(tile: TileConfig) -> int:
-    """Panels of activations in shared memory: one in use, the others in flight."""
-    return 1 + -(-(tile.stages - 1) // tile.x_panel)
+def x_stages(tile: TileConfig) -> int:
+    """Pipeline stages of activations in shared memory: one in use, the others in flight."""
+    return 1 + -(-(tile.stages - 1) // tile.x_stage_tiles)
 
 
-def x_panel_bytes(tile: TileConfig, padding: int) -> int:
-    """Bytes of all panels of activations; rows are padded by ``padding`` elements."""
-    return x_panels(tile) * tile.x_panel * tile.x_rows * (tile.block_k * tile.warps_k + padding) * 2
+def x_bytes(tile: TileConfig, padding: int) -> int:
+    """Bytes of all stages of activations; rows are padded by ``padding`` elements."""
+    return x_stages(tile) * tile.x_stage_tiles * tile.x_rows * (tile.block_k * tile.warps_k + padding) * 2
 
 
 def exchange_bytes(tile: TileConfig) -> int:
     """Bytes through which K warps reduce their accumulators."""
     if tile.warps_k == 1:
         return 0
-    return tile.warps_k * tile.warps_n * 4 * tile.token_tiles * WARP * LOAD_BYTES
+    return tile.warps_k * tile.row_blocks * 4 * tile.token_tiles * WARP * LOAD_BYTES
 
 
 def cluster_bytes(tile: TileConfig) -> int:
     """Bytes of the partial sums that a CTA of a cluster receives."""
     if tile.cluster == 1:
         return 0
-    shares = -(-4 // tile.warps_m * tile.token_tiles // tile.cluster)
-    return tile.cluster * tile.warps_n * tile.warps_m * shares * WARP * LOAD_BYTES
+    shares = -(-4 // tile.row_block_warps * tile.token_tiles // tile.cluster)
+    return tile.cluster * tile.row_blocks * tile.row_block_warps * shares * WARP * LOAD_BYTES
 
 
 def cluster_exchange_bytes(tile: TileConfig) -> int:

@@ -31,15 +31,15 @@ _CANDIDATES = {
     ),
     32: (
         TileCandidate(block_n=128, block_k=128, warps_k=4),
-        TileCandidate(block_n=256, block_k=64, warps_k=2, x_panel=2),
+        TileCandidate(block_n=256, block_k=64, warps_k=2, x_stage_tiles=2),
         TileCandidate(block_n=128, block_k=64),
-        TileCandidate(block_n=64, block_k=64, warps_m=2),
+        TileCandidate(block_n=64, block_k=64, row_block_warps=2),
     ),
     64: (
-        TileCandidate(block_n=256, block_k=128, warps_m=2),
-        TileCandidate(block_n=256, block_k=64, warps_m=2, x_panel=2),
-        TileCandidate(block_n=128, block_k=64, warps_m=4),
-        TileCandidate(block_n=64, block_k=64, warps_m=2),
+        TileCandidate(block_n=256, block_k=128, row_block_warps=2),
+        TileCandidate(block_n=256, block_k=64, row_block_warps=2, x_stage_tiles=2),
+        TileCandidate(block_n=128, block_k=64, row_block_warps=4),
+        TileCandidate(block_n=64, block_k=64, row_block_warps=2),
     ),
 }
 BLOCK_M = tuple(_CANDIDATES)

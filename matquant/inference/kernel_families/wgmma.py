@@ -22,8 +22,8 @@ from matquant.inference.kernel_families.mma import (
     exchange_bytes,
     one_wave,
     ring_bytes,
-    x_panel_bytes,
-    x_panels,
+    x_bytes,
+    x_stages,
 )
 
 WGMMA_MIN_M = 17  # tokens; mma.sync is as fast or faster for fewer
@@ -31,21 +31,24 @@ WGMMA_MIN_M = 17  # tokens; mma.sync is as fast or faster for fewer
 _REGISTERS = 100  # of a thread: fewer do for some formats alone
 
 # Candidates by block_m, as in ``mma``.
-_FALLBACK = (TileCandidate(block_n=256, block_k=128, warps_k=2), TileCandidate(block_n=64, block_k=64, warps_m=4))
+_FALLBACK = (
+    TileCandidate(block_n=256, block_k=128, warps_k=2),
+    TileCandidate(block_n=64, block_k=64, row_block_warps=4),
+)
 _NARROW = {
-    32: (TileCandidate(block_n=128, block_k=128, warps_m=2, warps_k=4), *_FALLBACK),
+    32: (TileCandidate(block_n=128, block_k=128, row_block_warps=2, warps_k=4), *_FALLBACK),
     64: (
-        TileCandidate(block_n=64, block_k=128, warps_m=4, warps_k=4),
-        TileCandidate(block_n=128, block_k=128, warps_m=2, warps_k=2),
+        TileCandidate(block_n=64, block_k=128, row_block_warps=4, warps_k=4),
+        TileCandidate(block_n=128, block_k=128, row_block_warps=2, warps_k=2),
         *_FALLBACK,
     ),
 }
 _WIDE = {
     32: _FALLBACK,
     64: (
-        TileCandidate(block_n=128, block_k=256, warps_m=2, ctas_per_sm=2),
-        TileCandidate(block_n=256, block_k=256, warps_m=2),
-        TileCandidate(block_n=128, block_k=128, warps_m=2, warps_k=2),
+        TileCandidate(block_n=128, block_k=256, row_block_warps=2, ctas_per_sm=2),
+        TileCandidate(block_n=256, block_k=256, row_block_warps=2),
+        TileCandidate(block_n=128, block_k=128, row_block_warps=2, warps_k=2),
         *_FALLBACK,
     ),
 }
@@ -53,7 +56,7 @@ _LARGE = {
     32: (TileCandidate(block_n=512, block_k=256), *_FALLBACK),
     64: (
         TileCandidate(block_n=512, block_k=256, min_stages=3),
-        TileCandidate(block_n=512, block_k=128, x_panel=2),
+        TileCandidate(block_n=512, block_k=128, x_stage_tiles=2),
         *_WIDE[64][1:],
     ),
 }
@@ -62,23 +65,23 @@ _ONE_WAVE = {
     32: (
         TileCandidate(block_n=512, block_k=256, cluster=2),
         TileCandidate(block_n=512, block_k=128, cluster=2),
-        TileCandidate(block_n=128, block_k=128, warps_m=2, warps_k=4, cluster=2),
-        TileCandidate(block_n=128, block_k=128, warps_m=2, warps_k=2, cluster=2),
-        TileCandidate(block_n=64, block_k=256, warps_m=4, warps_k=4, cluster=2),
-        TileCandidate(block_n=64, block_k=128, warps_m=4, warps_k=4, cluster=2, max_k_tiles=8),
-        TileCandidate(block_n=448, block_k=256, warps_m=4, cluster=8),
-        TileCandidate(block_n=448, block_k=128, warps_m=4, cluster=8),
+        TileCandidate(block_n=128, block_k=128, row_block_warps=2, warps_k=4, cluster=2),
+        TileCandidate(block_n=128, block_k=128, row_block_warps=2, warps_k=2, cluster=2),
+        TileCandidate(block_n=64, block_k=256, row_block_warps=4, warps_k=4, cluster=2),
+        TileCandidate(block_n=64, block_k=128, row_block_warps=4, warps_k=4, cluster=2, max_k_tiles=8),
+        TileCandidate(block_n=448, block_k=256, row_block_warps=4, cluster=8),
+        TileCandidate(block_n=448, block_k=128, row_block_warps=4, cluster=8),
         TileCandidate(block_n=256, block_k=128, warps_k=2, cluster=2),
         TileCandidate(block_n=256, block_k=64, warps_k=2, cluster=2),
     ),
     64: (
-        TileCandidate(block_n=448, block_k=128, warps_m=4, cluster=8),
-        TileCandidate(block_n=128, block_k=128, warps_m=2, warps_k=2, cluster=2),
-        TileCandidate(block_n=64, block_k=256, warps_m=4, warps_k=2, cluster=2),
-        TileCandidate(block_n=64, block_k=128, warps_m=4, warps_k=2, cluster=2, max_k_tiles=8),
+        TileCandidate(block_n=448, block_k=128, row_block_warps=4, cluster=8),
+        TileCandidate(block_n=128, block_k=128, row_block_warps=2, warps_k=2, cluster=2),
+        TileCandidate(block_n=64, block_k=256, row_block_warps=4, warps_k=2, cluster=2),
+        TileCandidate(block_n=64, block_k=128, row_block_warps=4, warps_k=2, cluster=2, max_k_tiles=8),
         TileCandidate(block_n=512, block_k=128, cluster=2),
         TileCandidate(block_n=512, block_k=64, cluster=2),
-        TileCandidate(block_n=256, block_k=256, warps_m=2, cluster=2),
+        TileCandidate(block_n=256, block_k=256, row_block_warps=2, cluster=2),
         TileCandidate(block_n=512, block_k=64, cluster=4, max_k_tiles=32),
     ),
 }
@@ -105,12 +108,12 @@ class WgmmaFamily(KernelFamily):
         # All eight planes take one more operand fragment in float16, two in bfloat16.
         fragments = 0 if shape.planes < 8 else 1 if shape.dtype == torch.float16 else 2
         pressure = small_groups + shape.format.has_zero_points + fragments
-        return tile.block_m // 8 >= 8 * tile.warps_m and pressure > 1
+        return tile.block_m // 8 >= 8 * tile.row_block_warps and pressure > 1
 
     def shared_bytes(self, shape: GemmShape, tile: TileConfig) -> int:
-        barriers = -(-8 * x_panels(tile) // 16) * 16
+        barriers = -(-8 * x_stages(tile) // 16) * 16
         exchange = exchange_bytes(tile) + cluster_exchange_bytes(tile)
-        return x_panel_bytes(tile, padding=0) + ring_bytes(shape, tile) + exchange + barriers
+        return x_bytes(tile, padding=0) + ring_bytes(shape, tile) + exchange + barriers
 
     def tma_descriptors(self, shape: GemmShape, tile: TileConfig) -> TmaDescriptors | None:
         return None, None, None, x_descriptor(shape, tile)

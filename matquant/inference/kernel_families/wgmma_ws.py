@@ -28,43 +28,45 @@ _SHORT_WORTH = 0.8  # prefer block_m=128 if it pads M to at most this share of w
 
 # Candidates, the best first: 128 tokens of a matrix that is not large, of a large one, and 256 tokens.
 _SHORT = (
-    TileCandidate(block_m=128, block_n=128, block_k=128, warps_m=4),
-    TileCandidate(block_m=128, block_n=128, block_k=64, warps_m=4),
+    TileCandidate(block_m=128, block_n=128, block_k=128, row_block_warps=4),
+    TileCandidate(block_m=128, block_n=128, block_k=64, row_block_warps=4),
 )
 _SHORT_LARGE = (
-    TileCandidate(block_m=128, block_n=256, block_k=128, warps_m=2, min_stages=3),
-    TileCandidate(block_m=128, block_n=256, block_k=64, warps_m=2, min_stages=3),
-    TileCandidate(block_m=128, block_n=128, block_k=128, warps_m=4),
-    TileCandidate(block_m=128, block_n=128, block_k=64, warps_m=4),
+    TileCandidate(block_m=128, block_n=256, block_k=128, row_block_warps=2, min_stages=3),
+    TileCandidate(block_m=128, block_n=256, block_k=64, row_block_warps=2, min_stages=3),
+    TileCandidate(block_m=128, block_n=128, block_k=128, row_block_warps=4),
+    TileCandidate(block_m=128, block_n=128, block_k=64, row_block_warps=4),
 )
 _LONG = (
-    TileCandidate(block_m=256, block_n=128, block_k=128, warps_m=4, min_stages=3),
-    TileCandidate(block_m=256, block_n=128, block_k=64, warps_m=4, min_stages=3),
-    TileCandidate(block_m=256, block_n=128, block_k=128, warps_m=4),
-    TileCandidate(block_m=128, block_n=128, block_k=128, warps_m=4),
-    TileCandidate(block_m=128, block_n=128, block_k=64, warps_m=4),
+    TileCandidate(block_m=256, block_n=128, block_k=128, row_block_warps=4, min_stages=3),
+    TileCandidate(block_m=256, block_n=128, block_k=64, row_block_warps=4, min_stages=3),
+    TileCandidate(block_m=256, block_n=128, block_k=128, row_block_warps=4),
+    TileCandidate(block_m=128, block_n=128, block_k=128, row_block_warps=4),
+    TileCandidate(block_m=128, block_n=128, block_k=64, row_block_warps=4),
 )
 # Candidates without stream-K, the best first, where their CTAs fill the device (``_fills_waves``). Measured on an H200, see
 # experiments/results/kernels. A device with 132 multiprocessors does not run 32 clusters of four at once.
 _FULL_WAVES = (
-    TileCandidate(block_m=256, block_n=128, block_k=128, warps_m=4, whole_tiles=True, min_stages=3, max_planes=2),
-    TileCandidate(block_m=256, block_n=128, block_k=64, warps_m=4, whole_tiles=True, min_stages=3),
-    TileCandidate(block_m=256, block_n=128, block_k=128, warps_m=4, cluster=2, min_stages=3, max_k_tiles=32),
-    TileCandidate(block_m=256, block_n=128, block_k=64, warps_m=4, cluster=2, max_k_tiles=64),
-    TileCandidate(block_m=128, block_n=256, block_k=128, warps_m=2, whole_tiles=True, min_stages=3),
-    TileCandidate(block_m=128, block_n=256, block_k=64, warps_m=2, whole_tiles=True, min_stages=3),
-    TileCandidate(block_m=128, block_n=192, block_k=128, warps_m=4, whole_tiles=True, min_stages=3),
-    TileCandidate(block_m=128, block_n=128, block_k=128, warps_m=4, whole_tiles=True, max_k_tiles=32),
-    TileCandidate(block_m=128, block_n=128, block_k=128, warps_m=4, cluster=2, max_k_tiles=32),
-    TileCandidate(block_m=128, block_n=192, block_k=128, warps_m=4, cluster=2, max_k_tiles=32),
-    TileCandidate(block_m=128, block_n=192, block_k=64, warps_m=4, cluster=5),
-    TileCandidate(block_m=128, block_n=256, block_k=128, warps_m=2, cluster=2, min_stages=3),
-    TileCandidate(block_m=64, block_n=256, block_k=128, warps_m=2, cluster=2, min_stages=3),
-    TileCandidate(block_m=64, block_n=256, block_k=64, warps_m=2, cluster=2, min_stages=3),
-    TileCandidate(block_m=64, block_n=256, block_k=128, warps_m=2, whole_tiles=True, min_stages=3),
-    TileCandidate(block_m=64, block_n=256, block_k=64, warps_m=2, whole_tiles=True, min_stages=3),
-    TileCandidate(block_m=64, block_n=192, block_k=128, warps_m=4, cluster=5, min_k_tiles=16),
-    TileCandidate(block_m=32, block_n=192, block_k=256, warps_m=4, cluster=2, min_stages=3),
+    TileCandidate(
+        block_m=256, block_n=128, block_k=128, row_block_warps=4, whole_tiles=True, min_stages=3, max_planes=2
+    ),
+    TileCandidate(block_m=256, block_n=128, block_k=64, row_block_warps=4, whole_tiles=True, min_stages=3),
+    TileCandidate(block_m=256, block_n=128, block_k=128, row_block_warps=4, cluster=2, min_stages=3, max_k_tiles=32),
+    TileCandidate(block_m=256, block_n=128, block_k=64, row_block_warps=4, cluster=2, max_k_tiles=64),
+    TileCandidate(block_m=128, block_n=256, block_k=128, row_block_warps=2, whole_tiles=True, min_stages=3),
+    TileCandidate(block_m=128, block_n=256, block_k=64, row_block_warps=2, whole_tiles=True, min_stages=3),
+    TileCandidate(block_m=128, block_n=192, block_k=128, row_block_warps=4, whole_tiles=True, min_stages=3),
+    TileCandidate(block_m=128, block_n=128, block_k=128, row_block_warps=4, whole_tiles=True, max_k_tiles=32),
+    TileCandidate(block_m=128, block_n=128, block_k=128, row_block_warps=4, cluster=2, max_k_tiles=32),
+    TileCandidate(block_m=128, block_n=192, block_k=128, row_block_warps=4, cluster=2, max_k_tiles=32),
+    TileCandidate(block_m=128, block_n=192, block_k=64, row_block_warps=4, cluster=5),
+    TileCandidate(block_m=128, block_n=256, block_k=128, row_block_warps=2, cluster=2, min_stages=3),
+    TileCandidate(block_m=64, block_n=256, block_k=128, row_block_warps=2, cluster=2, min_stages=3),
+    TileCandidate(block_m=64, block_n=256, block_k=64, row_block_warps=2, cluster=2, min_stages=3),
+    TileCandidate(block_m=64, block_n=256, block_k=128, row_block_warps=2, whole_tiles=True, min_stages=3),
+    TileCandidate(block_m=64, block_n=256, block_k=64, row_block_warps=2, whole_tiles=True, min_stages=3),
+    TileCandidate(block_m=64, block_n=192, block_k=128, row_block_warps=4, cluster=5, min_k_tiles=16),
+    TileCandidate(block_m=32, block_n=192, block_k=256, row_block_warps=4, cluster=2, min_stages=3),
     TileCandidate(block_m=32, block_n=512, block_k=128, cluster=2, min_stages=3),
 )
 
@@ -94,7 +96,7 @@ class WgmmaWsFamily(KernelFamily):
         if tile.block_m == 256:
             few_or_all = (planes, shape.dtype) in ((2, torch.float16), (8, torch.bfloat16))
             return units == 1 and (few_or_all or (stream_k and zeros and planes >= 6))
-        if tile.warps_m == 4:
+        if tile.row_block_warps == 4:
             return False
         if stream_k and shape.bits == 2 and not zeros:
             return True
@@ -103,7 +105,7 @@ class WgmmaWsFamily(KernelFamily):
         return shape.dtype == torch.bfloat16 and planes + 2 * zeros >= 8
 
     def shared_bytes(self, shape: GemmShape, tile: TileConfig) -> int:
-        weights = _aligned(tile.warps_n * weight_stage_bytes(shape, tile))
+        weights = _aligned(tile.row_blocks * weight_stage_bytes(shape, tile))
         stages = tile.stages * (tile.block_m * tile.block_k * 2 + weights)
         barriers = 2 * tile.stages + (tile.cluster > 1)
         return _aligned(max(stages, cluster_bytes(tile)) + 8 * barriers)
@@ -119,10 +121,10 @@ class WgmmaWsFamily(KernelFamily):
         all_groups = stored_group_count(shape.depth, shape.format.group_size)
         groups = tile.block_k // shape.group if 0 < shape.group < tile.block_k else 1
         planes = TmaDescriptor(
-            8, (shape.planes, row_tiles, 64 * units), (shape.planes, tile.warps_n, 64 * tile.k_units)
+            8, (shape.planes, row_tiles, 64 * units), (shape.planes, tile.row_blocks, 64 * tile.k_units)
         )
-        scales = TmaDescriptor(8, (all_groups, 16 * row_tiles), (groups, 16 * tile.warps_n))
-        zeros = TmaDescriptor(8, (all_groups, 8 * row_tiles), (groups, 8 * tile.warps_n))
+        scales = TmaDescriptor(8, (all_groups, 16 * row_tiles), (groups, 16 * tile.row_blocks))
+        zeros = TmaDescriptor(8, (all_groups, 8 * row_tiles), (groups, 8 * tile.row_blocks))
         return planes, scales, zeros, x_descriptor(shape, tile)
 
 

@@ -1,4 +1,4 @@
-"""Base class of the checkpoint formats, and what the stage passes to them."""
+"""Base class of the checkpoint formats, and their request and result."""
 
 import abc
 import dataclasses
@@ -74,8 +74,8 @@ def check_equal_groups(name: str, layers: Mapping[str, LayerSpec]) -> None:
     if not uneven:
         return
     spec, more = layers[uneven[0]], f" and {len(uneven) - 1} more layers" if len(uneven) > 1 else ""
-    widths = {one.in_features for one in layers.values()}
-    fitting = [str(s) for s in GROUP_SIZES if all(width % fit_group_size(s, width) == 0 for width in widths)]
+    row_sizes = {one.in_features for one in layers.values()}
+    fitting = [str(s) for s in GROUP_SIZES if all(size % fit_group_size(s, size) == 0 for size in row_sizes)]
     raise UserError(
         f"pack={name} holds groups of equal size only, but groups of {spec.format.group_size} leave a shorter last group in "
         f"the {spec.in_features} input features of {uneven[0]}{more}. Set method.group_size (and method.overrides) to one "

@@ -13,7 +13,7 @@ from torch import Tensor
 from matquant.formats.groups import group_count
 from matquant.formats.packed import LayerSpec, TensorSpec
 from matquant.pack.formats.integer_format import IntegerFormat, group_size
-from matquant.pack.integer_grid import Grid, IntegerWeight, pack_bits
+from matquant.pack.integer_grid import IntegerGrid, IntegerWeight, pack_bits
 from matquant.pack.pack_input import PackInput
 
 _WORD = 32
@@ -26,7 +26,7 @@ class CompressedTensorsFormat(IntegerFormat):
     supported = tuple((bits, symmetric) for symmetric in (True, False) for bits in range(2, 9))
     min_zero_point = 0
 
-    def tensors(self, layer: LayerSpec, grid: Grid) -> dict[str, TensorSpec]:
+    def tensors(self, layer: LayerSpec, grid: IntegerGrid) -> dict[str, TensorSpec]:
         rows, columns = layer.out_features, layer.in_features
         groups = group_count(columns, layer.format.group_size)
         found = {
@@ -48,7 +48,7 @@ class CompressedTensorsFormat(IntegerFormat):
             found["weight_zero_point"] = pack_bits(weight.zeros.t(), weight.bits).t()
         return found
 
-    def config(self, source: PackInput, grids: Mapping[str, Grid]) -> dict[str, Any]:
+    def config(self, source: PackInput, grids: Mapping[str, IntegerGrid]) -> dict[str, Any]:
         kinds: dict[tuple[int, bool, int], list[str]] = {}
         for name, grid in grids.items():
             kinds.setdefault((grid.bits, grid.symmetric, group_size(source.layers[name])), []).append(name)

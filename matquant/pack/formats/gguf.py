@@ -1,7 +1,7 @@
 """GGUF: one slice as one file that llama.cpp and programs built on it load.
 
 The file holds hyperparameters, tokenizer and chat template beside the weights. The layers of the slice have the smallest type
-that holds them exactly, or the nearest type of their width; ``matquant.pack.gguf`` has the parts.
+that holds them exactly, or the nearest type of their bit-width; ``matquant.pack.gguf`` has the parts.
 """
 
 import re
@@ -41,7 +41,7 @@ class GgufFormat(CheckpointFormat):
     name = "gguf"
 
     def check(self, config: PackConfig, method: MethodConfig, layers: Mapping[str, LayerSpec]) -> None:
-        """Refuse settings that one file of one slice does not have, rows without whole blocks, and an inexact width."""
+        """Refuse settings that one file of one slice does not have, rows without whole blocks, and an inexact slice."""
         for setting, value in {"prefill_bits": config.prefill_bits, "shard_gb": config.shard_gb}.items():
             if value is not None:
                 raise UserError(
@@ -97,8 +97,8 @@ class _Writing:
         self.architecture: Architecture = architecture_of(self.config)
         self.vocabulary: Vocabulary = vocabulary_of(source.folder, source.loaded.tokenizer, self.config)
         label = re.sub(r"[^A-Za-z0-9._-]+", "-", source.loaded.label).strip("-.") or "model"
-        width = f"{request.bits}bit" if isinstance(request.bits, int) else "allocation"
-        self.name = f"{label}-{width}.gguf"
+        bits = f"{request.bits}bit" if isinstance(request.bits, int) else "allocation"
+        self.name = f"{label}-{bits}.gguf"
         self._blocks = {n: i for i, block in enumerate(source.parent.blocks) for n in block["layers"]}
         nested = {
             f"{name}{_WEIGHT}": TensorSpec((spec.out_features, spec.in_features), torch.float32)
@@ -181,7 +181,7 @@ class _Writing:
         return kinds
 
     def _reason(self, refused: Mapping[str, int]) -> str:
-        """Sentence on layers whose width has an exact type but whose scales leave the range of float16."""
+        """Sentence on layers whose bit-width has an exact type but whose scales leave the range of float16."""
         specs = self.request.source.layers
         known = {name: type_choice.representative(specs[name], bits) for name, bits in refused.items()}
         fitting = [
@@ -229,7 +229,7 @@ class _Writing:
         if isinstance(kind, str):
             values = self._dense_values(tensor)
             dense = type_choice.encode_dense(values, kind)
-            self._dense_errors.append(type_choice.relative_error(type_choice.decode_dense(dense, kind), values))
+            self._dense_errors.append(type_choice.relative_error(type_choice.dequantize_dense(dense, kind), values))
             return dense
         parts = []
         for piece, layer in zip(tensor.pieces, self._nested(tensor), strict=True):
@@ -240,12 +240,12 @@ class _Writing:
         return torch.cat(parts).numpy()
 
     def _note_error(self, layer: SliceLayer, kind: BlockType, data: Tensor, exact: Tensor) -> None:
-        """Compare what the package gguf reads with the slice; record the error, and the progress of a layer.
+        """Compare the values that the package gguf reads with the slice; record the error, and the progress of a layer.
 
         Raises:
             RuntimeError: the type was chosen as exact, and is not.
         """
-        error = type_choice.relative_error(type_choice.decode(data, kind.name), exact)
+        error = type_choice.relative_error(type_choice.dequantize(data, kind.name), exact)
         if error and kind in layer.exact:
             raise RuntimeError(f"{layer.name} is not exact in {kind.name}: relative error {error}")
         self._errors[layer.name] = max(error, self._errors.get(layer.name, 0.0))

@@ -16,7 +16,7 @@ from matquant.formats.groups import group_count, group_index
 from matquant.formats.packed import LayerSpec, TensorSpec
 from matquant.pack.config import PackConfig
 from matquant.pack.formats.integer_format import IntegerFormat, group_size, name_pattern
-from matquant.pack.integer_grid import Grid, IntegerWeight, pack_bits
+from matquant.pack.integer_grid import IntegerGrid, IntegerWeight, pack_bits
 from matquant.pack.pack_input import PackInput
 from matquant.quantize.config import MethodConfig
 from matquant.version import version
@@ -43,7 +43,7 @@ class GptqFormat(IntegerFormat):
                 )
         super().check(config, method, layers)
 
-    def tensors(self, layer: LayerSpec, grid: Grid) -> dict[str, TensorSpec]:
+    def tensors(self, layer: LayerSpec, grid: IntegerGrid) -> dict[str, TensorSpec]:
         rows, columns = layer.out_features, layer.in_features
         groups = group_count(columns, layer.format.group_size)
         return {
@@ -62,7 +62,7 @@ class GptqFormat(IntegerFormat):
             "g_idx": group_index(columns, columns // groups).int(),
         }
 
-    def config(self, source: PackInput, grids: Mapping[str, Grid]) -> dict[str, Any]:
+    def config(self, source: PackInput, grids: Mapping[str, IntegerGrid]) -> dict[str, Any]:
         about = {name: _about(source.layers[name], grid) for name, grid in grids.items()}
         common = dict(Counter(tuple(own.items()) for own in about.values()).most_common(1)[0][0])
         dynamic: dict[str, dict[str, Any]] = {}
@@ -83,5 +83,5 @@ class GptqFormat(IntegerFormat):
         } | ({"dynamic": dynamic} if dynamic else {})
 
 
-def _about(layer: LayerSpec, grid: Grid) -> dict[str, Any]:
+def _about(layer: LayerSpec, grid: IntegerGrid) -> dict[str, Any]:
     return {"bits": grid.bits, "group_size": group_size(layer), "sym": grid.symmetric}

@@ -15,7 +15,7 @@ from matquant.formats.shard_index import INDEX
 from matquant.pack.config import PackConfig
 from matquant.pack.formats.base import CheckpointFormat, PackRequest, PackResult, check_equal_groups
 from matquant.pack.grid_choice import FUSED, GridChoice, SliceLayers, choose_grids
-from matquant.pack.integer_grid import Grid, IntegerWeight, nearest, on_grid, zero_points
+from matquant.pack.integer_grid import IntegerGrid, IntegerWeight, nearest, on_grid, zero_points
 from matquant.pack.pack_input import PackInput
 from matquant.pack.shards import ShardWriter, aligned
 from matquant.quantize.config import MethodConfig
@@ -33,7 +33,7 @@ class IntegerFormat(CheckpointFormat):
     min_zero_point: ClassVar[int]
 
     @abstractmethod
-    def tensors(self, layer: LayerSpec, grid: Grid) -> dict[str, TensorSpec]:
+    def tensors(self, layer: LayerSpec, grid: IntegerGrid) -> dict[str, TensorSpec]:
         """Specs of a layer's tensors, by the last part of their name."""
 
     @abstractmethod
@@ -41,7 +41,7 @@ class IntegerFormat(CheckpointFormat):
         """Tensors of a layer, with the names and shapes of ``tensors``."""
 
     @abstractmethod
-    def config(self, source: PackInput, grids: Mapping[str, Grid]) -> dict[str, Any]:
+    def config(self, source: PackInput, grids: Mapping[str, IntegerGrid]) -> dict[str, Any]:
         """``quantization_config`` of the checkpoint."""
 
     def check(self, config: PackConfig, method: MethodConfig, layers: Mapping[str, LayerSpec]) -> None:

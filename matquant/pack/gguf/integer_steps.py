@@ -69,7 +69,7 @@ def step_numbers(weight: NestedWeight, bits: int, step: float) -> Tensor:
 
 
 def row_strips(weight: NestedWeight) -> Iterator[NestedWeight]:
-    """A weight in strips of rows, to limit the memory of what is computed from each."""
+    """A weight in strips of rows, to limit the memory of intermediate results."""
     rows, columns = weight.codes.shape
     size = max(1, _ELEMENTS_AT_ONCE // columns)
     for start in range(0, rows, size):

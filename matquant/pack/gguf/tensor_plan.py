@@ -87,7 +87,7 @@ def plan_tensors(specs: Mapping[str, TensorSpec], config: Any, architecture: Arc
 
 
 class _Names:
-    """Map of names to GGUF that collects the names it does not know."""
+    """Map of names to GGUF that collects the names without an entry."""
 
     def __init__(self, architecture: Architecture, blocks: int) -> None:
         import gguf

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from matquant.errors import UserError
+from matquant.errors import UserError, shorten
 from matquant.formats.groups import expand_groups, group_count
 from matquant.formats.nested import NestedWeight, WeightFormat
 from matquant.formats.packed import LayerSpec
@@ -61,7 +61,7 @@ def encode(layer: SliceLayer, weight: NestedWeight, kind: BlockType) -> Tensor:
     return torch.cat(parts)
 
 
-def decode(data: Tensor, name: str) -> Tensor:
+def dequantize(data: Tensor, name: str) -> Tensor:
     """Values of rows in a GGUF type, by the package gguf: uint8 [rows, row bytes] to float32 [rows, columns]."""
     import gguf
 
@@ -89,13 +89,13 @@ def exact_type(layers: Sequence[SliceLayer], stored_bits: int | None) -> BlockTy
 def nearest_type(
     layers: Sequence[SliceLayer], weights: Callable[[str], NestedWeight], columns: int, stored_bits: int | None
 ) -> BlockType:
-    """Type of the width of the slice with the least squared error; an exact one of that width has none.
+    """Type of the slice's bit-width with the least squared error; an exact one has none.
 
     Args:
         layers: of one tensor of the file.
         weights: gives a layer by name.
         columns: of the layers.
-        stored_bits: bits of the codes instead of the slice's width.
+        stored_bits: bits of the codes instead of the slice's.
     """
     candidates = nearest_candidates(stored_bits or max(layer.bits for layer in layers), columns)
     exact = [kind for kind in candidates if all(kind in layer.exact for layer in layers)]
@@ -106,7 +106,7 @@ def nearest_type(
         total = 0.0
         for layer in layers:
             weight = weights(layer.name)
-            found = decode(encode(layer, weight, kind), kind.name)
+            found = dequantize(encode(layer, weight, kind), kind.name)
             total += (found - weight.dequantize(layer.bits)).square().sum(dtype=torch.float64).item()
         return total
 
@@ -129,7 +129,7 @@ def encode_dense(tensor: Tensor, name: str) -> np.ndarray:
     return gguf.quants.quantize(tensor.float().contiguous().numpy(), gguf.GGMLQuantizationType[name])
 
 
-def decode_dense(data: np.ndarray, name: str) -> Tensor:
+def dequantize_dense(data: np.ndarray, name: str) -> Tensor:
     """Values of ``encode_dense``: float32."""
     import gguf
 
@@ -166,22 +166,21 @@ def refusal(
     Args:
         refused: bit-width by layer.
         specs: all layers.
-        reason: sentence on the layers, if their width has an exact type as such.
+        reason: sentence on the layers, if their bit-width has an exact type as such.
     """
     names = list(refused)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    widths = sorted(set(refused.values()))
+    sliced = sorted(set(refused.values()))
     codes = "" if stored_bits is None else f" with codes of {stored_bits} bits"
-    exact = "; ".join(_exact_widths(specs, stored_bits))
-    nearest = _nearest_bytes(specs, max(widths), stored_bits)
+    exact = "; ".join(_exact_bits(specs, stored_bits))
+    nearest = _nearest_bytes(specs, max(sliced), stored_bits)
     return UserError(
-        f"pack=gguf: the {', '.join(map(str, widths))}-bit slice of {', '.join(names[:_SHOWN])}{more} is not exact in any "
+        f"pack=gguf: the {', '.join(map(str, sliced))}-bit slice of {shorten(names, _SHOWN)} is not exact in any "
         f"type of GGUF{codes}. {reason}{f'Exact are {exact}. ' if exact else ''}pack.rounding=nearest stores the nearest "
         f"values, with a recorded error: {nearest}. pack=nested holds every bit-width."
     )
 
 
-def _exact_widths(specs: Mapping[str, LayerSpec], stored_bits: int | None) -> Iterable[str]:
+def _exact_bits(specs: Mapping[str, LayerSpec], stored_bits: int | None) -> Iterable[str]:
     """Bit-widths that all layers hold exactly, with their types and bytes."""
     found: dict[str, list[int]] = {}
     for bits in range(2, 1 + min(spec.format.master_bits for spec in specs.values())):
@@ -210,7 +209,7 @@ def _bytes(kinds: Mapping[str, Any], specs: Mapping[str, LayerSpec]) -> str:
 def _holds(tensor: Tensor, name: str) -> bool:
     """True if a type holds all values of a tensor exactly."""
     values = tensor.float()
-    return torch.equal(decode_dense(encode_dense(values, name), name), values)
+    return torch.equal(dequantize_dense(encode_dense(values, name), name), values)
 
 
 def _blocks_share_scales(weight: NestedWeight) -> bool:

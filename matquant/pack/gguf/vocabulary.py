@@ -195,7 +195,7 @@ def _special_tokens(tokenizer: Any, config: Any) -> dict[str, Any]:
         index = getattr(tokenizer, f"{name}_token_id", None)
         if index is None:
             index = getattr(config, f"{name}_token_id", None)
-        if isinstance(index, list):  # several ends of a text; llama.cpp knows the others by their names
+        if isinstance(index, list):  # several ends of a text; llama.cpp finds the others by name
             index = index[0]
         if index is not None and 0 <= index < config.vocab_size:
             found[f"tokenizer.ggml.{key}_token_id"] = int(index)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GptqConfig(MethodConfig):
-    """Each field toggles one technique; the presets matgptq, matgptq_v1 and gptq only set these fields.
+    """Settings of GPTQ: each field toggles one technique; the presets matgptq, matgptq_v1 and gptq only set these fields.
 
     Attributes:
         error_feedback: per_bit keeps one compensated target per bit-width; mean keeps one for all and feeds back the mean

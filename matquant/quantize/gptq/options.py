@@ -15,7 +15,7 @@ from matquant.quantize.config import MethodConfig
 # Names in a parent's key, which older stores hold: they never change.
 _KEY_NAMES = {"lambdas": "weights", "error_feedback": "feedback", "zero_point_offset": "offset", "cd_passes": "sweeps"}
 _KEY_VALUES = {"per_bit": "per_width"}
-# Fields that older keys lack, with the value that gives what older stores hold.
+# Fields that older keys lack, each with the value that it had then.
 _LATER_FIELDS = {"correction": 1.0, "scale_bits": (), "stretch": 1.0}
 
 

@@ -33,13 +33,13 @@ from matquant.quantize.gptq.hessians import (
 from matquant.quantize.gptq.memory import GptqSettings
 from matquant.quantize.gptq.options import LayerOptions, SolverOptions
 from matquant.quantize.gptq.solver import compile_column_solver, solve
-from matquant.quantize.layers import check_errors, check_scales, float_weight
+from matquant.quantize.layer_selection import check_errors, check_scales, float_weight
 
 Hessians = dict[int, HessianAccumulator]  # of one input, by the bit-width of the stream
 
 
 class GptqQuantizer(BlockQuantizer):
-    """Quantizes blocks by GPTQ (arXiv 2210.17323), extended to all bit-widths of the objective."""
+    """GPTQ of blocks (arXiv 2210.17323), extended to all bit-widths of the objective."""
 
     version = 4
     calibration: CalibrationNeeds
@@ -313,16 +313,16 @@ class _BlockSolver:
         self.context.progress(1)
 
     def _relative_errors(
-        self, weight: Tensor, own: Tensor, solved: NestedWeight, hessians: Sequence[Tensor], bits: Sequence[int]
+        self, weight: Tensor, own: Tensor, solved: NestedWeight, hessians: Sequence[Tensor], all_bits: Sequence[int]
     ) -> dict[str, float]:
         """Relative output error at each bit-width, over all rows; ``own`` is this process's shard of the rows."""
         distinct = {id(hessian): hessian for hessian in hessians}  # bit-widths may share one
         energies = {key: hessian_quadratic_form(own, hessian) for key, hessian in distinct.items()}
         errors = {}
-        for k, width in enumerate(bits if hessians else ()):
+        for k, bits in enumerate(all_bits if hessians else ()):
             hessian = hessians[k % len(hessians)]
-            lost = hessian_quadratic_form(own - solved.dequantize(width), hessian)
+            lost = hessian_quadratic_form(own - solved.dequantize(bits), hessian)
             pair = torch.stack([lost, energies[id(hessian)]], 1)
             error, energy = self.group.all_gather_rows(pair, len(weight)).sum(0).tolist()
-            errors[str(width)] = error / energy if energy > 0 else 0.0
+            errors[str(bits)] = error / energy if energy > 0 else 0.0
         return errors

@@ -25,7 +25,7 @@ from matquant.quantize.base import (
     MethodMemory,
     QuantizerTask,
 )
-from matquant.quantize.layers import check_scales, float_weight
+from matquant.quantize.layer_selection import check_scales, float_weight
 from matquant.quantize.omniquant.config import OmniQuantConfig
 from matquant.quantize.straight_through import MinMaxGrid, group_ranges
 
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class OmniQuantizer(BlockQuantizer):
-    """Trains the clipping of each group (arXiv 2308.13137) on the objective of MatQuant (arXiv 2502.06786, equation 7)."""
+    """Training of the clipping of each group (arXiv 2308.13137) on the objective of MatQuant (arXiv 2502.06786, equation 7)."""
 
     calibration: CalibrationNeeds
     depends_on_batch_size = True

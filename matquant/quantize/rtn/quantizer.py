@@ -18,12 +18,12 @@ from matquant.quantize.base import (
 from matquant.quantize.gptq.memory import uncalibrated_memory
 from matquant.quantize.gptq.options import LayerOptions
 from matquant.quantize.gptq.solver import compile_column_solver, solve
-from matquant.quantize.layers import check_scales, float_weight
+from matquant.quantize.layer_selection import check_scales, float_weight
 from matquant.quantize.rtn.config import RtnConfig
 
 
 class RtnQuantizer(BlockQuantizer):
-    """Rounds each layer on its own."""
+    """Rounding of each layer on its own."""
 
     version = 4
 

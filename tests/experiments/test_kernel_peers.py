@@ -21,7 +21,7 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> Any:
     return load_script(FOLDER / "kernel_peers.py")
 
 
-def decoded(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+def dequantized(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
     return (codes.double() - 2 ** (bits - 1)) * scales.double().repeat_interleave(GROUP, 1)
 
 
@@ -49,7 +49,7 @@ def install_humming(monkeypatch: pytest.MonkeyPatch, factor: float = 1.0) -> Non
         def transform(self) -> None:
             packed, scales = self.tensors["weight"], self.tensors["weight_scale"]
             assert (packed.dtype, tuple(packed.shape)) == (torch.int32, self.size)
-            self.dense = decoded(packed, scales, self.bits)
+            self.dense = dequantized(packed, scales, self.bits)
 
         def forward(self, x: Tensor) -> Tensor:
             return (factor * (x.double() @ self.dense.T)).half()
@@ -72,7 +72,7 @@ def new_repack(b_q_weight: Tensor, size_k: int, size_n: int, num_bits: int, is_a
 
 
 def product(a: Tensor, b_q_weight: Tensor, b_scales: Tensor, b_q_type: int) -> Tensor:
-    return (a.double() @ decoded(b_q_weight, b_scales.t(), b_q_type).T).half()
+    return (a.double() @ dequantized(b_q_weight, b_scales.t(), b_q_type).T).half()
 
 
 def old_gemm(

@@ -1,7 +1,7 @@
 """Acceptance rate of self-speculative decoding on a real model, by the bit-width that drafts.
 
-    python experiments/real/acceptance.py FOLDER --out experiments/results/serving/acceptance.json
-    python experiments/real/acceptance.py FOLDER --device cuda --dtype float16 --drafts 2 3 4 --tokens 2 4 8
+    python experiments/benchmarks/real/acceptance.py FOLDER --out experiments/results/serving/acceptance.json
+    python experiments/benchmarks/real/acceptance.py FOLDER --device cuda --dtype float16 --drafts 2 3 4 --tokens 2 4 8
 
 FOLDER is a packed folder (``pack=nested``) of an instruction model. Each prompt is continued greedily and by sampling at
 temperature 1, with ``matquant.speculate``. A record has the keys draft, target, tokens (drafts a round), text (``source`` or

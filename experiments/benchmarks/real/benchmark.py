@@ -1,9 +1,9 @@
 """KL and perplexity of every method on a real model, over calibration seeds and kinds of text, computed in float32.
 
-    python experiments/real/prepare.py
-    python experiments/real/benchmark.py outputs/real/smollm2-135m-instruct.gguf --out experiments/real/results
-    python experiments/real/benchmark.py MODEL.gguf --methods matgptq gptq --seeds 0 --overrides runtime.device=cuda
-    python experiments/real/benchmark.py MODEL.gguf --methods matgptq --refine scales_mix --overrides refine=scales ...
+    python experiments/benchmarks/real/prepare.py
+    python experiments/benchmarks/real/benchmark.py outputs/real/smollm2-135m-instruct.gguf --out experiments/results/real
+    python experiments/benchmarks/real/benchmark.py MODEL.gguf --methods matgptq gptq --seeds 0 --overrides runtime.device=cuda
+    python experiments/benchmarks/real/benchmark.py MODEL.gguf --refine scales_mix --overrides refine=scales ...
 
 Each job is ``python run.py`` with groups of 64, 128 calibration windows of 512 tokens of the standard library's source, and 64
 windows each of held-out source (text ``source``), held-out English manuals (``prose``) and, for a model with a chat template,
@@ -11,8 +11,9 @@ held-out requests and answers (``chat``). The rows ``bf16`` and ``fp16`` are the
 float32: figures below them say nothing about a 16-bit runtime. ``peers.py`` adds rows of other packages.
 
 The output MODEL.json is a list of records with the keys model, method, refine, seed, text, group_size, bits, kl (null if a
-logit is not finite), perplexity, evaluation_dtype, seconds (of quantizing and refining), commit, machine and date. Records of
-other methods, seeds or settings in the file stay; equal ones are replaced. ``summary.py`` makes tables and plots of it.
+logit is not finite), perplexity, evaluation_dtype, seconds (of quantizing and refining), and the provenance: commit, dirty,
+command, versions, machine and date. Records of other methods, seeds or settings in the file stay; equal ones are replaced.
+``summary.py`` makes tables and plots of it.
 """
 
 import argparse
@@ -144,10 +145,10 @@ def merge(file: Path, records: list[dict[str, Any]], further: Sequence[str] = ()
 
 
 def origin() -> dict[str, Any]:
-    """Commit, machine and date of records that are made now."""
+    """Provenance of records that are made now, with one name for the machine."""
     found = provenance()
     machine = found["machine"].get("gpus") or [found["machine"]["cpu"]]
-    return {"commit": found["commit"], "machine": machine[0], "date": found["date"]}
+    return found | {"machine": machine[0]}
 
 
 def main() -> None:
@@ -162,10 +163,10 @@ def main() -> None:
     )
     parser.add_argument("--refine", default="none", help="name of the refinement in the records; --overrides choose it")
     parser.add_argument("--overrides", nargs="*", default=[], help="further settings of run.py")
-    parser.add_argument("--out", type=Path, default=Path("experiments/real/results"))
+    parser.add_argument("--out", type=Path, default=Path("experiments/results/real"))
     given = parser.parse_args()
     file = given.out / f"{given.model.stem}.json"
-    about = {"model": given.model.stem, "evaluation_dtype": "float32", "commit": provenance()["commit"]}
+    about = {"model": given.model.stem, "evaluation_dtype": "float32", **origin()}
     floors = floor_records(given.model, about | {"refine": "none"}, given.device)
     merge(file, floors)
     texts = list(dict.fromkeys(record["text"] for record in floors))

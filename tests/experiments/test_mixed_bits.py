@@ -12,7 +12,7 @@ from packing import Opened, read
 from shared import ROOT, load_script
 from transformers import AutoModelForCausalLM
 
-FOLDER = ROOT / "experiments" / "real"
+FOLDER = ROOT / "experiments" / "benchmarks" / "real"
 IDS = torch.arange(64).view(2, 32) * 37 % 128
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,6 +85,7 @@ def test_kl_and_acceptance_are_those_of_the_logits(script: Any, models: tuple[An
     assert found["after 8", 8]["kl"] == pytest.approx(found["after itself", 8]["kl"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_records_of_all_parents_are_written(
     script: Any, models: tuple[Any, Any], folders: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

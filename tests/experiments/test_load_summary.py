@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shared import ROOT, load_script
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = ROOT / "experiments" / "benchmarks" / "load_summary.py"
 
 

@@ -87,6 +87,7 @@ def test_results_of_another_parent_are_refused(script, tmp_path):
         script.Results(path, "another")
 
 
+@pytest.mark.slow
 def test_overrides_of_all_methods_compose(script):
     from search_bench import compose_config
 

@@ -1,8 +1,8 @@
-"""One change of the one-shot solver at a time, on a real model: what each technique of ``matgptq`` is worth.
+"""One change of the one-shot solver at a time, on a real model: the gain of each technique of ``matgptq``.
 
-    python experiments/real/ablation.py outputs/real/smollm2-135m-instruct.gguf --jobs 4 --overrides runtime.device=cuda
-    python experiments/real/ablation.py MODEL.gguf --changes "strict planes" rotation --seeds 1 2
-    python experiments/real/ablation.py MODEL.gguf --lists          # the changes and their settings
+    python experiments/benchmarks/real/ablation.py MODEL.gguf --jobs 4 --overrides runtime.device=cuda
+    python experiments/benchmarks/real/ablation.py MODEL.gguf --changes "strict planes" rotation --seeds 1 2
+    python experiments/benchmarks/real/ablation.py MODEL.gguf --lists          # the changes and their settings
 
 Each row is the job of ``benchmark.py`` with the settings of its change. Records go to ``ablation/MODEL.json`` beside those of
 ``benchmark.py``, with their keys and ``change``; ``summary.py`` makes a table of them.
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--jobs", type=int, default=1, help="jobs that run at once")
     parser.add_argument("--overrides", nargs="*", default=[], help="further settings of run.py")
-    parser.add_argument("--out", type=Path, default=Path("experiments/real/results"))
+    parser.add_argument("--out", type=Path, default=Path("experiments/results/real"))
     given = parser.parse_args()
     if given.lists:
         print("\n".join(f"{change}: {' '.join(settings)}" for change, settings in CHANGES.items()))

@@ -1,4 +1,4 @@
-"""Check of token ids against the embeddings: a tokenizer may know tokens that the model does not."""
+"""Check of token ids against the embeddings: a tokenizer may have tokens without an embedding."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -16,7 +16,7 @@ from matquant.evaluate.plausibility import kl_warnings, layer_warnings
 from matquant.evaluate.slices import FULL
 from matquant.evaluate.tasks import Scores, recovery
 from matquant.formats.slice_spec import SliceSpec
-from matquant.models.summary import unquantized_parameters
+from matquant.models.unquantized import unquantized_parameters
 from matquant.report.provenance import versions
 from matquant.report.results import ALLOCATION, BaselineResult, JobResults, LayerErrors, ParentRecord, SliceResult
 from matquant.stages.load import LoadedJob

@@ -9,6 +9,8 @@ import psutil
 import pytest
 from shared import ROOT, load_script
 
+pytestmark = pytest.mark.slow
+
 aiohttp = pytest.importorskip("aiohttp")
 FOLDER = ROOT / "experiments" / "benchmarks"
 SHORT = ["--out", "x.json", "--bits", "8,3", "--seconds", "1.5", "--clients", "3", "--switch-seconds", "0.2"]

@@ -14,11 +14,11 @@ from tests.kernels.emulator import compile_kernel, have_compiler, read_source
 pytestmark = [pytest.mark.compiler, pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")]
 
 BALANCED = {2: 1.0, 3: 1.5, 4: 3.0, 6: 12.0, 8: 48.0}
-CASES = {  # widths, master bits, slicing, one target for all, Hessians, stretch unless 1
-    "five widths": (BALANCED, 8, "msb", False, 1),
-    "a Hessian per width": (BALANCED, 8, "msb", False, 5),
+CASES = {  # bit-widths, master bits, slicing, one target for all, Hessians, stretch unless 1
+    "five bit-widths": (BALANCED, 8, "msb", False, 1),
+    "a Hessian per bit-width": (BALANCED, 8, "msb", False, 5),
     "round, shared target": ({3: 1.0, 4: 1.0, 8: 1.0}, 8, "round", True, 1),
-    "dedicated": ({4: 1.0}, 4, "round", False, 1),
+    "one bit-width": ({4: 1.0}, 4, "round", False, 1),
     "six of eight bits": ({2: 1.0, 6: 4.0}, 8, "msb", False, 1),
     "stretched": (BALANCED, 8, "msb", False, 5, 1.25),
     "stretched, high bit-widths only": ({5: 1.0, 7: 4.0}, 7, "msb", False, 1, 1.5),
@@ -29,17 +29,17 @@ def load(function, defines, device):
     return compile_kernel(read_source(column_solver_cuda.SOURCE), function, defines)
 
 
-class Problem:
-    """Random targets whose widths differ about as much as compensated ones do, and a factor that couples columns."""
+class SolverCase:
+    """Random targets whose bit-widths differ about as much as compensated ones do, and a factor that couples columns."""
 
     def __init__(self, case, out_features=37, columns=32, seed=0):
         weights, self.master_bits, slicing, shared, self.hessians, *stretch = CASES[case]
-        self.widths, generator = list(weights), torch.Generator().manual_seed(seed)
-        self.lam = torch.tensor(list(weights.values()))[:, None] * (
+        self.bits, generator = list(weights), torch.Generator().manual_seed(seed)
+        self.lambdas = torch.tensor(list(weights.values()))[:, None] * (
             0.5 + torch.rand(len(weights), columns, generator=generator)
         )
-        self.grid = CodeGrid.of(self.widths, self.master_bits, slicing, *stretch)
-        spread = torch.tensor([0.3 / 2**b for b in self.widths])[:, None, None]
+        self.grid = CodeGrid.of(self.bits, self.master_bits, slicing, *stretch)
+        spread = torch.tensor([0.3 / 2**b for b in self.bits])[:, None, None]
         noise = torch.randn(len(weights), out_features, columns, generator=generator)
         targets = torch.randn(out_features, columns, generator=generator) * 0.1 + spread * noise
         self.targets = targets[-1:].clone() if shared else targets
@@ -47,15 +47,15 @@ class Problem:
         mix = torch.randn(self.hessians, columns, columns, generator=generator) / columns**0.5
         self.hessian = mix @ mix.mT + torch.eye(columns)
         self.factor = torch.linalg.cholesky(self.hessian.inverse(), upper=True)
-        self.importance = 0.5 + torch.rand(columns, generator=generator)
+        self.hessian_diag = 0.5 + torch.rand(columns, generator=generator)
 
     def scales(self, own):
         """Scales [K, rows] and zero points [rows]; ``own``: the lower bit-widths have shorter ranges."""
         trials = ScaleSearchSpace(torch.tensor([0.9]), torch.tensor([2.0 ** (self.master_bits - 1)]), torch.float16)
         scales, zeros = column_solver.choose_scales(
-            self.targets, 0, self.targets.shape[2], self.importance, self.lam, self.grid, trials
+            self.targets, 0, self.targets.shape[2], self.hessian_diag, self.lambdas, self.grid, trials
         )
-        shares = torch.linspace(0.6, 1.0, len(self.widths)) if own else torch.ones(len(self.widths))
+        shares = torch.linspace(0.6, 1.0, len(self.bits)) if own else torch.ones(len(self.bits))
         return scales * shares[:, None], zeros
 
 
@@ -63,10 +63,10 @@ class Problem:
 @pytest.mark.parametrize("zero_points", [[128.0], [136.0, 120.0], [FROM_RANGE, 128.0]])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scales_are_those_of_the_cpu(case, zero_points, dtype):
-    problem = Problem(case)
+    problem = SolverCase(case)
     points = torch.tensor(zero_points) * 2.0 ** (problem.master_bits - 8)
     trials = ScaleSearchSpace(torch.linspace(1.0, 0.4, 13), points, dtype)
-    given = (problem.targets, 0, 32, problem.importance, problem.lam, problem.grid, trials)
+    given = (problem.targets, 0, 32, problem.hessian_diag, problem.lambdas, problem.grid, trials)
     expected, found = column_solver.choose_scales(*given), column_solver_cuda.choose_scales(*given, load=load)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
@@ -76,13 +76,15 @@ def test_scales_are_those_of_the_cpu(case, zero_points, dtype):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("width", "own"), [(16, False), (27, False), (27, True)])
 def test_solved_codes_are_those_of_the_cpu(case, width, own):
-    problem = Problem(case)
+    problem = SolverCase(case)
     scales, zeros = problem.scales(own)
     factor = problem.factor[:, 4 : 4 + width, 4 : 4 + width].contiguous()
     answers = []
     for solve in (column_solver.solve_columns, lambda *given: column_solver_cuda.solve_columns(*given, load=load)):
         codes = torch.full((37, 32), 77, dtype=torch.uint8)
-        errors = solve(problem.targets.clone(), 4, 4 + width, factor, problem.lam, problem.grid, scales, zeros, codes)
+        errors = solve(
+            problem.targets.clone(), 4, 4 + width, factor, problem.lambdas, problem.grid, scales, zeros, codes
+        )
         answers.append((codes, errors))
     (codes, errors), (found_codes, found_errors) = answers
     assert torch.equal(found_codes, codes)
@@ -92,8 +94,8 @@ def test_solved_codes_are_those_of_the_cpu(case, width, own):
 
 @pytest.mark.parametrize("case", [name for name in CASES if "shared" not in name])
 @pytest.mark.parametrize("own", [False, True])
-def test_a_sweep_makes_the_moves_of_the_cpu(case, own):
-    problem = Problem(case)
+def test_a_pass_makes_the_moves_of_the_cpu(case, own):
+    problem = SolverCase(case)
     scales, _ = problem.scales(own)
     gradient = 0.05 * torch.randn(problem.targets.shape, generator=torch.Generator().manual_seed(1))
     start = torch.randint(2**problem.master_bits, (37, 32), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
@@ -101,7 +103,7 @@ def test_a_sweep_makes_the_moves_of_the_cpu(case, own):
     for sweep in (column_solver.descend_columns, lambda *given: column_solver_cuda.descend_columns(*given, load=load)):
         codes = start.clone()
         hessian = problem.hessian[:, 4:28, 4:28].contiguous()
-        moves = sweep(gradient, 4, 28, hessian, problem.lam, problem.grid, scales, codes)
+        moves = sweep(gradient, 4, 28, hessian, problem.lambdas, problem.grid, scales, codes)
         answers.append((codes, moves))
     (codes, moves), (found_codes, found_moves) = answers
     assert (codes != start).any()

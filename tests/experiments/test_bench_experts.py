@@ -16,6 +16,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return load_script(FOLDER / "bench_experts.py")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="peers work on a GPU")
 def test_a_peer_whose_process_fails_has_its_reason_in_the_record(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "PEERS", {"vllm_fp16_us": script.PEERS["vllm_fp16_us"]})

@@ -1,8 +1,8 @@
 """Other packages on the models, the calibration windows and the measures of ``benchmark.py``.
 
     pip install auto-round llmcompressor     # in an environment of their own, with this project
-    python experiments/real/peers.py outputs/real/smollm2-135m-instruct.gguf --peers auto_round llmcompressor
-    python experiments/real/peers.py MODEL.gguf --peers auto_round --bits 2 3 --iterations 1000
+    python experiments/benchmarks/real/peers.py outputs/real/smollm2-135m-instruct.gguf --peers auto_round llmcompressor
+    python experiments/benchmarks/real/peers.py MODEL.gguf --peers auto_round --bits 2 3 --iterations 1000
 
 Each bit-width is a model of its own, quantized by the package alone: AutoRound with its default settings (its recipe for 2
 bits has zero points), and GPTQ of llm-compressor, symmetric. Their weights, as the package dequantizes them, are measured in
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=200, help="of AutoRound, for each block")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("experiments/real/results"))
+    parser.add_argument("--out", type=Path, default=Path("experiments/results/real"))
     given = parser.parse_args()
     exact, tokenizer, store = open_reference(given.model, given.device)
     text = TextConfig(dataset="stdlib", sequences=CALIBRATION_SEQUENCES, sequence_length=512, seed=given.seed)

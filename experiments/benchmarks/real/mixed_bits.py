@@ -2,7 +2,7 @@
 
     python run.py model.path=MODEL.gguf ... pack=nested pack.path=ONE_SHOT                  # as in benchmark.py
     python run.py model.path=MODEL.gguf ... refine=scales pack=nested pack.path=REFINED
-    python experiments/real/mixed_bits.py MODEL.gguf one_shot=ONE_SHOT scales=REFINED
+    python experiments/benchmarks/real/mixed_bits.py MODEL.gguf one_shot=ONE_SHOT scales=REFINED
 
 A refinement trains the scales of a bit-width in a model whose layers all have that bit-width. Each parent is measured in
 float32 on the texts of ``benchmark.py``, with dequantized weights of all bit-widths in memory. A record has the keys model,
@@ -148,7 +148,7 @@ def main() -> None:
     )
     parser.add_argument("--windows", type=int, default=16, help="windows of each text")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("experiments/real/results"))
+    parser.add_argument("--out", type=Path, default=Path("experiments/results/real"))
     given = parser.parse_args()
     if wrong := [
         one for one in given.parents if "=" not in one or not Path(one.partition("=")[2], "config.json").exists()

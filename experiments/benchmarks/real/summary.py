@@ -1,6 +1,6 @@
 """Tables and plots of the records of real models.
 
-python experiments/real/summary.py      # writes README.md and a plot of each model into experiments/real/results
+python experiments/benchmarks/real/summary.py      # writes README.md and a plot of each model into experiments/results/real
 """
 
 import argparse
@@ -40,19 +40,20 @@ and prose has the same number of steps, on 1024 windows of each. Rows of other p
 points at 2 bits) and the GPTQ of llm-compressor, quantized by these packages on the same windows, each with its default
 settings. The KL of the unquantized model in bfloat16 and float16 is a floor: what is below it cannot be seen in that dtype.
 
-    python experiments/real/prepare.py
-    python experiments/real/benchmark.py MODEL.gguf --methods rtn gptq matgptq_v1 matgptq --seeds 0
-    python experiments/real/benchmark.py MODEL.gguf --methods matgptq --seeds 1 2
-    python experiments/real/benchmark.py MODEL.gguf --methods matgptq --seeds 0 --refine scales --overrides refine=scales
-    python experiments/real/benchmark.py MODEL.gguf --methods matgptq --seeds 0 --refine scales_300 \\
+    python experiments/benchmarks/real/prepare.py
+    python experiments/benchmarks/real/benchmark.py MODEL.gguf --methods rtn gptq matgptq_v1 matgptq --seeds 0
+    python experiments/benchmarks/real/benchmark.py MODEL.gguf --methods matgptq --seeds 1 2
+    python experiments/benchmarks/real/benchmark.py MODEL.gguf --methods matgptq --seeds 0 --refine scales \\
+        --overrides refine=scales
+    python experiments/benchmarks/real/benchmark.py MODEL.gguf --methods matgptq --seeds 0 --refine scales_300 \\
         --overrides refine=scales refine.steps=300 refine.text.sequences=256
-    python experiments/real/benchmark.py MODEL.gguf --methods matgptq --seeds 0 --refine self_300 \\
+    python experiments/benchmarks/real/benchmark.py MODEL.gguf --methods matgptq --seeds 0 --refine self_300 \\
         --overrides refine=scales refine.steps=300 refine.text.dataset=self refine.text.sequences=256
-    python experiments/real/benchmark.py MODEL.gguf --methods matgptq --seeds 0 --refine mix_600 \\
+    python experiments/benchmarks/real/benchmark.py MODEL.gguf --methods matgptq --seeds 0 --refine mix_600 \\
         --overrides refine=scales refine.text.dataset=mix '++refine.text.mix={stdlib:1,local:1}' \\
         refine.text.path=outputs/real/prose/calibration refine.text.sequences=2048
-    python experiments/real/peers.py MODEL.gguf --peers auto_round llmcompressor
-    python experiments/real/summary.py
+    python experiments/benchmarks/real/peers.py MODEL.gguf --peers auto_round llmcompressor
+    python experiments/benchmarks/real/summary.py
 
 Each record of the JSON files has its commit, machine and date. Seconds are of quantizing and refining, on a GPU that several
 jobs shared, so that they compare only roughly.
@@ -72,8 +73,8 @@ One setting of `method=matgptq` at a time, without refinement, on the same windo
 per bit-width, made by the same solver for that bit-width alone (strict planes), is among the records, the last column is the
 geometric mean over the bit-widths of the ratio to it.
 
-    python experiments/real/ablation.py MODEL.gguf --jobs 3 --overrides runtime.device=cuda
-    python experiments/real/ablation.py MODEL.gguf --lists       # the settings of each row
+    python experiments/benchmarks/real/ablation.py MODEL.gguf --jobs 3 --overrides runtime.device=cuda
+    python experiments/benchmarks/real/ablation.py MODEL.gguf --lists       # the settings of each row
 
 Records with commit, machine and date: `ablation/MODEL.json`.
 """
@@ -199,7 +200,7 @@ def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def main() -> None:
     """Write the page and the plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("experiments/real/results"))
+    parser.add_argument("--folder", type=Path, default=Path("experiments/results/real"))
     folder = parser.parse_args().folder
     models = read(folder)
     for name, records in models.items():

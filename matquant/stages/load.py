@@ -28,6 +28,7 @@ from matquant.models.token_ids import check_token_ids, embedded_tokens
 from matquant.models.tracing import check_blockwise_forward
 from matquant.quantize.base import BlockQuantizer, QuantizerTask
 from matquant.quantize.layer_selection import check_layers, check_weight_range, layers_to_quantize
+from matquant.refine.config import RefineConfig
 from matquant.refine.self_text import check_generates
 from matquant.search.stage import check_budgets
 from matquant.stages.runtime import Runtime
@@ -71,6 +72,7 @@ class LoadedJob:
         model, blocks: the model, and the same as a row of blocks.
         dtype: in which blocks run.
         evaluation_dtype: in which they run for perplexity and KL.
+        refine_dtype: in which they run in a refinement.
         layers: layers to quantize of each block, by full name.
         fixed_layers: reason of each linear layer that cannot be quantized, by full name.
         sizes: sizes of the model's parts.
@@ -86,6 +88,7 @@ class LoadedJob:
     blocks: BlockModel
     dtype: torch.dtype
     evaluation_dtype: torch.dtype
+    refine_dtype: torch.dtype
     layers: list[dict[str, nn.Linear]]
     fixed_layers: Mapping[str, str]
     sizes: ModelSizes
@@ -115,12 +118,6 @@ class LoadedJob:
         """Bytes of the quantized layers in the model's own dtype."""
         return self.sizes.quantized * self.model.dtype.itemsize
 
-    @property
-    def refine_dtype(self) -> torch.dtype:
-        """Dtype in which blocks run in a refinement."""
-        name = self.config.refine.dtype
-        return self.dtype if name == "model" else getattr(torch, name)
-
     def quantizer(self, lambdas: Mapping[int, float] | None = None, master_bits: int | None = None) -> BlockQuantizer:
         """Quantizer of the job's method; for the job's objective by default."""
         config = self.config
@@ -142,6 +139,15 @@ class LoadedJob:
         """Storage for the hidden states of so many models between two blocks."""
         needed = models * own_tokens(runtime, sequences) * self.sizes.hidden * dtype.itemsize
         return choose_offload_target(needed, runtime.device, runtime.store.path / "scratch")
+
+
+def refine_dtype(config: RefineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype in which blocks run in a refinement, of a model whose blocks run in ``dtype`` otherwise."""
+    if config.dtype != "auto":
+        chosen: torch.dtype = getattr(torch, config.dtype)
+        return chosen
+    trains_scales = config.wanted and not config.trains_weights
+    return torch.bfloat16 if trains_scales and device.type == "cuda" and dtype == torch.float32 else dtype
 
 
 def load_job(config: Config, runtime: Runtime) -> LoadedJob:
@@ -176,6 +182,7 @@ def load_job(config: Config, runtime: Runtime) -> LoadedJob:
         blocks=blocks,
         dtype=dtype,
         evaluation_dtype=torch.float32 if config.eval.dtype == "float32" else dtype,
+        refine_dtype=refine_dtype(config.refine, dtype, runtime.device),
         layers=layers,
         fixed_layers=fixed,
         sizes=measure_model(blocks, layers, model.dtype, dtype),

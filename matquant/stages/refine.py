@@ -149,6 +149,8 @@ def _train(
         "method": config.method,
         "bits": list(config.bits),
         "steps": config.steps,
+        "step_every": list(config.step_every),
+        "dtype": str(job.refine_dtype).removeprefix("torch."),
         "history": refinement.history,
     }
     facts["warnings"] = refinement.warnings

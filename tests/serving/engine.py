@@ -68,13 +68,13 @@ def set_costs(scheduler: Any, drafts: float, plain: float) -> None:
 
 
 def count_calls(worker: Any) -> list[int]:
-    """Number of forward passes of the draft model and of the target since the last call."""
+    """Number of forward passes of the draft model and of the target since the last call, without replays of CUDA graphs."""
     models = (worker.model_runner.drafter.model, worker.model_runner.model)
     counts = []
     for model in models:
         if not hasattr(model, "calls"):
             model.calls = 0
-            model.register_forward_pre_hook(lambda module, _: setattr(module, "calls", module.calls + 1))
+            model.register_forward_pre_hook(lambda *_, model=model: setattr(model, "calls", model.calls + 1))
         counts.append(model.calls)
         model.calls = 0
     return counts

@@ -9,6 +9,8 @@ from shared import SMALL
 from transformers import AutoModelForCausalLM
 
 from matquant.formats.parent import Parent
+from matquant.refine.config import RefineConfig
+from matquant.stages.load import refine_dtype
 from matquant.store.artifact import read_artifact
 
 pytestmark = pytest.mark.slow
@@ -37,10 +39,27 @@ def job(matquant, tmp_path, small_model):
     return run
 
 
+@pytest.mark.parametrize(
+    ("settings", "model", "device", "expected"),
+    [
+        ({"method": "scales"}, torch.float32, "cuda", torch.bfloat16),
+        ({"method": "scales"}, torch.float32, "cpu", torch.float32),
+        ({"method": "scales"}, torch.float16, "cuda", torch.float16),
+        ({"method": "scales", "dtype": "float32"}, torch.float32, "cuda", torch.float32),
+        ({"method": "scales", "dtype": "bfloat16"}, torch.float32, "cpu", torch.bfloat16),
+        ({"method": "qat"}, torch.float32, "cuda", torch.float32),
+        ({}, torch.float32, "cuda", torch.float32),
+    ],
+)
+def test_dtype_of_the_passes(settings, model, device, expected):
+    assert refine_dtype(RefineConfig(**settings), model, torch.device(device)) == expected
+
+
 @pytest.mark.slow
 def test_a_refinement_in_bfloat16_is_another_one_and_gains_as_much(job):
-    half, whole = (job(*REFINE, "bits=[2,8]", f"refine.dtype={dtype}") for dtype in ("bfloat16", "model"))
+    half, whole = (job(*REFINE, "bits=[2,8]", f"refine.dtype={dtype}") for dtype in ("bfloat16", "auto"))
     assert half["parent"]["sha256"] != whole["parent"]["sha256"]
+    assert (half["refine"]["dtype"], whole["refine"]["dtype"]) == ("bfloat16", "float32")
     assert half["slices"][1] == whole["slices"][1]  # 8 bits
     first, last = half["refine"]["history"][0]["kl"]["2"], half["refine"]["history"][-1]["kl"]["2"]
     assert first == pytest.approx(whole["refine"]["history"][0]["kl"]["2"], rel=0.05)

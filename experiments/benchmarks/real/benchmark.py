@@ -13,7 +13,8 @@ float32: figures below them say nothing about a 16-bit runtime. ``peers.py`` add
 The output MODEL.json is a list of records with the keys model, method, refine, seed, text, group_size, bits, kl (null if a
 logit is not finite), perplexity, evaluation_dtype, seconds (of quantizing and refining), and the provenance: commit, dirty,
 command, versions, machine and date. Records of other methods, seeds or settings in the file stay; equal ones are replaced.
-``summary.py`` makes tables and plots of it.
+training/MODEL.json has the held-out KL of each refinement at its validations, with the steps, tokens and seconds so far.
+``summary.py`` makes tables and plots of both.
 """
 
 import argparse
@@ -46,6 +47,7 @@ TEXTS = {
 }
 FLOORS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _IDENTITY = ("model", "method", "refine", "seed", "text", "group_size", "bits")
+TRAINING_IDENTITY = ("model", "method", "refine", "seed", "group_size", "step")
 
 
 def texts_of(tokenizer: Any) -> dict[str, TextConfig]:
@@ -94,6 +96,24 @@ def job_records(results: dict[str, Any], about: dict[str, Any]) -> list[dict[str
     ]
 
 
+def training_records(results: dict[str, Any], about: dict[str, Any]) -> list[dict[str, Any]]:
+    """One record for each validation of a refinement; none without one.
+
+    Seconds are those of the whole refinement by the share of the steps; ``kl`` is by bit-width, on held-out windows.
+    """
+    refine = results.get("refine")
+    if refine is None:
+        return []
+    text = results["config"]["refine"]["text"]
+    tokens, seconds = text["batch_size"] * text["sequence_length"], results["seconds"]["refine"] / refine["steps"]
+    return [
+        about
+        | {"step": row["step"], "tokens": row["step"] * tokens}
+        | {"seconds": round(row["step"] * seconds, 1), "kl": row["kl"]}
+        for row in refine["history"]
+    ]
+
+
 def open_reference(model: Path, device: str) -> tuple[Any, Any, Store]:
     """Unquantized model in float32, its tokenizer, and the store that holds it."""
     store = Store(Path("outputs/store"))
@@ -136,10 +156,16 @@ def compare(exact: Any, other: Any, ids: Tensor) -> tuple[float, float]:
     return divergence / ids.numel(), loss / ids[:, 1:].numel()
 
 
-def merge(file: Path, records: list[dict[str, Any]], further: Sequence[str] = ()) -> None:
-    """Write the records to the file, in place of equal ones; ``further``: keys that tell records apart beside the usual."""
+def merge(
+    file: Path, records: list[dict[str, Any]], further: Sequence[str] = (), identity: Sequence[str] = _IDENTITY
+) -> None:
+    """Write the records to the file, in place of equal ones.
+
+    Args:
+        further: keys that tell records apart beside ``identity``.
+    """
     kept = json.loads(file.read_text()) if file.exists() else []
-    new = {tuple(record[key] for key in (*_IDENTITY, *further)): record for record in [*kept, *records]}
+    new = {tuple(record[key] for key in (*identity, *further)): record for record in [*kept, *records]}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(list(new.values()), indent=1, allow_nan=False) + "\n")
 
@@ -175,6 +201,8 @@ def main() -> None:
             results = run_job(given.model, method, seed, given.group_size, texts, given.overrides)
             row = {"method": method, "refine": given.refine, "seed": seed, "group_size": given.group_size}
             merge(file, job_records(results, about | row))
+            if trained := training_records(results, about | row):
+                merge(given.out / "training" / file.name, trained, identity=TRAINING_IDENTITY)
 
 
 if __name__ == "__main__":

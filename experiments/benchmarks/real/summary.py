@@ -6,7 +6,7 @@ python experiments/benchmarks/real/summary.py      # writes README.md and a plot
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ SETTINGS = {
     "scales_300": ", `refine=scales` of 300 steps on 256 windows",
     "codes": ", `refine=codes` of 600 steps (removed since)",
     "mix_600": ", `refine=scales` on source and prose",
+    "mix_2500": ", `refine=scales` of 2500 steps on source and prose",
+    "mix_4500": ", **`refine=scales` of 4500 steps on source and prose**",
     "scales": ", **`refine=scales`**",
 }
-DRAWN = ("none", "mix_600", "scales")  # settings in the plots
+DRAWN = ("none", "mix_4500", "scales")  # settings in the plots
 INTRODUCTION = """# Real models
 
 KL(full precision ‖ slice) in nats a token, over 64 windows of 512 tokens that nothing was calibrated or trained on, computed in
@@ -36,7 +38,8 @@ range.
 
 `matgptq` and `matgptq_v1` are one parent, of which each column is a slice; all other rows are a model for each bit-width. With
 `refine=scales` (600 steps on 1024 windows of source, the default) only the scales of 2, 3 and 4 bits change. The row of source
-and prose has the same number of steps, on 1024 windows of each. Rows of other packages are AutoRound (200 iterations, zero
+and prose has the same number of steps, on 1024 windows of each; those of 2500 and 4500 steps have 2048 windows of each, and 3
+and 4 bits learn at every second and fourth step. Rows of other packages are AutoRound (200 iterations, zero
 points at 2 bits) and the GPTQ of llm-compressor, quantized by these packages on the same windows, each with its default
 settings. The KL of the unquantized model in bfloat16 and float16 is a floor: what is below it cannot be seen in that dtype.
 
@@ -52,6 +55,10 @@ settings. The KL of the unquantized model in bfloat16 and float16 is a floor: wh
     python experiments/benchmarks/real/benchmark.py MODEL.gguf --methods matgptq --seeds 0 --refine mix_600 \\
         --overrides refine=scales refine.text.dataset=mix '++refine.text.mix={stdlib:1,local:1}' \\
         refine.text.path=outputs/real/prose/calibration refine.text.sequences=2048
+    python experiments/benchmarks/real/benchmark.py MODEL.gguf --methods matgptq --seeds 0 --refine mix_4500 \\
+        --overrides refine=scales refine.text.dataset=mix '++refine.text.mix={stdlib:1,local:1}' \\
+        refine.text.path=outputs/real/prose/calibration refine.text.sequences=4096 refine.steps=4500 \\
+        'refine.step_every=[1,2,4]' refine.validate_every=250       # and 2500 steps
     python experiments/benchmarks/real/peers.py MODEL.gguf --peers auto_round llmcompressor
     python experiments/benchmarks/real/summary.py
 
@@ -66,6 +73,8 @@ windows of source:
         eval.datasets.stdlib.sequences=8 pack=nested tracking=none
 """
 
+TRAINING = """KL on windows held out of the training text (half source, half prose), against the tokens so far, and the time of the whole
+refinement. 3 and 4 bits learn at every second and fourth step."""
 ALONE = "a model per bit-width"
 ABLATION_INTRODUCTION = """## Changes of the one-shot solver
 
@@ -155,6 +164,29 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     panels.savefig(path, dpi=130)
 
 
+def draw_training(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Held-out KL against the tokens of each refinement, one panel for each bit-width."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    widths = list(dict.fromkeys(bits for record in records for bits in record["kl"]))
+    panels, axes = plt.subplots(1, len(widths), figsize=(3.4 * len(widths) + 1, 3.6), squeeze=False)
+    for axis, bits in zip(axes[0], widths, strict=True):
+        for refine in dict.fromkeys(record["refine"] for record in records):
+            mine = sorted((r for r in records if r["refine"] == refine), key=lambda record: record["step"])
+            name = f"{refine}: {mine[-1]['step']} steps, {mine[-1]['seconds'] / 60:.1f} minutes"
+            tokens, losses = [r["tokens"] / 1e6 for r in mine], [r["kl"][bits] for r in mine]
+            axis.plot(tokens, losses, marker="o", markersize=2, label=name)
+        axis.set(title=f"{bits} bits", xlabel="million tokens", yscale="log")
+    axes[0][0].set_ylabel("held-out KL, nats a token")
+    panels.tight_layout(rect=(0, 0.12, 1, 1))
+    panels.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=8, frameon=False)
+    panels.savefig(path, dpi=130)
+    plt.close(panels)
+
+
 def ablation_table(records: Sequence[dict[str, Any]], text: str) -> str:
     """KL of every change of the one-shot solver on one text, and the geometric mean of its ratio to a model per bit-width."""
     mine = [record for record in records if record["text"] == text]
@@ -181,11 +213,17 @@ def ablation_parts(ablations: dict[str, list[dict[str, Any]]]) -> list[str]:
     return parts
 
 
-def page(models: dict[str, list[dict[str, Any]]], ablations: dict[str, list[dict[str, Any]]] | None = None) -> str:
-    """Markdown of the records of each model, and of the changes of the solver."""
+def page(
+    models: dict[str, list[dict[str, Any]]],
+    ablations: dict[str, list[dict[str, Any]]] | None = None,
+    trained: Collection[str] = (),
+) -> str:
+    """Markdown of the records of each model, and of the changes of the solver; ``trained``: models with a plot of training."""
     parts = [INTRODUCTION]
     for name, records in models.items():
         parts.append(f"## {name}\n\n![KL against bits]({name}.png)\n")
+        if name in trained:
+            parts.append(f"{TRAINING}\n\n![Held-out KL against tokens](training/{name}.png)\n")
         for text in dict.fromkeys(record["text"] for record in records):
             mine = [r for r in records if r["text"] == text]
             parts.append(f"### {text}\n\n{table(mine)}\n\n{floors(mine)}\n")
@@ -205,7 +243,9 @@ def main() -> None:
     models = read(folder)
     for name, records in models.items():
         draw(records, folder / f"{name}.png")
-    (folder / "README.md").write_text(page(models, read(folder / "ablation")))
+    for name, records in read(folder / "training").items():
+        draw_training(records, folder / "training" / f"{name}.png")
+    (folder / "README.md").write_text(page(models, read(folder / "ablation"), read(folder / "training")))
 
 
 if __name__ == "__main__":

@@ -66,6 +66,6 @@ def test_page_has_a_row_and_a_plot_of_the_refinement(
     text = (tmp_path / "README.md").read_text()
     (row,) = [line for line in text.splitlines() if "of 4500 steps on source and prose**" in line]
     assert [cell.strip() for cell in row.split("|")[2:7]] == ["0.0625", "0.0312", "0.0156", "0.00391", "0.000977"]
-    for name in ("m.png", "training/m.png"):
+    for name in ("m.png", "m_training.png"):
         assert f"({name})" in text
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

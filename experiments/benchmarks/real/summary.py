@@ -73,8 +73,8 @@ windows of source:
         eval.datasets.stdlib.sequences=8 pack=nested tracking=none
 """
 
-TRAINING = """KL on windows held out of the training text (half source, half prose), against the tokens so far, and the time of the whole
-refinement. 3 and 4 bits learn at every second and fourth step."""
+TRAINING = """KL on windows held out of the training text (half source, half prose), against the tokens so far, and the time of the
+whole refinement. 3 and 4 bits learn at every second and fourth step. Records: `training/MODEL.json`."""
 ALONE = "a model per bit-width"
 ABLATION_INTRODUCTION = """## Changes of the one-shot solver
 
@@ -223,7 +223,7 @@ def page(
     for name, records in models.items():
         parts.append(f"## {name}\n\n![KL against bits]({name}.png)\n")
         if name in trained:
-            parts.append(f"{TRAINING}\n\n![Held-out KL against tokens](training/{name}.png)\n")
+            parts.append(f"{TRAINING}\n\n![Held-out KL against tokens]({name}_training.png)\n")
         for text in dict.fromkeys(record["text"] for record in records):
             mine = [r for r in records if r["text"] == text]
             parts.append(f"### {text}\n\n{table(mine)}\n\n{floors(mine)}\n")
@@ -244,7 +244,7 @@ def main() -> None:
     for name, records in models.items():
         draw(records, folder / f"{name}.png")
     for name, records in read(folder / "training").items():
-        draw_training(records, folder / "training" / f"{name}.png")
+        draw_training(records, folder / f"{name}_training.png")
     (folder / "README.md").write_text(page(models, read(folder / "ablation"), read(folder / "training")))
 
 

@@ -73,8 +73,8 @@ windows of source:
         eval.datasets.stdlib.sequences=8 pack=nested tracking=none
 """
 
-TRAINING = """KL on windows held out of the training text (half source, half prose), against the tokens so far, and the time of the
-whole refinement. 3 and 4 bits learn at every second and fourth step. Records: `training/MODEL.json`."""
+TRAINING = """KL on windows held out of the training text (half source, half prose), against the tokens so far, and the time of
+the whole refinement. 3 and 4 bits learn at every second and fourth step. Records: `training/MODEL.json`."""
 ALONE = "a model per bit-width"
 ABLATION_INTRODUCTION = """## Changes of the one-shot solver
 

@@ -9,7 +9,14 @@ import pytest
 from shared import ROOT, load_script
 
 FOLDER = ROOT / "experiments" / "benchmarks" / "real"
-ABOUT = {"model": "m", "method": "matgptq", "refine": "mix_4500", "seed": 0, "group_size": 64, "evaluation_dtype": "float32"}
+ABOUT = {
+    "model": "m",
+    "method": "matgptq",
+    "refine": "mix_4500",
+    "seed": 0,
+    "group_size": 64,
+    "evaluation_dtype": "float32",
+}
 RESULTS: dict[str, Any] = {
     "config": {"refine": {"text": {"batch_size": 8, "sequence_length": 512}}},
     "seconds": {"quantize": 60.0, "refine": 30.0},

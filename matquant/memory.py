@@ -144,6 +144,7 @@ def make_plan(
     device: torch.device,
     offload: Offload | None,
     store: Path,
+    launch_seconds: float = 0.0,
 ) -> MemoryPlan:
     """Worst of the stages' estimates beside the free memory of this machine.
 
@@ -154,6 +155,7 @@ def make_plan(
         checkpoint, parent: bytes of both.
         offload: storage of the hidden states; None without any.
         store: folder of the store.
+        launch_seconds: run time that does not depend on the operations.
     """
     now = psutil.Process().memory_info().rss
     on_gpu = device.type == "cuda"
@@ -171,7 +173,8 @@ def make_plan(
         disk=max(one.disk for one in estimates),
         disk_free=machine.disk_free(store),
         place=_describe(offload),
-        seconds=sum(count / _operations_per_second(device, dtype) for dtype, count in operations.items()),
+        seconds=launch_seconds
+        + sum(count / _operations_per_second(device, dtype) for dtype, count in operations.items()),
     )
 
 

@@ -13,7 +13,13 @@ from matquant.formats.nested import planes_read
 from matquant.memory import MemoryEstimate, MemoryPlan, Offload, make_plan
 from matquant.quantize.base import BlockQuantizer, CalibrationTokens
 from matquant.quantize.memory import quantize_memory
-from matquant.refine.memory import refine_memory, refine_operations, trained_scales_bytes, trained_weights_bytes
+from matquant.refine.memory import (
+    refine_launch_seconds,
+    refine_memory,
+    refine_operations,
+    trained_scales_bytes,
+    trained_weights_bytes,
+)
 from matquant.stages.generate import generate_memory
 from matquant.stages.load import LoadedJob, own_tokens
 from matquant.stages.runtime import Runtime
@@ -121,7 +127,7 @@ def _plan(
     operations: Mapping[torch.dtype, float],
     offload: Offload | None,
 ) -> MemoryPlan:
-    sizes = job.sizes
+    sizes, refines_on_gpu = job.sizes, runtime.on_gpu and job.refinement is not None
     return make_plan(
         estimates,
         operations,
@@ -131,4 +137,5 @@ def _plan(
         device=runtime.device,
         offload=offload,
         store=runtime.store.path,
+        launch_seconds=refine_launch_seconds(sizes, job.config.refine) if refines_on_gpu else 0.0,
     )

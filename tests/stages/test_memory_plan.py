@@ -18,7 +18,14 @@ from matquant.quantize.base import CalibrationTokens, QuantizerTask
 from matquant.quantize.gptq.config import GptqConfig
 from matquant.quantize.memory import quantize_memory
 from matquant.quantize.rtn.config import RtnConfig
-from matquant.refine.memory import refine_memory, trained_scales_bytes, trained_weights_bytes
+from matquant.refine.config import RefineConfig
+from matquant.refine.memory import (
+    refine_launch_seconds,
+    refine_memory,
+    refine_operations,
+    trained_scales_bytes,
+    trained_weights_bytes,
+)
 from matquant.stages.generate import generate_memory
 
 pytestmark = pytest.mark.slow
@@ -172,7 +179,9 @@ def test_training_of_the_weights_holds_a_latent_weight_its_gradient_and_two_mome
     assert weights.disk >= 3 * sizes.quantized * 4
 
 
-def plan_of(estimates: list[MemoryEstimate], offload: torch.device | None = CPU) -> MemoryPlan:
+def plan_of(
+    estimates: list[MemoryEstimate], offload: torch.device | None = CPU, launch_seconds: float = 0.0
+) -> MemoryPlan:
     return make_plan(
         estimates,
         {torch.float32: 1e9},
@@ -182,6 +191,7 @@ def plan_of(estimates: list[MemoryEstimate], offload: torch.device | None = CPU)
         device=CPU,
         offload=offload,
         store=Path("store"),
+        launch_seconds=launch_seconds,
     )
 
 
@@ -221,6 +231,18 @@ def test_text_that_cannot_be_generated_is_refused_before_the_model_is_loaded(
     status, _, err = matquant(*small, "stages=[generate]", "prompt=def", "max_new_tokens=2")
     assert status == 2
     assert "Text generation holds the whole model" in err
+
+
+def test_the_time_of_a_refinement_counts_the_steps_of_each_bit_width() -> None:
+    sizes = model_sizes()
+    every, fewer = (RefineConfig(method="scales", steps=100, step_every=one) for one in ((), (1, 2, 4)))
+    forward = 2 * (4 * sizes.block + sizes.head) * 512
+    assert refine_operations(sizes, every, 512) == forward * 100 * (1 + 4 * 3)
+    assert refine_operations(sizes, fewer, 512) == forward * 100 * (1 + 4 * 1.75)
+    assert refine_launch_seconds(sizes, every) == pytest.approx(refine_launch_seconds(sizes, fewer) * 3 / 1.75)
+    one = [MemoryEstimate(stage="refine", device=0, host=1, disk=0)]
+    plans = [plan_of(one, launch_seconds=seconds) for seconds in (0.0, 500.0)]
+    assert plans[1].seconds - plans[0].seconds == pytest.approx(500, rel=0.01)
 
 
 def test_a_job_that_cannot_fit_ends_before_it_starts(matquant, small_model, monkeypatch, tmp_path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from matquant.errors import UserError
 from matquant.formats.tile_layout import tiles
 from matquant.inference.gemm_shape import DeviceLimits, GemmShape
-from matquant.inference.kernel_families.base import WARP
+from matquant.inference.kernel_families.base import WARP, TileConfig
 from matquant.inference.kernel_families.moe import BLOCK_M, MOE_MAX_M, MoeFamily
 
 MAX_EXPERTS = 1024  # on one device, and ids of the router; size of ``ExpertMask`` in the kernels
@@ -83,13 +83,14 @@ class MoeLaunch:
     affine: tuple[float, float, float]
 
 
-def make_moe_launch(shape: GemmShape, device: DeviceLimits) -> MoeLaunch:
+def make_moe_launch(shape: GemmShape, device: DeviceLimits, tile: TileConfig | None = None) -> MoeLaunch:
     """Launch for one matrix of each expert.
 
     Args:
         shape: of one expert, with the pairs of a CTA as its tokens.
+        tile: tile configuration; that of ``MoeFamily.choose`` if None.
     """
-    tile = _FAMILY.choose(shape, device)
+    tile = _FAMILY.choose(shape, device) if tile is None else tile
     shared = _FAMILY.shared_bytes(shape, tile)
     return MoeLaunch(
         source=_FAMILY.source,

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,6 +54,48 @@ def test_records_of_one_refinement_replace_those_before(benchmark: Any, tmp_path
     assert [row["seconds"] for row in json.loads(file.read_text())] == [0.0, 15.0, 1.0]
     benchmark.merge(file, [first[2] | {"refine": "scales"}], identity=benchmark.TRAINING_IDENTITY)
     assert len(json.loads(file.read_text())) == 4
+
+
+def test_the_unquantized_model_is_measured_once(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {"floors": 0, "jobs": 0}
+
+    def floors(model: Path, about: dict[str, Any], device: str) -> list[dict[str, Any]]:
+        calls["floors"] += 1
+        common = about | {"seed": None, "group_size": None, "text": "source", "kl": 0.0, "perplexity": 7.0}
+        return [
+            common | {"method": method, "bits": bits} for method, bits in (("fp32", 32), ("bf16", 16), ("fp16", 16))
+        ]
+
+    def job(model: Path, method: str, seed: int, size: int, texts: list[str], overrides: list[str]) -> dict[str, Any]:
+        calls["jobs"] += 1
+        assert texts == ["source", "prose"]
+        return RESULTS | {"slices": [{"bits": 2, "kl": {"stdlib": 0.5}, "perplexity": {"stdlib": 9.0}}]}
+
+    tokenizer = SimpleNamespace(chat_template=None)
+    monkeypatch.setattr(benchmark, "open_reference", lambda *_: (None, tokenizer, None))
+    monkeypatch.setattr(benchmark, "floor_records", floors)
+    monkeypatch.setattr(benchmark, "run_job", job)
+    arguments = [
+        "benchmark.py",
+        "m.gguf",
+        "--methods",
+        "matgptq",
+        "--seeds",
+        "0",
+        "--refine",
+        "s",
+        "--out",
+        str(tmp_path),
+    ]
+    for further, measured in (([], 1), ([], 1), (["--floors"], 2)):
+        monkeypatch.setattr(sys, "argv", [*arguments, *further])
+        benchmark.main()
+        assert calls["floors"] == measured
+    assert calls["jobs"] == 3
+    assert len(json.loads((tmp_path / "m.json").read_text())) == 4
+    assert len(json.loads((tmp_path / "training" / "m.json").read_text())) == 3
 
 
 def test_page_has_a_row_and_a_plot_of_the_refinement(

@@ -8,7 +8,8 @@
 Each job is ``python run.py`` with groups of 64, 128 calibration windows of 512 tokens of the standard library's source, and 64
 windows each of held-out source (text ``source``), held-out English manuals (``prose``) and, for a model with a chat template,
 held-out requests and answers (``chat``). The rows ``bf16`` and ``fp16`` are the unquantized model in that dtype against
-float32: figures below them say nothing about a 16-bit runtime. ``peers.py`` adds rows of other packages.
+float32: figures below them say nothing about a 16-bit runtime. They are measured when the output lacks them. ``peers.py`` adds
+rows of other packages.
 
 The output MODEL.json is a list of records with the keys model, method, refine, seed, text, group_size, bits, kl (null if a
 logit is not finite), perplexity, evaluation_dtype, seconds (of quantizing and refining), and the provenance: commit, dirty,
@@ -187,15 +188,17 @@ def main() -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the rows bf16 and fp16"
     )
+    parser.add_argument("--floors", action="store_true", help="measure the rows of the unquantized model again")
     parser.add_argument("--refine", default="none", help="name of the refinement in the records; --overrides choose it")
     parser.add_argument("--overrides", nargs="*", default=[], help="further settings of run.py")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/real"))
     given = parser.parse_args()
     file = given.out / f"{given.model.stem}.json"
     about = {"model": given.model.stem, "evaluation_dtype": "float32", **origin()}
-    floors = floor_records(given.model, about | {"refine": "none"}, given.device)
-    merge(file, floors)
-    texts = list(dict.fromkeys(record["text"] for record in floors))
+    measured = {record["method"] for record in json.loads(file.read_text())} if file.exists() else set()
+    if given.floors or not {"fp32", *FLOORS} <= measured:
+        merge(file, floor_records(given.model, about | {"refine": "none"}, given.device))
+    texts = list(texts_of(open_reference(given.model, "cpu")[1]))
     for seed in given.seeds:
         for method in given.methods:
             results = run_job(given.model, method, seed, given.group_size, texts, given.overrides)

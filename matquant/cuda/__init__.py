@@ -7,7 +7,7 @@ Needs CuPy, the extra ``gpu`` (CUDA 12) or ``gpu13`` (CUDA 13), for NVRTC and th
 CuPy is imported when the first kernel is loaded.
 """
 
-from matquant.cuda.kernel import Kernel, load
+from matquant.cuda.kernel import Kernel, PreparedLaunch, load
 from matquant.cuda.source import CACHE_VARIABLE, Source, read_source
 
-__all__ = ["CACHE_VARIABLE", "Kernel", "Source", "load", "read_source"]
+__all__ = ["CACHE_VARIABLE", "Kernel", "PreparedLaunch", "Source", "load", "read_source"]

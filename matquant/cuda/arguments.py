@@ -51,6 +51,15 @@ class Frame:
         self._addresses = (ctypes.c_void_p * max(len(addresses), 1))(*addresses)
         self.address = ctypes.addressof(self._addresses)
 
+    def overwrite(self, first: int, layout: struct.Struct, *addresses: int) -> None:
+        """Write addresses to consecutive slots.
+
+        Args:
+            first: index of the first argument among them; they have addresses as arguments.
+            layout: as many addresses, "P" each.
+        """
+        layout.pack_into(self._slots, self._signature.offsets[first], *addresses)
+
     def write(self, args: Sequence[Any], device: int) -> None:
         """Write the values of the next launch to the slots.
 

@@ -1,6 +1,6 @@
 """CUDA driver and NVRTC through CuPy, imported when the first kernel is loaded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,10 @@ class CudaDriver:
                 raise RuntimeError(str(error)) from error
             self.use(device)
             launch_kernel(function, *launch)
+
+    def prepare(self, *launch: int) -> Callable[[int, int, int], int]:
+        """Prepare launches with programmatic dependent launch, see ``PdlLauncher.prepare``."""
+        return self._pdl.prepare(*launch)
 
     def allow_shared(self, function: int, bytes_: int) -> None:
         """Set the maximum dynamic shared memory of a kernel. Raises RuntimeError if the device has less."""

@@ -2,13 +2,14 @@
 
 import functools
 import itertools
+import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from matquant.cuda.arguments import Frame, Signature
+from matquant.cuda.arguments import Address, Frame, Signature
 from matquant.cuda.cuda_driver import CudaDriver, nvrtc_compile, nvrtc_version
 from matquant.cuda.source import compile_options, cubin, read_source
 from matquant.errors import UserError
@@ -118,6 +119,22 @@ class Kernel:
                 f"failed: {error}"
             ) from error
 
+    def prepare(
+        self,
+        grid: int | tuple[int, ...],
+        block: int | tuple[int, ...],
+        args: Sequence[Any],
+        shared_bytes: int,
+        changing: slice,
+    ) -> "PreparedLaunch | None":
+        """Prepare repeated launches that differ in some addresses only; None without PDL.
+
+        Args:
+            grid, block, args, shared_bytes: as of ``launch``.
+            changing: arguments that differ, which are addresses.
+        """
+        return PreparedLaunch(self, grid, block, args, shared_bytes, changing) if self._pdl else None
+
     @property
     def registers(self) -> int:
         """Registers of a thread."""
@@ -135,10 +152,13 @@ class Kernel:
         return self._driver.blocks_per_multiprocessor(self._function, threads, shared_bytes)
 
     def _new_frame(self, args: Sequence[Any]) -> Frame:
+        frame = self._thread.frame = self._empty_frame(args)
+        return frame
+
+    def _empty_frame(self, args: Sequence[Any]) -> Frame:
         if self._signature is None:
             self._signature = Signature(args)
-        frame = self._thread.frame = Frame(self._signature)
-        return frame
+        return Frame(self._signature)
 
     def _allow_shared(self, shared_bytes: int) -> None:
         try:
@@ -148,6 +168,52 @@ class Kernel:
                 f"{self.name} needs {shared_bytes} bytes of shared memory per CTA, more than device {self.device} has: {error}"
             ) from error
         self._shared_bytes = shared_bytes
+
+
+class PreparedLaunch:
+    """Launch of one kernel that is repeated with other addresses, from ``Kernel.prepare``; several threads may use it."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid: int | tuple[int, ...],
+        block: int | tuple[int, ...],
+        args: Sequence[Any],
+        shared_bytes: int,
+        changing: slice,
+    ) -> None:
+        self._kernel, self._args, self._changing = kernel, list(args), changing
+        self._layout = struct.Struct(f"@{len(self._args[changing])}P")
+        self._grid, self._block, self._shared_bytes = grid, block, shared_bytes
+        self._thread = threading.local()  # holds an argument frame and a launch configuration per thread
+
+    def launch(self, *addresses: int) -> None:
+        """Enqueue as ``Kernel.launch`` does, with these addresses on the kernel's device; 0 for a null pointer."""
+        kernel = self._kernel
+        driver, device = kernel._driver, kernel.device
+        try:
+            frame, launch_prepared = self._thread.state
+        except AttributeError:
+            frame, launch_prepared = self._new_state()
+        frame.overwrite(self._changing.start, self._layout, *addresses)
+        if driver.current_device() == device:
+            stream = driver.current_stream(device)
+            if not launch_prepared(kernel._function, stream, frame.address):
+                return
+        # Another device is current, or the driver refused the launch: the full path switches, tries again, and raises.
+        args = list(self._args)
+        args[self._changing] = map(Address, addresses)
+        kernel.launch(self._grid, self._block, args, self._shared_bytes)
+
+    def _new_state(self) -> tuple[Frame, Callable[[int, int, int], int]]:
+        kernel = self._kernel
+        frame = kernel._empty_frame(self._args)
+        frame.write(self._args, kernel.device)
+        if self._shared_bytes > kernel._shared_bytes:
+            kernel._allow_shared(self._shared_bytes)
+        state = frame, kernel._driver.prepare(*_dimensions(self._grid, self._block), self._shared_bytes)
+        self._thread.state = state
+        return state
 
 
 @functools.lru_cache(maxsize=4096)

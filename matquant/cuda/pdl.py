@@ -15,6 +15,7 @@ _ALLOW = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 _CONFIG = struct.Struct("@7I4xQQI4x")  # CUlaunchConfig: grid, block, shared bytes, stream, attributes, their number
+_STREAM, _STREAM_OFFSET = struct.Struct("@Q"), 32  # of CUlaunchConfig
 _ATTRIBUTE = struct.Struct("@i4xi60x")  # CUlaunchAttribute: its id, and a union of 64 bytes, of which PDL uses an int
 
 
@@ -45,6 +46,26 @@ class PdlLauncher:
         _CONFIG.pack_into(config, 0, *launch[:8], self._attribute_address, 1)
         if status := self._call(address, function, launch[8], None):
             self._check_status(status)
+
+    def prepare(self, *launch: int) -> Callable[[int, int, int], int]:
+        """Prepare launches with one grid, block and shared memory, on one thread at a time.
+
+        Args:
+            launch: grid, block and bytes of shared memory.
+
+        Returns:
+            Function of the kernel, the stream and the address of the arguments; it launches and returns the driver's status.
+        """
+        config = ctypes.create_string_buffer(_CONFIG.size)
+        _CONFIG.pack_into(config, 0, *launch, 0, self._attribute_address, 1)
+        call, write_stream, address = self._call, _STREAM.pack_into, ctypes.addressof(config)
+
+        def launch_prepared(function: int, stream: int, arguments: int) -> int:
+            write_stream(config, _STREAM_OFFSET, stream)
+            status: int = call(address, function, arguments, None)
+            return status
+
+        return launch_prepared
 
     def _new_config(self) -> tuple[ctypes.Array[ctypes.c_char], int]:
         """Memory of this thread for the configuration of one launch at a time, and its address."""

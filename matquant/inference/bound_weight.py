@@ -1,13 +1,24 @@
 """Weight of a layer on a CUDA device, prepared for repeated calls: checked and encoded for the kernels once."""
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from matquant.cuda import Kernel
+from matquant.cuda import Kernel, PreparedLaunch
 from matquant.inference import cuda_ops
+from matquant.inference.cuda_ops import CachedLaunch
 from matquant.inference.launch_config import WeightArguments
+
+_MAX_CALLS = 8  # numbers of tokens for which a layer prepares its launches, about 2 KB each
+
+
+class BoundCall(NamedTuple):
+    """Launch of calls with one ``call_key``."""
+
+    launch: CachedLaunch
+    weight: WeightArguments
+    prepared: PreparedLaunch | None
 
 
 class BoundWeight:
@@ -33,6 +44,7 @@ class BoundWeight:
             Kernel, WeightArguments
         ] = {}  # the macros of a kernel decide its TMA descriptors of a weight
         self._bias_dtype = None if bias is None else bias.dtype
+        self._calls: dict[tuple[Any, ...], BoundCall] = {}
         self._settings = settings
         self._launches = cuda_ops.launches_of(planes, scales, zeros, bias, settings)
 
@@ -53,6 +65,9 @@ class BoundWeight:
     def linear(self, x: Tensor, planes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias for tensors that ``reads`` accepted; errors as in ``inference.ops``."""
         key = cuda_ops.call_key(x)
+        call = self._calls.get(key)
+        if call is not None:
+            return cuda_ops.multiply(call.launch, x, call.weight, bias, key[0], call.prepared)
         launch = self._launches.get(key)
         if launch is None or launch.kernel is None or launch.config is None:
             return cuda_ops.linear(x, planes, scales, zeros, bias, *self._settings)
@@ -60,6 +75,8 @@ class BoundWeight:
         if weight is None:
             weight = launch.config.weight_arguments(planes, scales, zeros).by_address()
             self._arguments[launch.kernel] = weight
+        if len(self._calls) < _MAX_CALLS:
+            self._calls[key] = BoundCall(launch, weight, cuda_ops.prepare(launch, weight, key[0]))
         return cuda_ops.multiply(launch, x, weight, bias, key[0])
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from matquant.cuda import Kernel, load
+from matquant.cuda import Kernel, PreparedLaunch, load
 from matquant.errors import UserError
 from matquant.formats.nested import Slicing, WeightFormat
 from matquant.formats.planes import NestedPlanes, holds_row_tiles
@@ -115,8 +115,19 @@ def call_key(x: Tensor) -> tuple[Any, ...]:
     return tokens if tokens <= MAX_M else MAX_M + 1, columns, x.dtype, x.get_device()
 
 
-def multiply(launch: CachedLaunch, x: Tensor, weight: WeightArguments, bias: Tensor | None, tokens: int) -> Tensor:
-    """Launch a GEMM kernel for a checked call."""
+def multiply(
+    launch: CachedLaunch,
+    x: Tensor,
+    weight: WeightArguments,
+    bias: Tensor | None,
+    tokens: int,
+    prepared: PreparedLaunch | None = None,
+) -> Tensor:
+    """Launch a GEMM kernel for a checked call.
+
+    Args:
+        prepared: the same launch prepared for ``weight`` and ``tokens``, see ``prepare``.
+    """
     kernel, config = launch.kernel, launch.config
     assert kernel is not None
     assert config is not None
@@ -127,9 +138,27 @@ def multiply(launch: CachedLaunch, x: Tensor, weight: WeightArguments, bias: Ten
     semaphores = workspace = None  # CTAs that compute whole tiles, alone or in clusters, need none
     if config.workspace:
         semaphores, workspace = workspaces[x.get_device()].acquire(config.tile_semaphores, config.workspace)
+    if prepared is not None:
+        prepared.launch(
+            rows.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            0 if workspace is None else workspace.data_ptr(),
+            0 if semaphores is None else semaphores.data_ptr(),
+        )
+        return y
     arguments = config.arguments(weight, rows, bias, y, workspace, semaphores, tokens)
     kernel.launch(config.grid, config.block, arguments, config.shared_bytes)
     return y
+
+
+def prepare(launch: CachedLaunch, weight: WeightArguments, tokens: int) -> PreparedLaunch | None:
+    """Prepare the launches for a weight given by addresses; None where each needs a TMA descriptor of its activations."""
+    kernel, config = launch.kernel, launch.config
+    if not isinstance(kernel, Kernel) or config is None or (config.descriptors and config.descriptors[3] is not None):
+        return None
+    arguments, changing = config.arguments_of_weight(weight, tokens)
+    return kernel.prepare(config.grid, config.block, arguments, config.shared_bytes, changing)
 
 
 def _linear_without_gemm(

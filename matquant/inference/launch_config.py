@@ -138,6 +138,16 @@ class LaunchConfig:
         arrays = (*weight.first, rows, bias, y, workspace, tile_semaphores)
         return (*arrays, tokens, *self.sizes, *weight.last, *self.affine)
 
+    def arguments_of_weight(self, weight: WeightArguments, tokens: int) -> tuple[tuple[Any, ...], slice]:
+        """Arguments that all calls of a weight share, and the place of the five null pointers among them.
+
+        In a call these are activations, bias, output, workspace and semaphores. For kernels that read the activations by their
+        address.
+        """
+        first, arrays = len(weight.first), (None,) * 5
+        arguments = (*weight.first, *arrays, tokens, *self.sizes, *weight.last, *self.affine)
+        return arguments, slice(first, first + len(arrays))
+
 
 def make_launch_config(shape: GemmShape, device: DeviceLimits, tile: TileConfig | None = None) -> LaunchConfig:
     """Launch of a shape on a device.

@@ -14,6 +14,7 @@ import torch
 
 import matquant.cuda
 from matquant.cuda import CACHE_VARIABLE, Kernel, read_source
+from matquant.cuda.arguments import Address
 from matquant.cuda.cuda_driver import architecture, nvrtc_compile, nvrtc_version
 from matquant.cuda.pdl import PdlLauncher
 from matquant.cuda.source import cache_folder, compile_options, cubin
@@ -46,6 +47,13 @@ class RecordingDriver:
         pointers = (ctypes.c_void_p * self.arguments).from_address(address)
         slots = [ctypes.string_at(pointer, 8) for pointer in pointers]
         self.launches.append({"shape": shape, "shared": shared, "stream": stream, "slots": slots, "extra": extra})
+
+    def prepare(self, *launch: int):
+        def launch_prepared(function: int, stream: int, address: int) -> int:
+            self.launch(function, CPU, True, *launch, stream, address, 0)
+            return 0
+
+        return launch_prepared
 
 
 def slot(form, value) -> bytes:
@@ -111,6 +119,47 @@ def test_an_overlapping_launch_hands_the_driver_what_its_header_asks_for(monkeyp
         with refused:
             launcher.launch(5, 3, 4, 1, 128, 1, 1, 1000, stream, 4096, 0)
         assert seen[-2:] == [([3, 4, 1, 128, 1, 1, 1000], stream, 1, 5, 4096, None), (6, 1)]
+        prepared = launcher.prepare(3, 4, 1, 128, 1, 1, 1000)
+        for _ in range(2):
+            assert prepared(5, stream, 4096) == status
+            assert seen[-2:] == seen[-4:-2]
+
+
+def test_a_prepared_launch_passes_what_a_full_one_does():
+    tensors = torch.zeros(6, 4)
+    args = (b"a structure of 24 bytes!", tensors[0], None, None, 7, 0.5, np.int64(9))
+    driver = RecordingDriver(len(args))
+    kernel = Kernel("k", 5, CPU, driver, pdl=True)
+    prepared = kernel.prepare((3, 2), 128, args, 60_000, slice(1, 4))
+    for first, second, third in ((0, 1, 2), (3, None, 4), (5, 5, None)):
+        chosen = [None if one is None else tensors[one] for one in (first, second, third)]
+        prepared.launch(*(0 if one is None else one.data_ptr() for one in chosen))
+        kernel.launch((3, 2), 128, (args[0], *chosen, *args[4:]), 60_000)
+        assert driver.launches[-1] == driver.launches[-2]
+    assert len(driver.launches) == 6
+    assert driver.allowed == [60_000]
+    assert Kernel("k", 5, CPU, driver).prepare(1, 1, args, 0, slice(1, 4)) is None
+
+
+def test_a_refused_prepared_launch_is_tried_again_in_full_and_says_what_was_requested():
+    class Refusing(RecordingDriver):
+        def prepare(self, *launch: int):
+            return lambda *_: 201
+
+    driver = Refusing(2)
+    kernel = Kernel("k", 5, CPU, driver, pdl=True)
+    prepared = kernel.prepare(9, 64, (None, 3), 16, slice(0, 1))
+    prepared.launch(4096)
+    assert driver.launches[0]["slots"] == [slot("u8", 4096), slot("i4", 3)]
+
+    def refuse(*_):
+        raise RuntimeError("CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES")
+
+    driver.launch = refuse
+    with pytest.raises(
+        RuntimeError, match="The launch of k with grid 9, block 64 .* CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"
+    ):
+        prepared.launch(4096)
 
 
 def test_a_parameter_and_none_may_take_turns_as_addresses():
@@ -183,14 +232,19 @@ def test_threads_do_not_write_each_others_arguments():
             super().launch(function, device, *rest)
 
     driver = Slow(1)
-    kernel = Kernel("k", 5, CPU, driver)
-    other = threading.Thread(target=kernel.launch, args=(1, 32, (1,)))
-    other.start()
-    assert entered.wait(20)
-    kernel.launch(1, 32, (2,))
-    go_on.set()
-    other.join()
-    assert [launch["slots"][0] for launch in driver.launches] == [slot("i4", 2), slot("i4", 1)]
+    kernel = Kernel("k", 5, CPU, driver, pdl=True)
+    prepared = kernel.prepare(1, 32, (None,), 0, slice(0, 1))
+    for launch, form in ((lambda value: kernel.launch(1, 32, (Address(value),)), "u8"), (prepared.launch, "u8")):
+        entered.clear()
+        go_on.clear()
+        driver.launches.clear()
+        other = threading.Thread(target=launch, args=(1,))
+        other.start()
+        assert entered.wait(20)
+        launch(2)
+        go_on.set()
+        other.join()
+        assert [one["slots"][0] for one in driver.launches] == [slot(form, 2), slot(form, 1)]
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 import torch
 from weights import make_weight
 
+from matquant.cuda import Kernel
 from matquant.cuda.arguments import Address
 from matquant.errors import UserError
 from matquant.formats.nested import WeightFormat
@@ -35,13 +36,66 @@ class SharedWorkspace:
         return self.semaphores, torch.full((workspace,), torch.nan)
 
 
+class EmulatedDriver:
+    """CUDA driver of one kernel on the CPU emulator, which reads the arguments where the kernel's frame has them.
+
+    Attributes:
+        prepared: number of launches by ``prepare``.
+    """
+
+    def __init__(self, kernel, ran) -> None:
+        self.kernel, self.ran, self.prepared = kernel, ran, 0
+
+    def current_device(self) -> int:
+        return -1  # of tensors on the CPU
+
+    def current_stream(self, device: int) -> int:
+        return 77
+
+    def allow_shared(self, function: int, size: int) -> None:
+        pass
+
+    def launch(self, function: int, device: int, pdl: bool, *rest: int) -> None:
+        *shape, shared_bytes, stream, address, extra = rest
+        assert (stream, extra) == (77, 0)
+        self._run(shape, shared_bytes, address)
+
+    def prepare(self, *launch: int):
+        *shape, shared_bytes = launch
+
+        def run(function: int, stream: int, address: int) -> int:
+            assert stream == 77
+            self.prepared += 1
+            self._run(shape, shared_bytes, address)
+            return 0
+
+        return run
+
+    def _run(self, shape, shared_bytes: int, address: int) -> None:
+        pointers = (ctypes.c_void_p * self.kernel.parameters).from_address(address)
+        self.kernel.launch_addresses(shape, pointers, shared_bytes, seed=self.ran(shape[0]))
+
+
 @pytest.fixture
 def device(monkeypatch, request):
     """A CUDA device of 3 multiprocessors that the CPU emulator implements. Returns its launches.
 
-    With ``@pytest.mark.parametrize("device", ["sm_90a"], indirect=True)`` it has WGMMA.
+    With ``@pytest.mark.parametrize("device", ["sm_90a"], indirect=True)`` it has WGMMA, without frames of arguments: the
+    emulator has descriptors of its own.
     """
     launched = []
+    capability = (9, 0) if getattr(request, "param", None) == "sm_90a" else (8, 6)
+
+    def load(source, name, *, defines, device, **how):
+        if capability == (9, 0):
+            return Launcher(source, name, defines)
+
+        def ran(grid):
+            launched.append((defines, grid))
+            return len(launched)
+
+        compiled = compile_kernel(read_source(source), name, defines)
+        return Kernel(name, 5, device, EmulatedDriver(compiled, ran), pdl=True)
 
     class Launcher:
         def __init__(self, source, name, defines):
@@ -54,10 +108,7 @@ def device(monkeypatch, request):
             self.kernel.launch((grid,), (block,), args, shared_bytes, seed=len(launched))
 
     properties = types.SimpleNamespace(multi_processor_count=3, shared_memory_per_multiprocessor=100 * 1024)
-    capability = (9, 0) if getattr(request, "param", None) == "sm_90a" else (8, 6)
-    monkeypatch.setattr(
-        cuda_ops, "load", lambda source, name, *, defines, device, **how: Launcher(source, name, defines)
-    )
+    monkeypatch.setattr(cuda_ops, "load", load)
     monkeypatch.setattr(cuda_ops, "Workspace", SharedWorkspace)
     monkeypatch.setattr(cuda_ops, "launch_cache", {})
     monkeypatch.setattr(cuda_ops, "workspaces", {})

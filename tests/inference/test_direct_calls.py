@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from weights import make_weight
 
+from matquant.cuda import PreparedLaunch
 from matquant.errors import UserError
-from matquant.inference import NestedLinear, NestedPlanes, cuda_ops, direct_calls, linear, ops
+from matquant.inference import NestedLinear, NestedPlanes, bound_weight, cuda_ops, direct_calls, linear, ops
 from matquant.inference.fused_layers import FusedLayers
 from tests.kernels.emulator import have_compiler
 
@@ -232,6 +233,28 @@ def test_repeated_calls_of_a_layer_give_the_same_product(emulated, options):
         assert (first.double() - exact).norm() < 2**-10 * exact.norm()
         for _ in range(2):
             assert torch.equal(layer(x), first)
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", [{}, {"zeros": True, "bias": True}], ids=["plain", "zeros and bias"])
+def test_repeated_calls_take_a_prepared_launch_for_some_numbers_of_tokens(emulated, monkeypatch, options):
+    """Beyond these numbers the products are the same, by full launches."""
+    prepared = []
+    launch = PreparedLaunch.launch
+    monkeypatch.setattr(
+        PreparedLaunch, "launch", lambda self, *arrays: prepared.append(arrays) or launch(self, *arrays)
+    )
+    layer, weight = make_layer(**options)
+    for tokens in range(1, 12):
+        x = activations(tokens, 128)
+        for call in range(3):
+            prepared.clear()
+            assert_close(layer(x), x, weight, 4, layer.bias)
+            assert len(prepared) == (call > 1 and tokens <= bound_weight._MAX_CALLS)  # after a check, and a plan
+            for arrays in prepared:
+                assert arrays[0] == x.data_ptr()
+                assert arrays[1] == (0 if layer.bias is None else layer.bias.data_ptr())
+    assert len(emulated) == 33
 
 
 @needs_compiler

@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,6 +128,15 @@ class EmulatedKernel:
         values = [_value(argument) for argument in args]
         self._check_sizes(values)
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        self.launch_addresses(shape, pointers, shared_bytes, seed)
+
+    def launch_addresses(self, shape: Sequence[int], pointers: Any, shared_bytes: int, seed: int = 0) -> None:
+        """Run the grid with arguments as ``cuLaunchKernel`` takes them: a ctypes array with the address of each value.
+
+        Args:
+            shape: three dimensions of the grid, then those of a block.
+        """
+        assert self._library is not None
         message = ctypes.create_string_buffer(1024)
         failed = self._library.emulator_launch(
             (ctypes.c_uint32 * 3)(*shape[:3]),
@@ -139,6 +149,12 @@ class EmulatedKernel:
         )
         if failed:
             raise EmulatorError(message.value.decode())
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        assert self._library is not None
+        return int(self._library.emulator_parameters())
 
     def _check_sizes(self, values: Sequence[ctypes._SimpleCData | ctypes.Array]) -> None:
         """Raise TypeError if the sizes of the arguments differ from those of the kernel's parameters."""

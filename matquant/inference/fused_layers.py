@@ -26,6 +26,9 @@ from torch import Tensor, nn
 
 from matquant.formats.nested import WeightFormat
 from matquant.formats.tile_layout import TILE, tiles
+from matquant.inference import ops
+from matquant.inference.bound_weight import BoundWeight
+from matquant.inference.direct_calls import takes_direct_call
 from matquant.inference.kernel_families.mma import GEMM_MAX_M
 from matquant.inference.row_ranges import empty_whole, equal_runs, multiply_ranges, tile_ranges
 
@@ -61,6 +64,7 @@ class FusedLayers:
         self._ranges: list[dict[str, Tensor]] = [{} for _ in members]  # parts of the shared tensors, by member
         self._biases: list[Tensor | None] = [None] * len(members)
         self._operands: tuple[Any, ...] | None = None
+        self._bound: dict[int, BoundWeight] = {}  # shared weight by bit-width
         self._shares = True  # False after an output was not taken
         self._launched: set[tuple[Any, ...]] = set()  # launches that have run, which a CUDA graph can capture
         self._thread = _Thread()
@@ -244,13 +248,38 @@ class FusedLayers:
         sizes = self._sizes
         if self._operands is None:
             self._operands = self._make_operands()
-        products = multiply_ranges(x, *self._operands, bits, sizes.rows, sizes.in_features, *sizes.format.op_args)
+        if len(set(bits)) == 1:
+            products = [self._multiply_all(x, bits[0], *self._operands)]
+        else:
+            products = multiply_ranges(x, *self._operands, bits, sizes.rows, sizes.in_features, *sizes.format.op_args)
         outputs: list[Tensor] = []
         for product, (_, rows) in zip(products, equal_runs(bits, sizes.rows), strict=True):
             outputs += product.split(rows, -1)
         if sizes.is_padded:
             return [y[..., :count] for y, count in zip(outputs, sizes.out_features, strict=True)]
         return outputs
+
+    def _multiply_all(
+        self,
+        x: Tensor,
+        bits: int,
+        planes: Tensor,
+        scales: Sequence[Tensor],
+        scale_bits: Sequence[int],
+        zeros: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Outputs of all members at one bit-width in one tensor; arguments as of ``multiply_ranges``."""
+        sizes, own = self._sizes, scale_bits.index(bits) + 1 if bits in scale_bits else 0
+        tensors = (planes, scales[own], zeros, bias)
+        settings = (bits, sum(sizes.rows), sizes.in_features, *sizes.format.op_args)
+        if not takes_direct_call(x, *tensors):
+            product: Tensor = ops.nested_linear(x, *tensors, *settings)
+            return product
+        bound = self._bound.get(bits)
+        if bound is None or not bound.reads(*tensors):
+            bound = self._bound[bits] = BoundWeight(settings, *tensors)
+        return bound.linear(x, *tensors)
 
     def _make_operands(self) -> tuple[Any, ...]:
         """Arguments of ``multiply_ranges`` that do not change from call to call: the shared tensors."""

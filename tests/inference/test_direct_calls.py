@@ -1,6 +1,7 @@
 """Calls without the dispatcher, with the CPU emulator as the device, and calls that must still take the operator."""
 
 import copy
+import dataclasses
 import gc
 import io
 import itertools
@@ -442,6 +443,39 @@ def test_fused_layers_read_their_ranges_of_the_shared_weight(emulated):
         for layer, weight in zip(layers, weights, strict=True):
             assert_close(layer(x), x, weight, layer.bits, layer.bias)
         assert len(emulated) == launches
+
+
+@needs_compiler
+def test_repeated_calls_of_fused_layers_take_a_prepared_launch(emulated, monkeypatch):
+    prepared = []
+    launch = PreparedLaunch.launch
+    monkeypatch.setattr(PreparedLaunch, "launch", lambda self, *arrays: prepared.append(self) or launch(self, *arrays))
+    weights = [make_weight(rows, 128, 64, seed=rows, scale_bits=(2,)) for rows in (64, 70)]
+    layers = [NestedLinear.from_planes(weight, activations(len(weight.codes)), bits=2) for weight in weights]
+    fused = FusedLayers(layers, ["cpu"])
+
+    def check():
+        x = activations(2, 128)
+        for layer, weight in zip(layers, weights, strict=True):
+            assert_close(layer(x), x, weight, layer.bits, layer.bias)
+
+    for bits in (2, 3, 2):
+        for layer in layers:
+            layer.bits = bits
+        for _ in range(3):
+            check()
+    assert len(emulated) == 9  # a launch for both layers
+    assert len(prepared) == 1 + 1 + 3
+    layers[0].scales = layers[0].scales * 2  # no longer a range of the shared tensor
+    weights[0] = dataclasses.replace(weights[0], scales=weights[0].scales * 2)
+    for layer in layers:
+        layer.bits = 3
+    check()
+    fused.pack()
+    prepared.clear()
+    for _ in range(3):
+        check()
+    assert len(prepared) == 2  # the shared weight is bound anew
 
 
 @needs_compiler

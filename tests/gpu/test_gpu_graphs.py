@@ -1,6 +1,7 @@
 """CUDA graphs, torch.compile, calls without the dispatcher, and models on a GPU. Skipped without an NVIDIA GPU and CuPy."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -77,6 +78,32 @@ def test_calls_without_the_dispatcher_give_what_the_operator_gives(tokens, optio
             assert all(torch.equal(one, by_operator) for one in direct)
             exact = x.double() @ weight.dequantize(bits).double().T.cuda() + layer.bias.double()
             assert times_rounding(direct[0], exact, torch.float16) <= (1.2 if tokens == 1 else 2)
+
+
+def test_prepared_launches_run_on_the_current_stream_of_each_thread():
+    """The activations are written on the same stream after a long wait: a launch on another stream would read zeros."""
+    layer = NestedLinear.from_planes(make_weight(512, 1024, 128).to("cuda"), bits=3)
+    source = activations(2, 1024)
+    expected, *_ = (layer(source) for _ in range(3))
+    products = []
+
+    def work():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(3):
+                x = torch.zeros_like(source)
+                torch.cuda._sleep(2_000_000)
+                products.append(layer(x.copy_(source)))
+        torch.cuda.synchronize()
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    work()
+    assert len(products) == 9
+    assert all(torch.equal(one, expected) for one in products)
 
 
 def test_compiled_in_one_graph():

@@ -10,7 +10,7 @@ from matquant.inference import cuda_ops
 from matquant.inference.cuda_ops import CachedLaunch
 from matquant.inference.launch_config import WeightArguments
 
-_MAX_CALLS = 8  # numbers of tokens for which a layer prepares its launches, about 2 KB each
+_MAX_CALLS = 8  # numbers of tokens for which a layer prepares its launches
 
 
 class BoundCall(NamedTuple):

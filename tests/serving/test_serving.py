@@ -177,7 +177,7 @@ def test_a_low_slice_drafts_for_a_high_one(tiny, tmp_path):
         [[8], [4], {"bits": [8, 2, 4]}],
         enforce_eager=True,
         speculative_config=draft,
-        additional_config={"matquant": {"draft_bits": 3}},
+        additional_config={"matquant": {"draft_bits": 2}},
         scheduler_cls="matquant.vllm.scheduler.WidthScheduler",
         disable_log_stats=False,
     )
@@ -189,7 +189,7 @@ def test_a_low_slice_drafts_for_a_high_one(tiny, tmp_path):
     blocks = len(tiny.names) // 7
     assert drafts["storages"] == 4 * blocks  # q, k and v have one, gate and up too
     assert drafts["fused"] == 2 * 2 * blocks  # in both models
-    assert drafts["draft_bits"] == 3
+    assert drafts["draft_bits"] == 2
 
 
 def test_drafting_stops_where_it_costs_more(tiny, tmp_path):

@@ -1,7 +1,7 @@
 """Weight of one linear layer as bit planes: the form that stays in memory and is read at any bit-width."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -196,6 +196,11 @@ def check_layout(
         raise UserError(f"Zero points must be contiguous uint8 {list(side)}; found {_describe(zeros)}.")
     if scales.device != planes.device or (zeros is not None and zeros.device != planes.device):
         raise UserError("Planes, scales and zero points must be on one device.")
+
+
+def read_scales(scales: Sequence[Tensor], scale_bits: Sequence[int], bits: int) -> Tensor:
+    """Set of scales that ``bits`` bits read, of a base set followed by one set for each of ``scale_bits``."""
+    return scales[scale_bits.index(bits) + 1 if bits in scale_bits else 0]
 
 
 def holds_row_tiles(tensor: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from matquant.errors import UserError
 from matquant.formats.nested import Slicing, WeightFormat
-from matquant.formats.planes import NestedPlanes, check_layout
+from matquant.formats.planes import NestedPlanes, check_layout, read_scales
 from matquant.formats.tile_layout import TILE
 from matquant.inference import torch_reference
 from matquant.inference.argument_checks import check_no_gradient, check_x
@@ -54,7 +54,7 @@ class GroupedCall(NamedTuple):
 
     def scales_at(self, bits: int) -> Tensor:
         """Set of scales that ``bits`` bits read."""
-        return self.scales[self.scale_bits.index(bits) + 1 if bits in self.scale_bits else 0]
+        return read_scales(self.scales, self.scale_bits, bits)
 
 
 def check_routing(experts: Tensor, held: Sequence[int], block_m: int) -> None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from matquant.formats.nested import WeightFormat
+from matquant.formats.planes import read_scales
 from matquant.formats.tile_layout import TILE, tiles
 from matquant.inference import ops
 from matquant.inference.bound_weight import BoundWeight
@@ -270,8 +271,7 @@ class FusedLayers:
         bias: Tensor | None,
     ) -> Tensor:
         """Outputs of all members at one bit-width in one tensor; arguments as of ``multiply_ranges``."""
-        sizes, own = self._sizes, scale_bits.index(bits) + 1 if bits in scale_bits else 0
-        tensors = (planes, scales[own], zeros, bias)
+        sizes, tensors = self._sizes, (planes, read_scales(scales, scale_bits, bits), zeros, bias)
         settings = (bits, sum(sizes.rows), sizes.in_features, *sizes.format.op_args)
         if not takes_direct_call(x, *tensors):
             product: Tensor = ops.nested_linear(x, *tensors, *settings)

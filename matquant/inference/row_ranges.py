@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from matquant.formats.nested import WeightFormat
+from matquant.formats.planes import read_scales
 from matquant.formats.tile_layout import TILE, tiles
 from matquant.inference import ops
 
@@ -60,13 +61,13 @@ def multiply_ranges(
     outputs, first, total = [], 0, sum(rows)
     for own_bits, run in equal_runs(tuple(bits), tuple(rows)):
         count = sum(run)
-        own = scale_bits.index(own_bits) + 1 if own_bits in scale_bits else 0  # the base set is the first
-        weight = (planes, scales[own], zeros)
+        own_scales = read_scales(scales, scale_bits, own_bits)
+        weight = (planes, own_scales, zeros)
         if count < total:
             part = slice(first // TILE, tiles(first + count))
             # The other planes may be in host memory.
-            read = WeightFormat.from_op_args(scales[own], zeros, *op_args).planes_read(own_bits)
-            weight = (planes[:read, part], scales[own][:, part], None if zeros is None else zeros[:, part])
+            read = WeightFormat.from_op_args(own_scales, zeros, *op_args).planes_read(own_bits)
+            weight = (planes[:read, part], own_scales[:, part], None if zeros is None else zeros[:, part])
         own_bias = None if bias is None else bias[first : first + count]
         outputs.append(ops.nested_linear(x, *weight, own_bias, own_bits, count, in_features, *op_args))
         first += count

@@ -8,6 +8,7 @@ from matquant.refine.config import RefineConfig
 from matquant.refine.slice_model import sequences_at_a_time
 
 _SETS = 5  # of scales per bit-width: start, ratio, two moments, best
+_STEP_SETS = 4  # in a step of one of them: present scales, their gradients by layer and as one tensor, a temporary one
 _LOGIT_ARRAYS = 6  # of the sequences at a time: two logits, two log-probabilities, two gradients
 _LATENTS = 4  # of a trained weight: latent weight, gradient, two moments
 _SLICE_ARRAYS = 6  # float32 arrays of a block's weights while a slice of trained weights is made, with its gradient
@@ -37,8 +38,9 @@ class TrainedBytes:
 def trained_scales_bytes(sizes: ModelSizes, bits: int, groups: int) -> TrainedBytes:
     """Bytes of training scales of so many bit-widths; ``groups``: of all quantized layers."""
     scales = bits * _SETS * groups * FLOAT32_BYTES
+    step = _STEP_SETS * groups * FLOAT32_BYTES
     dense = 3 * max((layer.rows * layer.columns for layer in sizes.layers), default=0) * FLOAT32_BYTES
-    return TrainedBytes(state=scales, saved=scales, reading=dense)
+    return TrainedBytes(state=scales + step, saved=scales, reading=dense)
 
 
 def trained_weights_bytes(sizes: ModelSizes) -> TrainedBytes:

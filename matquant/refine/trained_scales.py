@@ -56,7 +56,7 @@ class TrainedScales:
         return torch.cat(parts)
 
     def _exact(self) -> Tensor:
-        return self._start * self._ratio.detach().exp()
+        return self._ratio.detach().exp().mul_(self._start)
 
     def scales(self) -> dict[str, Tensor]:
         """Present scales by layer: float32 [out_features, groups], rounded to the stored dtype; they require gradients."""
@@ -75,7 +75,7 @@ class TrainedScales:
             gradients[name].flatten() if name in gradients else torch.zeros(shape.numel(), device=device)
             for name, shape in self._shapes.items()
         ]
-        self._ratio.grad = torch.cat(flat) * self._exact() / self._mean_loss
+        self._ratio.grad = torch.cat(flat).mul_(self._exact()).div_(self._mean_loss)
         torch.nn.utils.clip_grad_norm_([self._ratio], _MAX_GRADIENT_NORM)
         for group in self._optimizer.param_groups:
             group["lr"] = self.config.learning_rate * self._rate()

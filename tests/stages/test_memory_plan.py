@@ -154,7 +154,7 @@ def test_the_advice_lowers_the_estimate_of_a_refinement(change: dict) -> None:
 
 def test_a_refinement_holds_the_model_its_codes_and_its_optimizer() -> None:
     sizes = model_sizes()
-    held = sizes.parameters * sizes.computing + sizes.quantized + 3 * 5 * 10**6 * 4
+    held = sizes.parameters * sizes.computing + sizes.quantized + (3 * 5 + 4) * 10**6 * 4
     cached = 1000 * 512 * sizes.hidden * sizes.computing
     one_window = refined(windows=0, batch=1, length=1).device
     assert held < one_window < 1.5 * held

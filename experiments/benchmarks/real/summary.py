@@ -73,8 +73,8 @@ windows of source:
         eval.datasets.stdlib.sequences=8 pack=nested tracking=none
 """
 
-TRAINING = """KL on windows held out of the training text (half source, half prose), against the tokens so far, and the time of
-the whole refinement. 3 and 4 bits learn at every second and fourth step. Records: `training/MODEL.json`."""
+TRAINING = """KL on windows held out of the text that each refinement trains on, against the tokens so far, and the time of
+the whole refinement; the names are those of the commands above. Records: `training/MODEL.json`."""
 ALONE = "a model per bit-width"
 ABLATION_INTRODUCTION = """## Changes of the one-shot solver
 
@@ -171,18 +171,25 @@ def draw_training(records: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    widths = list(dict.fromkeys(bits for record in records for bits in record["kl"]))
-    panels, axes = plt.subplots(1, len(widths), figsize=(3.4 * len(widths) + 1, 3.6), squeeze=False)
-    for axis, bits in zip(axes[0], widths, strict=True):
-        for refine in dict.fromkeys(record["refine"] for record in records):
-            mine = sorted((r for r in records if r["refine"] == refine), key=lambda record: record["step"])
-            name = f"{refine}: {mine[-1]['step']} steps, {mine[-1]['seconds'] / 60:.1f} minutes"
-            tokens, losses = [r["tokens"] / 1e6 for r in mine], [r["kl"][bits] for r in mine]
-            axis.plot(tokens, losses, marker="o", markersize=2, label=name)
+    all_bits = sorted({bits for record in records for bits in record["kl"]}, key=int)
+    panels, axes = plt.subplots(1, len(all_bits), figsize=(3.4 * len(all_bits) + 1, 3.6), squeeze=False)
+    lines = {}
+    for refine, seed, size in dict.fromkeys((r["refine"], r["seed"], r["group_size"]) for r in records):
+        mine = [r for r in records if (r["refine"], r["seed"], r["group_size"]) == (refine, seed, size)]
+        mine.sort(key=lambda record: record["step"])
+        name = (
+            f"{refine}, seed {seed}, groups of {size}: {mine[-1]['step']} steps, {mine[-1]['seconds'] / 60:.1f} minutes"
+        )
+        color = f"C{len(lines)}"
+        for axis, bits in zip(axes[0], all_bits, strict=True):
+            points = [(r["tokens"] / 1e6, r["kl"][bits]) for r in mine if bits in r["kl"]]
+            if points:
+                (lines[name],) = axis.plot(*zip(*points, strict=True), marker="o", markersize=2, color=color)
+    for axis, bits in zip(axes[0], all_bits, strict=True):
         axis.set(title=f"{bits} bits", xlabel="million tokens", yscale="log")
     axes[0][0].set_ylabel("held-out KL, nats a token")
     panels.tight_layout(rect=(0, 0.12, 1, 1))
-    panels.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=8, frameon=False)
+    panels.legend(lines.values(), lines, loc="lower center", ncols=2, fontsize=8, frameon=False)
     panels.savefig(path, dpi=130)
     plt.close(panels)
 

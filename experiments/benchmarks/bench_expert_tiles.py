@@ -85,27 +85,41 @@ def moe_tiles(shape: GemmShape, device: DeviceLimits) -> list[TileConfig]:
     return list(dict.fromkeys(found))
 
 
-def products(model: Model, layer: Layer) -> dict[str, tuple[StackedExperts, int, int]]:
-    """Matrices of a layer with their rows and columns, by name."""
-    return {"first": (layer.first, 2 * model.inner, model.hidden), "down": (layer.down, model.hidden, model.inner)}
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One grouped product of a layer, with the inputs and routings of several steps."""
+
+    stacks: Sequence[StackedExperts]
+    rows: int
+    depth: int
+    inputs: Sequence[Tensor]
+    routings: Sequence[Any]
+    bits: Sequence[int]
+
+    def multiply(self, seed: int) -> Tensor:
+        """Outputs [pairs, rows] of one step, by one of the layers."""
+        return self.stacks[seed % len(self.stacks)].linear(self.inputs[seed], self.routings[seed], self.bits)
+
+
+def products(model: Model, layers: Sequence[Layer], bits: int, tokens: int) -> dict[str, Product]:
+    """Both products of a layer, by name."""
+    steps = [random_step(model, tokens, seed) for seed in range(launches(model, tokens, bits))]
+    routings = [route(ids, range(model.experts), model.experts) for _, _, ids in steps]
+    inputs, uniform = [x for x, _, _ in steps], [bits] * model.experts
+    first = Product([one.first for one in layers], 2 * model.inner, model.hidden, inputs, routings, uniform)
+    inner = [gated(first.multiply(seed)) for seed in range(len(steps))]
+    down = Product([one.down for one in layers], model.hidden, model.inner, inner, routings, uniform)
+    return {"first": first, "down": down}
 
 
 def measure(name: str, bits: int, tokens: int, layers: Sequence[Layer]) -> Iterator[dict[str, Any]]:
     """Yield the time of each tile configuration of both products."""
     model, device = MODELS[name], cuda_ops.device_limits(0)
-    count = launches(model, tokens, bits)
-    steps = [random_step(model, tokens, seed) for seed in range(count)]
-    routings = [route(ids, range(model.experts), model.experts) for _, _, ids in steps]
-    uniform = [bits] * model.experts
-    for which, (_, rows, depth) in products(model, layers[0]).items():
-        stacks = [products(model, layer)[which][0] for layer in layers]
-        inputs = [x for x, _, _ in steps]
-        if which == "down":
-            inputs = [gated(layers[0].first.linear(*one, uniform)) for one in zip(inputs, routings, strict=True)]
+    for which, product in products(model, layers, bits, tokens).items():
         shape = GemmShape(
             tokens=choose_block_m(tokens, model.top_k, model.experts),
-            rows=rows,
-            depth=depth,
+            rows=product.rows,
+            depth=product.depth,
             bits=bits,
             format=format_of(GROUP_SIZE, STRETCH),
             dtype=torch.float16,
@@ -113,23 +127,10 @@ def measure(name: str, bits: int, tokens: int, layers: Sequence[Layer]) -> Itera
         tiles = moe_tiles(shape, device)
         precompile([make_moe_launch(shape, device, tile) for tile in tiles])
         for tile in tiles:
-
-            def product(
-                seed: int, stacks: Any = stacks, inputs: Sequence[Tensor] = inputs, routings: Any = routings
-            ) -> Tensor:
-                return stacks[seed % LAYERS].linear(inputs[seed], routings[seed], uniform)
-
             with launches_with(tile):
-                us = timed(product, count)
-            row = {
-                "model": name,
-                "product": which,
-                "bits": bits,
-                "tokens": tokens,
-                "us": us,
-                "chosen": tile is tiles[0],
-            }
-            yield row | {"tile": dataclasses.asdict(tile)}
+                us = timed(product.multiply, len(product.inputs))
+            row = {"model": name, "product": which, "bits": bits, "tokens": tokens, "us": us}
+            yield row | {"chosen": tile is tiles[0], "tile": dataclasses.asdict(tile)}
 
 
 @contextlib.contextmanager

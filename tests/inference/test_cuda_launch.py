@@ -1,7 +1,6 @@
 """CUDA operators on the CPU emulator: launch configurations, arguments, tile semaphores and refused calls."""
 
 import contextlib
-import ctypes
 import itertools
 import logging
 import threading
@@ -9,10 +8,9 @@ import types
 
 import pytest
 import torch
+from emulated_device import activations, assert_close
 from weights import make_weight
 
-from matquant.cuda import Kernel
-from matquant.cuda.arguments import Address
 from matquant.errors import UserError
 from matquant.formats.nested import WeightFormat
 from matquant.inference import NestedLinear, NestedPlanes, cuda_ops, launch_config, torch_reference, workspace
@@ -20,103 +18,9 @@ from matquant.inference.fused_layers import FusedLayers
 from matquant.inference.gemm_shape import DeviceLimits, GemmShape, folds_zero_point_exactly, is_supported
 from matquant.inference.kernel_families import FAMILIES, choose_tile_config
 from matquant.inference.launch_config import GEMM_MAX_M, MAX_M, make_launch_config, max_tokens
-from tests.kernels.emulator import TensorMap, compile_kernel, have_compiler, read_source
+from tests.kernels.emulator import have_compiler
 
 pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler (g++, or CXX)")
-
-
-class SharedWorkspace:
-    """One set of tile semaphores for all launches, for tests to read."""
-
-    def __init__(self, device=None) -> None:
-        self.semaphores = torch.zeros(4096, dtype=torch.int32)
-
-    def acquire(self, semaphores: int, workspace: int) -> tuple[torch.Tensor, torch.Tensor]:
-        assert semaphores <= self.semaphores.numel()
-        return self.semaphores, torch.full((workspace,), torch.nan)
-
-
-class EmulatedDriver:
-    """CUDA driver of one kernel on the CPU emulator, which reads the arguments where the kernel's frame has them.
-
-    Attributes:
-        prepared: number of launches by ``prepare``.
-    """
-
-    def __init__(self, kernel, ran) -> None:
-        self.kernel, self.ran, self.prepared = kernel, ran, 0
-
-    def current_device(self) -> int:
-        return -1  # of tensors on the CPU
-
-    def current_stream(self, device: int) -> int:
-        return 77
-
-    def allow_shared(self, function: int, size: int) -> None:
-        pass
-
-    def launch(self, function: int, device: int, pdl: bool, *rest: int) -> None:
-        *shape, shared_bytes, stream, address, extra = rest
-        assert (stream, extra) == (77, 0)
-        self._run(shape, shared_bytes, address)
-
-    def prepare(self, *launch: int):
-        *shape, shared_bytes = launch
-
-        def run(function: int, stream: int, address: int) -> int:
-            assert stream == 77
-            self.prepared += 1
-            self._run(shape, shared_bytes, address)
-            return 0
-
-        return run
-
-    def _run(self, shape, shared_bytes: int, address: int) -> None:
-        pointers = (ctypes.c_void_p * self.kernel.parameters).from_address(address)
-        self.kernel.launch_addresses(shape, pointers, shared_bytes, seed=self.ran(shape[0]))
-
-
-@pytest.fixture
-def device(monkeypatch, request):
-    """A CUDA device of 3 multiprocessors that the CPU emulator implements. Returns its launches.
-
-    With ``@pytest.mark.parametrize("device", ["sm_90a"], indirect=True)`` it has WGMMA, without frames of arguments: the
-    emulator has descriptors of its own.
-    """
-    launched = []
-    capability = (9, 0) if getattr(request, "param", None) == "sm_90a" else (8, 6)
-
-    def load(source, name, *, defines, device, **how):
-        if capability == (9, 0):
-            return Launcher(source, name, defines)
-
-        def ran(grid):
-            launched.append((defines, grid))
-            return len(launched)
-
-        compiled = compile_kernel(read_source(source), name, defines)
-        return Kernel(name, 5, device, EmulatedDriver(compiled, ran), pdl=True)
-
-    class Launcher:
-        def __init__(self, source, name, defines):
-            self.defines = defines
-            self.kernel = compile_kernel(read_source(source), name, defines)
-
-        def launch(self, grid, block, args, shared_bytes):
-            launched.append((self.defines, grid))
-            args = [ctypes.c_void_p(arg) if isinstance(arg, Address) else arg for arg in args]
-            self.kernel.launch((grid,), (block,), args, shared_bytes, seed=len(launched))
-
-    properties = types.SimpleNamespace(multi_processor_count=3, shared_memory_per_multiprocessor=100 * 1024)
-    monkeypatch.setattr(cuda_ops, "load", load)
-    monkeypatch.setattr(cuda_ops, "Workspace", SharedWorkspace)
-    monkeypatch.setattr(cuda_ops, "launch_cache", {})
-    monkeypatch.setattr(cuda_ops, "workspaces", {})
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(launch_config, "encode_tma_descriptor", TensorMap)
-    return launched
 
 
 def call(x, weight, bits, bias=None):
@@ -137,21 +41,6 @@ def call(x, weight, bits, bias=None):
 def planned():
     """Number of planned launches."""
     return sum(len(launches) for launches in cuda_ops.launch_cache.values())
-
-
-def assert_close(y, x, weight, bits, bias=None, *, rounds_weights=False):
-    """Require an error of at most 1.2 times that of rounding the exact result, or of a matrix of rounded weights."""
-    exact, dense = (
-        x.double() @ weight.dequantize(bits, dtype).double().T + (0 if bias is None else bias.double())
-        for dtype in (torch.float64, x.dtype)
-    )
-    rounding = ((dense if rounds_weights else exact).to(x.dtype).double() - exact).norm()
-    assert (y.dtype, y.shape) == (x.dtype, exact.shape)
-    assert (y.double() - exact).norm() <= 1.2 * rounding
-
-
-def activations(*shape, dtype=torch.float16):
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(2)) + 0.3).to(dtype)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from solving import BALANCED, layer, solve
 
 from matquant.errors import UserError
 from matquant.formats.nested import levels
@@ -15,22 +16,6 @@ from matquant.quantize.gptq import column_solver_cpu, solver
 from matquant.quantize.gptq.hessians import HessianStats, prepare_hessians, relative_error
 from matquant.quantize.gptq.options import SolverOptions
 from matquant.quantize.gptq.solver import solve as nested_solve
-
-BALANCED = {2: 1.0, 3: 2.0, 4: 4.0, 6: 16.0, 8: 64.0}
-
-
-def layer(out_features=8, in_features=128, seed=0, tokens=512):
-    """A weight and the Hessian of correlated inputs."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out_features, in_features, generator=generator) * 0.05
-    mix = torch.randn(in_features, in_features, generator=generator) / in_features**0.5 + torch.eye(in_features)
-    inputs = torch.randn(tokens, in_features, generator=generator) @ mix
-    return weight, 2 * inputs.T @ inputs / tokens
-
-
-def solve(weight, hessian, options):
-    calibration = None if hessian is None else prepare_hessians([HessianStats(hessian=hessian)], options)
-    return nested_solve(weight, calibration, options)
 
 
 def minmax(group, bits, master_bits=None):
@@ -320,167 +305,6 @@ def test_scales_keep_the_models_dtype_and_choices_use_the_stored_values(dtype):
     assert ((weight - solution.dequantize(8)).abs() <= half_step * 1.001)[inside].all()
 
 
-# Asymmetric calibration
-
-
-def two_streams(seed=0, columns=64, tokens=512):
-    """A weight, and inputs [tokens, columns] of the full-precision and of the quantized model."""
-    generator = torch.Generator().manual_seed(seed)
-    full = torch.randn(tokens, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
-    full /= columns**0.5
-    quantized = full + 0.3 * torch.randn(tokens, columns, generator=generator)
-    return torch.randn(8, columns, generator=generator) * 0.05, full, quantized
-
-
-def moments(full, quantized):
-    n = len(full)
-    return HessianStats(hessian=2 * quantized.T @ quantized / n, cross_hessian=2 * (full - quantized).T @ quantized / n)
-
-
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_cross_moments_bring_the_outputs_nearer_to_those_of_the_full_model(seed, act_order):
-    weight, full, quantized = two_streams(seed)
-    given_inputs = moments(full, quantized)
-    options = SolverOptions(lambdas=BALANCED, group_size=32, cd_passes=1, act_order=act_order)
-    lost = []
-    for inputs in (HessianStats(hessian=given_inputs.hessian), given_inputs):
-        solved = nested_solve(weight, prepare_hessians([inputs], options), options)
-        lost.append({b: ((full @ weight.T - quantized @ solved.dequantize(b).T) ** 2).sum().item() for b in BALANCED})
-    assert sum(lam * lost[1][b] for b, lam in BALANCED.items()) < sum(lam * lost[0][b] for b, lam in BALANCED.items())
-    assert all(lost[1][b] < lost[0][b] for b in (4, 6, 8))
-
-
-def test_the_shift_is_that_of_least_squares():
-    weight, full, quantized = two_streams(2)
-    options = SolverOptions(lambdas={4: 1.0}, group_size=32, damp=1e-7)
-    calibration = prepare_hessians([moments(full, quantized)], options)
-    expected = torch.linalg.lstsq(quantized.double(), full.double() @ weight.T.double()).solution.T
-    shifted = weight + weight @ calibration.corrections[0]
-    torch.testing.assert_close(shifted, expected.float(), rtol=1e-3, atol=1e-4)
-
-
-# A Hessian per width
-
-
-def own_hessians(columns, widths=BALANCED):
-    """A Hessian for each width, of inputs that are not alike."""
-    return [layer(1, columns, seed=100 + b)[1] for b in widths]
-
-
-@pytest.mark.parametrize("act_order", [False, True])
-def test_equal_hessians_per_width_are_one_shared(act_order):
-    weight, hessian = layer(8, 64)
-    options = SolverOptions(lambdas=BALANCED, group_size=32, act_order=act_order, zero_point_offset=8.0, cd_passes=1)
-    one = prepare_hessians([HessianStats(hessian=hessian)], options)
-    many = prepare_hessians([HessianStats(hessian=hessian.clone()) for _ in BALANCED], options)
-    shared = HessianStats(hessian=hessian)
-    same = prepare_hessians([shared] * len(BALANCED), options)
-    assert (len(one.factors), len(many.factors), len(same.factors)) == (1, 5, 5)
-    expected = nested_solve(weight, one, options)
-    for calibration in (many, same):
-        solved = nested_solve(weight, calibration, options)
-        assert torch.equal(solved.codes, expected.codes)
-        assert torch.equal(solved.scales, expected.scales)
-
-
-@pytest.mark.parametrize("slicing", ["msb", "round"])
-def test_the_first_column_minimises_what_its_errors_cost_each_width(slicing):
-    weight, _ = layer(64, 32)
-    hessians = own_hessians(32)
-    options = SolverOptions(lambdas=BALANCED, slicing=slicing, group_size=32, scale="minmax", scale_dtype=torch.float32)
-    calibration = prepare_hessians([HessianStats(hessian=h) for h in hessians], options)
-    solved = nested_solve(weight, calibration, options)
-    diagonal = torch.stack([f[0, 0] for f in calibration.factors]).double()
-    assert diagonal.std() / diagonal.mean() > 0.01  # the widths do differ
-    values = (torch.stack([levels(b, 8, slicing) for b in BALANCED]).double() - 128) * solved.scales.double()[
-        :, :1, None
-    ]
-    error = weight[:, 0].double()[:, None, None] - values  # [rows, K, 256]
-    cost = (torch.tensor(list(BALANCED.values()))[:, None] * error**2 / diagonal[:, None] ** 2).sum(1)
-    chosen = cost.gather(1, solved.codes[:, :1].long()).squeeze(1)
-    torch.testing.assert_close(chosen, cost.amin(1), rtol=1e-4, atol=0)
-
-
-def objective(weight, solved, hessians, weights=BALANCED):
-    """sum_k lambda_k tr(E_k H_k E_k^T) in float64."""
-    total = 0.0
-    for (bits, lam), hessian in zip(weights.items(), hessians, strict=True):
-        error = (weight - solved.dequantize(bits)).double()
-        total += lam * torch.einsum("ij,jk,ik->", error, hessian.double(), error).item()
-    return total
-
-
-def damped_by(hessian, damp=0.01):
-    return hessian + damp * hessian.diagonal().mean() * torch.eye(len(hessian))
-
-
-# An offset
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_an_offset_costs_normal_weights_little_and_helps_skewed_ones(seed):
-    weight, hessian = layer(16, 64, seed=seed)
-    damped = [damped_by(hessian)] * len(BALANCED)
-    generator = torch.Generator().manual_seed(seed)
-    # Long tails, to one side in each group.
-    side = torch.randint(2, (16, 2), generator=generator).repeat_interleave(32, 1) * 2 - 1
-    skewed = side * 0.05 * (torch.empty(16, 64).exponential_(generator=generator) - 0.5)
-    ratios = []
-    for given_weight in (weight, skewed):
-        plain, moved = (
-            solve(
-                given_weight, hessian, SolverOptions(lambdas=BALANCED, group_size=32, cd_passes=1, zero_point_offset=o)
-            )
-            for o in (0.0, 16.0)
-        )
-        assert (moved.format.zero_point_offset, plain.format.zero_point_offset) == (16.0, 0.0)
-        assert (plain.scales >= 0).all()
-        assert (moved.scales < 0).any()
-        assert (moved.scales > 0).any()
-        ratios.append(objective(given_weight, moved, damped) / objective(given_weight, plain, damped))
-    assert ratios[0] < 1.02
-    assert ratios[1] < 0.9
-
-
-@pytest.mark.parametrize("columns", [64, 72])
-@pytest.mark.parametrize("act_order", [False, True])
-def test_mirrored_codes_decode_to_what_the_solver_chose(act_order, columns):
-    """Without feedback each stored code has the least cost of all codes, on the grid that the stored scale stands for."""
-    weight, hessian = layer(16, columns)
-    options = SolverOptions(lambdas=BALANCED, group_size=32, zero_point_offset=8.0, act_order=act_order)
-    solved = solve(weight, torch.diag(hessian.diagonal()), options)
-    assert (solved.scales < 0).any()
-    scale = solved.scales.float().repeat_interleave(32, 1)[:, :columns, None]
-    cost = sum(
-        lam * (weight[:, :, None] - scale * (levels(b, 8, "msb") - 136)).double() ** 2 for b, lam in BALANCED.items()
-    )
-    chosen = cost.gather(2, solved.codes.long()[:, :, None]).squeeze(2)
-    torch.testing.assert_close(chosen, cost.amin(2), rtol=1e-4, atol=1e-12)
-    for bits in BALANCED:
-        assert (
-            relative_error(weight, solved.dequantize(bits), hessian)
-            < {2: 0.3, 3: 0.08, 4: 0.02, 6: 2e-3, 8: 1e-3}[bits]
-        )
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("offset", [0.0, 8.0])
-@pytest.mark.parametrize("act_order", [False, True])
-def test_one_bit_width_alone_is_gptq_however_refined(bits, offset, act_order):
-    weight, hessian = layer(16, 128, seed=bits)
-    refined = {"lambdas": {bits: 1.0}, "cd_passes": 2, "act_order": act_order, "group_size": 64}
-    nested = solve(weight, hessian, SolverOptions(**refined, master_bits=8, zero_point_offset=offset))
-    alone = solve(
-        weight, hessian, SolverOptions(**refined, master_bits=bits, zero_point_offset=offset * 2.0 ** (bits - 8))
-    )
-    assert torch.equal(nested.codes >> (8 - bits), alone.codes)
-    assert torch.equal(nested.dequantize(bits), alone.dequantize(bits))  # a step is 2^(8 - bits) codes
-
-
-# Parts
-
-
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_matrix_in_parts_of_its_rows_is_the_same(monkeypatch, symmetric):
     weight, hessian = layer(70, 128)
@@ -495,9 +319,6 @@ def test_a_matrix_in_parts_of_its_rows_is_the_same(monkeypatch, symmetric):
         assert relative_error(weight, parts.dequantize(bits), hessian) == pytest.approx(
             relative_error(weight, whole.dequantize(bits), hessian), rel=1e-3
         )
-
-
-# Threads
 
 
 @pytest.mark.parametrize("strided", ["transposed", "every other column", "every other row"])
